@@ -1,0 +1,50 @@
+# Every target makes .venv when it is missing, half-made, or older than pyproject.toml and constraints.txt.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first Python that is new enough; `make PYTHON=/path/to/python ...` to choose another.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && command -v $$p && break; done)
+
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: distill test check repro bench clean help
+
+distill: $(STAMP)  ## the main job: prompts, anchors, training, evaluation, report
+	kedro run --pipeline=distill
+
+test: $(STAMP)  ## all tests
+	OMP_NUM_THREADS=1 pytest
+
+check: $(STAMP)  ## style and the doors between packages
+	ruff check
+	ruff format --check
+	lint-imports
+
+repro: $(STAMP)  ## the same through DVC: only what changed is run again
+	dvc repro
+
+bench: $(STAMP)  ## what is fast, against what
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; python "$$bench"; done
+
+clean:  ## remove what runs and tools made (not .venv, not DVC's cache)
+	git clean -qfdX -- data logs
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# The stamp is written last: an interrupted installation is taken up again by the next target.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Error: no Python >= 3.11 found: install one, or name it: make PYTHON=/path/to/python"; exit 1; }
+	@rm -f $@
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

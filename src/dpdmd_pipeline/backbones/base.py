@@ -1,0 +1,107 @@
+"""What the method needs of a model family, and how a family is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.dpdmd.sampling import Denoise
+
+Conditioning = dict[str, Tensor]  # batch-first; fits a safetensors shard as it is
+
+
+class Backbone(Protocol):
+    """A family of text-to-image models, seen as denoisers that return x0.
+
+    The network is an argument, since teacher, student and fake score are three networks of one family.
+    """
+
+    latent_shape: tuple[int, int, int]  # (C, H, W)
+    device: torch.device  # where networks are loaded
+
+    def load_model(self, folder: Path | None = None) -> nn.Module:
+        """The denoising network, of the teacher or, with a folder, of a saved student."""
+
+    def schedule(self, num_steps: int) -> NoiseLevel:
+        """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
+
+    def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
+        """A student's schedule on a named grid, or on explicit levels."""
+
+    def random_level(self, uniform: Tensor) -> NoiseLevel:
+        """Per-sample levels [B, 1, 1, 1] for DMD and the fake score, from uniform numbers [B] in [0, 1)."""
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Embeddings of prompts; of [""] for the unconditional branch."""
+
+    def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
+        """x0 in float32, [B, C, H, W]."""
+
+    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance as this family's pipeline does it."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [0, 1], [B, 3, H, W]."""
+
+
+def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
+    """The adapter of a family over a teacher's folder; weights are read on use.
+
+    Args:
+        family: name of a file in `backbones/`.
+        folder: diffusers pipeline directory of the teacher.
+        options: of that family.
+
+    Raises:
+        ValueError: if the family is unknown.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"backbone.family is {family!r}: choose one of {', '.join(FAMILIES)}")
+    _no_loading_bars()
+    return importlib.import_module(f"dpdmd_pipeline.backbones.{family}").load(folder, **options)
+
+
+def _no_loading_bars() -> None:
+    """Weights of diffusers and transformers load in many parts, each with a bar of its own."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def conditioned(backbone: Backbone, model: nn.Module, cond: Conditioning) -> Denoise:
+    """The network under fixed prompts, as a denoiser."""
+    return lambda latents, level: backbone.denoise(model, latents, level, cond)
+
+
+def guided(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning, scale: float) -> Denoise:
+    """The network under fixed prompts with classifier-free guidance, as a denoiser.
+
+    Both halves go through the network in one batch. At scale 1 the unconditional half is not computed.
+
+    Args:
+        cond: batch of B.
+        uncond: batch of 1, expanded to B.
+        scale: in the sense of the family's own pipeline.
+    """
+    if scale == 1:
+        return conditioned(backbone, model, cond)
+    both = {name: torch.cat([value, uncond[name].expand_as(value)]) for name, value in cond.items()}
+
+    def denoise(latents: Tensor, level: NoiseLevel) -> Tensor:
+        per_sample = level.sigma.ndim > 0
+        twice = (
+            NoiseLevel(*(torch.cat([v, v]) for v in (level.alpha, level.sigma, level.timestep)))
+            if per_sample
+            else level
+        )
+        return backbone.guide(*backbone.denoise(model, torch.cat([latents, latents]), twice, both).chunk(2), scale)
+
+    return denoise

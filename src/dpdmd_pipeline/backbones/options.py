@@ -1,0 +1,85 @@
+"""The parameter group `backbone`: which teacher family, and how it is run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+
+if TYPE_CHECKING:
+    from dpdmd_pipeline.backbones.base import Backbone
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class BackboneOptions(BaseModel):
+    """What every stage must agree on about the teacher.
+
+    Attributes:
+        family: name of a file in `backbones/`.
+        resolution: of the pictures, in pixels.
+        max_sequence_length: tokens of the T5 encoder; 0 for a teacher without one.
+        num_steps: of the teacher's sampling.
+        guidance_scale: of the teacher, in the sense of its own pipeline; 1 is no guidance.
+        level_range: where DMD and the fake score draw noise levels, as fractions of the schedule before its shift.
+        dtype: of the networks; everything outside them is float32.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    family: str
+    resolution: PositiveInt
+    max_sequence_length: NonNegativeInt
+    num_steps: PositiveInt
+    guidance_scale: float = Field(ge=1, allow_inf_nan=False)
+    # YAML has lists, no tuples
+    level_range: Annotated[tuple[float, float], Field(strict=False)]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @field_validator("family")
+    @classmethod
+    def _is_known(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"choose one of {', '.join(FAMILIES)}")
+        return family
+
+    @field_validator("level_range")
+    @classmethod
+    def _rises(cls, level_range: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= level_range[0] < level_range[1] <= 1:
+            raise ValueError("give 0 <= low < high <= 1")
+        return level_range
+
+    def load(self, folder: Path, device: Device) -> "Backbone":
+        """The adapter over a teacher's folder; weights are read on use.
+
+        Raises:
+            ValueError: if the device is not there, or the folder does not fit these options.
+        """
+        import torch
+
+        from dpdmd_pipeline.backbones.base import load_backbone
+
+        return load_backbone(
+            self.family,
+            folder,
+            resolution=self.resolution,
+            max_sequence_length=self.max_sequence_length,
+            level_range=self.level_range,
+            dtype=getattr(torch, self.dtype),
+            device=resolve_device(device),
+        )
+
+
+def resolve_device(device: Device) -> Any:
+    """The torch.device meant: `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: if CUDA is asked for and absent.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu'")
+    return torch.device(device)

@@ -1,0 +1,1 @@
+"""File formats the catalog needs and Kedro lacks."""

@@ -1,0 +1,1 @@
+"""The method: DP-DMD as functions of tensors. Torch only."""

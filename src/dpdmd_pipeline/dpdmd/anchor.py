@@ -1,0 +1,93 @@
+"""Anchors: where the teacher is after K steps, and the x0 that takes the student there in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.dpdmd.sampling import Denoise, trajectory
+
+
+class AnchoredStep(NamedTuple):
+    """One step of the student that follows the teacher.
+
+    Attributes:
+        latents: where the step starts, [B, C, H, W] at `level`.
+        level: scalar level of the start.
+        target: the x0 that the student should predict there, [B, C, H, W].
+    """
+
+    latents: Tensor
+    level: NoiseLevel
+    target: Tensor
+
+
+def anchor_target(noise: Tensor, anchor: Tensor, start: NoiseLevel, end: NoiseLevel) -> Tensor:
+    """The x0 whose single step from `noise` lands exactly on the teacher's `anchor` (the secant target).
+
+    For flow models at sigma 1 this is DP-DMD's v = (noise - anchor) / (1 - sigma_K), eq. 6, written as
+    x0 (arXiv:2602.03139); for VP models, the target of arXiv:2202.00512 with K steps in one.
+
+    Args:
+        noise: latents at level `start`, [B, C, H, W]; pure noise, or an earlier anchor.
+        anchor: teacher latents at level `end`, same shape, in scaled VAE units.
+        start, end: scalar levels; `end` must be the less noisy one.
+
+    Returns:
+        Target x0, [B, C, H, W], in scaled VAE units.
+
+    Raises:
+        ValueError: if `end` is not less noisy than `start`.
+    """
+    ratio = end.sigma / start.sigma
+    denominator = end.alpha - ratio * start.alpha
+    if not denominator > 0:
+        raise ValueError(f"anchor level sigma {end.sigma:.3f} must be below the start level {start.sigma:.3f}")
+    return (anchor - ratio * noise) / denominator
+
+
+def teacher_anchors(teacher: Denoise, noise: Tensor, levels: NoiseLevel, anchor_steps: Sequence[int]) -> list[Tensor]:
+    """The teacher's latents after each of `anchor_steps` steps, in one pass from the same noise.
+
+    Args:
+        teacher: guided denoiser.
+        noise: [B, C, H, W] at `levels[0]`.
+        levels: the teacher's own schedule, [N + 1].
+        anchor_steps: rising step counts K, each at least 1 and below N.
+
+    Returns:
+        One [B, C, H, W] per entry of `anchor_steps`, at `levels[K]`.
+
+    Raises:
+        ValueError: if the counts do not rise or reach past the schedule.
+    """
+    rising = all(before < after for before, after in zip((0, *anchor_steps), anchor_steps, strict=False))
+    if not anchor_steps or not rising or anchor_steps[-1] >= len(levels) - 1:
+        raise ValueError(
+            f"anchor steps {list(anchor_steps)} must rise from 1 and stay below the teacher's {len(levels) - 1} steps"
+        )
+    path = trajectory(teacher, noise, levels[: anchor_steps[-1] + 1])
+    return [latents for done, latents in enumerate(path, start=1) if done in anchor_steps]
+
+
+def anchored_steps(
+    noise: Tensor, anchors: Sequence[Tensor], start: NoiseLevel, ends: Sequence[NoiseLevel]
+) -> list[AnchoredStep]:
+    """Chain anchors into steps: from the noise to the first, from the first to the second, and so on.
+
+    One anchor is the paper. With more, each later step starts at the teacher's own latents.
+
+    Args:
+        noise: [B, C, H, W] at level `start`.
+        anchors: teacher latents, each [B, C, H, W], in the order of `ends`.
+        start: the student's first level.
+        ends: falling scalar levels of the anchors.
+    """
+    steps, latents, level = [], noise, start
+    for anchor, end in zip(anchors, ends, strict=True):
+        steps.append(AnchoredStep(latents, level, anchor_target(latents, anchor, level, end)))
+        latents, level = anchor, end
+    return steps

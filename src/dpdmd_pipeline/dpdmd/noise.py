@@ -1,0 +1,144 @@
+"""Noise levels, schedules and conversions: every model is a denoiser that returns x0.
+
+A latent at a level is ``alpha * x0 + sigma * noise``. Flow matching has alpha = 1 - sigma; diffusion
+models (VP) have alpha^2 + sigma^2 = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """One level, a level per sample, or a schedule of levels.
+
+    Attributes:
+        alpha: signal coefficient; shape [] (one level), [B, 1, 1, 1] (per sample) or [N + 1] (schedule).
+        sigma: noise coefficient, same shape.
+        timestep: the number that the network is given, same shape; used for nothing else.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    timestep: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    def __getitem__(self, index: int | slice) -> NoiseLevel:
+        return NoiseLevel(self.alpha[index], self.sigma[index], self.timestep[index])
+
+    def __iter__(self) -> Iterator[NoiseLevel]:
+        return (self[index] for index in range(len(self)))
+
+    def to(self, device: torch.device | str) -> NoiseLevel:
+        return NoiseLevel(self.alpha.to(device), self.sigma.to(device), self.timestep.to(device))
+
+
+def flow_level(sigma: Tensor) -> NoiseLevel:
+    """Flow-matching level: alpha = 1 - sigma, timestep = 1000 sigma."""
+    return NoiseLevel(1 - sigma, sigma, NUM_TRAIN_TIMESTEPS * sigma)
+
+
+def vp_level(timestep: Tensor, alphas_cumprod: Tensor) -> NoiseLevel:
+    """Diffusion level at integer timesteps.
+
+    Args:
+        timestep: int64, any shape.
+        alphas_cumprod: [T], the model's own table; kept in its precision.
+    """
+    alpha_bar = alphas_cumprod[timestep]
+    return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), timestep)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """SD3's time shift: more of the schedule at high noise when shift > 1 (arXiv:2403.03206, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifted"]) -> Tensor:
+    """Falling noise levels of a flow sampler, [num_steps + 1] in float32, last 0.
+
+    Args:
+        num_steps: network evaluations.
+        shift: SD3's static shift.
+        grid: ``shifted`` is linspace(1, 1/n, n) shifted once (1, .9, .75, .5, 0 at shift 3). ``diffusers`` is
+            FlowMatchEulerDiscreteScheduler.set_timesteps, which shifts its end point twice (1, .858, .602,
+            .009, 0): the grid of the published student.
+    """
+    if grid == "shifted":
+        uniform = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+    else:
+        smallest = shift_sigma(torch.tensor(1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
+        uniform = torch.linspace(1, smallest, num_steps, dtype=torch.float64)
+    return torch.cat([shift_sigma(uniform, shift), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def flow_schedule(sigmas: Tensor | Sequence[float]) -> NoiseLevel:
+    """A schedule from falling sigmas, first at most 1, last 0.
+
+    Raises:
+        ValueError: if the sigmas do not fall from at most 1 to exactly 0.
+    """
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float32)
+    if len(sigmas) < 2 or sigmas[0] > 1 or sigmas[-1] != 0 or not bool((sigmas.diff() < 0).all()):
+        raise ValueError(f"sigmas {[round(s, 4) for s in sigmas.tolist()]} must fall strictly from at most 1 to 0")
+    return flow_level(sigmas)
+
+
+def vp_schedule(num_steps: int, alphas_cumprod: Tensor) -> NoiseLevel:
+    """Trailing schedule of a diffusion model, [num_steps + 1]: starts at the last timestep, ends clean.
+
+    Trailing spacing (arXiv:2305.08891) is the only one whose first step is at full noise; for 4 steps of
+    1000 it is 999, 749, 499, 249.
+    """
+    total = len(alphas_cumprod)
+    timesteps = (torch.arange(num_steps, 0, -1, dtype=torch.float64) * total / num_steps).round().long() - 1
+    levels = vp_level(timesteps, alphas_cumprod)
+    return NoiseLevel(
+        torch.cat([levels.alpha, levels.alpha.new_ones(1)]).float(),
+        torch.cat([levels.sigma, levels.sigma.new_zeros(1)]).float(),
+        torch.cat([levels.timestep, timesteps.new_zeros(1)]),
+    )
+
+
+def add_noise(x0: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+    """Latents at a level: alpha x0 + sigma noise, [B, C, H, W]."""
+    return level.alpha * x0 + level.sigma * noise
+
+
+def step(latents: Tensor, denoised: Tensor, level: NoiseLevel, following: NoiseLevel) -> Tensor:
+    """One deterministic sampler step: keep the noise that `denoised` implies, move to the next level.
+
+    Euler for flow matching, DDIM with eta 0 for diffusion models.
+
+    Args:
+        latents: at `level`, [B, C, H, W].
+        denoised: x0 predicted from them, same shape.
+        level, following: where the step starts and lands; the start must not be clean.
+    """
+    noise = (latents - level.alpha * denoised) / level.sigma
+    return add_noise(denoised, noise, following)
+
+
+def x0_from_velocity(latents: Tensor, velocity: Tensor, level: NoiseLevel) -> Tensor:
+    """x0 from a flow network's output, velocity = noise - x0."""
+    return latents - level.sigma * velocity
+
+
+def x0_from_eps(latents: Tensor, eps: Tensor, level: NoiseLevel) -> Tensor:
+    """x0 from a diffusion network that predicts the noise."""
+    return (latents - level.sigma * eps) / level.alpha
+
+
+def x0_from_v_prediction(latents: Tensor, v_prediction: Tensor, level: NoiseLevel) -> Tensor:
+    """x0 from a diffusion network that predicts alpha noise - sigma x0 (arXiv:2202.00512)."""
+    return level.alpha * latents - level.sigma * v_prediction

@@ -1,0 +1,48 @@
+"""Diversity from counts: how many of the legal modes of a prompt a model draws.
+
+All take counts [P, K]: how often each of K modes was seen for each of P prompts. Effective modes is the
+headline: it is unbiased in the number of samples, where coverage saturates and entropy needs many.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def count_modes(modes: Tensor, num_modes: int) -> Tensor:
+    """Counts [K] of mode indices [n]."""
+    return torch.bincount(modes, minlength=num_modes).double()
+
+
+def effective_modes(counts: Tensor) -> Tensor:
+    """1 / P(two samples of a prompt agree on every free attribute), [P]: inverse Simpson, from pairs.
+
+    At most K + n(n-1) / 2 in a sample without any pair; one sample or none gives 0, since two are needed to differ.
+    """
+    total = counts.sum(1)
+    pairs = total * (total - 1)
+    agreeing = (counts * (counts - 1)).sum(1)
+    # with no agreeing pair seen the estimate is unbounded: count one
+    return torch.where(pairs > 0, pairs / agreeing.clamp(min=1), torch.zeros_like(pairs))
+
+
+def coverage(counts: Tensor) -> Tensor:
+    """Share of the K modes seen, [P]; a perfect sampler reaches `expected_coverage`."""
+    return (counts > 0).double().mean(1)
+
+
+def expected_coverage(num_modes: int, num_samples: int) -> float:
+    """Coverage of a uniform sampler: 1 - (1 - 1/K)^n."""
+    return 1 - (1 - 1 / num_modes) ** num_samples
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """Shannon entropy of the modes in bits with the Miller-Madow correction, [P]."""
+    total = counts.sum(1, keepdim=True)
+    share = counts / total.clamp(min=1)
+    plain = -(share * share.clamp(min=1e-300).log2()).sum(1)
+    seen = (counts > 0).sum(1)
+    return torch.where(total[:, 0] > 0, plain + (seen - 1) / (2 * total[:, 0].clamp(min=1) * math.log(2)), plain)

@@ -1,0 +1,125 @@
+"""Nodes of the anchors stage."""
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
+from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+def make_anchors(
+    prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
+) -> LazyShards:
+    """Run the guided teacher K steps from seeded noise for every training prompt; keep seeds and latents."""
+    manifest = make_manifest(embeddings, teacher, backbone, options)
+    rows = [row for row, record in enumerate(prompts) if record["train"]]
+    if options.mode == "online":
+        log.info("anchors: online, computed in each student turn")
+        shards = {}
+    else:
+        shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
+    identity = fingerprint(SCHEMA, manifest, rows)
+    return LazyShards(shards, identity, manifest)
+
+
+def make_manifest(embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions) -> dict[str, Any]:
+    """The facts that anchors depend on and that training checks: teacher, schedule, guidance, levels, dtype."""
+    from dpdmd_pipeline.datasets.model_folder import folder_hash
+
+    levels = backbone.load(teacher, "cpu").schedule(backbone.num_steps)
+    sigmas = levels.sigma.tolist()
+    steps = [_steps_of(level, sigmas) for level in options.anchor_levels]
+    if steps != sorted(set(steps)):
+        raise ValueError(f"anchors.anchor_levels give teacher steps {steps}: they must rise, from noisy to clean")
+    return {
+        "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "teacher": folder_hash(teacher / "transformer"),
+        "embeddings": embeddings.fingerprint,
+        "num_steps": backbone.num_steps,
+        "guidance_scale": backbone.guidance_scale,
+        "teacher_sigmas": sigmas,
+        "anchor_steps": steps,
+        "anchor_sigmas": [sigmas[step] for step in steps],
+    }
+
+
+def _steps_of(level: AnchorLevel, sigmas: list[float]) -> int:
+    """Teacher steps K of an anchor level."""
+    last = len(sigmas) - 2
+    if level.steps is not None:
+        if level.steps > last:
+            raise ValueError(
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's num_steps={last + 1} (backbone.num_steps)"
+            )
+        return level.steps
+    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - level.sigma))
+    log.info(
+        "anchors: sigma %.4f asked for, the teacher's nearest level is %.4f (K = %d)",
+        level.sigma,
+        sigmas[nearest],
+        nearest,
+    )
+    return nearest
+
+
+def _shards(
+    rows: list[int],
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: AnchorsOptions,
+    anchor_steps: list[int],
+) -> dict[str, Any]:
+    """One thunk per shard; the teacher is loaded by the first that runs. Prompts alternate within a shard."""
+    from functools import cache
+
+    from dpdmd_pipeline.dpdmd.sampling import sample_seeds
+
+    total = len(rows) * options.seeds_per_prompt
+    samples = [rows[index % len(rows)] for index in range(total)]
+    seeds = sample_seeds(options.seed, "anchors", 0, total)
+
+    @cache
+    def ask() -> Any:
+        from dpdmd_pipeline.training.anchors import TeacherAnchors
+
+        model = backbone.load(teacher, options.device)
+        return TeacherAnchors(
+            model,
+            model.load_model(),
+            embeddings,
+            num_steps=backbone.num_steps,
+            guidance_scale=backbone.guidance_scale,
+            anchor_steps=anchor_steps,
+            with_denoised=options.with_denoised,
+        )
+
+    starts = range(0, total, options.shard_size)
+    return {
+        f"{number:05d}": partial(
+            _shard, ask, samples[start : start + options.shard_size], seeds[start : start + options.shard_size], options
+        )
+        for number, start in enumerate(starts)
+    }
+
+
+def _shard(ask: Any, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
+    """Tensors of one shard: prompt, seed, and the anchors in the dtype of the cache."""
+    import torch
+
+    teacher, parts = ask(), []
+    for start in range(0, len(prompts), options.batch_size):
+        chunk = slice(start, start + options.batch_size)
+        parts.append(teacher(prompts[chunk], seeds[chunk]))
+    dtype = getattr(torch, options.dtype)
+    latents = {name: torch.cat([part[name] for part in parts]).to(dtype) for name in parts[0]}
+    return {"prompt": torch.tensor(prompts), "seed": torch.tensor(seeds), **latents}

@@ -1,0 +1,7 @@
+"""Options of the anchors stage; training reads them too, to hold a cache against them."""
+
+from dpdmd_pipeline.training.recipe import AnchorLevel, AnchorRecipe
+
+AnchorsOptions = AnchorRecipe
+
+__all__ = ["AnchorLevel", "AnchorsOptions"]

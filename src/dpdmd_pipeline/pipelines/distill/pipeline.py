@@ -1,0 +1,10 @@
+"""Wiring of the main job."""
+
+from kedro.pipeline import Pipeline
+
+from dpdmd_pipeline.pipelines import anchors, evaluate, prompts, report, train
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """prompts, anchors, train, evaluate and report; the teacher is trained apart and kept."""
+    return sum((stage.create_pipeline() for stage in (prompts, anchors, train, evaluate, report)), Pipeline([]))

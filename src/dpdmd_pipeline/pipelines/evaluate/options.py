@@ -1,0 +1,20 @@
+"""Options of the evaluate stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+
+class EvaluateOptions(BaseModel):
+    """How many pictures are drawn, and what judges them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    judge: Literal["shapes"]  # the exact reader of the embedded world
+    seed: NonNegativeInt
+    images_per_prompt: Annotated[int, Field(ge=2)]
+    batch_size: PositiveInt
+    grid_columns: PositiveInt  # pictures per prompt in the grids
+    device: Literal["auto", "cpu", "cuda"]

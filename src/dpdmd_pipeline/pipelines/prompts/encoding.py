@@ -1,0 +1,144 @@
+"""From clean records to embeddings: which rows there are, what tokenizers cut off, and the encoding itself."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.datasets.prompt_file import PromptFile
+
+_BATCH = 1024  # texts tokenized at once; changes no result
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of the embeddings: the prompts, then the empty prompt.
+
+    Attributes:
+        digest: SHA-256 of the prompts in their order.
+    """
+
+    prompts: PromptFile
+    num_prompts: int
+    digest: str
+
+    def __len__(self) -> int:
+        return self.num_prompts + 1
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Rows start <= i < stop; only these are read into memory."""
+        found = [record["text"] for record in self.prompts.records(start, min(stop, self.num_prompts))]
+        return [*found, ""] if stop > self.num_prompts else found
+
+
+def rows_of(prompts: PromptFile) -> Rows:
+    """Read the prompts once.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    digest, count = hashlib.sha256(), 0
+    for record in prompts:
+        digest.update(record["text"].encode() + b"\n")
+        count += 1
+    if not count:
+        raise ValueError(f"{prompts.path} has no prompts: run `kedro run --pipelines prompts`")
+    return Rows(prompts, count, digest.hexdigest())
+
+
+def text_side_hash(teacher: Path) -> str:
+    """SHA-256 of the names and contents of everything in a teacher that turns text into embeddings.
+
+    Raises:
+        FileNotFoundError: if the folder has no text encoder and no tokenizer.
+    """
+    found = (path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*"))
+    paths = sorted(path for path in found if path.is_file())
+    if not {"text_encoder", "tokenizer"} <= {path.relative_to(teacher).parts[0] for path in paths}:
+        raise FileNotFoundError(
+            f"teacher {teacher} has no text_encoder/ or no tokenizer/: give a diffusers pipeline folder, "
+            "or run `kedro run --pipelines teacher`"
+        )
+    # A missing T5 becomes zeros whose width stands in the transformer's config.
+    paths += [path for path in [teacher / "transformer" / "config.json"] if path.is_file()]
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(teacher).as_posix()}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+def token_limits(teacher: Path, max_sequence_length: int) -> dict[str, int]:
+    """How many tokens each of the teacher's tokenizers keeps, by the name of its folder.
+
+    The third, T5's, is cut at `max_sequence_length`, the others at their own length (diffusers' SD3 pipeline).
+    """
+    limits = {}
+    for config in sorted(teacher.glob("tokenizer*/tokenizer_config.json")):
+        name = config.parent.name
+        if (teacher / name.replace("tokenizer", "text_encoder")).is_dir():
+            own = json.loads(config.read_text(encoding="utf-8"))["model_max_length"]
+            limits[name] = max_sequence_length if name == "tokenizer_3" else int(own)
+    return limits
+
+
+def truncated_rows(rows: Rows, teacher: Path, limits: dict[str, int]) -> Iterator[tuple[int, str, dict[str, int]]]:
+    """Prompts that do not fit, as (row, text, tokens lost by tokenizer); special tokens take room, too.
+
+    The tokenizers are loaded if some text may be too long: of ASCII, every token takes a character, and
+    no tokenizer adds more than two.
+    """
+    tokenizers: dict[str, Any] = {}
+    long = (
+        (row, record["text"])
+        for row, record in enumerate(rows.prompts)
+        if not record["text"].isascii() or len(record["text"]) + 2 > min(limits.values(), default=0)
+    )
+    while limits and (chunk := list(islice(long, _BATCH))):
+        tokenizers = tokenizers or {name: _load_tokenizer(teacher / name) for name in limits}
+        lengths = {
+            name: [len(ids) for ids in tokenizer([text for _, text in chunk], verbose=False)["input_ids"]]
+            for name, tokenizer in tokenizers.items()
+        }
+        for place, (row, text) in enumerate(chunk):
+            lost = {name: lengths[name][place] - limits[name] for name in limits if lengths[name][place] > limits[name]}
+            if lost:
+                yield row, text, lost
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def encode_rows(rows: Rows, start: int, stop: int, load_backbone: Callable[[], Any], batch_size: int) -> dict[str, Any]:
+    """Embeddings of rows start <= i < stop, on the CPU, as `Backbone.encode` names them."""
+    import torch
+
+    texts, backbone = rows.texts(start, stop), load_backbone()
+    with _quiet():
+        parts = [backbone.encode(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries from saying again, for each prompt and tokenizer, what `truncated_rows` has found."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)

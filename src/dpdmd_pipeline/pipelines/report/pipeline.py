@@ -1,0 +1,21 @@
+"""Wiring of the report stage."""
+
+from kedro.pipeline import Node, Pipeline
+
+from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
+
+STAGES = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
+RESULTS = ("metrics", "prompts", "train_history", "train_history_dmd", "grid_teacher", "grid_dmd", "grid_dp_dmd")
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """metrics, grids and histories to a page, and to a table in the terminal."""
+    given = {f"{stage}_options": f"params:{stage}" for stage in STAGES}
+    inputs = {**{name: name for name in RESULTS}, "options": "params:report", **given}
+    reports = ["report_html", "report_md"]
+    return Pipeline(
+        [
+            Node(make_report, inputs, reports, name="make_report"),
+            Node(show_result, ["metrics", *reports], None, name="show_result"),
+        ]
+    )

@@ -1,0 +1,86 @@
+"""Nodes of the teacher stage."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.pipelines.teacher.options import TeacherOptions
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+def train_embedded_teacher(teacher_state: Path, options: TeacherOptions) -> Callable[[Path], None]:
+    """Train tokenizer, text encoders, autoencoder and transformer from nothing, on the CPU.
+
+    Returns:
+        What writes the pipeline into a folder, in half precision.
+    """
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dpdmd_pipeline.training.teacher import train_teacher
+
+    state = teacher_state / fingerprint(SCHEMA, options.recipe.model_dump(mode="json"))[:16]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns) as progress:
+
+        def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
+            bar = progress.add_task(name, total=total, facts="")
+            loss = None
+            for done, loss in records:
+                progress.update(bar, completed=done, facts=f"loss {loss:.4f}")
+            progress.update(bar, completed=total)
+            log.info("%s: %s", name, "reused, was finished" if loss is None else f"trained, last loss {loss:.4f}")
+
+        pipeline = train_teacher(options.recipe, state, follow)
+    return pipeline.to(dtype=torch.float16).save_pretrained
+
+
+def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
+    """Quality and diversity of the teacher at its own settings, and the rarest mode it draws."""
+    import torch
+
+    from dpdmd_pipeline.backbones.base import guided
+    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout, sample_seeds
+    from dpdmd_pipeline.metrics.shapes import judge
+    from dpdmd_pipeline.shapes.reader import read
+    from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption
+
+    model = backbone.load(teacher, "cpu")
+    network = model.load_model().requires_grad_(False).eval()
+    prompts = [caption(index) for index in range(NUM_PROMPTS)]
+    encoded = model.encode([*prompts, ""])
+    uncond = {name: value[-1:] for name, value in encoded.items()}
+    levels = model.schedule(backbone.num_steps)
+    images, rarest = [], []
+    for row in range(NUM_PROMPTS):
+        seeds = sample_seeds(options.judge_seed, "teacher", row, options.judged_per_prompt)
+        pictures = []
+        for start in range(0, len(seeds), 250):
+            noise = noise_from_seeds(seeds[start : start + 250], model.latent_shape)
+            cond = {name: value[row : row + 1].expand(len(noise), *value.shape[1:]) for name, value in encoded.items()}
+            with torch.no_grad():
+                denoise = guided(model, network, cond, uncond, backbone.guidance_scale)
+                pictures.append(model.decode(rollout(denoise, noise, levels)))
+        images.append(torch.cat(pictures))
+        reading = read(images[-1])
+        rarest.append(
+            int(torch.bincount(reading.mode[reading.valid & (reading.prompt == row)], minlength=NUM_MODES).min())
+        )
+        log.info("judged %r: rarest mode seen %d times", prompts[row], rarest[-1])
+    return {
+        **judge(images, prompts, options.judge_seed),
+        "rarest_mode": {"count": min(rarest)},
+        "per_prompt": options.judged_per_prompt,
+    }

@@ -1,0 +1,19 @@
+"""Options of the teacher stage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dpdmd_pipeline.training.recipe import TeacherRecipe
+
+
+class TeacherOptions(BaseModel):
+    """The recipe, and how its result is judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: TeacherRecipe
+    judged_per_prompt: Annotated[int, Field(ge=2)]  # pictures at the teacher's own settings
+    judge_seed: Annotated[int, Field(ge=0)]

@@ -1,0 +1,5 @@
+"""Stage `train`: the DP-DMD student, and the DMD baseline by the same code."""
+
+from dpdmd_pipeline.pipelines.train.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

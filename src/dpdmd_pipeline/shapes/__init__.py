@@ -1,0 +1,1 @@
+"""The embedded world: captioned pictures whose truth is known exactly."""

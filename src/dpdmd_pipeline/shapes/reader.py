@@ -1,0 +1,47 @@
+"""Reads the attributes back from pixels: the exact judge of quality and diversity."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpdmd_pipeline.shapes.world import NUM_MODES, gallery
+
+# Worst local error of a picture that still counts as legal. Between VAE reconstructions of legal
+# pictures and the mildest fault (tests/shapes/test_reader.py holds both sides).
+VALID_BELOW = 0.12
+_WINDOW = 8  # pixels; a small object fills one
+
+
+class Reading(NamedTuple):
+    """What the reader sees in N pictures."""
+
+    prompt: Tensor  # [N] int64, nearest legal prompt
+    mode: Tensor  # [N] int64, nearest legal combination of the free attributes
+    residual: Tensor  # [N] float32, worst local RMS error against that legal picture
+    valid: Tensor  # [N] bool, residual below VALID_BELOW
+
+
+def read(images: Tensor) -> Reading:
+    """Find the nearest legal picture of each image, and how far it is at the worst place.
+
+    The residual is the RMS error of the worst 8x8 window, not of the whole picture: a second small
+    object or half a missing one changes one picture in twenty pixels, which a mean forgives.
+
+    Args:
+        images: [N, 3, RESOLUTION, RESOLUTION] in [0, 1].
+
+    Raises:
+        ValueError: if the shape is not that of the world.
+    """
+    pictures = gallery().to(images.device)
+    if images.ndim != 4 or images.shape[1:] != pictures.shape[1:]:
+        raise ValueError(
+            f"images have shape {list(images.shape)}, the shapes world needs [N, {', '.join(map(str, pictures.shape[1:]))}]"
+        )
+    flat = pictures.flatten(1)
+    # |x - t|^2 up to |x|^2, as one matrix product
+    nearest = (flat.square().sum(1) - 2 * images.float().flatten(1) @ flat.T).argmin(1)
+    squared = (images.float() - pictures[nearest]).square().mean(1, keepdim=True)
+    residual = F.avg_pool2d(squared, _WINDOW, stride=2).amax((1, 2, 3)).sqrt()
+    return Reading(nearest // NUM_MODES, nearest % NUM_MODES, residual, residual < VALID_BELOW)

@@ -1,0 +1,1 @@
+"""Trains: the embedded teacher, and the distilled student."""

@@ -1,0 +1,146 @@
+"""Anchors for the student's turns: read from a cache, or computed as they are needed. One function makes both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd_pipeline.backbones.base import Backbone, guided
+from dpdmd_pipeline.dpdmd.anchor import teacher_anchors
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds
+from dpdmd_pipeline.training.distill import AnchorBatch, Embeddings
+
+
+class AnchorCache(Protocol):
+    """Rows of prompt, seed, anchor_0, anchor_1 ... and, for the tangent target, denoised_0 ..."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+
+
+class TeacherAnchors:
+    """The guided teacher, asked where it stands after some of its steps.
+
+    Args:
+        backbone, teacher: family and network.
+        embeddings: of all prompts, the empty one last.
+        num_steps, guidance_scale: the teacher's own settings.
+        anchor_steps: rising numbers of teacher steps.
+        with_denoised: whether the tangent target is wanted, one more guided call per anchor.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        teacher: nn.Module,
+        embeddings: Embeddings,
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        anchor_steps: Sequence[int],
+        with_denoised: bool,
+    ) -> None:
+        self.backbone, self.teacher, self.embeddings = backbone, teacher.requires_grad_(False).eval(), embeddings
+        self.guidance_scale, self.anchor_steps, self.with_denoised = guidance_scale, list(anchor_steps), with_denoised
+        self.levels = backbone.schedule(num_steps)
+        self.uncond = embeddings.rows([len(embeddings) - 1])
+
+    @property
+    def anchor_levels(self) -> list[NoiseLevel]:
+        """Scalar level of each anchor."""
+        return [self.levels[steps] for steps in self.anchor_steps]
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
+        """Anchors of B samples.
+
+        Args:
+            prompts: rows of the embeddings.
+            seeds: of the noise, one per sample.
+
+        Returns:
+            anchor_0 ... and, if wanted, denoised_0 ..., each [B, C, H, W] in float32 on the CPU.
+        """
+        device = self.levels.sigma.device
+        cond = {name: value.to(device) for name, value in self.embeddings.rows(prompts).items()}
+        uncond = {name: value.to(device) for name, value in self.uncond.items()}
+        teacher = guided(self.backbone, self.teacher, cond, uncond, self.guidance_scale)
+        noise = noise_from_seeds(seeds, self.backbone.latent_shape).to(device)
+        anchors = teacher_anchors(teacher, noise, self.levels, self.anchor_steps)
+        found = {f"anchor_{index}": anchor for index, anchor in enumerate(anchors)}
+        if self.with_denoised:
+            pairs = zip(anchors, self.anchor_levels, strict=True)
+            found |= {f"denoised_{index}": teacher(anchor, level) for index, (anchor, level) in enumerate(pairs)}
+        return {name: value.cpu() for name, value in found.items()}
+
+
+def _batch(prompts: Sequence[int], noise: Tensor, found: dict[str, Tensor], anchored_steps: int) -> AnchorBatch:
+    """The first `anchored_steps` anchors of what was found, in float32."""
+    numbers = range(anchored_steps)
+    return AnchorBatch(
+        list(prompts),
+        noise,
+        [found[f"anchor_{number}"].float() for number in numbers],
+        [found[f"denoised_{number}"].float() for number in numbers if f"denoised_{number}" in found],
+    )
+
+
+class CachedAnchors:
+    """Draws from a cache without replacement, epoch after epoch.
+
+    Args:
+        cache: written by the anchors stage.
+        latent_shape: (C, H, W) of the noise.
+        seed, batch_size, anchored_steps: of the recipe.
+    """
+
+    def __init__(
+        self, cache: AnchorCache, latent_shape: Sequence[int], *, seed: int, batch_size: int, anchored_steps: int
+    ) -> None:
+        self.cache, self.latent_shape = cache, latent_shape
+        self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
+
+    def __call__(self, step: int) -> AnchorBatch:
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        found = self.cache.rows([self._row(position) for position in positions])
+        noise = noise_from_seeds(found["seed"], self.latent_shape)
+        return _batch(found["prompt"].tolist(), noise, found, self.anchored_steps)
+
+    def _row(self, position: int) -> int:
+        epoch, offset = divmod(position, len(self.cache))
+        return self._order(epoch)[offset]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            (seed,) = sample_seeds(self.seed, "student/order", epoch, 1)
+            generator = torch.Generator().manual_seed(seed)
+            self._epoch, self._permutation = epoch, torch.randperm(len(self.cache), generator=generator).tolist()
+        return self._permutation
+
+
+class OnlineAnchors:
+    """Draws fresh prompts and seeds and asks the teacher, as published code does.
+
+    Args:
+        teacher: computes the anchors; its noise and levels are those of a cache.
+        prompts: rows that are trained on.
+        seed, batch_size, anchored_steps: of the recipe.
+    """
+
+    def __init__(
+        self, teacher: TeacherAnchors, prompts: Sequence[int], *, seed: int, batch_size: int, anchored_steps: int
+    ) -> None:
+        self.teacher, self.prompts = teacher, prompts
+        self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
+
+    def __call__(self, step: int) -> AnchorBatch:
+        chosen = sample_seeds(self.seed, "student/prompt", step, self.batch_size)
+        prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen]
+        seeds = sample_seeds(self.seed, "student/noise", step, self.batch_size)
+        found = self.teacher(prompts, seeds) if self.anchored_steps else {}
+        return _batch(prompts, noise_from_seeds(seeds, self.teacher.backbone.latent_shape), found, self.anchored_steps)

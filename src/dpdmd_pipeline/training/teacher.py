@@ -1,0 +1,229 @@
+"""Trains the embedded teacher: tokenizer and text encoders, autoencoder, transformer.
+
+The world is finite, so the flow-matching target need not be sampled: given a noisy latent, the exact
+posterior over all legal pictures is one softmax, and its mean is what flow matching estimates. Training
+on it has the same minimiser with far less variance (docs/decisions/0002-exact-targets.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpdmd_pipeline.shapes.models import make_pipeline
+from dpdmd_pipeline.shapes.reader import read
+from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, SHAPES, captions, gallery
+from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.recipe import FitRecipe, TeacherRecipe
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def fit(
+    modules: nn.Module,
+    loss_at: Callable[[torch.Generator], Tensor],
+    recipe: FitRecipe,
+    *,
+    seed: int,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+) -> Iterator[tuple[int, float]]:
+    """Minimise `loss_at(generator)`; yields (finished steps, loss). Resumes from the checkpoints, exactly.
+
+    Args:
+        modules: whose parameters are trained.
+        loss_at: from a seeded generator to a scalar loss.
+        recipe: sizes and rates.
+        seed: step i draws from seed + i.
+        checkpoints: where to resume from and save to.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: when the loss is not finite.
+    """
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps + 1, pct_start=0.1)
+    stateful = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
+    start, state = checkpoints.load_latest() or (0, {})
+    for name, content in state.items():
+        stateful[name].load_state_dict(content)
+    for step in range(start, recipe.steps):
+        loss = loss_at(torch.Generator().manual_seed(seed + step))
+        if not loss.isfinite():
+            raise ValueError(f"loss is {loss.item()} at step {step + 1}: lower learning_rate={recipe.learning_rate}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        done = step + 1
+        if done % checkpoint_every == 0 or done == recipe.steps:
+            checkpoints.save(done, {name: thing.state_dict() for name, thing in stateful.items()})
+        yield done, loss.item()
+
+
+def text_loss(encoder: CLIPTextModelWithProjection, heads: nn.Module, tokenizer: CLIPTokenizer) -> Tensor:
+    """Cross-entropy of colour and shape read linearly from the pooled embedding of every caption."""
+    tokens = tokenizer(captions(), padding="max_length", return_tensors="pt").input_ids
+    prompts = torch.arange(len(tokens)) % NUM_PROMPTS
+    colour, shape = heads(encoder(tokens).text_embeds).split([NUM_PROMPTS // len(SHAPES), len(SHAPES)], dim=1)
+    return F.cross_entropy(colour, prompts // len(SHAPES)) + F.cross_entropy(shape, prompts % len(SHAPES))
+
+
+def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch_size: int) -> Tensor:
+    """Squared and absolute reconstruction error plus a light pull of the latents towards N(0, 1)."""
+    pictures = gallery()
+    images = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)] * 2 - 1
+    posterior = vae.encode(images).latent_dist
+    restored = vae.decode(posterior.sample(generator)).sample
+    return F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images) + 1e-5 * posterior.kl().mean()
+
+
+@torch.no_grad()
+def encode_gallery(vae: AutoencoderKL) -> Tensor:
+    """Latents of every legal picture, centred and scaled: sets the VAE's shift and scaling factors.
+
+    Returns:
+        [NUM_PROMPTS * NUM_MODES, C, H, W] with mean 0 and variance 1 over all elements.
+    """
+    raw = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in gallery().split(96)])
+    vae.register_to_config(shift_factor=raw.mean().item(), scaling_factor=1 / raw.std().item())
+    return (raw - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def posterior_mean(noisy: Tensor, sigma: Tensor, pictures: Tensor, allowed: Tensor) -> Tensor:
+    """E[x0 | noisy] when x0 is uniform over the allowed pictures: the exact flow-matching denoiser.
+
+    Args:
+        noisy: [B, C, H, W] = (1 - sigma) x0 + sigma noise.
+        sigma: [B], in (0, 1].
+        pictures: [M, C, H, W], clean latents.
+        allowed: [B, M] bool, which pictures the sample's prompt permits.
+    """
+    flat, alpha = pictures.flatten(1), (1 - sigma)[:, None]
+    scores = alpha * (noisy.flatten(1) @ flat.T) - 0.5 * alpha**2 * flat.square().sum(1)
+    weights = (scores / sigma[:, None] ** 2).masked_fill(~allowed, -torch.inf).softmax(1)
+    return (weights @ flat).view_as(noisy)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the transformer learns from: clean latents and the embeddings of all captions.
+
+    Attributes:
+        pictures: [NUM_PROMPTS * NUM_MODES, C, H, W].
+        prompt_embeds, pooled_embeds: of the captions, then of the empty prompt; [N + 1, L, D], [N + 1, D].
+    """
+
+    pictures: Tensor
+    prompt_embeds: Tensor
+    pooled_embeds: Tensor
+
+
+def transformer_loss(
+    transformer: nn.Module, lesson: Lesson, generator: torch.Generator, batch_size: int, dropout: float
+) -> Tensor:
+    """Velocity error against the exact posterior mean; a share of the prompts is empty.
+
+    Noise levels follow SD3's shift-2 map of the uniform: more weight where the free attributes are decided.
+    """
+    num_captions = len(lesson.prompt_embeds) - 1
+    caption = torch.randint(num_captions, (batch_size,), generator=generator)
+    prompt = caption % NUM_PROMPTS
+    picture = prompt * NUM_MODES + torch.randint(NUM_MODES, (batch_size,), generator=generator)
+    empty = torch.rand(batch_size, generator=generator) < dropout
+    uniform = torch.rand(batch_size, generator=generator).clamp(min=0.01)
+    sigma = 2 * uniform / (1 + uniform)
+    x0 = lesson.pictures[picture]
+    noise = torch.randn(x0.shape, generator=generator)
+    scale = sigma.view(-1, 1, 1, 1)
+    noisy = (1 - scale) * x0 + scale * noise
+    owner = torch.arange(len(lesson.pictures)) // NUM_MODES
+    allowed = empty[:, None] | (owner[None, :] == prompt[:, None])
+    velocity = (noisy - posterior_mean(noisy, sigma, lesson.pictures, allowed)) / scale
+    row = torch.where(empty, num_captions, caption)
+    predicted = transformer(
+        hidden_states=noisy,
+        timestep=sigma * 1000,
+        encoder_hidden_states=lesson.prompt_embeds[row],
+        pooled_projections=lesson.pooled_embeds[row],
+    ).sample
+    return F.mse_loss(predicted, velocity)
+
+
+@torch.no_grad()
+def reconstruction_validity(vae: AutoencoderKL) -> float:
+    """Share of legal pictures that survive the autoencoder by the reader's judgement."""
+    images = torch.cat(
+        [vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mode()).sample for chunk in gallery().split(96)]
+    )
+    reading = read((images / 2 + 0.5).clamp(0, 1))
+    same = reading.prompt * NUM_MODES + reading.mode == torch.arange(len(images))
+    return (reading.valid & same).float().mean().item()
+
+
+# Consumes the records of one fit: (name, total steps, records).
+Follow = Callable[[str, int, Iterator[tuple[int, float]]], None]
+
+
+def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> StableDiffusion3Pipeline:
+    """Train all parts in order; what is finished is loaded from `state`, not trained again.
+
+    Args:
+        recipe: every number that changes the result.
+        state: folder of the checkpoints.
+        follow: runs each fit to its end.
+    """
+    pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
+
+    def run(name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fitted: FitRecipe) -> None:
+        checkpoints = Checkpoints(state / name)
+        records = fit(
+            modules,
+            loss_at,
+            fitted,
+            seed=recipe.seed,
+            checkpoints=checkpoints,
+            checkpoint_every=recipe.checkpoint_every,
+        )
+        follow(name, fitted.steps, records)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # of the heads, which are thrown away
+        for name, tokenizer in (("text_encoder", pipeline.tokenizer), ("text_encoder_2", pipeline.tokenizer_2)):
+            encoder = getattr(pipeline, name)
+            heads = nn.Linear(encoder.config.projection_dim, NUM_PROMPTS // len(SHAPES) + len(SHAPES))
+            loss = partial(_text_loss_at, encoder, heads, tokenizer)
+            run(name, nn.ModuleList([encoder, heads]), loss, recipe.text_encoders)
+    run("vae", pipeline.vae, partial(vae_loss, pipeline.vae, batch_size=recipe.vae.batch_size), recipe.vae)
+    lesson = make_lesson(pipeline)
+    fitted = recipe.transformer
+    loss = partial(
+        transformer_loss, pipeline.transformer, lesson, batch_size=fitted.batch_size, dropout=recipe.prompt_dropout
+    )
+    run("transformer", pipeline.transformer, loss, fitted)
+    return pipeline
+
+
+def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer, _: torch.Generator) -> Tensor:
+    return text_loss(encoder, heads, tokenizer)
+
+
+@torch.no_grad()
+def make_lesson(pipeline: StableDiffusion3Pipeline) -> Lesson:
+    """Encode the gallery and all captions; the VAE's shift and scaling factors are set on the way."""
+    pictures = encode_gallery(pipeline.vae)
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
+    )
+    return Lesson(pictures, embeds, pooled)

@@ -1,0 +1,282 @@
+"""What every model family must keep; a family is certified by being listed here.
+
+The oracle is the family's own diffusers pipeline over the same folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import dpdmd_pipeline.backbones
+from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise
+from dpdmd_pipeline.dpdmd.sampling import rollout
+
+PROMPTS = ["a red circle", "a blue square", "one green triangle"]
+RESOLUTION = 32
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+class Specimen(NamedTuple):
+    """How the tests get at a tiny model of a family."""
+
+    fixture: str  # gives the folder
+    options: dict[str, Any]  # of load_backbone
+    parts: dict[str, Any]  # without which the pipeline does not load
+    call: dict[str, Any]  # of the pipeline's __call__
+
+
+SPECIMENS = {
+    "sd3": Specimen(
+        "decoding_teacher",
+        {"resolution": RESOLUTION, "max_sequence_length": 12, "level_range": (0.02, 0.98)},
+        {"text_encoder_3": None, "tokenizer_3": None},  # diffusers wants to be told, though the folder says so
+        {"max_sequence_length": 12},
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def decoding_teacher(tiny_teacher, tmp_path_factory):
+    """The tiny teacher with SD3.5's scale and shift of latents, so that decoding has both to undo."""
+    folder = tmp_path_factory.mktemp("decoding") / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.5305, "shift_factor": 0.0609}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, request):
+    return request.getfixturevalue(SPECIMENS[family].fixture)
+
+
+@pytest.fixture(scope="module")
+def backbone(family, folder):
+    return load_backbone(family, folder, **SPECIMENS[family].options)
+
+
+@pytest.fixture(scope="module")
+def model(backbone):
+    return backbone.load_model().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def pipeline(family, folder):
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, **SPECIMENS[family].parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def cond(backbone):
+    return backbone.encode(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def uncond(backbone):
+    return backbone.encode([""])
+
+
+def noise(backbone, count=3, seed=0):
+    return torch.randn(count, *backbone.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows(cond, index):
+    return {name: value[index : index + 1] for name, value in cond.items()}
+
+
+# ---- the list of families
+
+
+def test_every_file_that_loads_is_a_family_and_every_family_is_tested():
+    (folder,) = dpdmd_pipeline.backbones.__path__
+    loadable = {path.stem for path in Path(folder).glob("*.py") if "\ndef load(" in path.read_text()}
+    assert loadable == set(FAMILIES) == set(SPECIMENS)
+
+
+def test_an_unknown_family_is_refused_with_the_choice(tmp_path):
+    with pytest.raises(ValueError, match=r"backbone.family is 'sd9': choose one of .*sd3"):
+        load_backbone("sd9", tmp_path)
+
+
+# ---- levels
+
+
+def is_on_path(level: NoiseLevel) -> bool:
+    """Flow (alpha + sigma = 1) or VP (alpha^2 + sigma^2 = 1)."""
+    flow, vp = level.alpha + level.sigma - 1, level.alpha**2 + level.sigma**2 - 1
+    return bool((flow.abs() < 1e-6).all() or (vp.abs() < 1e-5).all())
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 30])
+def test_the_schedule_falls_from_noise_and_ends_clean(backbone, num_steps):
+    levels = backbone.schedule(num_steps)
+    assert len(levels) == num_steps + 1 and is_on_path(levels)
+    assert levels.sigma[0] > 0.99
+    assert bool((levels.sigma.diff() < 0).all()) and bool((levels.timestep.diff() < 0).all())
+    assert (levels.alpha[-1], levels.sigma[-1]) == (1, 0)
+    assert levels.sigma.dtype == levels.alpha.dtype == torch.float32
+
+
+def test_teacher_and_student_start_at_the_same_level(backbone, pipeline):
+    teacher, student = backbone.schedule(30), backbone.student_schedule("diffusers", 4)
+    assert teacher.sigma[0] == student.sigma[0] and teacher.timestep[0] == student.timestep[0]
+    pipeline.scheduler.set_timesteps(30)
+    torch.testing.assert_close(teacher.timestep[:-1].float(), pipeline.scheduler.timesteps.float(), rtol=0, atol=1e-4)
+
+
+def test_random_levels_are_per_sample_and_rise_with_their_number(backbone):
+    level = backbone.random_level(torch.linspace(0, 1 - 1e-6, 50))
+    for part in (level.alpha, level.sigma, level.timestep):
+        assert part.shape == (50, 1, 1, 1)
+    assert is_on_path(level)
+    assert bool((level.sigma.flatten().diff() >= 0).all()) and 0 < level.sigma.min() < level.sigma.max() < 1
+    one = backbone.random_level(torch.linspace(0, 1 - 1e-6, 50)[7:8])
+    assert one.sigma.item() == level.sigma[7].item()
+
+
+# ---- conditioning
+
+
+def test_encoding_is_batch_first_and_prompt_by_prompt(backbone, cond):
+    for name, value in cond.items():
+        assert len(value) == len(PROMPTS) and value.is_floating_point() and not value.requires_grad
+        assert bool(value.isfinite().all()), name
+    for index, prompt in enumerate(PROMPTS):
+        alone = backbone.encode([prompt])
+        assert alone.keys() == cond.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(value, rows(cond, index)[name], **TOLERANCE)
+
+
+def test_the_empty_prompt_has_the_shape_of_any_other(cond, uncond):
+    assert uncond.keys() == cond.keys()
+    assert all(uncond[name].shape == (1, *value.shape[1:]) for name, value in cond.items())
+    assert any(not torch.equal(uncond[name][0], value[0]) for name, value in cond.items())
+
+
+# ---- denoising
+
+
+def test_denoise_returns_x0_of_the_latents_shape_in_float32(backbone, model, cond):
+    for level in (backbone.schedule(4)[1], backbone.random_level(torch.tensor([0.1, 0.5, 0.9]))):
+        x0 = backbone.denoise(model, noise(backbone), level, cond)
+        assert x0.shape == (len(PROMPTS), *backbone.latent_shape) and x0.dtype == torch.float32
+        assert bool(x0.isfinite().all())
+
+
+def test_levels_per_sample_equal_calls_sample_by_sample(backbone, model, cond, uncond):
+    level, latents = backbone.random_level(torch.tensor([0.1, 0.5, 0.9])), noise(backbone)
+    together = backbone.denoise(model, latents, level, cond)
+    together_guided = guided(backbone, model, cond, uncond, 3.5)(latents, level)
+    for index in range(len(PROMPTS)):
+        for one in (level[index : index + 1], NoiseLevel(*(part[index].squeeze() for part in vars(level).values()))):
+            sample = latents[index : index + 1], one
+            alone = conditioned(backbone, model, rows(cond, index))(*sample)
+            torch.testing.assert_close(together[index : index + 1], alone, **TOLERANCE)
+            alone = guided(backbone, model, rows(cond, index), uncond, 3.5)(*sample)
+            torch.testing.assert_close(together_guided[index : index + 1], alone, **TOLERANCE)
+
+
+def test_prompt_and_level_matter(backbone, model, cond):
+    latents, levels = noise(backbone, 1).expand(2, -1, -1, -1), backbone.schedule(4)
+    pair = {name: value[:2] for name, value in cond.items()}
+    first, second = backbone.denoise(model, latents, levels[1], pair)
+    assert not torch.allclose(first, second)
+    assert not torch.allclose(backbone.denoise(model, latents, levels[2], pair)[0], first)
+
+
+def test_gradients_reach_weights_and_latents(backbone, cond):
+    model, latents = backbone.load_model(), noise(backbone).requires_grad_()
+    backbone.denoise(model, latents, backbone.schedule(4)[1], cond).square().sum().backward()
+    assert latents.grad.abs().sum() > 0
+    assert sum(p.grad is not None and bool((p.grad != 0).any()) for p in model.parameters()) > 10
+
+
+def test_guidance_at_scale_1_is_no_guidance(backbone, model, cond, uncond):
+    latents, level = noise(backbone), backbone.schedule(4)[1]
+    plain = conditioned(backbone, model, cond)(latents, level)
+    assert torch.equal(guided(backbone, model, cond, uncond, 1)(latents, level), plain)
+    torch.testing.assert_close(backbone.guide(plain, noise(backbone, seed=1), 1.0), plain, **TOLERANCE)
+
+
+def test_guidance_grows_with_its_scale(backbone, model, cond, uncond):
+    latents, level = noise(backbone), backbone.schedule(4)[1]
+    plain = conditioned(backbone, model, cond)(latents, level)
+    distance = [(guided(backbone, model, cond, uncond, s)(latents, level) - plain).norm() for s in (1.0, 2.0, 3.5)]
+    assert distance[0] < distance[1] < distance[2]
+
+
+# ---- against the pipeline
+
+
+@pytest.mark.parametrize(("num_steps", "scale"), [(4, 3.5), (30, 3.5), (4, 1.0)])
+def test_denoise_and_step_give_the_latents_of_the_pipeline(
+    family, backbone, model, pipeline, cond, uncond, num_steps, scale
+):
+    latents = noise(backbone)
+    expected = pipeline(
+        PROMPTS,
+        num_inference_steps=num_steps,
+        guidance_scale=scale,
+        latents=latents.clone(),
+        height=RESOLUTION,
+        width=RESOLUTION,
+        output_type="latent",
+        **SPECIMENS[family].call,
+    ).images
+    with torch.no_grad():
+        ours = rollout(guided(backbone, model, cond, uncond, scale), latents, backbone.schedule(num_steps))
+    torch.testing.assert_close(ours, expected, **TOLERANCE)
+
+
+def test_decode_gives_the_pictures_of_the_pipeline(family, backbone, pipeline):
+    latents = noise(backbone)
+    call = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": RESOLUTION, "width": RESOLUTION}
+    drawn, expected = (
+        pipeline(PROMPTS, latents=latents.clone(), output_type=kind, **call, **SPECIMENS[family].call).images
+        for kind in ("latent", "pt")
+    )
+    images = backbone.decode(drawn)
+    assert images.shape == (len(PROMPTS), 3, RESOLUTION, RESOLUTION)
+    torch.testing.assert_close(images, expected, **TOLERANCE)
+
+
+def test_pictures_lie_between_0_and_1_and_have_no_gradient(backbone):
+    images = backbone.decode(100 * noise(backbone))
+    assert images.min() >= 0 and images.max() <= 1 and images.dtype == torch.float32
+    assert not images.requires_grad
+
+
+# ---- networks
+
+
+def test_a_saved_student_loads_as_it_was(backbone, cond, tmp_path):
+    student = backbone.load_model().eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    student.save_pretrained(tmp_path / "student")
+    loaded = backbone.load_model(tmp_path / "student").eval()
+    level = backbone.schedule(4)[1]
+    with torch.no_grad():
+        latents = add_noise(noise(backbone), noise(backbone, seed=1), level)
+        assert torch.equal(*(backbone.denoise(net, latents, level, cond) for net in (student, loaded)))
+
+
+def test_each_load_is_a_network_of_its_own(backbone):
+    first, second = backbone.load_model(), backbone.load_model()
+    for mine, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr()

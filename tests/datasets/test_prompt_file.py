@@ -1,0 +1,189 @@
+import csv
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpdmd_pipeline.datasets.prompt_file import MAX_LINE, Line, PromptFile, PromptFileDataset
+
+TRICKY = [
+    "50-year-old man",
+    "3 cats",
+    'a sign, "open", in the rain',
+    "e\u0301cole 🦊👩‍👩‍👧",
+    "שלום \u200fעולם",
+    "[red] (car) {x} \\n",
+    "a\u2028b",
+]
+writable = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return PromptFile(path)
+
+
+def texts(file):
+    return [line.text for line in file.lines()]
+
+
+def write_csv(path, column, values):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", column], *([index, text] for index, text in enumerate(values))])
+    return PromptFile(path)
+
+
+def write_parquet(path, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return PromptFile(path)
+
+
+@pytest.mark.parametrize("key", ["text", "prompt", "caption"])
+def test_every_format_gives_back_what_was_written(tmp_path, key):
+    files = [
+        write(tmp_path / "a.txt", "\n".join(TRICKY)),
+        write(tmp_path / "a.jsonl", "\n".join(json.dumps({key: text, "other": 1}) for text in TRICKY)),
+        write(tmp_path / "b.jsonl", "\n".join(json.dumps(text, ensure_ascii=False) for text in TRICKY) + "\n"),
+        write_csv(tmp_path / "a.csv", key, TRICKY),
+        write_parquet(tmp_path / "a.PARQUET", id=range(len(TRICKY)), **{key: TRICKY}),
+    ]
+    for file in files:
+        assert texts(file) == TRICKY, file.path.name
+
+
+@given(records=st.lists(st.fixed_dictionaries({"text": writable, "train": st.booleans()})))
+def test_saved_records_are_loaded(tmp_path_factory, records):
+    dataset = PromptFileDataset(filepath=str(tmp_path_factory.mktemp("saved") / "new" / "prompts.jsonl"))
+    dataset.save(iter(records))
+    assert list(dataset.load()) == records
+    assert list(dataset.load().records(1, 3)) == records[1:3]
+    assert texts(dataset.load()) == [record["text"] for record in records]
+
+
+def test_loading_opens_nothing(tmp_path):
+    dataset = PromptFileDataset(filepath=str(tmp_path / "later.txt"))
+    assert not dataset.exists()
+    file = dataset.load()
+    write(tmp_path / "later.txt", "a cat")
+    assert dataset.exists()
+    assert texts(file) == texts(file) == ["a cat"]
+
+
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    def broken():
+        yield {"text": "new"}
+        raise KeyboardInterrupt
+
+    dataset = PromptFileDataset(filepath=str(tmp_path / "prompts.jsonl"))
+    dataset.save([{"text": "old"}])
+    with pytest.raises(KeyboardInterrupt):
+        dataset.save(broken())
+    assert list(dataset.load()) == [{"text": "old"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content", ["1. a cat\n2. 3 dogs\n10. 50-year-old man\n", "0) a cat\r\n\r\n 1)  3 dogs\r\n2) 50-year-old man"]
+)
+def test_a_numbered_list_loses_its_numbers(tmp_path, content):
+    file = write(tmp_path / "a.txt", b"\xef\xbb\xbf" + content.encode())
+    assert file.is_numbered_list()
+    assert [text for text in texts(file) if text] == ["a cat", "3 dogs", "50-year-old man"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["50-year-old man", "3 cats"],
+        ["1. a cat", "a dog"],
+        ["2. Weltkrieg"],
+        ["2. Bundesliga", "1. FC"],
+        ["1.5 litres of milk", "2.5 litres"],
+        ["1. same", "1. same"],
+    ],
+)
+def test_other_numbers_are_words(tmp_path, lines):
+    file = write(tmp_path / "a.txt", "\n".join(lines))
+    assert not file.is_numbered_list()
+    assert texts(file) == lines
+
+
+def test_lines_carry_their_place(tmp_path):
+    assert list(write(tmp_path / "a.txt", "a\n\nb\n").lines()) == [Line(1, "a"), Line(2, ""), Line(3, "b")]
+    rows = 'text\n"two\nlines"\n\nlast\n'
+    assert list(write(tmp_path / "a.csv", rows).lines()) == [Line(2, "two\nlines"), Line(4, ""), Line(5, "last")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"ok\na \x00 cat", "a.txt, line 2, byte 5: NUL in a prompt; remove it"),
+        ("a.txt", b"\xef\xbb\xbf\xc3\xa9\x1b[0m", "line 1, byte 5: control character U.001B in a prompt"),
+        ("a.txt", b"ok\r\n\xc3\xa9 \xff", "line 2, byte 7: 0xff is not UTF-8; save the file as UTF-8"),
+        ("a.txt", b"\xff\xfea\x00", "line 1, byte 0: 0xff is not UTF-8"),
+        ("a.txt", b"x" * (MAX_LINE + 1), "line 1, byte 0: more than 1048576 bytes"),
+        ("a.doc", b"a cat", "ends in '.doc': give one of .txt, .jsonl, .csv, .parquet"),
+        ("a", b"a cat", "ends in '': give one of"),
+        ("a.jsonl", b'"ok"\n{"text": ', "line 2, byte 14: not JSON"),
+        ("a.jsonl", b'{"body": "a cat"}', "a.jsonl, line 1 names none of text, prompt, caption; it has 'body'"),
+        ("a.jsonl", b'{"text": 7}', "line 1, byte 0: 7 where a string is due"),
+        ("a.jsonl", b"[1]", "where a string is due"),
+        ("a.jsonl", b'"ok"\n"a \\u0000"', "line 2, byte 5: NUL in a prompt"),
+        ("a.jsonl", b'"\\ud800"', "line 1, byte 0: half a surrogate pair U.D800"),
+        ("a.jsonl", b"[" * 100_000, "line 1, byte 0: JSON nested too deeply"),
+        (
+            "a.csv",
+            b"id,body\n1,a cat",
+            "the header of .*a.csv names none of text, prompt, caption; it has 'id', 'body'",
+        ),
+        ("a.csv", b"text\na red, shiny car", "line 2: 2 fields, but 1 in the header; put texts with commas in quotes"),
+        ("a.csv", b'text\nok\n"open', "line 3: malformed CSV"),
+        ("a.csv", b'text\n"a\n\xff"', "line 3, byte 8: 0xff is not UTF-8"),
+        ("a.parquet", b"PAR1 not really", "a.parquet is not a readable Parquet file"),
+    ],
+)
+def test_bad_content_is_refused_with_its_place(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        texts(write(tmp_path / name, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"body": ["a"]}, "the schema of .* names none of"),
+        ({"text": [1]}, "row 1: 1 where a string is due"),
+        ({"text": ["ok", "é\x00"]}, "row 2, byte 2 of the text: NUL"),
+    ],
+)
+def test_bad_parquet_is_refused_with_its_place(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        texts(write_parquet(tmp_path / "a.parquet", **columns))
+
+
+def test_undecodable_parquet_is_refused_with_its_row(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    broken = pa.array([b"ok", b"a \xff"], pa.binary()).view(pa.string())
+    with pytest.raises(ValueError, match="row 2, byte 2 of the text: not UTF-8"):
+        texts(write_parquet(tmp_path / "a.parquet", text=broken))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_a_missing_file_is_named(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match=f"prompt file .*nope{suffix} does not exist: create it"):
+        texts(PromptFile(tmp_path / f"nope{suffix}"))
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(IsADirectoryError, match="is a folder: give a file"):
+        texts(PromptFile(tmp_path / "a.txt"))
+
+
+def test_only_jsonl_is_written(tmp_path):
+    with pytest.raises(Exception, match=r"only \.jsonl can be written"):
+        PromptFileDataset(filepath=str(tmp_path / "a.csv")).save([{"text": "a"}])

@@ -1,0 +1,208 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.datasets.prompt_file import PromptFile, PromptFileDataset
+from dpdmd_pipeline.datasets.sharded import ShardedDataset
+from dpdmd_pipeline.pipelines.prompts import nodes
+from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
+from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+
+OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu"}
+BACKBONE = {
+    "family": "sd3",
+    "resolution": 32,
+    "max_sequence_length": 0,
+    "num_steps": 30,
+    "guidance_scale": 3.5,
+    "level_range": [0.02, 0.98],
+    "dtype": "float32",
+}
+TEXTS = ["a red circle", "a blue square", "one green triangle"]
+
+
+def options(**changes):
+    return PromptsOptions(**OPTIONS | changes)
+
+
+def backbone(**changes):
+    return BackboneOptions(**BACKBONE | changes)
+
+
+def write_records(path, texts):
+    dataset = PromptFileDataset(filepath=str(path))
+    dataset.save({"text": text, "train": True, "eval": False} for text in texts)
+    return dataset.load()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_records(tmp_path / "prompts.jsonl", TEXTS)
+
+
+def test_bad_input_is_refused_by_the_node_and_not_while_saving(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ok\n\x00")
+    with pytest.raises(ValueError, match="line 2, byte 3: NUL"):
+        clean_prompts(PromptFile(tmp_path / "a.txt"), PromptFile(tmp_path / "absent.txt"), options())
+
+
+def test_the_evaluation_file_is_read_only_when_it_decides(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"{index} cats" for index in range(100)))
+    files = PromptFile(tmp_path / "a.txt"), PromptFile(tmp_path / "absent.txt")
+    _, report = clean_prompts(*files, options(eval_share=0.2))
+    assert len(report["files"]) == 1
+    with pytest.raises(FileNotFoundError, match="absent"):
+        clean_prompts(*files, options())
+
+
+def test_the_report_is_json_and_says_where_drops_were(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("1. a cat\n2. a cat\n")
+    with caplog.at_level(logging.INFO):
+        prompts, report = clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options())
+    assert list(prompts) == [{"text": "a cat", "train": True, "eval": True}]
+    dropped = json.loads(json.dumps(report))["files"][0]["dropped"]
+    assert dropped == [{"file": "a.txt", "line": 2, "reason": "repeats line 1"}]
+    assert "a.txt: 1 of 2 lines kept, 0 empty and 1 repeated dropped" in caplog.text
+    assert "numbered list" in caplog.text
+
+
+def test_embeddings_are_those_of_the_diffusers_pipeline_and_the_last_is_of_the_empty_prompt(
+    tmp_path, prompts, tiny_teacher
+):
+    from diffusers import StableDiffusion3Pipeline
+
+    dataset = ShardedDataset(filepath=str(tmp_path / "embeddings"))
+    dataset.save(encode_prompts(prompts, tiny_teacher, backbone(), options()))
+    stored = dataset.load()
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    texts = [*TEXTS, ""]
+    assert len(stored) == len(texts)
+    for start in (0, 2):
+        with torch.no_grad():
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                texts[start : start + 2], None, None, do_classifier_free_guidance=False, max_sequence_length=0
+            )
+        rows = stored.rows([start, start + 1])
+        assert torch.equal(rows["prompt_embeds"], embeds)
+        assert torch.equal(rows["pooled_embeds"], pooled)
+
+
+def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts, tiny_teacher, monkeypatch):
+    loads = []
+    load = BackboneOptions.load
+    monkeypatch.setattr(BackboneOptions, "load", lambda *args: loads.append(args) or load(*args))
+    dataset = ShardedDataset(filepath=str(tmp_path / "embeddings"))
+    dataset.save(encode_prompts(prompts, tiny_teacher, backbone(), options()))
+    assert len(loads) == 1
+    dataset.save(encode_prompts(prompts, tiny_teacher, backbone(), options(batch_size=1)))
+    assert len(loads) == 1
+
+
+def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(tmp_path, prompts, tiny_teacher):
+    def identity(file=prompts, teacher=tiny_teacher, backbone_changes=(), **changes):
+        return encode_prompts(file, teacher, backbone(**dict(backbone_changes)), options(**changes)).fingerprint
+
+    copy = shutil.copytree(tiny_teacher, tmp_path / "copy")
+    same = identity()
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"trained on")
+    assert identity(teacher=copy, batch_size=1, backbone_changes={"num_steps": 9, "guidance_scale": 1.0}) == same
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"model_max_length": 12', '"model_max_length": 11'))
+    others = [
+        identity(teacher=copy),
+        identity(shard_size=3),
+        identity(backbone_changes={"dtype": "bfloat16"}),
+        identity(write_records(tmp_path / "other.jsonl", TEXTS[::-1])),
+        identity(write_records(tmp_path / "more.jsonl", [*TEXTS, "a cat"])),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_a_prompt_the_tokenizer_cuts_off_is_named_with_its_loss(tmp_path, tiny_teacher, caplog):
+    from transformers import AutoTokenizer
+
+    long = "a picture of a red [/circle] é"
+    prompts = write_records(tmp_path / "prompts.jsonl", [TEXTS[0], long])
+    manifest = encode_prompts(prompts, tiny_teacher, backbone(), options()).manifest
+    tokens = len(AutoTokenizer.from_pretrained(tiny_teacher / "tokenizer")(long)["input_ids"])
+    lost = {"tokenizer": tokens - 12, "tokenizer_2": tokens - 12}
+    assert manifest["truncated"] == {"count": 1, "listed": [{"row": 1, "tokens_lost": lost}]}
+    assert f"prompts.jsonl line 2: tokenizer cuts off {tokens - 12} of {tokens} tokens" in caplog.text
+    assert long in caplog.text
+
+
+def test_warnings_are_capped_and_counted(tmp_path, tiny_teacher, caplog, monkeypatch):
+    monkeypatch.setattr(nodes, "MAX_WARNINGS", 2)
+    monkeypatch.setattr(nodes, "MAX_LISTED", 3)
+    prompts = write_records(tmp_path / "prompts.jsonl", [f"unknown words everywhere {index}" for index in range(5)])
+    truncated = encode_prompts(prompts, tiny_teacher, backbone(), options()).manifest["truncated"]
+    assert (truncated["count"], len(truncated["listed"])) == (5, 3)
+    assert caplog.text.count("cuts off") // 2 == 2
+    assert "3 more prompts are cut off" in caplog.text
+
+
+def test_prompts_that_fit_bring_no_warning(prompts, tiny_teacher, caplog):
+    assert encode_prompts(prompts, tiny_teacher, backbone(), options()).manifest["truncated"]["count"] == 0
+    assert not caplog.records
+
+
+def test_a_teacher_without_text_encoder_is_refused(tmp_path, prompts):
+    with pytest.raises(FileNotFoundError, match="no text_encoder/ or no tokenizer/"):
+        encode_prompts(prompts, tmp_path, backbone(), options())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"eval_share": 0},
+        {"eval_share": 1.0},
+        {"eval_share": "x"},
+        {"batch_size": 0},
+        {"batch_size": 1.5},
+        {"shard_size": True},
+        {"device": "tpu"},
+        {"typo": 1},
+    ],
+)
+def test_bad_prompts_options_are_refused(changes):
+    with pytest.raises(ValidationError):
+        options(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "sd9"}, "choose one of sd3"),
+        ({"resolution": "32"}, "valid integer"),
+        ({"max_sequence_length": -1}, "greater than or equal to 0"),
+        ({"guidance_scale": 0.5}, "greater than or equal to 1"),
+        ({"guidance_scale": float("nan")}, "finite"),
+        ({"guidance_scale": float("inf")}, "finite"),
+        ({"level_range": [0.9, 0.1]}, "give 0 <= low < high <= 1"),
+        ({"level_range": [0, 1.5]}, "give 0 <= low < high <= 1"),
+        ({"dtype": "float8"}, "'float32', 'bfloat16' or 'float16'"),
+        ({"typo": 1}, "not permitted"),
+    ],
+)
+def test_bad_backbone_options_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        backbone(**changes)
+
+
+@pytest.mark.parametrize("model", [PromptsOptions, BackboneOptions])
+def test_no_option_has_a_default(model):
+    assert all(field.is_required() for field in model.model_fields.values())
+
+
+def test_auto_is_cuda_where_there_is_one_and_cuda_without_one_is_refused():
+    if torch.cuda.is_available():
+        assert resolve_device("auto").type == "cuda"
+    else:
+        assert resolve_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device here"):
+            resolve_device("cuda")

@@ -1,0 +1,324 @@
+"""The page tells what the numbers say, shows what it is given, and leans on nothing outside itself."""
+
+import base64
+import copy
+import io
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from kedro_datasets.text import TextDataset
+from PIL import Image
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.pipelines.report import create_pipeline
+from dpdmd_pipeline.pipelines.report.nodes import (
+    CURVES,
+    escape_markdown,
+    make_curve,
+    make_report,
+    make_verdict,
+    plain_options,
+    show_result,
+)
+from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
+
+ROOT = Path(__file__).parents[3]
+OPTIONS = ReportOptions(max_prompts=12, max_strip_width=1024, curve_points=50)
+COLOURS = {"teacher": (255, 0, 0), "dmd": (0, 255, 0), "dp_dmd": (0, 0, 255)}
+HOSTILE = '<script>alert(1)</script> {{ 7*7 }} {% raw %} | **bold** [link](http://x.org) & "quotes" `code` ünï'
+
+
+def measured(value, spread):
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02):
+    """Metrics of three models; `spread` is the half width of every interval, relative for the modes."""
+    metrics = {}
+    for name, mode, share, nfe in zip(COLOURS, modes, valid, (60, 4, 4), strict=True):
+        metrics[name] = {
+            "nfe": nfe,
+            "n": {"prompts": 3, "per_prompt": 64},
+            "quality": {
+                "valid": measured(share, spread),
+                "aligned": measured(share, spread),
+                "residual": measured(0.03, 0),
+            },
+            "diversity": {
+                "effective_modes": measured(mode, spread * mode),
+                "coverage": measured(mode / 72, spread),
+                "entropy": measured(mode / 13, spread),
+                "pairwise_distance": measured(0.4, spread),
+            },
+        }
+    teacher, dmd, ours = modes
+    gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
+    others = {"coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
+    metrics["dp_dmd"]["gap_recovered"] = {"effective_modes": gap, **others}
+    return metrics
+
+
+def made_history(anchored, steps=120):
+    rows = [
+        {"step": step, "dmd_loss": 0.3, "diversity_loss": anchored / step, "fake_score_loss": 1 / step}
+        | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
+        for step in range(1, steps + 1)
+    ]
+    return [{**row, "grad_ratio": 2.0} if anchored and row["step"] % 10 == 0 else row for row in rows]
+
+
+def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
+    def group(name, of=None):
+        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{of or name}.yml").read_text())[name]
+
+    inputs = {
+        "metrics": made_metrics(),
+        "prompts": [{"text": "only trained on", "train": True, "eval": False}]
+        + [{"text": text, "train": False, "eval": True} for text in texts],
+        "train_history": made_history(1.0),
+        "train_history_dmd": made_history(0.0),
+        **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
+        "options": OPTIONS,
+        **{f"{name}_options": group(name) for name in ("backbone", "prompts", "anchors", "train", "evaluate")},
+        "train_dmd_options": group("train_dmd", "train"),
+    }
+    return {**inputs, **changes}
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# ---- the verdict
+
+
+@pytest.mark.parametrize(
+    ("metrics", "says"),
+    [
+        (made_metrics(), "recovers 90 % of the diversity that DMD lost: 58.0 effective modes"),
+        (made_metrics(modes=(64, 5, 65)), "recovers all of the diversity"),
+        (made_metrics(modes=(64, 5, 20)), "recovers only 25 % of the diversity"),
+        (made_metrics(modes=(64, 5, 4)), "does not recover the diversity that DMD lost"),
+        (made_metrics(modes=(64, 5, 5.1)), "does not measurably recover the diversity"),
+        (made_metrics(modes=(60, 62, 61)), "DMD lost no diversity here"),
+        (made_metrics(modes=(60, 59, 61)), "cannot be told from chance"),
+    ],
+)  # fmt: skip
+def test_the_verdict_says_what_became_of_diversity(metrics, says):
+    assert says in make_verdict(metrics)
+
+
+@pytest.mark.parametrize(
+    ("valid", "says"),
+    [
+        ((0.95, 0.87, 0.91), "; DP-DMD's pictures are valid no less often than DMD's, 91.0 % against 87.0 %."),
+        ((0.95, 0.91, 0.90), "; DP-DMD's pictures are valid a little less often than DMD's, within the uncertainty"),
+        ((0.95, 0.91, 0.70), ", but DP-DMD's pictures are valid less often than DMD's, 70.0 % against 91.0 %."),
+    ],
+)
+def test_the_verdict_does_not_hide_a_loss_of_quality(valid, says):
+    assert says in make_verdict(made_metrics(valid=valid))
+
+
+# ---- the page
+
+
+def test_the_html_needs_nothing_but_itself():
+    html, _ = make_report(**made_inputs())
+    tags = Tags(html).tags
+    assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "base", "form"}
+    names = ("src", "href", "srcset", "data", "action")
+    references = [attrs[name] for _, attrs in tags for name in names if name in attrs]
+    assert references and all(reference.startswith("data:image/png;base64,") for reference in references)
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_each_row_holds_one_prompt_and_the_three_models_in_order():
+    html, _ = make_report(**made_inputs())
+    images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"]
+    strips = [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in images]
+    assert [strip.size for strip in strips] == [(90, 10)] * 9
+    assert [strip.getpixel((5, 5)) for strip in strips] == list(COLOURS.values()) * 3
+
+
+def test_rows_of_pictures_are_cut_where_the_prompts_are():
+    grids = made_inputs()
+    for row in range(3):
+        grids["grid_teacher"].paste((row, row, row), (0, 10 * row, 90, 10 * row + 10))
+    html, _ = make_report(**grids)
+    images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"][::3]
+    strips = [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in images]
+    assert [strip.getcolors() for strip in strips] == [[(900, (row, row, row))] for row in range(3)]
+
+
+def test_captions_name_the_cost():
+    for page in make_report(**made_inputs()):
+        assert "teacher, 60 network evaluations" in page
+        assert "DMD, 4" in page and "DP-DMD, 4" in page
+
+
+def test_prompts_are_text_whatever_they_hold():
+    html, md = make_report(**made_inputs())
+    parsed = Tags(html)
+    assert HOSTILE in parsed.text
+    assert "script" not in {tag for tag, _ in parsed.tags}
+    assert any(HOSTILE in attrs.get("alt", "") for _, attrs in parsed.tags)
+    assert "only trained on" not in html + md
+    assert "<script>" not in md and "{% raw %}" in md.replace("\\", "") and not re.search(r"(?<!\\)\]\(http", md)
+
+
+def test_markdown_shows_special_characters_as_they_are():
+    assert escape_markdown("a|b <i> *c* [d](e) _f_ `g` & #h") == (
+        r"a\|b &lt;i&gt; \*c\* \[d\](e) \_f\_ \`g\` &amp; \#h"
+    )
+    assert escape_markdown("1. red") == r"1\. red"
+    assert escape_markdown("- red") == r"\- red"
+    assert escape_markdown("3.5") == "3.5"
+
+
+def test_the_markdown_shows_the_pictures_of_the_catalog_that_lie_beside_it():
+    _, md = make_report(**made_inputs())
+    catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog.yml").read_text())
+    folder = Path(catalog["report_md"]["filepath"]).parent
+    linked = {folder / name for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", md)}
+    entries = ("grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve")
+    assert linked == {Path(catalog[entry]["filepath"]) for entry in entries}
+
+
+def test_every_table_of_the_markdown_has_as_many_cells_in_each_row():
+    _, md = make_report(**made_inputs())
+    for table in re.findall(r"(?:^\|.*\n)+", md, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(cells) == 1 and len(table.splitlines()) >= 3, table
+
+
+def test_a_gap_that_is_not_there_is_a_dash_that_is_explained():
+    for page in make_report(**made_inputs()):
+        assert page.count("\N{EM DASH}") >= 2 and "DMD lost nothing in this metric" in page
+    complete = made_metrics()
+    complete["dp_dmd"]["gap_recovered"]["pairwise_distance"] = 1.0
+    for page in make_report(**made_inputs(metrics=complete)):
+        assert "DMD lost nothing in this metric" not in page
+
+
+def test_an_unknown_metric_is_shown_under_its_own_name():
+    metrics = made_metrics()
+    for model in metrics.values():
+        model["diversity"]["vendi_score"] = measured(3.0, 0.5)
+    html, _ = make_report(**made_inputs(metrics=metrics))
+    assert "vendi score" in html and "2.500 to 3.500" in html
+
+
+def test_the_same_inputs_give_the_same_bytes():
+    assert make_report(**made_inputs()) == make_report(**copy.deepcopy(made_inputs()))
+
+
+def test_typed_and_plain_options_give_the_same_bytes():
+    plain = made_inputs()
+    recipe = {name: plain["train_options"][name] for name in Recipe.model_fields}
+    typed = {
+        "backbone_options": BackboneOptions.model_validate(plain["backbone_options"]),
+        "anchors_options": AnchorRecipe.model_validate(plain["anchors_options"]),
+        "train_options": Recipe.model_validate(recipe),
+    }
+    assert make_report(**{**plain, "train_options": recipe}) == make_report(**{**plain, **typed})
+
+
+def test_a_number_reads_the_same_however_it_was_written():
+    assert plain_options({"a": 10, "b": 1e-05, "c": None, "d": True, "e": [1, 0.5]}) == plain_options(
+        {"e": (1.0, 0.5), "d": True, "c": None, "b": 0.00001, "a": 10.0}
+    )
+
+
+def test_what_differs_between_the_students_is_marked():
+    html, md = make_report(**made_inputs())
+    assert r"| **diversity\_weight** |" in md
+    assert "| seed | 0 | 0 |" in md
+    assert '<tr class="differs"><th scope="row">diversity_weight</th>' in html
+
+
+def test_only_so_many_prompts_and_pixels_are_inlined_as_asked():
+    small = ReportOptions(max_prompts=2, max_strip_width=45, curve_points=50)
+    html, _ = make_report(**made_inputs(options=small))
+    images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"]
+    assert len(images) == 6
+    assert Image.open(io.BytesIO(base64.b64decode(images[0].split(",")[1]))).size == (45, 5)
+    assert "The first 2 of 3 evaluation prompts" in html
+
+
+@pytest.mark.parametrize("texts", [(), ("one", "two", "three", "four")])
+def test_a_grid_of_other_prompts_is_refused_with_both_numbers(texts):
+    inputs = made_inputs()
+    inputs["prompts"] = [{"text": text, "train": False, "eval": True} for text in texts]
+    with pytest.raises(ValueError, match=rf"grid_teacher is 30 pixels high and cannot show {len(texts)} .*evaluate"):
+        make_report(**inputs)
+
+
+# ---- curves
+
+
+def test_a_curve_stays_in_its_frame_and_within_its_points():
+    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
+    for key in CURVES:
+        curve = make_curve(key, runs, 50)
+        for points in curve["lines"].values():
+            pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
+            assert len(pairs) <= 50
+            assert all(46 <= x <= 352 and 12 <= y <= 170 for x, y in pairs)
+        assert curve["last"] == "120" and 1 <= len(curve["ticks"]) <= 6
+
+
+def test_a_curve_without_positive_values_is_left_out():
+    assert make_curve("grad_ratio", {"dmd": made_history(0.0)}, 50) is None
+    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
+    assert list(make_curve("diversity_loss", runs, 50)["lines"]) == ["dp_dmd"]
+
+
+# ---- the terminal, the line
+
+
+def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(capsys):
+    show_result(made_metrics(), "", "")
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["teacher", "DMD", "DP-DMD"]
+    assert lines[4].startswith("gap recovered") and "90 %" in lines[4]
+    assert lines[-1] == make_verdict(made_metrics())
+    assert shown.isascii() and "\x1b" not in shown
+
+
+def test_the_pipeline_makes_both_reports_and_then_shows_the_result(capsys, tmp_path):
+    stages = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
+    renamed = {"options": "params:report", **{f"{name}_options": f"params:{name}" for name in stages}}
+    given = {renamed.get(name, name): MemoryDataset(value) for name, value in made_inputs().items()}
+    reports = {name: TextDataset(filepath=str(tmp_path / name)) for name in ("report_html", "report_md")}
+    SequentialRunner().run(create_pipeline(), DataCatalog({**given, **reports}))
+    assert reports["report_html"].load().startswith("<!doctype html>")
+    assert reports["report_md"].load().startswith("# DP-DMD")
+    assert "gap recovered" in capsys.readouterr().out
+
+
+def test_the_stage_is_imported_without_anything_heavy():
+    code = "import sys, dpdmd_pipeline.pipelines.report as r; r.create_pipeline(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "diffusers", "transformers", "jinja2", "PIL"} & set(loaded)

@@ -1,0 +1,272 @@
+"""What a user sees of a run that cannot go well, through the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpdmd_pipeline.hooks import error_line
+
+PROJECT = Path(__file__).parents[1]
+
+FILES = {
+    "pyproject.toml": """
+        [tool.kedro]
+        package_name = "toy"
+        project_name = "toy"
+        kedro_init_version = "1.7.0"
+        source_dir = "src"
+        """,
+    "conf/base/parameters.yml": """
+        train: {steps: 3, optimizer: {lr: 0.1}, what: nothing}
+        """,
+    "conf/base/catalog.yml": """
+        prompts: {type: text.TextDataset, filepath: data/prompts.txt}
+        words: {type: json.JSONDataset, filepath: data/words.json}
+        history: {type: json.JSONDataset, filepath: "${runtime_params:raw_prompts,data/history.json}"}
+        """,
+    "src/toy/__init__.py": "",
+    "src/toy/settings.py": """
+        from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, HOOKS
+        """,
+    "src/toy/pipeline_registry.py": """
+        from kedro.framework.project import find_pipelines
+
+        def register_pipelines():
+            pipelines = find_pipelines(raise_errors=True)
+            return pipelines | {"__default__": sum(pipelines.values())}
+        """,
+    "src/toy/pipelines/__init__.py": "",
+    "src/toy/pipelines/prompts/__init__.py": """
+        from kedro.pipeline import Node, Pipeline
+
+        def split(text: str) -> list:
+            return text.split()
+
+        def create_pipeline():
+            return Pipeline([Node(split, "prompts", "words", name="split")])
+        """,
+    "src/toy/pipelines/train/__init__.py": """
+        import sys, time
+        from pydantic import BaseModel, ConfigDict, Field
+        from kedro.pipeline import Node, Pipeline
+
+        class Optimizer(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+            lr: float = Field(gt=0)
+
+        class Options(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+            steps: int
+            what: str
+            optimizer: Optimizer
+
+        def train(words: list, options: Options) -> list:
+            if options.what == "bug":
+                import torch
+                torch.zeros(2).reshape(object())
+            if options.what == "wait":
+                print("waiting", flush=True)
+                time.sleep(60)
+            if options.what == "refuse":
+                from dpdmd_pipeline.backbones.base import load_backbone
+                load_backbone("sd9", None)
+            return words
+
+        def create_pipeline():
+            return Pipeline([Node(train, ["words", "params:train"], "history", name="train")])
+        """,
+}
+
+
+@pytest.fixture
+def toy(tmp_path) -> Path:
+    """A Kedro project of two stages under our settings and our logging."""
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        indent = len(text) - len(text.lstrip()) - 1
+        path.write_text(text.replace("\n" + " " * indent, "\n") if indent > 0 else text)
+    (tmp_path / "conf/local").mkdir()
+    (tmp_path / "data").mkdir()
+    logging_yml = (PROJECT / "conf/logging.yml").read_text()
+    logging_yml = logging_yml.replace("  dpdmd_pipeline:", "  toy: {}\n\n  dpdmd_pipeline:")
+    (tmp_path / "conf/logging.yml").write_text(logging_yml)
+    (tmp_path / ".telemetry").write_text("consent: false\n")
+    (tmp_path / "data/prompts.txt").write_text("a red circle")
+    (tmp_path / "data/words.json").write_text('["a"]')
+    return tmp_path
+
+
+def kedro(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "kedro", "run", *args]
+    return subprocess.run(
+        command, cwd=folder, env=_environment(environment), capture_output=True, text=True, timeout=60
+    )
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"DO_NOT_TRACK": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | more
+
+
+def refusal(result: subprocess.CompletedProcess) -> str:
+    """The message of a run that ended in one error and no traceback."""
+    output = result.stdout + result.stderr
+    assert result.returncode == 1, output
+    assert "Traceback" not in output
+    assert output.count("Error:") == 1, output
+    assert "ERROR" not in output
+    assert "--from-nodes" not in output
+    return output[output.index("Error:") + 7 :].strip()
+
+
+def test_a_good_run_is_quiet_about_the_older_spelling(toy):
+    result = kedro(toy, "--pipeline=train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "deprecated" not in (result.stdout + result.stderr).lower()
+    assert json.loads((toy / "data/history.json").read_text()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ("trian.x=1", "trian: unknown parameter group; did you mean 'train'?"),
+        ("zzz=1", "zzz: unknown parameter group; the groups are train"),
+        ("train.zzz=4", "train.zzz = 4: unknown option; there are steps, what, optimizer"),
+        ("train.stepz=4", "train.stepz = 4: unknown option; did you mean 'steps'?"),
+        ("train.optimizer.lrr=4", "train.optimizer.lrr = 4: unknown option; did you mean 'lr'?"),
+        ("train.optimizer.lr=-1", "train.optimizer.lr = -1: must be greater than 0"),
+        ("train.steps=many", "train.steps = 'many': must be a valid integer, unable to parse string as an integer"),
+        ("train=1", "train = 1: must be a valid dictionary or instance of Options"),
+    ],
+)
+def test_a_bad_option_is_named_with_its_value_and_the_reason(toy, params, message):
+    assert refusal(kedro(toy, "--pipelines", "train", "--params", params)) == message
+
+
+def test_all_bad_options_come_in_one_message(toy):
+    lines = refusal(kedro(toy, "--params", "trian.x=1,train.stepz=4,train.steps=many")).splitlines()
+    assert lines[0] == "3 things are wrong:"
+    assert [line.split()[0] for line in lines[1:]] == ["trian:", "train.steps", "train.stepz"]
+
+
+def test_only_the_options_of_the_requested_pipeline_are_checked(toy):
+    assert kedro(toy, "--pipelines", "prompts", "--params", "train.steps=many").returncode == 0
+
+
+def test_another_prompt_file_is_no_unknown_group(toy):
+    assert kedro(toy, "--pipelines", "train", "--params", "raw_prompts=data/other.json").returncode == 0
+    assert (toy / "data/other.json").exists()
+
+
+def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
+    assert refusal(kedro(toy, "--pipelines", "trian")) == "no pipeline 'trian': choose one of prompts, train"
+
+
+def test_an_unknown_environment_is_refused(toy):
+    assert "nope" in refusal(kedro(toy, "--env", "nope", "--pipelines", "train"))
+
+
+def test_broken_yaml_is_refused_with_file_and_line(toy):
+    (toy / "conf/base/parameters.yml").write_text("train: {steps: 3\n")
+    assert re.search(r"parameters\.yml.* line ", refusal(kedro(toy, "--pipelines", "train")))
+
+
+def test_one_process_of_many_is_refused(toy):
+    assert refusal(kedro(toy, WORLD_SIZE="2")).startswith("WORLD_SIZE = 2: ")
+
+
+def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):
+    (toy / "data/words.json").unlink()
+    expected = "missing words (data/words.json): run `kedro run --pipelines prompts` first"
+    assert refusal(kedro(toy, "--pipelines", "train")) == expected
+
+
+def test_a_missing_raw_file_is_named_with_its_path(toy):
+    (toy / "data/prompts.txt").unlink()
+    assert refusal(kedro(toy, "--pipelines", "prompts")).startswith("missing prompts (data/prompts.txt): put it there")
+
+
+def test_a_damaged_input_is_named(toy):
+    (toy / "data/words.json").write_text('["a"')
+    assert refusal(kedro(toy, "--pipelines", "train")).startswith(
+        "words (data/words.json) cannot be read: Expecting ',"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_full_disk_is_one_line_with_the_remedy(toy):
+    (toy / "data/history.json").symlink_to("/dev/full")  # not the device itself: a writer that renames would replace it
+    message = refusal(kedro(toy, "--pipelines", "train"))
+    assert message.startswith("the disk is full: history (data/history.json) could not be written; free some space")
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (
+            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
+            "the disk is full: the student could",
+        ),
+        ("[enforce fail at inline_container.cc:747] . open file failed: Permission denied", "no permission for"),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", None),
+    ],
+)
+def test_torch_on_a_disk_that_refuses_is_told_from_a_bug(words, line):
+    found = error_line(RuntimeError(words), "the student")
+    assert found is None if line is None else found.startswith(line)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="Linux has a folder that nobody may write to")
+def test_a_folder_that_may_not_be_written_is_one_line(toy):
+    message = refusal(kedro(toy, "--pipelines", "train", "--params", "raw_prompts=/sys/kernel/history.json"))
+    assert "/sys/kernel" in message
+
+
+def test_what_this_package_refuses_is_one_line_and_its_traceback_is_in_the_log(toy):
+    message = refusal(kedro(toy, "--pipelines", "train", "--params", "train.what=refuse"))
+    assert message == "backbone.family is 'sd9': choose one of sd3"
+    written = (toy / "logs/dpdmd.log").read_text()
+    assert "Traceback" in written and "load_backbone" in written
+
+
+def test_a_bug_keeps_its_traceback(toy):
+    result = kedro(toy, "--pipelines", "train", "--params", "train.what=bug")
+    assert result.returncode == 1
+    assert "Traceback" in result.stdout + result.stderr
+    assert "TypeError" in result.stdout + result.stderr
+
+
+def test_control_c_gives_one_line(toy):
+    command = [sys.executable, "-m", "kedro", "run", "--pipelines", "train", "--params", "train.what=wait"]
+    process = subprocess.Popen(
+        command, cwd=toy, env=_environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "waiting" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr.strip() == "Aborted!"
+    assert "Traceback" not in stdout
+
+
+def test_a_read_only_log_folder_does_not_stop_a_run(toy):
+    (toy / "logs").write_text("a file where a folder should be")
+    result = kedro(toy, "--pipelines", "train")
+    assert result.returncode == 0
+    assert "Logging error" not in result.stderr
+
+
+def test_the_stages_of_this_project_refuse_what_they_do_not_know():
+    result = kedro(PROJECT, "--pipelines", "prompts", "--params", "prompt.seed=1,prompts.nonsense=1")
+    lines = refusal(result).splitlines()
+    assert lines[1].strip() == "prompt: unknown parameter group; did you mean 'prompts'?"
+    assert lines[2].strip().startswith("prompts.nonsense = 1: unknown option; there are ")
