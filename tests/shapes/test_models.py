@@ -140,9 +140,6 @@ def test_the_autoencoder_turns_a_picture_into_8x8x16_and_back():
         assert vae.decode(latents).sample.shape == (1, 3, RESOLUTION, RESOLUTION)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="make_vae leaves shift_factor at None, which SD3 adds to latents"
-)
 def test_an_untrained_pipeline_draws_pictures(pipeline):
     images = draw(pipeline, output_type="pt")
     assert images.shape == (2, 3, RESOLUTION, RESOLUTION)

@@ -1,6 +1,6 @@
 """The judge is judged: what it reads, what it accepts, and where it is lax.
 
-The rates are those of VALID_BELOW = 0.12 on pictures whose truth is known. A residual is an absolute
+The rates are those of VALID_BELOW = 0.10 on pictures whose truth is known. A residual is an absolute
 RMS error, so a pair of low contrast (a green object on grey: .26) forgives twice what a red one on
 white does: that is where the faults below pass.
 """
@@ -81,11 +81,9 @@ def test_every_attribute_is_read_right_through_noise(sigma):
     assert torch.equal(legal_index(read(noisy_gallery(sigma))), torch.arange(len(LEGAL)))
 
 
-def test_noisy_pictures_stay_valid_up_to_sigma_008_and_nearly_all_at_01():
+def test_noisy_pictures_stay_valid_up_to_sigma_008():
     assert valid_rate(noisy_gallery(0.08)) == 1
-    assert valid_rate(noisy_gallery(0.1)) >= 0.985  # measured .993: the worst of ~170 windows, not the mean, is judged
-    assert valid_rate(noisy_gallery(0.1).clamp(0, 1)) >= 0.998  # as pictures come: clipped
-    assert valid_rate(noisy_gallery(0.12)) == 0
+    assert valid_rate(noisy_gallery(0.1)) == 0  # the worst of ~170 windows, not the mean, is judged
 
 
 def test_the_residual_is_the_worst_local_error():
@@ -168,22 +166,18 @@ def halves(side: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("side", ["top", "bottom", "left", "right"])
-def test_half_objects_are_invalid_but_for_a_few_small_low_ones(side):
-    valid = read(halves(side)).valid
-    large, small = (valid[ATTRIBUTES[:, 3] == radius].float().mean().item() for radius in (1, 0))
-    assert large == 0
-    # Without its top a small triangle (12.5 %) or square (6.3 %) of low contrast is near a legal triangle or circle.
-    assert small == pytest.approx(0.0625, abs=0.001) if side == "top" else small == 0
+def test_half_objects_are_invalid(side):
+    assert valid_rate(halves(side)) == 0
 
 
 # ---- what it mostly refuses: measured rates, bounded
 
 
 @pytest.mark.parametrize(
-    ("share", "any_pair", "same_prompt"), [(0.5, 0.02, 0.06), (0.6, 0.045, 0.09), (0.7, 0.23, 0.29)]
+    ("share", "any_pair", "same_prompt"), [(0.5, 0.01, 0.03), (0.6, 0.02, 0.05), (0.7, 0.09, 0.14)]
 )
 def test_few_blends_of_two_legal_pictures_are_valid(share, any_pair, same_prompt):
-    """A picture averaged from two modes. Measured: .011, .034, .211 for any pair; .048, .075, .268 for one prompt."""
+    """A picture averaged from two modes. Measured: .005, .009, .068 for any pair; .017, .034, .119 for one prompt."""
     first, second = torch.randint(len(LEGAL), (2, 4000), generator=generator())
     for partner, bound in (
         (second, any_pair),
@@ -195,7 +189,7 @@ def test_few_blends_of_two_legal_pictures_are_valid(share, any_pair, same_prompt
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("colour", 0), ("position", 0.061), ("background", 0.333), ("radius", 0.5), ("shape", 0.677)]
+    ("name", "rate"), [("colour", 0), ("position", 0.010), ("background", 0.333), ("radius", 0.271), ("shape", 0.573)]
 )
 def test_an_even_blend_in_one_attribute_passes_at_the_measured_rate(name, rate):
     """The laxest point: between two radii, shapes or near backgrounds there is too little to see."""
@@ -209,7 +203,7 @@ def test_an_even_blend_in_one_attribute_passes_at_the_measured_rate(name, rate):
 
 @pytest.mark.parametrize(
     ("sigma", "low", "high"),
-    [(0.7, 1, 1), (1, 0.95, 0.97), (2, 0.47, 0.51), (3, 0.16, 0.19), (4, 0.06, 0.08), (8, 0, 0)],
+    [(0.7, 1, 1), (1, 0.85, 0.88), (2, 0.25, 0.27), (3, 0.04, 0.06), (4, 0.01, 0.03), (8, 0, 0)],
 )
 def test_blur_is_refused_the_more_the_stronger(sigma, low, high):
     """Sigma in pixels, of objects 8 or 13 wide. Passing from sigma 3 on: green on grey and blue on purple, mostly."""

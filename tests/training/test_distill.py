@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def test_losses_of_the_tiny_run_are_those_on_record(start, tmp_path, variant):
     }[variant]
     _, records = start(tmp_path, **changes)
     measured = [[row["dmd_loss"], row["diversity_loss"], row["fake_score_loss"]] for row in records]
+    if os.environ.get("DPDMD_RECORD_GOLDEN"):  # after a change of the mathematics made on purpose, with -n 0
+        known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        GOLDEN.write_text(json.dumps({**known, variant: measured}, indent=1) + "\n")
     torch.testing.assert_close(
         torch.tensor(measured), torch.tensor(json.loads(GOLDEN.read_text())[variant]), rtol=2e-3, atol=1e-4
     )

@@ -18,7 +18,7 @@ def test_the_exact_denoiser_is_the_posterior_mean():
     )
     for row in range(4):
         residual = (noisy[row] - (1 - sigma[row]) * pictures).flatten(1).square().sum(1)
-        weights = (torch.exp(-residual / (2 * sigma[row] ** 2)) * allowed[row]).double()
+        weights = torch.exp(-residual.double() / (2 * sigma[row].double() ** 2)) * allowed[row]
         expected = (weights[:, None, None, None] * pictures).sum(0) / weights.sum()
         found = posterior_mean(noisy, sigma, pictures, allowed)[row]
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
 
+from dpdmd_pipeline.backbones import FAMILIES
+
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import Backbone
 
@@ -45,8 +47,8 @@ class BackboneOptions(BaseModel):
     @field_validator("level_range")
     @classmethod
     def _rises(cls, level_range: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= level_range[0] < level_range[1] <= 1:
-            raise ValueError("give 0 <= low < high <= 1")
+        if not 0 < level_range[0] < level_range[1] <= 1:
+            raise ValueError("give 0 < low < high <= 1")
         return level_range
 
     def load(self, folder: Path, device: Device) -> "Backbone":

@@ -69,8 +69,11 @@ class SD3:
         return flow_schedule(flow_sigmas(num_steps, self.shift, "diffusers")).to(self.device)
 
     def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
-        sigmas = flow_sigmas(num_steps, self.shift, grid) if isinstance(grid, str) else torch.tensor([*grid, 0.0])
-        return flow_schedule(sigmas).to(self.device)
+        if isinstance(grid, str):
+            return flow_schedule(flow_sigmas(num_steps, self.shift, grid)).to(self.device)
+        if len(grid) != num_steps:
+            raise ValueError(f"grid has {len(grid)} levels, num_steps={num_steps} needs as many")
+        return flow_schedule([*grid, 0.0]).to(self.device)
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
         low, high = self.level_range

@@ -76,6 +76,8 @@ def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifte
     """
     if grid == "shifted":
         uniform = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
+    elif grid != "diffusers":
+        raise ValueError(f"grid is {grid!r}: choose diffusers or shifted, or give the levels")
     else:
         smallest = shift_sigma(torch.tensor(1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
         uniform = torch.linspace(1, smallest, num_steps, dtype=torch.float64)

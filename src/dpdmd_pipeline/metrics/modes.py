@@ -20,13 +20,12 @@ def count_modes(modes: Tensor, num_modes: int) -> Tensor:
 def effective_modes(counts: Tensor) -> Tensor:
     """1 / P(two samples of a prompt agree on every free attribute), [P]: inverse Simpson, from pairs.
 
-    At most K + n(n-1) / 2 in a sample without any pair; one sample or none gives 0, since two are needed to differ.
+    Without any agreeing pair it is n(n-1) / 2, as if one had been seen; fewer than two samples give 0.
     """
     total = counts.sum(1)
     pairs = total * (total - 1)
     agreeing = (counts * (counts - 1)).sum(1)
-    # with no agreeing pair seen the estimate is unbounded: count one
-    return torch.where(pairs > 0, pairs / agreeing.clamp(min=1), torch.zeros_like(pairs))
+    return torch.where(pairs > 0, pairs / agreeing.clamp(min=2), torch.zeros_like(pairs))
 
 
 def coverage(counts: Tensor) -> Tensor:
@@ -40,7 +39,8 @@ def expected_coverage(num_modes: int, num_samples: int) -> float:
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Shannon entropy of the modes in bits with the Miller-Madow correction, [P]."""
+    """Shannon entropy of the modes in bits with the Miller-Madow correction, [P]; of nothing, 0."""
+    counts = counts.double()
     total = counts.sum(1, keepdim=True)
     share = counts / total.clamp(min=1)
     plain = -(share * share.clamp(min=1e-300).log2()).sum(1)

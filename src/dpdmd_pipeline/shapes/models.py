@@ -86,6 +86,7 @@ def make_vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=RESOLUTION,
+        shift_factor=0.0,  # until the trained latents are measured
         use_quant_conv=False,
         use_post_quant_conv=False,
     )

@@ -139,6 +139,8 @@ class _Run:
         self.backbone, self.lessons, self.recipe, self.accelerator = backbone, lessons, recipe, accelerator
         self.ratio_every = ratio_every
         self.levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
+        if recipe.anchored_steps and recipe.space == "eps" and self.levels[0].alpha == 0:
+            raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
         self.teacher = roles.teacher.requires_grad_(False).eval()
         self.student, self.student_optimizer = accelerator.prepare(roles.student, _adamw(roles.student, recipe.student))
         self.fake_score, self.fake_score_optimizer = accelerator.prepare(
@@ -264,9 +266,10 @@ class _Run:
 
     def _check(self, name: str, loss: Tensor, step: int, prompts: Sequence[int]) -> None:
         if not loss.isfinite():
+            rates = f"student {self.recipe.student.learning_rate}, fake score {self.recipe.fake_score.learning_rate}"
             raise ValueError(
                 f"{name} is {loss.item()} at step {step + 1}, prompts {sorted(set(prompts))}: "
-                f"lower the learning rate (student {self.recipe.student.learning_rate}, fake score {self.recipe.fake_score.learning_rate})"
+                f"lower the learning rate ({rates})"
             )
 
 

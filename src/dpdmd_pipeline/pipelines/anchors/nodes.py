@@ -58,7 +58,7 @@ def _steps_of(level: AnchorLevel, sigmas: list[float]) -> int:
     if level.steps is not None:
         if level.steps > last:
             raise ValueError(
-                f"anchors.anchor_levels steps={level.steps} must be below the teacher's num_steps={last + 1} (backbone.num_steps)"
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={last + 1}"
             )
         return level.steps
     nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - level.sigma))
