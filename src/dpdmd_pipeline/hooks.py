@@ -10,7 +10,9 @@ import logging
 import os
 import pkgutil
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from logging import FileHandler
 from pathlib import Path
@@ -48,6 +50,7 @@ class ConfigHooks:
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params, pipeline, catalog) -> None:
+        _end_on_sigterm_as_on_control_c()
         project = Path(run_params["project_path"])
         missing = [] if run_params.get("only_missing_outputs") else _missing_inputs(pipeline, catalog, project)
         _refuse([*missing, *_unwritable_outputs(pipeline, catalog, project)])
@@ -127,6 +130,13 @@ def _refuse(lines: Iterable[str]) -> None:
         raise click.ClickException(lines[0])
     if lines:
         raise click.ClickException("\n  ".join([f"{len(lines)} things are wrong:", *lines]))
+
+
+def _end_on_sigterm_as_on_control_c() -> None:
+    """What must be put in order at the end of a run is so too when a scheduler ends it."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there are signals handled
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _refuse_many_processes() -> None:

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,18 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kedro.io import DataCatalog, DatasetError
 
-from dpdmd_pipeline.datasets import sharded
-from dpdmd_pipeline.datasets.sharded import (
-    Folders,
-    LazyShards,
-    ShardedDataset,
-    ShardedTensors,
-    fingerprint,
-    locked,
-    publish,
-    recover,
-    writing,
-)
+from dpdmd_pipeline.datasets.publishing import Folders, locked, publish, recover, writing
+from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors, fingerprint
 
 NUM_SHARDS = 6
 ROWS = (4, 1, 3, 5, 2, 4)
@@ -334,9 +325,9 @@ def interrupt_at(moment: int, monkeypatch) -> None:
 
         return call
 
-    monkeypatch.setattr(sharded.os, "replace", counted(os.replace))
-    monkeypatch.setattr(sharded.Path, "rename", counted(Path.rename))
-    monkeypatch.setattr(sharded.shutil, "rmtree", counted(sharded.shutil.rmtree))
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
 
 
 @pytest.mark.parametrize("before", [None, "another cache", "damaged"])
@@ -361,7 +352,7 @@ def test_killed_between_any_two_changes_of_the_disk_a_whole_cache_can_be_had(
         dataset.save(lazy_shards())
         assert contents(folder) == whole
         assert sorted(path.name for path in folder.parent.iterdir()) == [".anchors.lock", "anchors"]
-        sharded.shutil.rmtree(folder)
+        shutil.rmtree(folder)
         changes += 1
     assert changes >= (4 if before == "damaged" else NUM_SHARDS + 2)
 

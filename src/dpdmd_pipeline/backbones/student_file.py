@@ -48,12 +48,37 @@ class StudentHeader:
 
 
 def save_student(folder: Path, model: nn.Module, header: StudentHeader) -> None:
-    """Write a diffusers model folder: `from_pretrained` loads it, and the weight file carries the header."""
+    """Write a diffusers model folder: `from_pretrained` loads it, and the weight file carries the header.
+
+    The same student gives the same bytes, on every machine.
+    """
     from safetensors.torch import save_file
 
     model.save_config(folder)
+    config_file = Path(folder) / "config.json"
+    config = json.loads(config_file.read_text())
+    config.pop("_name_or_path", None)  # where the teacher lies on this machine
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, Path(folder) / WEIGHTS, metadata=header.metadata())
+    _sort_metadata(Path(folder) / WEIGHTS)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another order in every process.
+
+    Raises:
+        ValueError: if the header does not fit into its place any more.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise ValueError(f"{path}: the sorted header has {len(text)} bytes, its place {length}")
+        file.seek(8)
+        file.write(text.ljust(length))  # spaces at the end are part of the format
 
 
 def load_header(folder: Path) -> StudentHeader:

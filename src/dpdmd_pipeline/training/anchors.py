@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Backbone, guided
+from dpdmd_pipeline.backbones.base import Backbone, Conditioning, guided
 from dpdmd_pipeline.dpdmd.anchor import teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds
-from dpdmd_pipeline.training.distill import AnchorBatch, Embeddings
+
+
+class Embeddings(Protocol):
+    """Text embeddings by row; the last row is the empty prompt."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int]) -> Conditioning: ...
+
+
+class AnchorBatch(NamedTuple):
+    """Samples of one student turn.
+
+    Attributes:
+        prompts: B rows of the embeddings.
+        noise: [B, C, H, W].
+        anchors: teacher latents per anchored step, each [B, C, H, W].
+        denoised: the teacher's x0 at each anchor, for the tangent target; empty for the secant.
+    """
+
+    prompts: list[int]
+    noise: Tensor
+    anchors: list[Tensor]
+    denoised: list[Tensor]
 
 
 class AnchorCache(Protocol):

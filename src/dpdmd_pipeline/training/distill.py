@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,34 +20,11 @@ from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, student_loss
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds, uniform_from_seeds
+from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
 Record = dict[str, float]
-
-
-class Embeddings(Protocol):
-    """Text embeddings by row; the last row is the empty prompt."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, indices: Sequence[int]) -> Conditioning: ...
-
-
-class AnchorBatch(NamedTuple):
-    """Samples of one student turn.
-
-    Attributes:
-        prompts: B rows of the embeddings.
-        noise: [B, C, H, W].
-        anchors: teacher latents per anchored step, each [B, C, H, W].
-        denoised: the teacher's x0 at each anchor, for the tangent target; empty for the secant.
-    """
-
-    prompts: list[int]
-    noise: Tensor
-    anchors: list[Tensor]
-    denoised: list[Tensor]
 
 
 DrawAnchors = Callable[[int], AnchorBatch]  # of a step number
@@ -110,17 +87,19 @@ def distill(
     start = run.resume(checkpoints)
     yield from list(run.history)
     done = saved = start
+    between_steps = True
     try:
         for step in range(start, recipe.max_steps):
+            between_steps = False
             record = run.step(step)
             run.history.append(record)
-            done = step + 1
+            done, between_steps = step + 1, True
             if done % checkpoint_every == 0 or done == recipe.max_steps:
                 checkpoints.save(done, run.state(finished=done == recipe.max_steps))
                 saved = done
             yield record
-    finally:  # Ctrl-C, SIGTERM or a closed generator: what was learned stays
-        if done > saved:
+    finally:  # a closed generator: what was learned stays; a step broken off half-way would not repeat exactly
+        if between_steps and done > saved:
             checkpoints.save(done, run.state(finished=False))
 
 

@@ -13,7 +13,8 @@ from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
+IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"}  # of BackboneOptions
 
 
 def make_anchors(
@@ -44,8 +45,7 @@ def make_manifest(embeddings: Any, teacher: Path, backbone: BackboneOptions, opt
         "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "teacher": folder_hash(teacher / "transformer"),
         "embeddings": embeddings.fingerprint,
-        "num_steps": backbone.num_steps,
-        "guidance_scale": backbone.guidance_scale,
+        "backbone": backbone.model_dump(mode="json", include=IN_THE_ANCHORS),
         "teacher_sigmas": sigmas,
         "anchor_steps": steps,
         "anchor_sigmas": [sigmas[step] for step in steps],

@@ -63,12 +63,27 @@ def _draw(
     backbone: BackboneOptions,
     options: EvaluateOptions,
 ) -> dict[str, Any]:
-    """All pictures of one model, as 8-bit images with their prompt and seed."""
+    """All pictures of one of the three models."""
+    import torch
+
+    log.info("drawing %d pictures with %s", len(rows) * options.images_per_prompt, MODELS[number])
+    drawn = sample_model(folder, rows, embeddings, teacher, backbone, options)
+    return {"model": torch.full((len(drawn["seed"]),), number), **drawn}
+
+
+def sample_model(
+    folder: Path | None,
+    rows: list[int],
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: EvaluateOptions,
+) -> dict[str, Any]:
+    """Pictures of the teacher, or of a student's folder, as 8-bit images with their prompt and seed."""
     import torch
 
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
-    log.info("drawing %d pictures with %s", len(rows) * options.images_per_prompt, MODELS[number])
     model = backbone.load(teacher, options.device)
     samples = [(row, seed) for row in rows for seed in image_seeds(options, row)]
     sampler = _sampler(model, folder, embeddings, backbone)
@@ -80,7 +95,6 @@ def _draw(
             denoise, levels = sampler([row for row, _ in chunk])
             images.append((model.decode(rollout(denoise, noise, levels)) * 255).round().to(torch.uint8).cpu())
     return {
-        "model": torch.full((len(samples),), number),
         "prompt": torch.tensor([row for row, _ in samples]),
         "seed": torch.tensor([seed for _, seed in samples]),
         "image": torch.cat(images),
@@ -106,27 +120,28 @@ def _sampler(model: Any, folder: Path | None, embeddings: Any, backbone: Backbon
     return lambda rows: (conditioned(model, network, cond(rows)), levels)
 
 
-def measure(
-    images: Any, prompts: Iterable[dict], backbone: BackboneOptions, options: EvaluateOptions
-) -> dict[str, Any]:
+def measure(images: Any, prompts: Iterable[dict], options: EvaluateOptions) -> dict[str, Any]:
     """Quality and diversity of the three models, and the share of DMD's loss that DP-DMD gets back."""
-    from dpdmd_pipeline.metrics.shapes import judge
     from dpdmd_pipeline.metrics.summary import gap_recovered
 
     texts = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
     results: dict[str, Any] = {}
     for name, shard in zip(MODELS, images.shards(), strict=True):
-        per_prompt = [shard["image"][shard["prompt"] == row] / 255 for row in texts]
-        results[name] = {
-            "nfe": images.manifest["nfe"][name],
-            "n": {"prompts": len(texts), "per_prompt": options.images_per_prompt},
-            **judge(per_prompt, list(texts.values()), options.seed),
-        }
+        counts = {"prompts": len(texts), "per_prompt": options.images_per_prompt}
+        results[name] = {"nfe": images.manifest["nfe"][name], "n": counts, **judge_images(shard, texts, options)}
     diversity = {name: results[name]["diversity"] for name in MODELS}
     results["dp_dmd"]["gap_recovered"] = {
         metric: gap_recovered(*(diversity[name][metric]["value"] for name in MODELS)) for metric in diversity["teacher"]
     }
     return results
+
+
+def judge_images(drawn: dict[str, Any], texts: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
+    """Quality and diversity of one model's pictures; `texts` names the prompt of each row."""
+    from dpdmd_pipeline.metrics.shapes import judge
+
+    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in texts]
+    return judge(per_prompt, list(texts.values()), options.seed)
 
 
 def draw_grids(images: Any, prompts: Iterable[dict], options: EvaluateOptions) -> tuple[Any, Any, Any]:

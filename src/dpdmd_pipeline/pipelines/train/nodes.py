@@ -1,8 +1,11 @@
 """Nodes of the train stage."""
 
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +61,17 @@ def check_anchors(
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
     asked = options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
-    now = {
-        **{f"anchors.{name}": value for name, value in asked.items()},
-        "teacher": folder_hash(teacher / "transformer"),
-        "embeddings": embeddings.fingerprint,
-        "backbone.num_steps": backbone.num_steps,
-        "backbone.guidance_scale": backbone.guidance_scale,
-    }
     manifest = anchors.manifest
     then = {
         **{f"anchors.{name}": value for name, value in manifest["options"].items()},
+        **{f"backbone.{name}": value for name, value in manifest["backbone"].items()},
         **{name: manifest[name] for name in ("teacher", "embeddings")},
-        **{f"backbone.{name}": manifest[name] for name in ("num_steps", "guidance_scale")},
+    }
+    now = {
+        **{f"anchors.{name}": value for name, value in asked.items()},
+        **{f"backbone.{name}": getattr(backbone, name) for name in manifest["backbone"]},
+        "teacher": folder_hash(teacher / "transformer"),
+        "embeddings": embeddings.fingerprint,
     }
     for name in now:
         if now[name] != then.get(name):
@@ -78,6 +80,17 @@ def check_anchors(
                 "run `kedro run --pipelines anchors` again, or set the value back"
             )
     _check_recipe(manifest, options, recipe)
+    if recipe.anchored_steps:
+        levels = backbone.load(teacher, "cpu").student_schedule(recipe.grid, recipe.num_steps)
+        _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
+
+
+def _check_start(start: float, anchor: float) -> None:
+    if not anchor < start:
+        raise ValueError(
+            f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
+            "an anchor lies below the start; take a later anchor or start the grid higher"
+        )
 
 
 def _check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
@@ -172,12 +185,13 @@ def _follow(records: Iterator[dict], recipe: Recipe, log_every: int, checkpoints
         TextColumn("{task.fields[facts]}"),
     )
     begun = time.monotonic()
-    with Progress(*columns) as progress:
+    with _noted_signals() as noted, closing(records), Progress(*columns) as progress:
         bar = progress.add_task(name, total=recipe.max_steps, facts="")
         for record in records:
             history.append(record)
             new = len(history) - done
             if new <= 0:
+                progress.update(bar, completed=len(history))
                 continue
             images = new * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begun)
             losses = ", ".join(
@@ -186,7 +200,31 @@ def _follow(records: Iterator[dict], recipe: Recipe, log_every: int, checkpoints
             progress.update(bar, completed=len(history), facts=f"{losses}, {images:.0f} images/s")
             if len(history) % log_every == 0:
                 log.info("%s step %d/%d: %s, %.0f images/s", name, len(history), recipe.max_steps, losses, images)
+            if noted:
+                log.warning("%s: stopped after step %d; the same command goes on from there", name, len(history))
+                raise KeyboardInterrupt
     return history
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted, so that a run ends between two steps; the second is obeyed at once."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there are signals handled
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:

@@ -1,0 +1,37 @@
+"""Writes one result file per benchmark: what was measured, where, when, with what."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, object]:
+    """Processor, cores and system of this machine."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    threads = os.environ.get("OMP_NUM_THREADS", "default")
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": threads}
+
+
+def record(name: str, measured: dict[str, object]) -> None:
+    """Print the measurements and keep them in results/<name>.json."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    about = {
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "machine": machine(),
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers", "kedro", "dvc")},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"measured": measured, **about}, indent=2) + "\n")
+    for key, value in measured.items():
+        print(f"{key:48} {value:.4g}" if isinstance(value, float) else f"{key:48} {value}")

@@ -1,0 +1,18 @@
+"""Wiring of the study."""
+
+from kedro.pipeline import Node, Pipeline
+
+from dpdmd_pipeline.pipelines.study.nodes import draw_study, run_study, write_study
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """anchors to a table and a plot of many students."""
+    learned = ["prompts", "embeddings", "anchors", "teacher", "train_state"]
+    options = ["params:backbone", "params:anchors", "params:train", "params:evaluate", "params:study"]
+    return Pipeline(
+        [
+            Node(run_study, [*learned, *options], "study", name="run_study"),
+            Node(write_study, "study", "study_table", name="write_study"),
+            Node(draw_study, "study", "study_plot", name="draw_study"),
+        ]
+    )

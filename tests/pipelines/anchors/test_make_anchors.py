@@ -1,0 +1,138 @@
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from pydantic import ValidationError
+from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, cached
+
+from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors, make_manifest
+
+
+@pytest.fixture
+def make(tiny_teacher, embeddings, tmp_path):
+    """A cache made with some options changed."""
+
+    def make_cache(backbone=None, **changes):
+        shards = make_anchors(
+            PROMPTS, embeddings, tiny_teacher, backbone or backbone_options(), anchor_options(**changes)
+        )
+        return cached(tmp_path / "anchors", shards)
+
+    return make_cache
+
+
+def test_every_training_prompt_is_drawn_equally_often_from_seeds_of_its_own(anchors):
+    rows = anchors.rows(range(len(anchors)))
+    assert rows["prompt"].tolist() == [0, 1] * 5  # the third is for evaluation only
+    assert len(set(rows["seed"].tolist())) == 10
+    assert rows["anchor_0"].shape == (10, 16, 8, 8) and rows["anchor_0"].dtype == torch.float32
+
+
+def test_an_anchor_is_where_diffusers_takes_the_guided_teacher_from_the_seed(anchors, tiny_teacher, embeddings):
+    backbone = backbone_options().load(tiny_teacher, "cpu")
+    model, scheduler = (
+        backbone.load_model().eval(),
+        FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_teacher, subfolder="scheduler"),
+    )
+    row = anchors.rows([3])
+    latents = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(row["seed"].item()))[None]
+    text = embeddings.rows([row["prompt"].item(), len(PROMPTS)])
+    scheduler.set_timesteps(6)
+    with torch.no_grad():
+        for timestep in scheduler.timesteps[:2]:
+            cond, uncond = model(
+                hidden_states=torch.cat([latents] * 2),
+                timestep=timestep.expand(2),
+                encoder_hidden_states=text["prompt_embeds"],
+                pooled_projections=text["pooled_embeds"],
+            ).sample.chunk(2)
+            latents = scheduler.step(uncond + 3.5 * (cond - uncond), timestep, latents).prev_sample
+    torch.testing.assert_close(row["anchor_0"], latents, rtol=1e-4, atol=1e-5)
+
+
+def test_a_level_by_its_sigma_is_the_nearest_of_the_teacher(make):
+    by_steps = make(anchor_levels=[{"steps": 2}, {"steps": 4}])
+    sigmas = by_steps.manifest["anchor_sigmas"]
+    assert sigmas == [by_steps.manifest["teacher_sigmas"][steps] for steps in (2, 4)]
+    rows = by_steps.rows(range(len(by_steps)))
+    by_sigma = make(anchor_levels=[{"sigma": sigma + 0.01} for sigma in sigmas])
+    assert by_sigma.manifest["anchor_steps"] == [2, 4]
+    for name, tensor in by_sigma.rows(range(len(by_sigma))).items():
+        assert torch.equal(tensor, rows[name])
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 3}, {"shard_size": 10}])
+def test_how_samples_are_batched_does_not_change_them(anchors, make, changes):
+    for name, tensor in make(**changes).rows(range(10)).items():
+        torch.testing.assert_close(tensor, anchors.rows(range(10))[name], rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_of_the_storage_alone(anchors, make):
+    half = make(dtype="float16").rows(range(10))["anchor_0"]
+    assert torch.equal(half, anchors.rows(range(10))["anchor_0"].half())
+
+
+def test_the_tangent_target_is_stored_where_it_is_asked_for(make):
+    rows = make(with_denoised=True).rows([0])
+    assert rows["denoised_0"].shape == rows["anchor_0"].shape
+
+
+def test_online_nothing_is_computed_and_the_facts_are_the_same(anchors, make):
+    online = make(mode="online")
+    assert len(online) == 0
+    assert {**online.manifest, "options": None} == {**anchors.manifest, "options": None}
+
+
+@pytest.mark.parametrize(
+    "changes, same",
+    [
+        ({"batch_size": 1}, True),
+        ({"device": "auto"}, True),
+        ({"seed": 1}, False),
+        ({"seeds_per_prompt": 6}, False),
+        ({"dtype": "float16"}, False),
+        ({"with_denoised": True}, False),
+        ({"anchor_levels": [{"steps": 3}]}, False),
+    ],
+)
+def test_the_fingerprint_is_of_what_changes_the_anchors(anchors, tiny_teacher, embeddings, changes, same):
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(**changes))
+    assert (shards.fingerprint == anchors.fingerprint) == same
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_steps": 7}, {"guidance_scale": 3.0}, {"dtype": "bfloat16"}, {"resolution": 64}]
+)
+def test_another_use_of_the_teacher_is_another_cache(anchors, tiny_teacher, embeddings, changes):
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(**changes), anchor_options())
+    assert shards.fingerprint != anchors.fingerprint
+
+
+def test_other_prompts_are_another_cache(anchors, tiny_teacher, embeddings):
+    prompts = [*PROMPTS[:2], {**PROMPTS[2], "train": True}]
+    shards = make_anchors(prompts, embeddings, tiny_teacher, backbone_options(), anchor_options())
+    assert shards.fingerprint != anchors.fingerprint
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_steps_that_leave_none_for_the_teacher_are_refused(tiny_teacher, embeddings, steps):
+    options = anchor_options(anchor_levels=[{"steps": steps}])
+    with pytest.raises(ValueError, match=rf"steps={steps} must be below the teacher's backbone.num_steps=6"):
+        make_manifest(embeddings, tiny_teacher, backbone_options(), options)
+
+
+@pytest.mark.parametrize(
+    "levels, steps",
+    [([{"steps": 4}, {"steps": 2}], r"\[4, 2\]"), ([{"sigma": 0.67}, {"sigma": 0.66}], r"\[2, 2\]")],
+)
+def test_levels_that_do_not_rise_are_refused(tiny_teacher, embeddings, levels, steps):
+    with pytest.raises(ValueError, match=rf"anchors.anchor_levels give teacher steps {steps}: they must rise"):
+        make_manifest(embeddings, tiny_teacher, backbone_options(), anchor_options(anchor_levels=levels))
+
+
+@pytest.mark.parametrize("level", [{}, {"steps": 2, "sigma": 0.5}, {"sigma": 1.0}, {"sigma": 0}, {"steps": 0}])
+def test_a_level_is_named_in_one_way_and_lies_inside(level):
+    with pytest.raises(ValidationError):
+        anchor_options(anchor_levels=[level])

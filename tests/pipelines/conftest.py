@@ -1,0 +1,107 @@
+"""Stages in miniature: the real classes and datasets, random weights, three prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
+from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
+from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.pipelines.train.options import TrainOptions
+
+PROMPTS = [
+    {"text": "a red circle", "train": True, "eval": True},
+    {"text": "a blue square", "train": True, "eval": False},
+    {"text": "a green triangle", "train": False, "eval": True},
+]
+BACKBONE = {
+    "family": "sd3",
+    "resolution": 32,
+    "max_sequence_length": 0,
+    "num_steps": 6,
+    "guidance_scale": 3.5,
+    "level_range": [0.02, 0.98],
+    "dtype": "float32",
+}
+ANCHORS = {
+    "mode": "cached",
+    "anchor_levels": [{"steps": 2}],
+    "with_denoised": False,
+    "seed": 0,
+    "seeds_per_prompt": 5,
+    "batch_size": 4,
+    "shard_size": 4,
+    "dtype": "float32",
+    "device": "cpu",
+}
+OPTIMIZER = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+TRAIN = {
+    "seed": 0,
+    "max_steps": 2,
+    "batch_size": 2,
+    "num_steps": 4,
+    "grid": "shifted",
+    "anchored_steps": 1,
+    "diversity_weight": 1.0,
+    "stop_gradient": True,
+    "target": "secant",
+    "space": "v",
+    "normalizer": "noisy",
+    "fake_score_turns": 1,
+    "student": OPTIMIZER,
+    "fake_score": OPTIMIZER,
+    "device": "cpu",
+    "checkpoint_every": 1,
+    "ratio_every": 2,
+    "log_every": 1,
+}
+EVALUATE = {
+    "judge": "shapes",
+    "seed": 0,
+    "images_per_prompt": 3,
+    "batch_size": 6,
+    "grid_columns": 2,
+    "device": "cpu",
+}
+
+
+def backbone_options(**changes: Any) -> BackboneOptions:
+    return BackboneOptions(**{**BACKBONE, **changes})
+
+
+def anchor_options(**changes: Any) -> AnchorsOptions:
+    return AnchorsOptions(**{**ANCHORS, **changes})
+
+
+def train_options(**changes: Any) -> TrainOptions:
+    return TrainOptions(**{**TRAIN, **changes})
+
+
+def evaluate_options(**changes: Any) -> EvaluateOptions:
+    return EvaluateOptions(**{**EVALUATE, **changes})
+
+
+def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
+    """What the catalog gives to the next stage."""
+    dataset = ShardedDataset(filepath=str(folder))
+    dataset.save(shards)
+    return dataset.load()
+
+
+@pytest.fixture(scope="session")
+def embeddings(tiny_teacher: Path, tmp_path_factory) -> ShardedTensors:
+    texts = [record["text"] for record in PROMPTS]
+    encode = {"00000": lambda: backbone_options().load(tiny_teacher, "cpu").encode([*texts, ""])}
+    return cached(tmp_path_factory.mktemp("encoded") / "embeddings", LazyShards(encode, "of the tests", {}))
+
+
+@pytest.fixture(scope="session")
+def anchors(tiny_teacher: Path, embeddings, tmp_path_factory) -> ShardedTensors:
+    from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
+
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options())
+    return cached(tmp_path_factory.mktemp("anchored") / "anchors", shards)

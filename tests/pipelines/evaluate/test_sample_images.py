@@ -1,0 +1,124 @@
+import pytest
+import torch
+from kedro.io import DatasetError
+from tests.pipelines.conftest import PROMPTS, backbone_options, cached, evaluate_options
+
+from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, image_seeds, measure, sample_images
+
+SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
+
+
+def load_network(tiny_teacher):
+    return backbone_options().load(tiny_teacher, "cpu").load_model()
+
+
+@pytest.fixture(scope="module")
+def students(tiny_teacher, tmp_path_factory):
+    """Two folders of students: the teacher's own network, and the same with two steps."""
+    model = load_network(tiny_teacher)
+    folders = [tmp_path_factory.mktemp(name) for name in ("dmd", "dp_dmd")]
+    for folder, sigmas in zip(folders, (SIGMAS, [1.0, 0.5, 0.0]), strict=True):
+        save_student(folder, model, StudentHeader("sd3", sigmas))
+    return folders
+
+
+@pytest.fixture
+def sample(tiny_teacher, embeddings, students, tmp_path):
+    """Pictures made with some options changed."""
+
+    def sample_with(backbone=None, folders=None, **changes):
+        shards = sample_images(
+            PROMPTS,
+            embeddings,
+            tiny_teacher,
+            *(folders or students),
+            backbone or backbone_options(),
+            evaluate_options(**changes),
+        )
+        return cached(tmp_path / "images", shards)
+
+    return sample_with
+
+
+def test_all_models_draw_the_evaluation_prompts_from_the_same_seeds(sample):
+    teacher, dmd, dp_dmd = sample().shards()
+    assert teacher["image"].shape == (6, 3, 32, 32) and teacher["image"].dtype == torch.uint8
+    assert teacher["prompt"].tolist() == [0, 0, 0, 2, 2, 2]
+    assert len(set(teacher["seed"].tolist())) == 6
+    for number, shard in enumerate((teacher, dmd, dp_dmd)):
+        assert shard["model"].tolist() == [number] * 6
+        assert torch.equal(shard["seed"], teacher["seed"]) and torch.equal(shard["prompt"], teacher["prompt"])
+
+
+def test_the_batch_does_not_change_the_pictures(sample):
+    whole = list(sample().shards())
+    for batch_size in (1, 4):
+        shards = sample(batch_size=batch_size, images_per_prompt=3).shards()
+        for shard, expected in zip(shards, whole, strict=True):
+            # a product of matrices may sum in another order in another batch: at most one of 255 steps
+            assert (shard["image"].int() - expected["image"].int()).abs().max() <= 1
+
+
+def test_more_pictures_begin_with_the_same_ones():
+    few, many = (image_seeds(evaluate_options(images_per_prompt=count), 7) for count in (3, 9))
+    assert many[:3] == few
+    assert not set(few) & set(image_seeds(evaluate_options(), 8))
+
+
+def test_a_student_is_sampled_as_its_file_says(sample, students, tiny_teacher, tmp_path):
+    schedule = backbone_options().load(tiny_teacher, "cpu").schedule(5).sigma.tolist()
+    as_the_teacher = tmp_path / "student"
+    as_the_teacher.mkdir()
+    save_student(as_the_teacher, load_network(tiny_teacher), StudentHeader("sd3", schedule))
+    images = sample(backbone_options(num_steps=5, guidance_scale=1.0), [students[1], as_the_teacher])
+    assert images.manifest["nfe"] == {"teacher": 5, "dmd": 2, "dp_dmd": 5}
+    teacher, two_steps, student = (shard["image"].int() for shard in images.shards())
+    assert torch.equal(student, teacher) and not torch.equal(two_steps, teacher)
+
+
+def test_without_guidance_a_teacher_step_is_one_evaluation(sample):
+    assert sample(backbone_options(guidance_scale=1.0)).manifest["nfe"]["teacher"] == 6
+
+
+def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    save_student(other, load_network(tiny_teacher), StudentHeader("sdxl", SIGMAS))
+    with pytest.raises(DatasetError, match="holds a sdxl student, backbone.family is sd3"):
+        sample(folders=[other, students[1]])
+
+
+def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(students, tiny_teacher, embeddings):
+    def identity(backbone=None, folders=students, **changes):
+        given = tiny_teacher, *folders, backbone or backbone_options(), evaluate_options(**changes)
+        return sample_images(PROMPTS, embeddings, *given).fingerprint
+
+    first = identity()
+    assert first == identity(batch_size=1) == identity(grid_columns=5) == identity(device="auto")
+    others = {identity(seed=1), identity(images_per_prompt=4), identity(backbone_options(guidance_scale=2.0))}
+    others |= {identity(folders=students[::-1])}
+    assert len(others | {first}) == 5
+
+
+def test_metrics_are_of_the_documented_shape(sample):
+    images = sample()
+    metrics = measure(images, PROMPTS, evaluate_options())
+    assert list(metrics) == ["teacher", "dmd", "dp_dmd"]
+    for name, found in metrics.items():
+        assert found["nfe"] == images.manifest["nfe"][name]
+        assert found["n"] == {"prompts": 2, "per_prompt": 3}
+        assert set(found["quality"]) == {"valid", "aligned", "residual"}
+        assert set(found["diversity"]) == {"effective_modes", "coverage", "entropy", "pairwise_distance"}
+        for measured in (*found["quality"].values(), *found["diversity"].values()):
+            assert set(measured) == {"value", "low", "high"}
+            assert measured["low"] <= measured["value"] <= measured["high"]
+    gaps = metrics["dp_dmd"]["gap_recovered"]
+    assert set(gaps) == set(metrics["dp_dmd"]["diversity"])
+    assert all(value is None or isinstance(value, float) for value in gaps.values())
+
+
+def test_grids_show_a_row_a_prompt_and_the_same_columns_in_all(sample):
+    grids = draw_grids(sample(), PROMPTS, evaluate_options())
+    assert len(grids) == 3 and len({grid.size for grid in grids}) == 1
+    assert grids[0].width == grids[0].height and grids[0].width % (2 * 33) == 0

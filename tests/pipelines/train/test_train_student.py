@@ -1,0 +1,224 @@
+import json
+import signal
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, cached, train_options
+
+from dpdmd_pipeline.backbones.student_file import WEIGHTS, StudentHeader, load_header, save_student
+from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
+from dpdmd_pipeline.pipelines.train.nodes import _noted_signals, check_anchors, train_student
+
+DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
+
+
+@pytest.fixture
+def train(tiny_teacher, embeddings, anchors, tmp_path):
+    """A student's folder and history, made with some options changed."""
+
+    def train_with(cache=None, anchored=None, **changes):
+        write, history = train_student(
+            PROMPTS,
+            embeddings,
+            anchors if cache is None else cache,
+            tiny_teacher,
+            tmp_path / "state",
+            backbone_options(),
+            anchored or anchor_options(),
+            train_options(**changes),
+        )
+        folder = tmp_path / "student"
+        folder.mkdir(exist_ok=True)
+        write(folder)
+        return folder, history
+
+    return train_with
+
+
+@pytest.fixture
+def check(tiny_teacher, embeddings, anchors):
+    def check_with(teacher=None, backbone=None, options=None, **recipe):
+        given = teacher or tiny_teacher, backbone or backbone_options(), options or anchor_options()
+        check_anchors(anchors, embeddings, *given, train_options(**recipe))
+
+    return check_with
+
+
+# ---- a student
+
+
+def test_a_student_comes_with_its_schedule_and_a_row_a_step(train):
+    folder, history = train()
+    assert load_header(folder) == StudentHeader("sd3", [1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [row["step"] for row in history] == [1, 2]
+    assert all(row["diversity_loss"] > 0 for row in history)
+
+
+def test_the_baseline_comes_from_the_same_code(train):
+    folder, history = train(**DMD)
+    assert load_header(folder).sigmas[-1] == 0
+    assert [row["diversity_loss"] for row in history] == [0, 0]
+
+
+def test_a_finished_student_is_reused_and_says_so(train, caplog):
+    folder, history = train()
+    before = load_file(folder / WEIGHTS)
+    with caplog.at_level("INFO"):
+        folder, again = train(log_every=2, checkpoint_every=2)  # neither changes the student
+    assert again == history and "DP-DMD: finished student reused" in caplog.text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(folder / WEIGHTS).items())
+
+
+def test_another_recipe_does_not_take_up_this_one(train, caplog):
+    train()
+    with caplog.at_level("INFO"):
+        _, history = train(diversity_weight=2.0)
+    assert len(history) == 2 and "reused" not in caplog.text and "resumed" not in caplog.text
+
+
+def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):
+    options = anchor_options(mode="online")
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options)
+    _, history = train(cached(tmp_path / "online", shards), options)
+    assert len(history) == 2 and history[0]["diversity_loss"] > 0
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_the_second_obeyed(number, second):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with _noted_signals() as noted:
+        signal.raise_signal(number)
+        assert noted == [number]
+        if second:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+# ---- the student's file
+
+
+def test_a_students_header_comes_back_as_it_was_written(train):
+    folder, _ = train(num_steps=2, grid=[0.9, 0.3])
+    header = load_header(folder)
+    assert header.sigmas == pytest.approx([0.9, 0.3, 0.0], abs=1e-7)
+    assert (header.family, header.prediction, header.sampler, header.guidance) == ("sd3", "flow", "euler", 1.0)
+
+
+def test_a_student_is_a_diffusers_model(train):
+    from diffusers import SD3Transformer2DModel
+
+    folder, _ = train()
+    loaded = SD3Transformer2DModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in load_file(folder / WEIGHTS).items())
+
+
+def test_the_same_student_gives_the_same_bytes_every_time_and_names_no_path(tmp_path, tiny_teacher):
+    model = backbone_options().load(tiny_teacher, "cpu").load_model()
+    folders = [tmp_path / str(number) for number in range(4)]
+    for folder in folders:
+        folder.mkdir()
+        save_student(folder, model, StudentHeader("sd3", [1.0, 0.5, 0.0]))
+    assert len({(folder / WEIGHTS).read_bytes() for folder in folders}) == 1
+    assert str(tiny_teacher.parent) not in (folders[0] / "config.json").read_text()
+
+
+def test_a_folder_without_a_student_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no student weights there; run `kedro run --pipelines train`"):
+        load_header(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"dpdmd.format": "2"}], ids=["of another program", "of a newer version"])
+def test_weights_that_do_not_say_how_they_are_sampled_are_refused(tmp_path, metadata):
+    save_file({"weight": torch.zeros(1)}, tmp_path / WEIGHTS, metadata)
+    found = metadata["dpdmd.format"] if metadata else None
+    with pytest.raises(ValueError, match=f"dpdmd.format is {found!r}, this version reads '1'"):
+        load_header(tmp_path)
+
+
+def test_a_header_fits_the_metadata_of_safetensors():
+    metadata = StudentHeader("sd3", [1.0, 0.75, 0.0]).metadata()
+    assert all(isinstance(value, str) for value in metadata.values())
+    assert json.loads(metadata["dpdmd.sigmas"]) == [1.0, 0.75, 0.0]
+
+
+# ---- refused
+
+
+def test_anchors_of_the_same_options_are_accepted_however_they_were_computed(check):
+    check()
+    check(options=anchor_options(batch_size=1, device="auto"))
+    check(**DMD)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"guidance_scale": 2.0}, r"backbone\.guidance_scale=3\.5, this run has 2\.0"),
+        ({"num_steps": 9}, r"backbone\.num_steps=6, this run has 9"),
+        ({"dtype": "bfloat16"}, r"backbone\.dtype='float32', this run has 'bfloat16'"),
+        ({"resolution": 64}, r"backbone\.resolution=32, this run has 64"),
+    ],
+)
+def test_anchors_of_another_use_of_the_teacher_are_refused_with_both_values(check, changes, message):
+    with pytest.raises(ValueError, match=rf"the anchors were made with {message}: run `kedro run --pipelines anchors`"):
+        check(backbone=backbone_options(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"seed": 4}, r"anchors\.seed=0, this run has 4"),
+        ({"mode": "online"}, r"anchors\.mode='cached', this run has 'online'"),
+        ({"anchor_levels": [{"steps": 3}]}, r"anchors\.anchor_levels=.*'steps': 2.* this run has .*'steps': 3"),
+    ],
+)
+def test_anchors_of_other_options_are_refused_with_both_values(check, changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(options=anchor_options(**changes))
+
+
+def test_anchors_of_another_teacher_are_refused(check, tmp_path):
+    from dpdmd_pipeline.shapes.models import make_pipeline
+
+    make_pipeline(max_length=12, shift=1.0, seed=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"made with teacher='[0-9a-f]{64}', this run has '[0-9a-f]{64}'"):
+        check(teacher=tmp_path)
+
+
+def test_more_anchored_steps_than_anchors_are_refused(check):
+    with pytest.raises(ValueError, match=r"train\.anchored_steps=2 needs as many anchors\.anchor_levels, there are 1"):
+        check(anchored_steps=2)
+
+
+def test_the_tangent_target_without_its_x0_is_refused(check):
+    with pytest.raises(ValueError, match=r"train\.target=tangent needs anchors\.with_denoised=true"):
+        check(target="tangent")
+
+
+def test_a_grid_that_starts_below_the_anchor_is_refused_with_both_levels(check, anchors):
+    sigma = anchors.manifest["anchor_sigmas"][0]
+    with pytest.raises(ValueError, match=rf"at sigma {sigma:.4g}, train\.grid starts at 0\.5: an anchor lies below"):
+        check(num_steps=2, grid=[0.5, 0.2])
+    check(num_steps=2, grid=[0.5, 0.2], **DMD)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"grid": [1.0, 0.5, 0.5, 0.2]}, "must fall strictly"),
+        ({"grid": [1.2, 0.5, 0.4, 0.2]}, "must fall strictly from at most 1"),
+        ({"grid": [1.0, 0.5, 0.2, 0.0]}, "stay above 0"),
+        ({"grid": [1.0, 0.5]}, "grid has 2 levels, num_steps=4 needs as many"),
+        ({"anchored_steps": 4}, "anchored_steps=4 must be below num_steps=4"),
+        ({"anchored_steps": 0}, "anchored_steps=0 is vanilla DMD"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"lambda": 1.0}, "Extra inputs"),
+    ],
+)
+def test_a_recipe_that_makes_no_student_is_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        train_options(**changes)

@@ -1,0 +1,235 @@
+"""The whole line on a copy of the project, through the command line: run, run again, broken off, refused."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+MODELS = ("teacher", "dmd", "dp_dmd")
+WEIGHTS = "data/06_models/{}/diffusion_pytorch_model.safetensors"
+OUTPUTS = [
+    "data/03_primary/prompts.jsonl",
+    "data/05_model_input/embeddings/manifest.json",
+    "data/05_model_input/anchors/manifest.json",
+    *(WEIGHTS.format(student) for student in ("student", "student_dmd")),
+    "data/07_model_output/images/manifest.json",
+    *(f"data/08_reporting/grid_{model}.png" for model in MODELS),
+    *(f"data/08_reporting/{name}.json" for name in ("metrics", "prompts_report", "train_history", "train_history_dmd")),
+    *(f"data/08_reporting/{name}" for name in ("train_curve.png", "report.html", "report.md")),
+]
+
+
+class Run:
+    """A `kedro run` in the ci environment; what it prints is read line by line."""
+
+    def __init__(self, project: Path, *args: str) -> None:
+        self.lines: list[str] = []
+        more = {"DO_NOT_TRACK": "1", "COLUMNS": "250", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kedro", "run", "--env", "ci", *args],
+            cwd=project,
+            env=os.environ | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, words: str) -> None:
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if words in line:
+                return
+        raise AssertionError(f"ended without {words!r}:\n{''.join(self.lines)}")
+
+    def end(self) -> str:
+        self.lines += self.process.communicate(timeout=120)[0].splitlines(keepends=True)
+        return "".join(self.lines)
+
+
+def run(project: Path, *args: str) -> str:
+    """The output of a run that ends well."""
+    running = Run(project, *args)
+    output = running.end()
+    assert running.process.returncode == 0, output
+    return output
+
+
+def refusal(project: Path, *args: str) -> str:
+    """The one line of a run that is refused."""
+    running = Run(project, *args)
+    output = running.end()
+    assert running.process.returncode == 1 and "Traceback" not in output and output.count("Error:") == 1, output
+    return output[output.index("Error:") + 7 :].strip()
+
+
+def weights(project: Path, student: str) -> dict[str, bytes]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(project / WEIGHTS.format(student))
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """What a fresh clone holds of what a run needs."""
+    folder = tmp_path_factory.mktemp("demo") / "project"
+    for name in ("conf/base", "conf/ci", "src/dpdmd_pipeline", "data/01_raw", "data/06_models/shapes_teacher"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", ".telemetry", "conf/logging.yml"):
+        shutil.copy(PROJECT / name, folder / name)
+    (folder / "conf/local").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(project) -> tuple[Path, str]:
+    """The project after one uninterrupted run, and what that printed."""
+    return project, run(project, "--pipeline=distill")
+
+
+@pytest.fixture
+def without(finished, tmp_path):
+    """Copies of the finished project that lack some of the results."""
+
+    def copy(*missing: str) -> Path:
+        folder = tmp_path / "copy"
+        shutil.copytree(finished[0], folder)
+        for name in missing:
+            shutil.rmtree(folder / name)
+        return folder
+
+    return copy
+
+
+# ---- a run
+
+
+def test_one_command_makes_every_output_of_the_line(finished):
+    project, output = finished
+    assert not [name for name in OUTPUTS if not (project / name).is_file()]
+    assert "deprecated" not in output.lower() and "WARNING" not in output
+    assert re.search(r"^ *teacher .*\n *DMD .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
+    assert "data/08_reporting/report.html" in output.strip().splitlines()[-2]
+
+
+def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
+    metrics = json.loads((finished[0] / "data/08_reporting/metrics.json").read_text())
+    assert list(metrics) == list(MODELS)
+    assert [metrics[model]["nfe"] for model in MODELS] == [12, 4, 4]
+    for model in MODELS:
+        assert metrics[model]["n"] == {"prompts": 12, "per_prompt": 4}
+        assert set(metrics[model]["quality"]) == {"valid", "aligned", "residual"}
+        assert set(metrics[model]["diversity"]) == {"effective_modes", "coverage", "entropy", "pairwise_distance"}
+        for measured in (*metrics[model]["quality"].values(), *metrics[model]["diversity"].values()):
+            assert measured["low"] <= measured["value"] <= measured["high"]
+    assert [("gap_recovered" in metrics[model]) for model in MODELS] == [False, False, True]
+    assert set(metrics["dp_dmd"]["gap_recovered"]) == set(metrics["dp_dmd"]["diversity"])
+
+
+def test_histories_have_a_row_a_step(finished):
+    for name, diverse in (("train_history", True), ("train_history_dmd", False)):
+        rows = json.loads((finished[0] / f"data/08_reporting/{name}.json").read_text())
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert all((row["diversity_loss"] > 0) == diverse for row in rows)
+
+
+def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
+    project, _ = finished
+    before = {name: (project / name).read_bytes() for name in OUTPUTS}
+    output = run(project, "--pipelines", "distill")
+    for what in ("embeddings: reused", "anchors: reused", "images: reused"):
+        assert what in output, output
+    assert len(re.findall(r" (DMD|DP-DMD): finished student reused", output)) == 2
+    assert " step 1/3" not in output and " written " not in output
+    changed = [name for name, content in before.items() if (project / name).read_bytes() != content]
+    assert not changed
+
+
+# ---- broken off
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_student_of_an_uninterrupted_one(finished, without):
+    project = without("data/05_model_input/anchors", "data/06_models/.train_state", "data/06_models/student")
+    shutil.rmtree(project / "data/06_models/student_dmd")
+    seed = time.time_ns()
+    moments, killed = random.Random(seed), 0
+    stages = [("anchors", "make_anchors", 2, 0.8), ("train", "train_dmd", 3, 2.5)]  # kills, within so many seconds
+    for stage, node, kills, window in stages:
+        for _ in range(kills):
+            running = Run(project, "--pipelines", stage)
+            running.wait_for(f"Running node: {node}")
+            time.sleep(moments.uniform(0, window))
+            running.process.kill()
+            running.end()
+            killed += running.process.returncode == -signal.SIGKILL
+        run(project, "--pipelines", stage)
+    assert killed, "every run ended before its kill"
+    for student in ("student", "student_dmd"):
+        assert weights(project, student) == weights(finished[0], student), f"{student}, moments of seed {seed}"
+
+
+def test_control_c_and_sigterm_lose_no_step_and_the_same_command_goes_on(finished, without):
+    project = without("data/06_models/.train_state", "data/06_models/student", "data/06_models/student_dmd")
+    # neither is in the recipe: checkpoints come from the interrupts alone
+    rarely = "train.checkpoint_every=1000,train_dmd.checkpoint_every=1000"
+    for number, name in ((signal.SIGINT, "DMD"), (signal.SIGTERM, "DP-DMD")):
+        running = Run(project, "--pipelines", "train", "--params", rarely)
+        running.wait_for(f" {name} step 1/3")
+        running.process.send_signal(number)
+        output = running.end()
+        assert running.process.returncode == 1
+        assert output.strip().splitlines()[-1] == "Aborted!" and "Traceback" not in output, output
+        assert re.search(rf"{name}: stopped after step \d; the same command goes on from there", output), output
+    output = run(project, "--pipelines", "train", "--params", rarely)
+    assert " DMD: finished student reused" in output
+    assert re.search(r"DP-DMD: (resumed after step [12] of 3|finished student reused)", output)
+    for student in ("student", "student_dmd"):
+        assert weights(project, student) == weights(finished[0], student)
+
+
+def test_sigterm_keeps_the_shards_that_are_written(without):
+    command = without("data/05_model_input/anchors"), "--pipelines", "anchors", "--params", "anchors.seeds_per_prompt=8"
+    running = Run(*command)
+    running.wait_for("anchors: shard 1 of 20 written")
+    running.process.send_signal(signal.SIGTERM)
+    output = running.end()
+    assert running.process.returncode == 1 and output.strip().splitlines()[-1] == "Aborted!", output
+    again = Run(*command)
+    again.wait_for("anchors: shard 1 of 20 kept")
+    again.process.kill()
+    again.end()
+
+
+# ---- refused
+
+
+def test_an_anchor_beyond_the_teacher_is_refused(finished):
+    message = refusal(finished[0], "--pipelines", "anchors", "--params", "backbone.num_steps=2")
+    assert message == "anchors.anchor_levels steps=2 must be below the teacher's backbone.num_steps=2"
+
+
+def test_anchors_of_other_options_are_refused_with_both_values(finished):
+    message = refusal(finished[0], "--pipelines", "train", "--params", "backbone.guidance_scale=2.0")
+    assert message.startswith(
+        "the anchors were made with backbone.guidance_scale=3.5, this run has 2.0: run `kedro run"
+    )
+
+
+def test_a_truncated_shard_is_named_and_the_stage_that_wrote_it_repairs_it(without):
+    project = without()
+    shard = project / "data/05_model_input/anchors/00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    message = refusal(project, "--pipelines", "train")
+    assert f"{shard} has {len(whole) // 2} bytes, expected {len(whole)}" in message and "run" in message
+    output = run(project, "--pipelines", "anchors")
+    assert shard.read_bytes() == whole and output.count(" kept ") == 4 and output.count(" written ") == 1
