@@ -78,7 +78,7 @@ def test_a_stage_gives_what_its_pipeline_writes(stage):
     found = DVC["stages"][stage]
     written = names([*found["outs"], *found.get("metrics", []), *found.get("plots", [])])
     assert len(written) == len(set(written))
-    assert set(written) == data(pipeline(stage).all_outputs())
+    assert set(written) == data({name for name in pipeline(stage).all_outputs() if name in CATALOG})
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,7 +10,7 @@ import torch
 from kedro.io import DataCatalog, DatasetError
 
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, ScratchFolderDataset, folder_hash
-from dpdmd_pipeline.datasets.publishing import Folders
+from dpdmd_pipeline.publishing import Folders
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kedro.io import DataCatalog, DatasetError
 
-from dpdmd_pipeline.datasets.publishing import Folders, locked, publish, recover, writing
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors, fingerprint
+from dpdmd_pipeline.publishing import Folders, locked, publish, recover, writing
 
 NUM_SHARDS = 6
 ROWS = (4, 1, 3, 5, 2, 4)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
@@ -42,6 +43,7 @@ OPTIMIZER = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, 
 TRAIN = {
     "seed": 0,
     "max_steps": 2,
+    "decay": 0.0,
     "batch_size": 2,
     "num_steps": 4,
     "grid": "shifted",
@@ -96,7 +98,8 @@ def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
 def embeddings(tiny_teacher: Path, tmp_path_factory) -> ShardedTensors:
     texts = [record["text"] for record in PROMPTS]
     encode = {"00000": lambda: backbone_options().load(tiny_teacher, "cpu").encode([*texts, ""])}
-    return cached(tmp_path_factory.mktemp("encoded") / "embeddings", LazyShards(encode, "of the tests", {}))
+    manifest = {"texts": texts_digest(PROMPTS), "teacher_text": text_side_hash(tiny_teacher)}
+    return cached(tmp_path_factory.mktemp("encoded") / "embeddings", LazyShards(encode, "of the tests", manifest))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ OPTIMIZER = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, 
 RECIPE = {
     "seed": 3,
     "max_steps": 4,
+    "decay": 0.5,
     "batch_size": 2,
     "num_steps": 4,
     "grid": "shifted",
@@ -83,7 +84,8 @@ def start(backbone, embeddings, ask_teacher):
         )
         lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], GUIDANCE)
         roles = Roles(*(backbone.load_model() for _ in range(3)))
-        records = distill(backbone, roles, lessons, recipe, Checkpoints(folder), checkpoint_every=2, ratio_every=2)
+        kept = Checkpoints(folder)
+        records = distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), checkpoint_every=2, ratio_every=2)
         return roles, records
 
     return start_run

@@ -16,11 +16,11 @@ def state(value: float) -> dict:
 
 def test_the_newest_state_comes_back_as_it_was(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.load_latest() is None and checkpoints.latest_step() is None
+    assert checkpoints.load_latest() is None
     for step in (1, 2, 10):
         checkpoints.save(step, state(float(step)))
     step, found = checkpoints.load_latest()
-    assert step == checkpoints.latest_step() == 10
+    assert step == 10
     torch.testing.assert_close(found["weights"]["w"], torch.full((3,), 10.0))
     assert found["history"] == [{"step": 1, "loss": 10.0}]
 
@@ -35,6 +35,13 @@ def test_only_the_last_few_states_stay_on_disk(tmp_path):
         "step_0000005.json",
         "step_0000005.pt",
     ]
+
+
+def test_a_finished_run_keeps_its_last_state_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=3)
+    for step in range(1, 4):
+        checkpoints.save(step, state(step), finished=step == 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_0000003.json", "step_0000003.pt"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "manifest"])
@@ -77,3 +84,24 @@ def test_a_kill_at_any_moment_leaves_a_whole_state(tmp_path):
         step, found = Checkpoints(tmp_path).load_latest()
         assert step >= int(printed[-1] if printed else 1)
         assert (found["w"] == step).all()
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path):
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from dpdmd_pipeline.training.checkpoint import Checkpoints\n"
+        "with Checkpoints(Path(sys.argv[1]) / 'run').held():\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, tmp_path]
+    run = Checkpoints(tmp_path / "run")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"being written by process {other.pid}"), run.held():
+            pass
+        other.stdin.close()
+        other.wait()
+    with run.held():
+        pass

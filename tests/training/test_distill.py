@@ -53,7 +53,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(start, tmp_path,
         next(records)
     records.close()  # as Ctrl-C does
     resumed, records = start(tmp_path / "broken")
-    assert list(records) == history
+    assert list(records) == history[stop_after:]
     assert torch.equal(weights(resumed), weights(whole))
 
 
@@ -61,10 +61,10 @@ def test_a_finished_run_is_reused_and_keeps_the_student_alone(start, tmp_path):
     whole, records = start(tmp_path)
     history = list(records)
     again, records = start(tmp_path)
-    assert list(records) == history
+    assert list(records) == []
     assert torch.equal(weights(again), weights(whole))
     _, state = Checkpoints(tmp_path).load_latest()
-    assert set(state) == {"student", "history"}
+    assert set(state) == {"student", "history"} and state["history"] == history
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_prompts(start, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.datasets.publishing import Folders, load_published, locked, publish, recover, sync, writing
+from dpdmd_pipeline.publishing import Folders, load_published, locked, publish, recover, sync, writing
 
 log = logging.getLogger(__name__)
 

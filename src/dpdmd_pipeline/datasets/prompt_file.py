@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.datasets.publishing import writing
+from dpdmd_pipeline.publishing import writing
 
 KEYS = ("text", "prompt", "caption")  # of a column or a JSON key; the first that is there counts
 MAX_LINE = 1 << 20  # bytes; a longer line is no prompt, and memory is to stay bounded

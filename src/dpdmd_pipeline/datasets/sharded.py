@@ -31,12 +31,13 @@ from typing import Any
 from kedro.io import AbstractDataset
 from safetensors import SafetensorError, safe_open
 
-from dpdmd_pipeline.datasets.publishing import (
+from dpdmd_pipeline.publishing import (
     Folders,
     load_published,
     locked,
     publish,
     recover,
+    sha256,
     write_atomically,
     writing,
 )
@@ -119,11 +120,6 @@ def _read_header(path: Path) -> _Shard | None:
     except (FileNotFoundError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
     return _Shard(cache, rows, size, tensors)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_shard(path: Path, tensors: Tensors, identity: str) -> None:
@@ -379,7 +375,7 @@ def _prepare(data: LazyShards, folders: Folders) -> None:
     record = _read_manifest(folders.published) or {"shards": []}
     hashes = {f"{shard['name']}.safetensors": shard["sha256"] for shard in record["shards"]}
     for path in sorted(folders.published.iterdir()):
-        if is_kept(path) and hashes.get(path.name) in (None, _sha256(path)):
+        if is_kept(path) and hashes.get(path.name) in (None, sha256(path)):
             os.replace(path, folders.partial / path.name)
 
 
@@ -397,7 +393,7 @@ def _write_missing(data: LazyShards, folders: Folders) -> None:
         if header.tensors != (tensors := tensors or header.tensors):
             path.unlink()
             raise ValueError(f"shard {shard_name} of {name} has tensors {header.tensors}, shards before it {tensors}")
-        records.append({"name": shard_name, "rows": header.rows, "bytes": header.bytes, "sha256": _sha256(path)})
+        records.append({"name": shard_name, "rows": header.rows, "bytes": header.bytes, "sha256": sha256(path)})
         log.info("%s: shard %d of %d %s (%d rows)", name, number, len(data.shards), verb, header.rows)
     record = {"version": VERSION, "fingerprint": data.fingerprint, "shards": records, "tensors": tensors}
     text = json.dumps(record | {"manifest": data.manifest}, indent=1)

@@ -1,7 +1,9 @@
 """Diversity from counts: how many of the legal modes of a prompt a model draws.
 
 All take counts [P, K]: how often each of K modes was seen for each of P prompts. Effective modes is the
-headline: it is unbiased in the number of samples, where coverage saturates and entropy needs many.
+headline: the agreement it is the inverse of is unbiased at any number of samples, where coverage saturates and
+entropy needs many. The inverse itself reads a little high: a perfect sampler of 72 modes scores 74.6 on average
+from 64 pictures, so numbers are compared at the same number of pictures only.
 """
 
 from __future__ import annotations

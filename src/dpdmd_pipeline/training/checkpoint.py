@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpdmd_pipeline.publishing import Folders, locked, sha256, write_atomically
+
 log = logging.getLogger(__name__)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Checkpoints:
@@ -30,25 +28,32 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep_last = keep_last
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
         """Write the state after `step` steps and drop all but the newest `keep_last`.
 
         Args:
             step: number of finished steps.
             state: of tensors, numbers, strings, and containers of these.
+            finished: whether nothing will follow: then no other state is kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        target = self.folder / f"step_{step:07d}.pt"
-        partial = target.with_suffix(".partial")
-        torch.save(state, partial)
-        digest = _sha256(partial)
-        os.replace(partial, target)
-        manifest = target.with_suffix(".json")
-        partial.write_text(json.dumps({"step": step, "sha256": digest}))
-        os.replace(partial, manifest)
-        for old in self._manifests()[: -self.keep_last]:
-            old.unlink()
+        path = self.folder / f"step_{step:07d}.pt"
+        write_atomically(path, partial(torch.save, state))
+        manifest = json.dumps({"step": step, "sha256": sha256(path)})
+        write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(manifest))
+        for old in self._manifests()[: -1 if finished else -self.keep_last]:
             old.with_suffix(".pt").unlink(missing_ok=True)
+            old.unlink()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training the same run at the same time.
+
+        Raises:
+            ValueError: names the process that does.
+        """
+        with locked(Folders.of(self.folder)):
+            yield
 
     def load_latest(self, map_location: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
         """The newest whole state as (step, state); None if there is none.
@@ -59,17 +64,12 @@ class Checkpoints:
             path = manifest.with_suffix(".pt")
             try:
                 record = json.loads(manifest.read_text())
-                if _sha256(path) != record["sha256"]:
+                if sha256(path) != record["sha256"]:
                     raise ValueError("its content does not match its hash")
                 return record["step"], torch.load(path, map_location=map_location, weights_only=True)
             except (OSError, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
         return None
-
-    def latest_step(self) -> int | None:
-        """Steps of the newest state by its name; None if there is none."""
-        manifests = self._manifests()
-        return int(manifests[-1].stem.removeprefix("step_")) if manifests else None
 
     def _manifests(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.json"))

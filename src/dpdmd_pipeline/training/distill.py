@@ -64,38 +64,39 @@ def distill(
     lessons: Lessons,
     recipe: Recipe,
     checkpoints: Checkpoints,
+    resumed: tuple[int, dict[str, Any]] | None,
     *,
     checkpoint_every: int,
     ratio_every: int,
 ) -> Iterator[Record]:
-    """Distil the teacher into `roles.student`; yields the record of each step, those before a resume too.
+    """Distil the teacher into `roles.student`; yields the record of each new step.
 
     Args:
         backbone: the family of the three networks.
         roles: trained in place.
         lessons: prompts and anchors.
         recipe: every number that changes the result.
-        checkpoints: resumed from when they hold a state, written to as the run goes.
+        checkpoints: written to as the run goes.
+        resumed: what `checkpoints.load_latest` found; its history goes into the next checkpoint.
         checkpoint_every: steps between checkpoints; also written when the consumer closes the generator.
         ratio_every: steps between measurements of the two gradients' norms (one more backward pass).
 
     Raises:
-        ValueError: when a loss is not finite, with the step and the prompts' rows.
+        ValueError: when a loss or a gradient is not finite, with the step and the prompts' rows.
     """
     accelerator = Accelerator(cpu=backbone.device.type == "cpu")
     run = _Run(backbone, roles, lessons, recipe, accelerator, ratio_every)
-    start = run.resume(checkpoints)
-    yield from list(run.history)
-    done = saved = start
+    done = saved = run.resume(resumed)
     between_steps = True
     try:
-        for step in range(start, recipe.max_steps):
+        for step in range(done, recipe.max_steps):
             between_steps = False
             record = run.step(step)
             run.history.append(record)
             done, between_steps = step + 1, True
             if done % checkpoint_every == 0 or done == recipe.max_steps:
-                checkpoints.save(done, run.state(finished=done == recipe.max_steps))
+                finished = done == recipe.max_steps
+                checkpoints.save(done, run.state(finished), finished=finished)
                 saved = done
             yield record
     finally:  # a closed generator: what was learned stays; a step broken off half-way would not repeat exactly
@@ -125,7 +126,7 @@ class _Run:
         self.fake_score, self.fake_score_optimizer = accelerator.prepare(
             roles.fake_score, _adamw(roles.fake_score, recipe.fake_score)
         )
-        self.uncond = lessons.embeddings.rows([len(lessons.embeddings) - 1])
+        self.uncond = self._cond([len(lessons.embeddings) - 1])
         self.history: list[Record] = []
 
     def state(self, finished: bool) -> dict[str, Any]:
@@ -137,15 +138,16 @@ class _Run:
             state["fake_score_optimizer"] = self.fake_score_optimizer.state_dict()
         return state
 
-    def resume(self, checkpoints: Checkpoints) -> int:
-        """Continue from the newest checkpoint; returns the number of finished steps."""
-        if (found := checkpoints.load_latest(self.accelerator.device)) is None:
+    def resume(self, found: tuple[int, dict[str, Any]] | None) -> int:
+        """Continue from a checkpoint's state; returns the number of finished steps."""
+        if found is None:
             return 0
         step, state = found
-        self.history = state.pop("history")
-        for name, content in state.items():
+        self.history = list(state["history"])
+        for name in state.keys() - {"history"}:
             thing = getattr(self, name)
-            (self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing).load_state_dict(content)
+            thing = self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
+            thing.load_state_dict(state[name])
         return step
 
     def step(self, step: int) -> Record:
@@ -170,7 +172,9 @@ class _Run:
             level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
         )
         self._check("fake_score_loss", loss, turn // self.recipe.fake_score_turns, prompts)
-        return loss.item(), self._update(self.fake_score, self.fake_score_optimizer, self.recipe.fake_score, loss)
+        norm = self._update(self.fake_score, self.fake_score_optimizer, self.recipe.fake_score, loss)
+        self._check("fake_score gradient", norm, turn // self.recipe.fake_score_turns, prompts)
+        return loss.item(), norm.item()
 
     def _student_turn(self, step: int) -> Record:
         recipe, draw = self.recipe, partial(self._seeds, "student", step)
@@ -193,9 +197,17 @@ class _Run:
         total = dmd + recipe.diversity_weight * diversity
         self._check("student loss", total, step, batch.prompts)
         ratio = self._gradient_ratio(step, diversity, dmd)
+        for group in self.student_optimizer.param_groups:
+            group["lr"] = recipe.student.learning_rate * self._decay(step)
         norm = self._update(self.student, self.student_optimizer, recipe.student, total)
-        record = {"dmd_loss": dmd.item(), "diversity_loss": diversity.item(), "student_grad_norm": norm}
+        self._check("student gradient", norm, step, batch.prompts)
+        record = {"dmd_loss": dmd.item(), "diversity_loss": diversity.item(), "student_grad_norm": norm.item()}
         return record if ratio is None else {**record, "grad_ratio": ratio}
+
+    def _decay(self, step: int) -> float:
+        """Share of the student's learning rate at a step; a function of the step alone, so resuming needs no state."""
+        falling = self.recipe.decay * self.recipe.max_steps
+        return min(1.0, (self.recipe.max_steps - step) / falling) if falling else 1.0
 
     def _anchored(self, noise: Tensor, batch: AnchorBatch) -> list[AnchoredStep]:
         device = self.accelerator.device
@@ -225,12 +237,12 @@ class _Run:
 
     def _update(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, loss: Tensor
-    ) -> float:
+    ) -> Tensor:
         self.accelerator.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def _seeds(self, role: str, turn: int, purpose: str) -> list[int]:
         return sample_seeds(self.recipe.seed, f"{role}/{purpose}", turn, self.recipe.batch_size)
@@ -243,11 +255,11 @@ class _Run:
             name: value.to(self.accelerator.device) for name, value in self.lessons.embeddings.rows(prompts).items()
         }
 
-    def _check(self, name: str, loss: Tensor, step: int, prompts: Sequence[int]) -> None:
-        if not loss.isfinite():
+    def _check(self, name: str, value: Tensor, step: int, prompts: Sequence[int]) -> None:
+        if not value.isfinite():
             rates = f"student {self.recipe.student.learning_rate}, fake score {self.recipe.fake_score.learning_rate}"
             raise ValueError(
-                f"{name} is {loss.item()} at step {step + 1}, prompts {sorted(set(prompts))}: "
+                f"{name} is {value.item()} at step {step + 1}, prompts {sorted(set(prompts))}: "
                 f"lower the learning rate ({rates})"
             )
 

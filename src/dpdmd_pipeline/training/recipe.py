@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -16,13 +16,14 @@ from pydantic import (
 )
 
 Grid = Literal["diffusers", "shifted"]
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 NOT_IN_THE_RESULT = {"device", "batch_size"}  # of AnchorRecipe
 
 
 class AnchorLevel(BaseModel):
     """Where on the teacher's schedule an anchor lies: by its number of steps, or by its noise level."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     steps: PositiveInt | None = None  # K
     sigma: float | None = Field(default=None, gt=0, lt=1)  # the teacher's level nearest to this
@@ -37,7 +38,7 @@ class AnchorLevel(BaseModel):
 class AnchorRecipe(BaseModel):
     """Which anchors are computed, and how they are kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     mode: Literal["cached", "online"]
     anchor_levels: list[AnchorLevel] = Field(min_length=1)
@@ -50,13 +51,16 @@ class AnchorRecipe(BaseModel):
     device: Literal["auto", "cpu", "cuda"]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerRecipe(BaseModel):
     """AdamW for one network."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     learning_rate: PositiveFloat
-    betas: tuple[float, float]
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists, no tuples
     weight_decay: NonNegativeFloat
     max_grad_norm: PositiveFloat
 
@@ -64,10 +68,11 @@ class OptimizerRecipe(BaseModel):
 class Recipe(BaseModel):
     """One distilled student. Vanilla DMD is the recipe without anchored steps and without stop-gradient."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     seed: NonNegativeInt
     max_steps: PositiveInt  # student turns
+    decay: float = Field(ge=0, le=1)  # last share of the turns, in which the student's learning rate falls towards 0
     batch_size: PositiveInt  # per turn, of the student and of the fake score
     num_steps: PositiveInt  # N, network evaluations of the student
     grid: Grid | list[float]  # named, or the N falling levels themselves
@@ -98,7 +103,7 @@ class Recipe(BaseModel):
 class FitRecipe(BaseModel):
     """How one network of the embedded teacher is trained: AdamW on a one-cycle schedule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     steps: PositiveInt
     learning_rate: PositiveFloat  # peak
@@ -113,7 +118,7 @@ class BatchFitRecipe(FitRecipe):
 class TeacherRecipe(BaseModel):
     """The embedded teacher, from nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = STRICT
 
     seed: NonNegativeInt
     max_length: PositiveInt  # tokens per prompt, start and end included

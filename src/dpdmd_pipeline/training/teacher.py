@@ -68,7 +68,8 @@ def fit(
         schedule.step()
         done = step + 1
         if done % checkpoint_every == 0 or done == recipe.steps:
-            checkpoints.save(done, {name: thing.state_dict() for name, thing in stateful.items()})
+            state = {name: thing.state_dict() for name, thing in stateful.items()}
+            checkpoints.save(done, state, finished=done == recipe.steps)
         yield done, loss.item()
 
 

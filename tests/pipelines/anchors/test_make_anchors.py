@@ -120,7 +120,7 @@ def test_other_prompts_are_another_cache(anchors, tiny_teacher, embeddings):
 def test_steps_that_leave_none_for_the_teacher_are_refused(tiny_teacher, embeddings, steps):
     options = anchor_options(anchor_levels=[{"steps": steps}])
     with pytest.raises(ValueError, match=rf"steps={steps} must be below the teacher's backbone.num_steps=6"):
-        make_manifest(embeddings, tiny_teacher, backbone_options(), options)
+        make_manifest([0, 1], embeddings, tiny_teacher, backbone_options(), options)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_steps_that_leave_none_for_the_teacher_are_refused(tiny_teacher, embeddi
 )
 def test_levels_that_do_not_rise_are_refused(tiny_teacher, embeddings, levels, steps):
     with pytest.raises(ValueError, match=rf"anchors.anchor_levels give teacher steps {steps}: they must rise"):
-        make_manifest(embeddings, tiny_teacher, backbone_options(), anchor_options(anchor_levels=levels))
+        make_manifest([0, 1], embeddings, tiny_teacher, backbone_options(), anchor_options(anchor_levels=levels))
 
 
 @pytest.mark.parametrize("level", [{}, {"steps": 2, "sigma": 0.5}, {"sigma": 1.0}, {"sigma": 0}, {"steps": 0}])

@@ -4,8 +4,9 @@ from kedro.io import DatasetError
 from tests.pipelines.conftest import PROMPTS, backbone_options, cached, evaluate_options
 
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
-from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, image_seeds, measure, sample_images
+from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, image_seeds, judged_prompts, measure, sample_images
 
+CHOSEN = {0: "a red circle", 2: "a green triangle"}
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
@@ -29,6 +30,7 @@ def sample(tiny_teacher, embeddings, students, tmp_path):
 
     def sample_with(backbone=None, folders=None, **changes):
         shards = sample_images(
+            CHOSEN,
             PROMPTS,
             embeddings,
             tiny_teacher,
@@ -61,9 +63,9 @@ def test_the_batch_does_not_change_the_pictures(sample):
 
 
 def test_more_pictures_begin_with_the_same_ones():
-    few, many = (image_seeds(evaluate_options(images_per_prompt=count), 7) for count in (3, 9))
+    few, many = (image_seeds(evaluate_options(images_per_prompt=count), "a") for count in (3, 9))
     assert many[:3] == few
-    assert not set(few) & set(image_seeds(evaluate_options(), 8))
+    assert not set(few) & set(image_seeds(evaluate_options(), "b"))
 
 
 def test_a_student_is_sampled_as_its_file_says(sample, students, tiny_teacher, tmp_path):
@@ -85,14 +87,14 @@ def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, 
     other = tmp_path / "other"
     other.mkdir()
     save_student(other, load_network(tiny_teacher), StudentHeader("sdxl", SIGMAS))
-    with pytest.raises(DatasetError, match="holds a sdxl student, backbone.family is sd3"):
+    with pytest.raises(DatasetError, match="is to be sampled as .'sdxl'"):
         sample(folders=[other, students[1]])
 
 
 def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(students, tiny_teacher, embeddings):
     def identity(backbone=None, folders=students, **changes):
         given = tiny_teacher, *folders, backbone or backbone_options(), evaluate_options(**changes)
-        return sample_images(PROMPTS, embeddings, *given).fingerprint
+        return sample_images(CHOSEN, PROMPTS, embeddings, *given).fingerprint
 
     first = identity()
     assert first == identity(batch_size=1) == identity(grid_columns=5) == identity(device="auto")
@@ -101,9 +103,16 @@ def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(stude
     assert len(others | {first}) == 5
 
 
+def test_prompts_that_the_judge_does_not_know_are_refused():
+    with pytest.raises(ValueError, match="prompt 'a cat' is not of the shapes world"):
+        judged_prompts([{"text": "a cat", "train": False, "eval": True}], evaluate_options())
+    with pytest.raises(ValueError, match="no evaluation prompt"):
+        judged_prompts(PROMPTS[1:2], evaluate_options())
+
+
 def test_metrics_are_of_the_documented_shape(sample):
     images = sample()
-    metrics = measure(images, PROMPTS, evaluate_options())
+    metrics = measure(images, CHOSEN, evaluate_options())
     assert list(metrics) == ["teacher", "dmd", "dp_dmd"]
     for name, found in metrics.items():
         assert found["nfe"] == images.manifest["nfe"][name]
@@ -119,6 +128,6 @@ def test_metrics_are_of_the_documented_shape(sample):
 
 
 def test_grids_show_a_row_a_prompt_and_the_same_columns_in_all(sample):
-    grids = draw_grids(sample(), PROMPTS, evaluate_options())
+    grids = draw_grids(sample(), CHOSEN, evaluate_options())
     assert len(grids) == 3 and len({grid.size for grid in grids}) == 1
     assert grids[0].width == grids[0].height and grids[0].width % (2 * 33) == 0

@@ -15,82 +15,14 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.text import TextDataset
 from PIL import Image
+from tests.pipelines.report.conftest import COLOURS, HOSTILE, ROOT, made_inputs, made_metrics, measured
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
-from dpdmd_pipeline.pipelines.report.nodes import (
-    CURVES,
-    escape_markdown,
-    make_curve,
-    make_report,
-    make_verdict,
-    plain_options,
-    show_result,
-)
+from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.pipelines.report.wording import make_verdict
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
-
-ROOT = Path(__file__).parents[3]
-OPTIONS = ReportOptions(max_prompts=12, max_strip_width=1024, curve_points=50)
-COLOURS = {"teacher": (255, 0, 0), "dmd": (0, 255, 0), "dp_dmd": (0, 0, 255)}
-HOSTILE = '<script>alert(1)</script> {{ 7*7 }} {% raw %} | **bold** [link](http://x.org) & "quotes" `code` ünï'
-
-
-def measured(value, spread):
-    return {"value": value, "low": value - spread, "high": value + spread}
-
-
-def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02):
-    """Metrics of three models; `spread` is the half width of every interval, relative for the modes."""
-    metrics = {}
-    for name, mode, share, nfe in zip(COLOURS, modes, valid, (60, 4, 4), strict=True):
-        metrics[name] = {
-            "nfe": nfe,
-            "n": {"prompts": 3, "per_prompt": 64},
-            "quality": {
-                "valid": measured(share, spread),
-                "aligned": measured(share, spread),
-                "residual": measured(0.03, 0),
-            },
-            "diversity": {
-                "effective_modes": measured(mode, spread * mode),
-                "coverage": measured(mode / 72, spread),
-                "entropy": measured(mode / 13, spread),
-                "pairwise_distance": measured(0.4, spread),
-            },
-        }
-    teacher, dmd, ours = modes
-    gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
-    others = {"coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
-    metrics["dp_dmd"]["gap_recovered"] = {"effective_modes": gap, **others}
-    return metrics
-
-
-def made_history(anchored, steps=120):
-    rows = [
-        {"step": step, "dmd_loss": 0.3, "diversity_loss": anchored / step, "fake_score_loss": 1 / step}
-        | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
-        for step in range(1, steps + 1)
-    ]
-    return [{**row, "grad_ratio": 2.0} if anchored and row["step"] % 10 == 0 else row for row in rows]
-
-
-def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
-    def group(name, of=None):
-        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{of or name}.yml").read_text())[name]
-
-    inputs = {
-        "metrics": made_metrics(),
-        "prompts": [{"text": "only trained on", "train": True, "eval": False}]
-        + [{"text": text, "train": False, "eval": True} for text in texts],
-        "train_history": made_history(1.0),
-        "train_history_dmd": made_history(0.0),
-        **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
-        "options": OPTIONS,
-        **{f"{name}_options": group(name) for name in ("backbone", "prompts", "anchors", "train", "evaluate")},
-        "train_dmd_options": group("train_dmd", "train"),
-    }
-    return {**inputs, **changes}
 
 
 class Tags(HTMLParser):
@@ -106,37 +38,6 @@ class Tags(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
-
-
-# ---- the verdict
-
-
-@pytest.mark.parametrize(
-    ("metrics", "says"),
-    [
-        (made_metrics(), "recovers 90 % of the diversity that DMD lost: 58.0 effective modes"),
-        (made_metrics(modes=(64, 5, 65)), "recovers all of the diversity"),
-        (made_metrics(modes=(64, 5, 20)), "recovers only 25 % of the diversity"),
-        (made_metrics(modes=(64, 5, 4)), "does not recover the diversity that DMD lost"),
-        (made_metrics(modes=(64, 5, 5.1)), "does not measurably recover the diversity"),
-        (made_metrics(modes=(60, 62, 61)), "DMD lost no diversity here"),
-        (made_metrics(modes=(60, 59, 61)), "cannot be told from chance"),
-    ],
-)  # fmt: skip
-def test_the_verdict_says_what_became_of_diversity(metrics, says):
-    assert says in make_verdict(metrics)
-
-
-@pytest.mark.parametrize(
-    ("valid", "says"),
-    [
-        ((0.95, 0.87, 0.91), "; DP-DMD's pictures are valid no less often than DMD's, 91.0 % against 87.0 %."),
-        ((0.95, 0.91, 0.90), "; DP-DMD's pictures are valid a little less often than DMD's, within the uncertainty"),
-        ((0.95, 0.91, 0.70), ", but DP-DMD's pictures are valid less often than DMD's, 70.0 % against 91.0 %."),
-    ],
-)
-def test_the_verdict_does_not_hide_a_loss_of_quality(valid, says):
-    assert says in make_verdict(made_metrics(valid=valid))
 
 
 # ---- the page
@@ -187,15 +88,6 @@ def test_prompts_are_text_whatever_they_hold():
     assert "<script>" not in md and "{% raw %}" in md.replace("\\", "") and not re.search(r"(?<!\\)\]\(http", md)
 
 
-def test_markdown_shows_special_characters_as_they_are():
-    assert escape_markdown("a|b <i> *c* [d](e) _f_ `g` & #h") == (
-        r"a\|b &lt;i&gt; \*c\* \[d\](e) \_f\_ \`g\` &amp; \#h"
-    )
-    assert escape_markdown("1. red") == r"1\. red"
-    assert escape_markdown("- red") == r"\- red"
-    assert escape_markdown("3.5") == "3.5"
-
-
 def test_the_markdown_shows_the_pictures_of_the_catalog_that_lie_beside_it():
     _, md = make_report(**made_inputs())
     catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog.yml").read_text())
@@ -244,12 +136,6 @@ def test_typed_and_plain_options_give_the_same_bytes():
     assert make_report(**{**plain, "train_options": recipe}) == make_report(**{**plain, **typed})
 
 
-def test_a_number_reads_the_same_however_it_was_written():
-    assert plain_options({"a": 10, "b": 1e-05, "c": None, "d": True, "e": [1, 0.5]}) == plain_options(
-        {"e": (1.0, 0.5), "d": True, "c": None, "b": 0.00001, "a": 10.0}
-    )
-
-
 def test_what_differs_between_the_students_is_marked():
     html, md = make_report(**made_inputs())
     assert r"| **diversity\_weight** |" in md
@@ -272,26 +158,6 @@ def test_a_grid_of_other_prompts_is_refused_with_both_numbers(texts):
     inputs["prompts"] = [{"text": text, "train": False, "eval": True} for text in texts]
     with pytest.raises(ValueError, match=rf"grid_teacher is 30 pixels high and cannot show {len(texts)} .*evaluate"):
         make_report(**inputs)
-
-
-# ---- curves
-
-
-def test_a_curve_stays_in_its_frame_and_within_its_points():
-    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
-    for key in CURVES:
-        curve = make_curve(key, runs, 50)
-        for points in curve["lines"].values():
-            pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
-            assert len(pairs) <= 50
-            assert all(46 <= x <= 352 and 12 <= y <= 170 for x, y in pairs)
-        assert curve["last"] == "120" and 1 <= len(curve["ticks"]) <= 6
-
-
-def test_a_curve_without_positive_values_is_left_out():
-    assert make_curve("grad_ratio", {"dmd": made_history(0.0)}, 50) is None
-    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
-    assert list(make_curve("diversity_loss", runs, 50)["lines"]) == ["dp_dmd"]
 
 
 # ---- the terminal, the line

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.lineage import check_embeddings
 from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"}  # of BackboneOptions
 
 
@@ -21,18 +22,21 @@ def make_anchors(
     prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
 ) -> LazyShards:
     """Run the guided teacher K steps from seeded noise for every training prompt; keep seeds and latents."""
-    manifest = make_manifest(embeddings, teacher, backbone, options)
+    check_embeddings(embeddings, prompts, teacher)
     rows = [row for row, record in enumerate(prompts) if record["train"]]
+    manifest = make_manifest(rows, embeddings, teacher, backbone, options)
     if options.mode == "online":
         log.info("anchors: online, computed in each student turn")
         shards = {}
     else:
         shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
-    identity = fingerprint(SCHEMA, manifest, rows)
+    identity = fingerprint(SCHEMA, manifest)
     return LazyShards(shards, identity, manifest)
 
 
-def make_manifest(embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions) -> dict[str, Any]:
+def make_manifest(
+    rows: list[int], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
+) -> dict[str, Any]:
     """The facts that anchors depend on and that training checks: teacher, schedule, guidance, levels, dtype."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
@@ -45,6 +49,7 @@ def make_manifest(embeddings: Any, teacher: Path, backbone: BackboneOptions, opt
         "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "teacher": folder_hash(teacher / "transformer"),
         "embeddings": embeddings.fingerprint,
+        "rows": fingerprint(rows),
         "backbone": backbone.model_dump(mode="json", include=IN_THE_ANCHORS),
         "teacher_sigmas": sigmas,
         "anchor_steps": steps,
@@ -61,6 +66,8 @@ def _steps_of(level: AnchorLevel, sigmas: list[float]) -> int:
                 f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={last + 1}"
             )
         return level.steps
+    if last < 1:
+        raise ValueError(f"backbone.num_steps={last + 1} leaves no level for an anchor: take at least 2")
     nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - level.sigma))
     log.info(
         "anchors: sigma %.4f asked for, the teacher's nearest level is %.4f (K = %d)",

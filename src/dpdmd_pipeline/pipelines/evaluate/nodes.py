@@ -7,16 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.lineage import check_embeddings
 from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 MODELS = ("teacher", "dmd", "dp_dmd")
 
 
+def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[int, str]:
+    """Row and text of every evaluation prompt; depends on nothing trained, so that it refuses before training.
+
+    Raises:
+        ValueError: if there is none, or the judge does not know one of them.
+    """
+    from dpdmd_pipeline.shapes.world import prompt_index
+
+    chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
+    if not chosen:
+        raise ValueError("no evaluation prompt: name a file (raw_eval_prompts) or set prompts.eval_share")
+    if options.judge == "shapes":
+        for text in chosen.values():
+            prompt_index(text)
+    return chosen
+
+
 def sample_images(
+    chosen: dict[int, str],
     prompts: Iterable[dict],
     embeddings: Any,
     teacher: Path,
@@ -29,7 +48,7 @@ def sample_images(
     from dpdmd_pipeline.backbones.student_file import load_header
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
-    chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
+    check_embeddings(embeddings, prompts, teacher)
     folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
     steps = {name: len(load_header(folder).sigmas) - 1 for name, folder in folders.items() if folder}
     manifest = {
@@ -38,26 +57,26 @@ def sample_images(
         "images_per_prompt": options.images_per_prompt,
     }
     shards = {
-        name: partial(_draw, number, folders[name], list(chosen), embeddings, teacher, backbone, options)
+        name: partial(_draw, number, folders[name], chosen, embeddings, teacher, backbone, options)
         for number, name in enumerate(MODELS)
     }
     settings = options.model_dump(mode="json", include={"seed", "images_per_prompt"})
-    return LazyShards(
-        shards, fingerprint(SCHEMA, manifest, chosen, settings, backbone.model_dump(mode="json")), manifest
-    )
+    rows = [[row, text] for row, text in chosen.items()]
+    parts = (manifest, rows, settings, backbone.model_dump(mode="json"), embeddings.fingerprint)
+    return LazyShards(shards, fingerprint(SCHEMA, *parts), manifest)
 
 
-def image_seeds(options: EvaluateOptions, row: int) -> list[int]:
-    """Seeds of one prompt's pictures: the same for every model, whatever the batch."""
+def image_seeds(options: EvaluateOptions, text: str) -> list[int]:
+    """Seeds of one prompt's pictures: the same for every model, whatever the batch and the other prompts."""
     from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 
-    return sample_seeds(options.seed, "evaluate", row, options.images_per_prompt)
+    return sample_seeds(options.seed, f"evaluate/{text}", 0, options.images_per_prompt)
 
 
 def _draw(
     number: int,
     folder: Path | None,
-    rows: list[int],
+    chosen: dict[int, str],
     embeddings: Any,
     teacher: Path,
     backbone: BackboneOptions,
@@ -66,14 +85,14 @@ def _draw(
     """All pictures of one of the three models."""
     import torch
 
-    log.info("drawing %d pictures with %s", len(rows) * options.images_per_prompt, MODELS[number])
-    drawn = sample_model(folder, rows, embeddings, teacher, backbone, options)
+    log.info("drawing %d pictures with %s", len(chosen) * options.images_per_prompt, MODELS[number])
+    drawn = sample_model(folder, chosen, embeddings, teacher, backbone, options)
     return {"model": torch.full((len(drawn["seed"]),), number), **drawn}
 
 
 def sample_model(
     folder: Path | None,
-    rows: list[int],
+    chosen: dict[int, str],
     embeddings: Any,
     teacher: Path,
     backbone: BackboneOptions,
@@ -85,7 +104,7 @@ def sample_model(
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
     model = backbone.load(teacher, options.device)
-    samples = [(row, seed) for row in rows for seed in image_seeds(options, row)]
+    samples = [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
     sampler = _sampler(model, folder, embeddings, backbone)
     images = []
     for start in range(0, len(samples), options.batch_size):
@@ -114,21 +133,23 @@ def _sampler(model: Any, folder: Path | None, embeddings: Any, backbone: Backbon
         levels, uncond = model.schedule(backbone.num_steps), cond([len(embeddings) - 1])
         return lambda rows: (guided(model, network, cond(rows), uncond, backbone.guidance_scale), levels)
     header = load_header(folder)
-    if header.family != backbone.family:
-        raise ValueError(f"{folder} holds a {header.family} student, backbone.family is {backbone.family}")
+    asked = (header.family, header.prediction, header.sampler, header.guidance)
+    if asked != (backbone.family, "flow", "euler", 1.0):
+        raise ValueError(
+            f"{folder} is to be sampled as {asked}: this version samples {backbone.family} flow, euler, 1.0"
+        )
     levels = model.student_schedule(header.sigmas[:-1], len(header.sigmas) - 1)
     return lambda rows: (conditioned(model, network, cond(rows)), levels)
 
 
-def measure(images: Any, prompts: Iterable[dict], options: EvaluateOptions) -> dict[str, Any]:
+def measure(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
     """Quality and diversity of the three models, and the share of DMD's loss that DP-DMD gets back."""
     from dpdmd_pipeline.metrics.summary import gap_recovered
 
-    texts = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
     results: dict[str, Any] = {}
     for name, shard in zip(MODELS, images.shards(), strict=True):
-        counts = {"prompts": len(texts), "per_prompt": options.images_per_prompt}
-        results[name] = {"nfe": images.manifest["nfe"][name], "n": counts, **judge_images(shard, texts, options)}
+        counts = {"prompts": len(chosen), "per_prompt": options.images_per_prompt}
+        results[name] = {"nfe": images.manifest["nfe"][name], "n": counts, **judge_images(shard, chosen, options)}
     diversity = {name: results[name]["diversity"] for name in MODELS}
     results["dp_dmd"]["gap_recovered"] = {
         metric: gap_recovered(*(diversity[name][metric]["value"] for name in MODELS)) for metric in diversity["teacher"]
@@ -136,18 +157,17 @@ def measure(images: Any, prompts: Iterable[dict], options: EvaluateOptions) -> d
     return results
 
 
-def judge_images(drawn: dict[str, Any], texts: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
-    """Quality and diversity of one model's pictures; `texts` names the prompt of each row."""
+def judge_images(drawn: dict[str, Any], chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
+    """Quality and diversity of one model's pictures."""
     from dpdmd_pipeline.metrics.shapes import judge
 
-    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in texts]
-    return judge(per_prompt, list(texts.values()), options.seed)
+    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in chosen]
+    return judge(per_prompt, list(chosen.values()), options.seed)
 
 
-def draw_grids(images: Any, prompts: Iterable[dict], options: EvaluateOptions) -> tuple[Any, Any, Any]:
+def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> tuple[Any, Any, Any]:
     """One picture per model: a row per prompt, a column per seed, the same in all three."""
-    rows = [row for row, record in enumerate(prompts) if record["eval"]]
-    return tuple(_grid(shard, rows, options.grid_columns) for shard in images.shards())
+    return tuple(_grid(shard, list(chosen), options.grid_columns) for shard in images.shards())
 
 
 def _grid(shard: dict[str, Any], rows: list[int], columns: int) -> Any:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 class EvaluateOptions(BaseModel):
     """How many pictures are drawn, and what judges them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     judge: Literal["shapes"]  # the exact reader of the embedded world
     seed: NonNegativeInt

@@ -1,6 +1,5 @@
 """From clean records to embeddings: which rows there are, what tokenizers cut off, and the encoding itself."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dpdmd_pipeline.datasets.lineage import texts_digest
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 
 _BATCH = 1024  # texts tokenized at once; changes no result
@@ -41,36 +41,10 @@ def rows_of(prompts: PromptFile) -> Rows:
     Raises:
         ValueError: if there is none.
     """
-    digest, count = hashlib.sha256(), 0
-    for record in prompts:
-        digest.update(record["text"].encode() + b"\n")
-        count += 1
+    count = sum(1 for _ in prompts)
     if not count:
         raise ValueError(f"{prompts.path} has no prompts: run `kedro run --pipelines prompts`")
-    return Rows(prompts, count, digest.hexdigest())
-
-
-def text_side_hash(teacher: Path) -> str:
-    """SHA-256 of the names and contents of everything in a teacher that turns text into embeddings.
-
-    Raises:
-        FileNotFoundError: if the folder has no text encoder and no tokenizer.
-    """
-    found = (path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*"))
-    paths = sorted(path for path in found if path.is_file())
-    if not {"text_encoder", "tokenizer"} <= {path.relative_to(teacher).parts[0] for path in paths}:
-        raise FileNotFoundError(
-            f"teacher {teacher} has no text_encoder/ or no tokenizer/: give a diffusers pipeline folder, "
-            "or run `kedro run --pipelines teacher`"
-        )
-    # A missing T5 becomes zeros whose width stands in the transformer's config.
-    paths += [path for path in [teacher / "transformer" / "config.json"] if path.is_file()]
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(teacher).as_posix()}\0{content}\n".encode())
-    return digest.hexdigest()
+    return Rows(prompts, count, texts_digest(prompts))
 
 
 def token_limits(teacher: Path, max_sequence_length: int) -> dict[str, int]:

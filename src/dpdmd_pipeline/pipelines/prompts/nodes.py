@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.datasets.lineage import text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
@@ -13,7 +14,6 @@ from dpdmd_pipeline.pipelines.prompts.encoding import (
     Rows,
     encode_rows,
     rows_of,
-    text_side_hash,
     token_limits,
     truncated_rows,
 )
@@ -21,7 +21,7 @@ from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_WARNINGS = 20  # truncated prompts that are logged one by one
 MAX_LISTED = 1000  # truncated prompts that the manifest lists; it counts all
 
@@ -85,6 +85,7 @@ def encode_prompts(
     }
     manifest = {
         "prompts": rows.num_prompts,
+        "texts": rows.digest,
         **settings,
         "token_limits": limits,
         "truncated": _truncated(rows, teacher, limits),

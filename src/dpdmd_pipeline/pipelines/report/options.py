@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 class ReportOptions(BaseModel):
     """How much the page shows."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     max_prompts: PositiveInt  # rows of pictures in report.html; the grids beside it hold all
     max_strip_width: PositiveInt  # pixels of one row of one model's pictures; wider ones are made smaller

@@ -8,10 +8,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.evaluate.nodes import judge_images, sample_model
+from dpdmd_pipeline.pipelines.evaluate.nodes import judge_images, judged_prompts, sample_model
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
-from dpdmd_pipeline.pipelines.train.nodes import check_anchors, train_student
+from dpdmd_pipeline.pipelines.train.checks import check_anchors
+from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
@@ -39,15 +40,16 @@ def run_study(
 ) -> dict[str, Any]:
     """Train and judge every recipe with every seed; a run that is finished is read from its checkpoint."""
     recipes = {name: _recipe(name, train, changes) for name, changes in options.runs.items()}
+    rows = [row for row, record in enumerate(prompts) if record["train"]]
     for recipe in recipes.values():  # all of them before the first is trained
-        check_anchors(anchors, embeddings, teacher, backbone, anchor_options, recipe)
-    chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
+        check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, recipe)
+    chosen = judged_prompts(prompts, evaluate)
 
     def judged(folder: Path | None) -> dict[str, Any]:
-        drawn = sample_model(folder, list(chosen), embeddings, teacher, backbone, evaluate)
+        drawn = sample_model(folder, chosen, embeddings, teacher, backbone, evaluate)
         return judge_images(drawn, chosen, evaluate)
 
-    rows = []
+    found = []
     for seed in options.seeds:
         for name, recipe in recipes.items():
             log.info("study: %s, seed %d", name, seed)
@@ -57,8 +59,8 @@ def run_study(
             )
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
-                rows.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
-    return {"baseline": options.baseline, "runs": options.runs, "teacher": judged(None), "rows": rows}
+                found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
+    return {"baseline": options.baseline, "runs": options.runs, "teacher": judged(None), "rows": found}
 
 
 def _recipe(name: str, train: TrainOptions, changes: dict[str, Any]) -> TrainOptions:
@@ -70,26 +72,30 @@ def _recipe(name: str, train: TrainOptions, changes: dict[str, Any]) -> TrainOpt
     try:
         return TrainOptions(**{**train.model_dump(), **changes})
     except ValueError as error:
-        reasons = "; ".join(str(found["msg"]) for found in error.errors())
+        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
         raise ValueError(f"study.runs.{name}: {reasons}") from error
 
 
-def summarise(study: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
     """Per run and metric the values over the seeds; `gap_recovered` is of effective modes, seed by seed."""
+    from dpdmd_pipeline.metrics.summary import gap_recovered
+
     value = {name: (lambda row, name=name, kind=kind: row[kind][name]["value"]) for name, kind in SHOWN.items()}
     baseline = {row["seed"]: row for row in study["rows"] if row["run"] == study["baseline"]}
     teacher = value["effective_modes"](study["teacher"])
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list]] = {}
     for row in study["rows"]:
         of_run = found.setdefault(row["run"], {name: [] for name in [*SHOWN, "gap_recovered"]})
         for name in SHOWN:
             of_run[name].append(value[name](row))
         lost = value["effective_modes"](baseline[row["seed"]])
-        of_run["gap_recovered"].append((value["effective_modes"](row) - lost) / (teacher - lost))
+        of_run["gap_recovered"].append(gap_recovered(teacher, lost, value["effective_modes"](row)))
     return found
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(values: list, digits: int) -> str:
+    if None in values:  # a seed whose baseline lost nothing has no gap
+        return "no gap"
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 

@@ -16,7 +16,7 @@ class StudyOptions(BaseModel):
         runs: name of a recipe to what it changes in the group `train`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
     baseline: str

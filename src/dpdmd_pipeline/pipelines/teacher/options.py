@@ -12,7 +12,7 @@ from dpdmd_pipeline.training.recipe import TeacherRecipe
 class TeacherOptions(BaseModel):
     """The recipe, and how its result is judged."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     recipe: TeacherRecipe
     judged_per_prompt: Annotated[int, Field(ge=2)]  # pictures at the teacher's own settings

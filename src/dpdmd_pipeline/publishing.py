@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -163,3 +164,9 @@ def delete(folder: Path) -> None:
     """Remove a folder, if it is there."""
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,83 @@
+"""What is refused before a student is trained: anchors of another teacher, schedule, split or recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
+
+
+def check_anchors(
+    anchors: Any,
+    rows: Sequence[int],
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: AnchorRecipe,
+    recipe: Recipe,
+) -> None:
+    """Hold the anchors' manifest against what is asked for now.
+
+    Raises:
+        ValueError: names what differs, both values, and the remedy.
+    """
+    from dpdmd_pipeline.datasets.model_folder import folder_hash
+    from dpdmd_pipeline.datasets.sharded import fingerprint
+
+    model = backbone.load(teacher, "cpu")
+    manifest = anchors.manifest
+    kept = ("teacher", "teacher_sigmas", "embeddings", "rows")
+    then = {
+        **{f"anchors.{name}": value for name, value in manifest["options"].items()},
+        **{f"backbone.{name}": value for name, value in manifest.get("backbone", {}).items()},
+        **{name: manifest.get(name) for name in kept},
+    }
+    now = {
+        **{f"anchors.{name}": value for name, value in _asked(options).items()},
+        **{f"backbone.{name}": getattr(backbone, name) for name in manifest.get("backbone", {})},
+        "teacher": folder_hash(teacher / "transformer"),
+        "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
+        "embeddings": embeddings.fingerprint,
+        "rows": fingerprint(list(rows)),
+    }
+    for name in now:
+        if now[name] != then.get(name):
+            raise ValueError(
+                f"the anchors were made with {name}={_short(then.get(name))}, this run has {_short(now[name])}: "
+                "run `kedro run --pipelines anchors` again, or set the value back"
+            )
+    _check_recipe(manifest, options, recipe)
+    if recipe.anchored_steps:
+        levels = model.student_schedule(recipe.grid, recipe.num_steps)
+        _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
+
+
+def _asked(options: AnchorRecipe) -> dict[str, Any]:
+    return options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
+
+
+def _short(value: Any) -> str:
+    """A hash by its first digits; a schedule by its first levels."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:40]}..."
+
+
+def _check_start(start: float, anchor: float) -> None:
+    if not anchor < start:
+        raise ValueError(
+            f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
+            "an anchor lies below the start; take a later anchor or start the grid higher"
+        )
+
+
+def _check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
+    available = len(manifest["anchor_steps"])
+    if recipe.anchored_steps > available:
+        raise ValueError(
+            f"train.anchored_steps={recipe.anchored_steps} needs as many anchors.anchor_levels, there are {available}"
+        )
+    if recipe.anchored_steps and recipe.target == "tangent" and not options.with_denoised:
+        raise ValueError(
+            "train.target=tangent needs anchors.with_denoised=true: the teacher's x0 at the anchor is not stored"
+        )

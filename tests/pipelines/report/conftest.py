@@ -1,0 +1,70 @@
+"""What the report is made of: metrics, histories, grids and options, all made up."""
+
+from pathlib import Path
+
+import yaml
+from PIL import Image
+
+from dpdmd_pipeline.pipelines.report.options import ReportOptions
+
+ROOT = Path(__file__).parents[3]
+OPTIONS = ReportOptions(max_prompts=12, max_strip_width=1024, curve_points=50)
+COLOURS = {"teacher": (255, 0, 0), "dmd": (0, 255, 0), "dp_dmd": (0, 0, 255)}
+HOSTILE = '<script>alert(1)</script> {{ 7*7 }} {% raw %} | **bold** [link](http://x.org) & "quotes" `code` ünï'
+
+
+def measured(value, spread):
+    return {"value": value, "low": value - spread, "high": value + spread}
+
+
+def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02):
+    """Metrics of three models; `spread` is the half width of every interval, relative for the modes."""
+    metrics = {}
+    for name, mode, share, nfe in zip(COLOURS, modes, valid, (60, 4, 4), strict=True):
+        metrics[name] = {
+            "nfe": nfe,
+            "n": {"prompts": 3, "per_prompt": 64},
+            "quality": {
+                "valid": measured(share, spread),
+                "aligned": measured(share, spread),
+                "residual": measured(0.03, 0),
+            },
+            "diversity": {
+                "effective_modes": measured(mode, spread * mode),
+                "coverage": measured(mode / 72, spread),
+                "entropy": measured(mode / 13, spread),
+                "pairwise_distance": measured(0.4, spread),
+            },
+        }
+    teacher, dmd, ours = modes
+    gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
+    others = {"coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
+    metrics["dp_dmd"]["gap_recovered"] = {"effective_modes": gap, **others}
+    return metrics
+
+
+def made_history(anchored, steps=120):
+    rows = [
+        {"step": step, "dmd_loss": 0.3, "diversity_loss": anchored / step, "fake_score_loss": 1 / step}
+        | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
+        for step in range(1, steps + 1)
+    ]
+    return [{**row, "grad_ratio": 2.0} if anchored and row["step"] % 10 == 0 else row for row in rows]
+
+
+def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
+    def group(name, of=None):
+        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{of or name}.yml").read_text())[name]
+
+    inputs = {
+        "metrics": made_metrics(),
+        "prompts": [{"text": "only trained on", "train": True, "eval": False}]
+        + [{"text": text, "train": False, "eval": True} for text in texts],
+        "train_history": made_history(1.0),
+        "train_history_dmd": made_history(0.0),
+        **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
+        "options": OPTIONS,
+        **{f"{name}_options": group(name) for name in ("backbone", "prompts", "anchors", "train", "evaluate")},
+        "train_dmd_options": group("train_dmd", "train"),
+    }
+    return {**inputs, **changes}

@@ -1,0 +1,22 @@
+"""Curves stay in their frame, and there is none of nothing."""
+
+from tests.pipelines.report.conftest import made_history
+
+from dpdmd_pipeline.pipelines.report.curves import CURVES, make_curve
+
+
+def test_a_curve_stays_in_its_frame_and_within_its_points():
+    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
+    for key in CURVES:
+        curve = make_curve(key, runs, 50)
+        for points in curve["lines"].values():
+            pairs = [tuple(map(float, pair.split(","))) for pair in points.split()]
+            assert len(pairs) <= 50
+            assert all(46 <= x <= 352 and 12 <= y <= 170 for x, y in pairs)
+        assert curve["last"] == "120" and 1 <= len(curve["ticks"]) <= 6
+
+
+def test_a_curve_without_positive_values_is_left_out():
+    assert make_curve("grad_ratio", {"dmd": made_history(0.0)}, 50) is None
+    runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
+    assert list(make_curve("diversity_loss", runs, 50)["lines"]) == ["dp_dmd"]
