@@ -21,9 +21,8 @@ from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
-from record import record
+from record import copy_project, record
 
-ROOT = Path(__file__).parents[1]
 REPEATS = 5
 STEPS = 6
 
@@ -44,16 +43,26 @@ def bare_teacher(model, network, embeddings, rows, batch_size, last_step, backbo
 
 def main() -> None:
     """Measure on the embedded teacher with the parameters of conf/base."""
-    bootstrap_project(ROOT)
-    with KedroSession.create(ROOT, env="base") as session:
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, embeddings, teacher, parameters = prepare(copy_project(folder))
+        logging.disable(logging.INFO)
+        measure(prompts, embeddings, teacher, parameters)
+
+
+def prepare(project: Path) -> tuple:
+    """Prompts, embeddings and teacher of a project, and its parameters."""
+    bootstrap_project(project)
+    with KedroSession.create(project, env="base") as session:
         session.run(pipeline_names=["prompts"])
-    with KedroSession.create(ROOT, env="base") as session:
+    with KedroSession.create(project, env="base") as session:
         context = session.load_context()
-        prompts, embeddings, teacher = (context.catalog.load(name) for name in ("prompts", "embeddings", "teacher"))
-        parameters = context.params
-    logging.disable(logging.INFO)
+        return *(context.catalog.load(name) for name in ("prompts", "embeddings", "teacher")), context.params
+
+
+def measure(prompts, embeddings, teacher: Path, parameters: dict) -> None:
+    """Time both, alternately; then a short training."""
     backbone = BackboneOptions(**parameters["backbone"])
-    options = AnchorRecipe(**{**parameters["anchors"], "seeds_per_prompt": 16})
+    options = AnchorRecipe(**{**parameters["anchors"], "seeds_per_prompt": 8})
     rows = [row for row, record_ in enumerate(prompts) if record_["train"]] * options.seeds_per_prompt
     model = backbone.load(teacher, "cpu")
     network = model.load_model().requires_grad_(False).eval()

@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import record
+from record import copy_project, record
 
-ROOT = Path(__file__).parents[1]
 KEDRO = [sys.executable, "-m", "kedro"]
 REPEATS = 3
 
@@ -27,10 +26,7 @@ def seconds(command: list[str], cwd: Path, expected: int = 0) -> float:
 def main() -> None:
     """Measure in a copy of the project without results."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "project"
-        shutil.copytree(
-            ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", ".dvc", "05_model_input", "07_model_output")
-        )
+        copy = copy_project(folder)
         cases = {
             "import dpdmd_pipeline": ([sys.executable, "-c", "import dpdmd_pipeline"], 0),
             "python alone": ([sys.executable, "-c", "pass"], 0),

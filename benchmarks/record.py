@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+_NOT_COPIED = (".git", ".venv", ".dvc", "03_primary", "05_model_input", "07_model_output", "student*", ".train_state")
+
+
+def copy_project(folder: str) -> Path:
+    """The project without results, where a benchmark cannot replace a user's own."""
+    return shutil.copytree(ROOT, Path(folder) / "project", ignore=shutil.ignore_patterns(*_NOT_COPIED))
 
 
 def machine() -> dict[str, object]:

@@ -83,3 +83,23 @@ def test_the_checkpoint_on_disk_survives_a_failed_step(start, tmp_path):
         next(roles.fake_score.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="fake_score_loss is nan at step 4"):
         list(records)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_the_students_rate_falls_in_the_last_share_of_the_turns(start, tmp_path, decay, monkeypatch):
+    rates, plain = [], torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    _, records = start(tmp_path, decay=decay)
+    list(records)
+    fake, student = (
+        [rates[i] for i in range(len(rates)) if i % 3 < 2],
+        rates[2::3],
+    )  # two fake-score turns, then the student
+    assert fake == [1e-3] * 8
+    shares = {0.0: [1, 1, 1, 1], 0.5: [1, 1, 1, 0.5], 1.0: [1, 0.75, 0.5, 0.25]}[decay]
+    assert student == pytest.approx([1e-3 * share for share in shares])
