@@ -246,7 +246,14 @@ def test_a_bug_keeps_its_traceback(toy):
 def test_control_c_gives_one_line(toy):
     command = [sys.executable, "-m", "kedro", "run", "--pipelines", "train", "--params", "train.what=wait"]
     process = subprocess.Popen(
-        command, cwd=toy, env=_environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=toy,
+        env=_environment({}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests that a shell runs in the background are started with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while "waiting" not in process.stdout.readline():
         assert process.poll() is None
