@@ -56,7 +56,8 @@ def prepare(project: Path) -> tuple:
         session.run(pipeline_names=["prompts"])
     with KedroSession.create(project, env="base") as session:
         context = session.load_context()
-        return *(context.catalog.load(name) for name in ("prompts", "embeddings", "teacher")), context.params
+        found = (context.catalog.load(name) for name in ("prompts", "embeddings", "teacher"))
+        return *found, context.config_loader["parameters"]
 
 
 def measure(prompts, embeddings, teacher: Path, parameters: dict) -> None:
