@@ -231,7 +231,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(toy):
 
 def test_what_this_package_refuses_is_one_line_and_its_traceback_is_in_the_log(toy):
     message = refusal(kedro(toy, "--pipelines", "train", "--params", "train.what=refuse"))
-    assert message == "backbone.family is 'sd9': choose one of sd3"
+    assert message == "backbone.family is 'sd9': choose one of sd3, sdxl, sana"
     written = (toy / "logs/dpdmd.log").read_text()
     assert "Traceback" in written and "load_backbone" in written
 

@@ -60,8 +60,9 @@ def test_a_model_is_frozen_and_refuses_unknown_keys_at_every_level(group, model)
 
 @pytest.mark.parametrize("group, model", sorted(typed(*STAGES).items()))
 def test_no_option_has_a_default(group, model):
-    # of the two ways to name an anchor level one is given, so both may be left out
-    either = {("AnchorLevel", "steps"), ("AnchorLevel", "sigma")}
+    # of the ways to name an anchor level, or a teacher's network, one is given, so each may be left out
+    either = {("AnchorLevel", name) for name in ("steps", "sigma", "first_step")}
+    either |= {("TeacherRecipe", name) for name in ("transformer", "unet")}
     with_default = {
         (inner.__name__, name)
         for inner in models_in(model)
@@ -71,7 +72,7 @@ def test_no_option_has_a_default(group, model):
     assert with_default <= either
 
 
-@pytest.mark.parametrize("environment", ["base", "ci"])
+@pytest.mark.parametrize("environment", ["base", "ci", "sd35", "sd35_lora_16gb", "sdxl"])
 @pytest.mark.parametrize("group, model", sorted(typed(*STAGES).items()))
 def test_the_options_in_conf_are_accepted(group, model, environment):
     from pathlib import Path

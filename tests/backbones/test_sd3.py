@@ -1,6 +1,5 @@
 """SD3's own: static shift, velocity, three text encoders."""
 
-import json
 import shutil
 
 import pytest
@@ -14,9 +13,9 @@ PROMPTS = ["a red circle", "", "something that no caption says: naïve 日本 " 
 
 
 @pytest.fixture(scope="module")
-def shifted_teacher(tiny_teacher, tmp_path_factory):
+def shifted_teacher(tiny_teacher, edited):
     """The tiny teacher with SD3's shift of 3."""
-    return edited(tiny_teacher, tmp_path_factory.mktemp("shifted"), "scheduler/scheduler_config.json", shift=3.0)
+    return edited(tiny_teacher, "scheduler/scheduler_config.json", shift=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +35,6 @@ def t5_teacher(tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5") / "teacher"
     parts = pipeline.components | {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
     StableDiffusion3Pipeline(**parts).save_pretrained(folder)
-    return folder
-
-
-def edited(teacher, parent, file, **values):
-    """A copy of a teacher's folder with other values in one of its JSON files."""
-    folder = parent / "teacher"
-    shutil.copytree(teacher, folder)
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | values))
     return folder
 
 
@@ -78,11 +68,11 @@ def test_prompts_are_encoded_as_by_the_pipeline(teacher, length, request):
     assert bool((third != 0).any()) == (teacher == "t5_teacher")
 
 
-def test_latents_with_t5_and_shift_3_are_those_of_the_pipeline(t5_teacher, tmp_path):
+def test_latents_with_t5_and_shift_3_are_those_of_the_pipeline(t5_teacher, edited):
     from dpdmd_pipeline.backbones.base import guided
     from dpdmd_pipeline.dpdmd.sampling import rollout
 
-    folder = edited(t5_teacher, tmp_path, "scheduler/scheduler_config.json", shift=3.0)
+    folder = edited(t5_teacher, "scheduler/scheduler_config.json", shift=3.0)
     backbone = SD3(folder, **OPTIONS | {"max_sequence_length": 20})
     cond, uncond = backbone.encode(PROMPTS[:2]), backbone.encode([""])
     with torch.no_grad():
@@ -183,8 +173,8 @@ def test_a_network_in_half_precision_still_gives_x0_in_float32(tiny_teacher):
 # ---- refusals
 
 
-def test_a_scheduler_that_shifts_dynamically_is_refused(tiny_teacher, tmp_path):
-    folder = edited(tiny_teacher, tmp_path, "scheduler/scheduler_config.json", use_dynamic_shifting=True)
+def test_a_scheduler_that_shifts_dynamically_is_refused(tiny_teacher, edited):
+    folder = edited(tiny_teacher, "scheduler/scheduler_config.json", use_dynamic_shifting=True)
     with pytest.raises(ValueError, match="shifts dynamically"):
         SD3(folder, **OPTIONS)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
@@ -39,20 +40,16 @@ ANCHORS = {
     "dtype": "float32",
     "device": "cpu",
 }
-OPTIMIZER = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+BASE = Path(__file__).parents[2] / "conf" / "base"
 TRAIN = {
+    **yaml.safe_load((BASE / "parameters_train.yml").read_text())["train"],
     "seed": 0,
     "max_steps": 2,
     "decay": 0.0,
+    "ema": 0.0,
     "batch_size": 2,
-    "num_steps": 4,
-    "grid": "shifted",
-    "anchored_steps": 1,
     "diversity_weight": 1.0,
-    "stop_gradient": True,
-    "target": "secant",
-    "space": "v",
-    "normalizer": "noisy",
     "fake_score_turns": 1,
     "student": OPTIMIZER,
     "fake_score": OPTIMIZER,

@@ -8,7 +8,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dpdmd_pipeline.shapes.models import make_pipeline, make_scheduler, make_tokenizer, make_transformer, make_vae
+from dpdmd_pipeline.shapes.models import (
+    make_diffusion_scheduler,
+    make_pipeline,
+    make_scheduler,
+    make_sdxl_pipeline,
+    make_sdxl_vae,
+    make_tokenizer,
+    make_transformer,
+    make_unet,
+    make_vae,
+)
 from dpdmd_pipeline.shapes.world import RESOLUTION, captions
 
 MAX_LENGTH = 12
@@ -24,6 +34,26 @@ def pipeline():
     pipeline = make_pipeline(max_length=MAX_LENGTH, shift=1.0, seed=0)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def sdxl_pipeline():
+    pipeline = make_sdxl_pipeline(max_length=MAX_LENGTH, seed=0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_sdxl(pipeline, output_type="latent"):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return pipeline(
+        ["a red circle", "a blue square"],
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        latents=latents,
+        height=RESOLUTION,
+        width=RESOLUTION,
+        output_type=output_type,
+    ).images
 
 
 def draw(pipeline, output_type="latent"):
@@ -120,7 +150,7 @@ def test_the_pooled_embedding_is_that_of_the_end_of_text_whatever_the_padding(pi
         torch.testing.assert_close(padded, bare, rtol=1e-5, atol=1e-6)
 
 
-# ---- transformer and autoencoder
+# ---- networks, autoencoders and schedulers
 
 
 def test_the_transformer_has_the_sizes_from_which_comfyui_recognises_sd3():
@@ -140,9 +170,37 @@ def test_the_autoencoder_turns_a_picture_into_8x8x16_and_back():
         assert vae.decode(latents).sample.shape == (1, 3, RESOLUTION, RESOLUTION)
 
 
-def test_an_untrained_pipeline_draws_pictures(pipeline):
-    images = draw(pipeline, output_type="pt")
-    assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
+def test_the_unet_is_conditioned_as_sdxls_is():
+    config = make_unet().config
+    assert config.addition_embed_type == "text_time" and config.in_channels == config.out_channels == 4
+    assert config.cross_attention_dim == 64  # both text encoders side by side
+    assert config.projection_class_embeddings_input_dim == 32 + 6 * config.addition_time_embed_dim
+    assert config.down_block_types[0] == "DownBlock2D" and config.use_linear_projection
+
+
+def test_the_sdxl_autoencoder_turns_a_picture_into_8x8x4_and_back_without_a_shift():
+    vae = make_sdxl_vae()
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, RESOLUTION, RESOLUTION)).latent_dist.mode()
+        assert latents.shape == (1, 4, 8, 8)
+        assert vae.decode(latents).sample.shape == (1, 3, RESOLUTION, RESOLUTION)
+    assert vae.config.shift_factor is None and vae.config.latents_mean is None
+
+
+def test_untrained_pipelines_draw_pictures(pipeline, sdxl_pipeline):
+    for images in (draw(pipeline, output_type="pt"), draw_sdxl(sdxl_pipeline, output_type="pt")):
+        assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
+
+
+def test_the_diffusion_scheduler_has_the_levels_of_sdxl_and_starts_at_full_noise():
+    scheduler = make_diffusion_scheduler()
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps]
+    expected = torch.tensor([14.614647, 4.081731, 1.612887, 0.693205])  # of the published SDXL
+    torch.testing.assert_close(((1 - alpha_bar) / alpha_bar).sqrt(), expected, rtol=1e-5, atol=0)
+    assert scheduler.final_alpha_cumprod == 1  # the last step ends clean
+    assert scheduler.config.prediction_type == "epsilon" and not scheduler.config.clip_sample
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -166,6 +224,26 @@ def test_a_saved_pipeline_draws_the_same_latents(pipeline, tmp_path):
     assert reloaded.text_encoder_3 is None and reloaded.tokenizer_3 is None
     assert torch.equal(draw(reloaded), draw(pipeline))
     assert reloaded.tokenizer("a red circle").input_ids == pipeline.tokenizer("a red circle").input_ids
+
+
+def test_a_saved_sdxl_pipeline_draws_the_same_latents_and_is_small(sdxl_pipeline, tmp_path):
+    from diffusers import StableDiffusionXLPipeline
+
+    sdxl_pipeline.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["force_zeros_for_empty_prompt"] is True
+    reloaded = StableDiffusionXLPipeline.from_pretrained(tmp_path, add_watermarker=False)
+    reloaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw_sdxl(reloaded), draw_sdxl(sdxl_pipeline))
+    in_half_precision = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) / 2
+    assert in_half_precision < 12e6  # what git holds
+
+
+def test_the_seed_decides_the_weights_of_sdxl_too(sdxl_pipeline):
+    before = torch.get_rng_state()
+    same, other = (make_sdxl_pipeline(max_length=MAX_LENGTH, seed=seed) for seed in (0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    mine, again, different = (pipeline.unet.conv_out.weight for pipeline in (sdxl_pipeline, same, other))
+    assert torch.equal(mine, again) and not torch.equal(mine, different)
 
 
 def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(pipeline):

@@ -11,27 +11,45 @@ import torch
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.training.anchors import OnlineAnchors, TeacherAnchors
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.distill import Lessons, Roles, distill
+from dpdmd_pipeline.training.distill import Execution, Lessons, distill
 from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.roles import Roles, make_roles
 
 NUM_STEPS, GUIDANCE, ANCHOR_STEPS = 8, 3.5, [2, 4]
-OPTIMIZER = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+LORA = {"student_rank": 4, "fake_score_rank": 2, "alpha_per_rank": 1.0, "targets": ["to_q", "to_v", "to_out.0"]}
 RECIPE = {
+    "roles": "full",
+    "lora": LORA,
+    "precision": "float32",
     "seed": 3,
     "max_steps": 4,
+    "warmup": 0,
     "decay": 0.5,
+    "ema": 0.0,
     "batch_size": 2,
     "num_steps": 4,
     "grid": "shifted",
     "anchored_steps": 1,
     "diversity_weight": 1.0,
     "stop_gradient": True,
+    "between_steps": "ode",
     "target": "secant",
     "space": "v",
     "normalizer": "noisy",
+    "graded_steps": "all",
     "fake_score_turns": 2,
+    "fake_score_warmup": 0,
+    "fake_rollout": "fresh",
     "student": OPTIMIZER,
     "fake_score": OPTIMIZER,
+}
+EXECUTION = {
+    "checkpoint_every": 2,
+    "fetch_every": 1,
+    "ratio_every": 2,
+    "student_micro_batch": 2,
+    "fake_score_micro_batch": 2,
 }
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -76,16 +94,15 @@ def ask_teacher(backbone, embeddings) -> TeacherAnchors:
 def start(backbone, embeddings, ask_teacher):
     """Set up a run: (roles, records) of a recipe and a folder of checkpoints."""
 
-    def start_run(folder: Path, **changes) -> tuple[Roles, Iterator[dict]]:
+    def start_run(
+        folder: Path, execution: dict | None = None, checkpointing: bool = False, **changes
+    ) -> tuple[Roles, Iterator[dict]]:
         recipe = Recipe(**{**RECIPE, **changes})
         anchored = recipe.anchored_steps
-        draw = OnlineAnchors(
-            ask_teacher, [0, 1, 2], seed=recipe.seed, batch_size=recipe.batch_size, anchored_steps=anchored
-        )
+        draw = OnlineAnchors(ask_teacher, [0, 1, 2], seed=recipe.seed, anchored_steps=anchored)
         lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], GUIDANCE)
-        roles = Roles(*(backbone.load_model() for _ in range(3)))
-        kept = Checkpoints(folder)
-        records = distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), checkpoint_every=2, ratio_every=2)
-        return roles, records
+        roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing)
+        kept, carried_out = Checkpoints(folder), Execution(**{**EXECUTION, **(execution or {})})
+        return roles, distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), carried_out)
 
     return start_run

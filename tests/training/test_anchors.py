@@ -35,12 +35,12 @@ def test_anchor_steps_that_do_not_rise_or_reach_the_end_are_refused(backbone, st
 
 
 def test_online_and_cached_anchors_of_the_same_samples_are_equal(backbone, ask_teacher):
-    online = OnlineAnchors(ask_teacher, [0, 1, 2], seed=0, batch_size=4, anchored_steps=2)(5)
+    online = OnlineAnchors(ask_teacher, [0, 1, 2], seed=0, anchored_steps=2)(5, range(4))
     seeds = [1, 2, 3, 4]
     cache = InMemory(
         {"prompt": torch.tensor(online.prompts), "seed": torch.tensor(seeds), **ask_teacher(online.prompts, seeds)}
     )
-    batch = CachedAnchors(cache, backbone.latent_shape, seed=0, batch_size=4, anchored_steps=2)(0)
+    batch = CachedAnchors(cache, backbone.latent_shape, seed=0, batch_size=4, anchored_steps=2)(0, range(4))
     fresh = ask_teacher(batch.prompts, [seeds[online.prompts.index(p)] for p in batch.prompts])
     assert sorted(batch.prompts) == sorted(online.prompts) and len(batch.anchors) == len(batch.denoised) == 2
     assert batch.noise.shape == online.noise.shape == batch.anchors[0].shape == fresh["anchor_0"].shape
@@ -52,9 +52,9 @@ def test_a_cache_is_used_up_before_anything_repeats(backbone):
         {"prompt": torch.arange(rows), "seed": torch.arange(rows), "anchor_0": torch.zeros(rows, 16, 8, 8)}
     )
     draw = CachedAnchors(cache, backbone.latent_shape, seed=1, batch_size=3, anchored_steps=1)
-    drawn = [prompt for step in range(7) for prompt in draw(step).prompts]
+    drawn = [prompt for step in range(7) for prompt in draw(step, range(3)).prompts]
     epochs = [drawn[start : start + rows] for start in range(0, 21, rows)]
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    assert draw(4).prompts == drawn[12:15]  # any step can be drawn again, as a resumed run does
-    torch.testing.assert_close(draw(0).noise, noise_from_seeds(drawn[:3], backbone.latent_shape))
+    assert draw(4, range(3)).prompts == drawn[12:15]  # any step can be drawn again, as a resumed run does
+    torch.testing.assert_close(draw(0, range(3)).noise, noise_from_seeds(drawn[:3], backbone.latent_shape))

@@ -103,3 +103,98 @@ def test_the_students_rate_falls_in_the_last_share_of_the_turns(start, tmp_path,
     assert fake == [1e-3] * 8
     shares = {0.0: [1, 1, 1, 1], 0.5: [1, 1, 1, 0.5], 1.0: [1, 0.75, 0.5, 0.25]}[decay]
     assert student == pytest.approx([1e-3 * share for share in shares])
+
+
+VARIANTS = {
+    "lora": {"roles": "lora"},
+    "averaged": {"ema": 0.5},
+    "renoise": {"between_steps": "renoise"},
+    "one_graded_step": {"graded_steps": "random"},
+    "last_step": {"graded_steps": "last"},
+    "shared_rollout": {"fake_rollout": "shared"},
+    "warmed_up": {"fake_score_warmup": 3, "warmup": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_and_resumes_bit_for_bit(start, tmp_path, variant):
+    whole, records = start(tmp_path / "whole", **VARIANTS[variant])
+    before = weights(whole)
+    history = list(records)
+    assert not torch.equal(before, weights(whole))
+    _, records = start(tmp_path / "broken", **VARIANTS[variant])
+    for _ in range(3):  # the checkpoint after two steps, and one by Ctrl-C after the third
+        next(records)
+    records.close()
+    resumed, records = start(tmp_path / "broken", **VARIANTS[variant])
+    assert list(records) == history[3:]
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_batch_may_be_worked_through_in_parts(start, tmp_path):
+    whole, records = start(tmp_path / "whole", batch_size=4, execution={"student_micro_batch": 4})
+    history = list(records)
+    parts = {"student_micro_batch": 3, "fake_score_micro_batch": 1}
+    in_parts, records = start(tmp_path / "parts", batch_size=4, execution=parts)
+    for ours, theirs in zip(records, history, strict=True):
+        ours.pop("grad_ratio", None), theirs.pop("grad_ratio", None)  # of the first part only
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    torch.testing.assert_close(weights(in_parts), weights(whole), rtol=1e-3, atol=2e-4)
+
+
+def test_losses_fetched_late_are_the_same_losses(start, tmp_path):
+    _, records = start(tmp_path / "each")
+    history = list(records)
+    _, records = start(tmp_path / "late", execution={"fetch_every": 3, "checkpoint_every": 4})
+    assert list(records) == history
+
+
+def test_the_kept_student_is_the_average_where_one_is_taken(start, tmp_path):
+    last, records = start(tmp_path / "last")
+    path = [weights(last).clone() for _ in records]
+    averaged, records = start(tmp_path / "averaged", ema=0.5)
+    list(records)
+    expected = path[0]
+    for current in path[1:]:
+        expected = 0.5 * expected + 0.5 * current
+    torch.testing.assert_close(weights(averaged), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_the_two_losses_add_up_where_the_first_is_back_propagated_at_once(start, tmp_path, monkeypatch):
+    """One turn without clipping: its gradient is that of L_DMD + lambda L_div, taken together by Algorithm 1."""
+    from dpdmd_pipeline.dpdmd.algorithm import student_loss
+    from dpdmd_pipeline.training import distill
+
+    seen = {}
+    monkeypatch.setattr(distill, "follow_anchors", lambda student, **given: _kept(seen, student, given))
+    monkeypatch.setattr(distill, "match_teacher", lambda *roles, **given: _matched(seen, roles, given))
+    monkeypatch.setattr(distill._Run, "_update", lambda run, model, *_: _grads(seen, model))
+    roles, records = start(tmp_path, max_steps=1, diversity_weight=2.0)
+    next(records)
+    given = {**seen["follow"], **{k: v for k, v in seen["match"].items() if k not in {"latents", "first"}}}
+    losses = student_loss(*seen["roles"], **given)
+    parameters = [parameter for parameter in roles.student.parameters() if parameter.requires_grad]
+    together = torch.autograd.grad(losses.dmd + 2.0 * losses.diversity, parameters, allow_unused=True)
+    for ours, theirs in zip(seen["grads"], together, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def _kept(seen, student, given):
+    from dpdmd_pipeline.dpdmd.algorithm import follow_anchors
+
+    seen["follow"] = given
+    return follow_anchors(student, **given)
+
+
+def _matched(seen, roles, given):
+    from dpdmd_pipeline.dpdmd.algorithm import match_teacher
+
+    seen["roles"], seen["match"] = roles, given
+    return match_teacher(*roles, **given)
+
+
+def _grads(seen, model):
+    seen["grads"] = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return torch.zeros(())

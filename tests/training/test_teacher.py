@@ -1,26 +1,58 @@
+import pytest
 import torch
 from torch import nn
 
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.shapes.world import captions
+from dpdmd_pipeline.dpdmd.noise import flow_level, vp_level
+from dpdmd_pipeline.shapes.models import make_diffusion_scheduler
+from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, captions
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.recipe import FitRecipe, TeacherRecipe
-from dpdmd_pipeline.training.teacher import fit, posterior_mean, train_teacher
+from dpdmd_pipeline.training.teacher import (
+    Lesson,
+    draw_examples,
+    encode_gallery,
+    fit,
+    posterior_mean,
+    train_teacher,
+    unet_loss,
+)
+from dpdmd_pipeline.training.teacher_recipe import FitRecipe, TeacherRecipe
+
+ALPHAS_CUMPROD = make_diffusion_scheduler().alphas_cumprod
+FITTED = {"steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+RECIPE = {
+    "seed": 0,
+    "max_length": 12,
+    "prompt_dropout": 0.1,
+    "text_encoders": {"steps": 3, "learning_rate": 1e-3},
+    "vae": FITTED,
+    "checkpoint_every": 2,
+}
+SD3 = {"shift": 1.0, "transformer": FITTED}
+SDXL = {"shift": None, "unet": FITTED}
 
 
-def test_the_exact_denoiser_is_the_posterior_mean():
+@pytest.mark.parametrize(
+    "level",
+    [
+        flow_level(torch.tensor([0.3, 0.6, 0.9, 1.0]).view(-1, 1, 1, 1)),
+        vp_level(torch.tensor([100, 400, 800, 999]).view(-1, 1, 1, 1), ALPHAS_CUMPROD),
+    ],
+    ids=["flow", "vp"],
+)
+def test_the_exact_denoiser_is_the_posterior_mean(level):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(5, 2, 3, 3, generator=generator)
     noisy = torch.randn(4, 2, 3, 3, generator=generator)
-    sigma = torch.tensor([0.3, 0.6, 0.9, 1.0])
+    alpha, sigma = level.alpha.flatten(), level.sigma.flatten()
     allowed = torch.tensor(
         [[True] * 5, [True, True, False, False, True], [False, False, False, True, False], [True] * 5]
     )
     for row in range(4):
-        residual = (noisy[row] - (1 - sigma[row]) * pictures).flatten(1).square().sum(1)
+        residual = (noisy[row] - alpha[row] * pictures).flatten(1).square().sum(1)
         weights = torch.exp(-residual.double() / (2 * sigma[row].double() ** 2)) * allowed[row]
         expected = (weights[:, None, None, None] * pictures).sum(0) / weights.sum()
-        found = posterior_mean(noisy, sigma, pictures, allowed)[row]
+        found = posterior_mean(noisy, level, pictures, allowed)[row]
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -44,32 +76,114 @@ def test_a_fit_resumes_exactly(tmp_path):
     assert torch.equal(run(tmp_path / "killed"), whole)
 
 
-def test_a_teacher_trained_for_three_steps_is_a_teacher_folder(tmp_path):
-    recipe = TeacherRecipe(
-        seed=0,
-        max_length=12,
-        shift=1.0,
-        prompt_dropout=0.1,
-        text_encoders={"steps": 3, "learning_rate": 1e-3},
-        vae={"steps": 3, "batch_size": 4, "learning_rate": 1e-3},
-        transformer={"steps": 3, "batch_size": 4, "learning_rate": 1e-3},
-        checkpoint_every=2,
-    )
+@pytest.mark.parametrize(
+    ("family", "parts", "network", "pooled"), [("sd3", SD3, "transformer", 64), ("sdxl", SDXL, "unet", 32)]
+)
+def test_a_teacher_trained_for_three_steps_is_a_teacher_folder(tmp_path, family, parts, network, pooled):
+    recipe = TeacherRecipe(**RECIPE, **parts)
+    assert recipe.family == family
     followed = {}
 
     def follow(name, total, records):
         followed[name] = [done for done, _ in records]
 
     pipeline = train_teacher(recipe, tmp_path / "state", follow)
-    names = ["text_encoder", "text_encoder_2", "vae", "transformer"]
+    names = ["text_encoder", "text_encoder_2", "vae", network]
     assert followed == dict.fromkeys(names, [1, 2, 3])
     pipeline.save_pretrained(tmp_path / "teacher")
     backbone = load_backbone(
-        "sd3", tmp_path / "teacher", resolution=32, max_sequence_length=0, level_range=(0.02, 0.98)
+        family, tmp_path / "teacher", resolution=32, max_sequence_length=0, level_range=(0.02, 0.98)
     )
-    assert backbone.encode(captions()[:2])["prompt_embeds"].shape == (2, 12, 64)
+    cond = backbone.encode(captions()[:2])
+    assert cond["prompt_embeds"].shape == (2, 12, 64) and cond["pooled_embeds"].shape == (2, pooled)
 
     again = train_teacher(recipe, tmp_path / "state", follow)
     assert followed == dict.fromkeys(names, [])  # nothing is trained twice
-    for one, two in zip(pipeline.transformer.parameters(), again.transformer.parameters(), strict=True):
+    for one, two in zip(getattr(pipeline, network).parameters(), getattr(again, network).parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+# ---- what the denoising networks learn
+
+
+@pytest.fixture(scope="module")
+def lesson():
+    """Random latents instead of a trained autoencoder's."""
+    generator = torch.Generator().manual_seed(0)
+    rows = len(captions()) + 1
+    return Lesson(
+        torch.randn(NUM_PROMPTS * NUM_MODES, 4, 8, 8, generator=generator),
+        torch.randn(rows, 12, 64, generator=generator),
+        torch.randn(rows, 32, generator=generator),
+    )
+
+
+def test_examples_are_noisy_pictures_of_their_captions(lesson):
+    def nearly_clean(uniform):
+        return vp_level(torch.zeros_like(uniform).long(), ALPHAS_CUMPROD)
+
+    noisy, level, x0, row = draw_examples(lesson, nearly_clean, torch.Generator().manual_seed(0), 64, 0.5)
+    distance = (noisy[:, None] / level.alpha[:, None] - lesson.pictures).flatten(2).square().sum(2)
+    nearest = distance.argmin(1)
+    torch.testing.assert_close(x0, lesson.pictures[nearest], rtol=1e-3, atol=1e-3)  # so little noise hides nothing
+    empty = row == len(captions())
+    assert 16 < empty.sum() < 48
+    assert torch.equal((nearest // NUM_MODES)[~empty], (row % NUM_PROMPTS)[~empty])
+
+
+def test_a_unet_that_knows_the_posterior_mean_has_no_loss(lesson):
+    """The loss is that of the v-prediction: the square of x0's error over sigma."""
+    seen = {}
+
+    class Exact(nn.Module):
+        def __init__(self, error):
+            super().__init__()
+            self.error = error
+
+        def forward(self, noisy, timestep, *, encoder_hidden_states, added_cond_kwargs):
+            level = vp_level(timestep.view(-1, 1, 1, 1), ALPHAS_CUMPROD)
+            seen.update(noisy=noisy, level=level, cond=encoder_hidden_states, **added_cond_kwargs)
+            x0 = posterior_mean(noisy, level, lesson.pictures, allowed(lesson, encoder_hidden_states)) + self.error
+            return type("Output", (), {"sample": (noisy - level.alpha * x0) / level.sigma})
+
+    def loss(error):
+        return unet_loss(Exact(error), ALPHAS_CUMPROD, lesson, torch.Generator().manual_seed(1), 16, 0.3)
+
+    assert loss(0.0) < 1e-8
+    torch.testing.assert_close(loss(0.1), (0.1 / seen["level"].sigma).square().mean(), rtol=1e-3, atol=0)
+    assert seen["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 16
+    assert seen["level"].timestep.max() > 500
+
+
+def allowed(lesson, embeds):
+    """[B, M] bool: the pictures that each embedded caption permits, found again from its embedding."""
+    row = (embeds[:, None] - lesson.prompt_embeds).flatten(2).square().sum(2).argmin(1)
+    owner = torch.arange(len(lesson.pictures)) // NUM_MODES
+    return (row == len(captions()))[:, None] | (owner == (row % NUM_PROMPTS)[:, None])
+
+
+def test_the_gallerys_latents_have_variance_1_and_those_of_sd3_are_centred():
+    from dpdmd_pipeline.shapes.models import make_sdxl_vae, make_vae
+
+    for vae, centred in ((make_vae(), True), (make_sdxl_vae(), False)):
+        latents = encode_gallery(vae)
+        assert latents.std().item() == pytest.approx(1, abs=1e-3)
+        assert (vae.config.shift_factor is not None) == centred == (abs(latents.mean().item()) < 1e-3)
+
+
+# ---- recipes
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"shift": 1.0}, "exactly one of transformer"),
+        ({"shift": 1.0, "transformer": FITTED, "unet": FITTED}, "exactly one of transformer"),
+        ({"shift": None, "transformer": FITTED}, "shift=None: a transformer needs a number"),
+        ({"shift": 3.0, "unet": FITTED}, "shift=3.0: .* a unet needs null"),
+        ({"unet": FITTED}, "shift"),
+    ],
+)
+def test_a_recipe_is_of_one_family(parts, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherRecipe(**RECIPE, **parts)

@@ -24,15 +24,19 @@ class Backbone(Protocol):
 
     latent_shape: tuple[int, int, int]  # (C, H, W)
     device: torch.device  # where networks are loaded
+    prediction: str  # what the network returns: flow (velocity), eps or v (v-prediction)
 
-    def load_model(self, folder: Path | None = None) -> nn.Module:
-        """The denoising network, of the teacher or, with a folder, of a saved student."""
+    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+        """The denoising network, of the teacher or, with a folder, of a saved student.
+
+        Its weights have the configured precision, or float32, which training needs.
+        """
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
 
     def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
-        """A student's schedule on a named grid, or on explicit levels."""
+        """A student's schedule, on a named grid or on explicit levels: sigmas of flow, timesteps of diffusion."""
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
         """Per-sample levels [B, 1, 1, 1] for DMD and the fake score, from uniform numbers [B] in [0, 1)."""

@@ -26,6 +26,8 @@ class SD3:
         latent_shape: (C, H, W) at the configured resolution.
     """
 
+    prediction = "flow"
+
     def __init__(
         self,
         folder: Path,
@@ -55,7 +57,7 @@ class SD3:
         self._vae: nn.Module | None = None
         self._text: StableDiffusion3Pipeline | None = None
 
-    def load_model(self, folder: Path | None = None) -> nn.Module:
+    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
         source = (
@@ -63,7 +65,8 @@ class SD3:
             if folder
             else {"pretrained_model_name_or_path": self.folder, "subfolder": "transformer"}
         )
-        return SD3Transformer2DModel.from_pretrained(**source, dtype=self.dtype).to(self.device)
+        dtype = torch.float32 if float32 else self.dtype
+        return SD3Transformer2DModel.from_pretrained(**source, dtype=dtype).to(self.device)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return flow_schedule(flow_sigmas(num_steps, self.shift, "diffusers")).to(self.device)

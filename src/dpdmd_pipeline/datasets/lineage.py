@@ -14,6 +14,18 @@ _PACKAGE = Path(__file__).parents[1]
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
+def network_folder(teacher: Path) -> Path:
+    """Where a diffusers pipeline folder keeps its denoising network.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+    for name in ("transformer", "unet"):
+        if (teacher / name).is_dir():
+            return teacher / name
+    raise FileNotFoundError(f"teacher {teacher} has no transformer/ and no unet/: give a diffusers pipeline folder")
+
+
 def texts_digest(prompts: Iterable[dict]) -> str:
     """SHA-256 of the prompts' texts in their order."""
     digest = hashlib.sha256()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep
 from dpdmd_pipeline.dpdmd.losses import Normalizer, Space, diversity_loss, dmd_loss, fake_score_loss
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, step
-from dpdmd_pipeline.dpdmd.sampling import Denoise, rollout
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise
+from dpdmd_pipeline.dpdmd.sampling import Denoise, Fresh, advance, rollout
 
 
 class StudentLoss(NamedTuple):
@@ -35,6 +35,8 @@ def student_loss(
     stop_gradient: bool,
     normalizer: Normalizer,
     space: Space,
+    fresh: Fresh | None = None,
+    graded_step: int | None = None,
 ) -> StudentLoss:
     """One student turn: l = L_DMD + lambda L_div, both terms apart (eq. 8).
 
@@ -49,8 +51,45 @@ def student_loss(
         level: per-sample levels for the DMD term.
         stop_gradient: whether L_DMD is kept from the anchored steps.
         normalizer, space: see `dmd_loss` and `diversity_loss`.
+        fresh: noise between the student's steps, see `trajectory`.
+        graded_step: see `match_teacher`.
     """
     # First steps: go where the teacher goes from this noise. This is what keeps diversity.
+    diversity, latents = follow_anchors(
+        student, noise=noise, anchored=anchored, levels=levels, stop_gradient=stop_gradient, space=space, fresh=fresh
+    )
+    # Remaining steps: match the teacher's distribution. This is what gives quality.
+    dmd = match_teacher(
+        student,
+        teacher,
+        fake_score,
+        latents=latents,
+        first=len(anchored),
+        levels=levels,
+        renoise=renoise,
+        level=level,
+        normalizer=normalizer,
+        fresh=fresh,
+        graded_step=graded_step,
+    )
+    return StudentLoss(diversity, dmd)
+
+
+def follow_anchors(
+    student: Denoise,
+    *,
+    noise: Tensor,
+    anchored: Sequence[AnchoredStep],
+    levels: NoiseLevel,
+    stop_gradient: bool,
+    space: Space,
+    fresh: Fresh | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The anchored steps: L_div (zero without any), and where the student stands after them, [B, C, H, W].
+
+    With `stop_gradient` the latents carry no graph, so that L_div can be back-propagated, and its
+    activations freed, before the remaining steps begin.
+    """
     latents, errors = noise, []
     for index, lesson in enumerate(anchored):
         denoised = student(lesson.latents, lesson.level)
@@ -58,31 +97,60 @@ def student_loss(
         if index > 0:  # later lessons start at the teacher's latents; the student goes on from its own
             with torch.no_grad() if stop_gradient else nullcontext():
                 denoised = student(latents, levels[index])
-        latents = step(latents, denoised, levels[index], levels[index + 1])
+        latents = advance(latents, denoised, levels[index], levels[index + 1], fresh and fresh(index))
         if stop_gradient:
             latents = latents.detach()  # L_DMD must not reach the anchored steps
-    diversity = torch.stack(errors).mean() if errors else noise.new_zeros(())
+    return (torch.stack(errors).mean() if errors else noise.new_zeros(())), latents
 
-    # Remaining steps: match the teacher's distribution. This is what gives quality.
-    x0 = rollout(student, latents, levels[len(anchored) :])
+
+def match_teacher(
+    student: Denoise,
+    teacher: Denoise,
+    fake_score: Denoise,
+    *,
+    latents: Tensor,
+    first: int,
+    levels: NoiseLevel,
+    renoise: Tensor,
+    level: NoiseLevel,
+    normalizer: Normalizer,
+    fresh: Fresh | None = None,
+    graded_step: int | None = None,
+) -> Tensor:
+    """L_DMD of the steps from number `first` on.
+
+    Args:
+        latents: where the student stands after the anchored steps, [B, C, H, W] at `levels[first]`.
+        first: number of steps already taken.
+        graded_step: None sends the gradient through all remaining steps, as published. A number takes that
+            step's prediction for the picture and gives only that step the gradient (backward simulation of
+            DMD2, arXiv:2405.14867 section 4.5): one graph in memory instead of N - first.
+    """
+    if graded_step is None:
+        x0 = rollout(student, latents, levels[first:], fresh, first)
+    else:
+        with torch.no_grad():
+            latents = rollout(student, latents, levels[first : graded_step + 1], fresh, first)
+        x0 = student(latents, levels[graded_step])
     noisy = add_noise(x0, renoise, level)
     with torch.no_grad():
         real, fake = teacher(noisy, level), fake_score(noisy, level)
-    return StudentLoss(diversity, dmd_loss(x0, noisy, real, fake, normalizer))
+    return dmd_loss(x0, noisy, real, fake, normalizer)
 
 
-def fake_score_turn_loss(
-    student: Denoise, fake_score: Denoise, *, noise: Tensor, levels: NoiseLevel, renoise: Tensor, level: NoiseLevel
-) -> Tensor:
-    """One fake-score turn: denoise what the student draws now.
+@torch.no_grad()
+def student_pictures(student: Denoise, noise: Tensor, levels: NoiseLevel, fresh: Fresh | None = None) -> Tensor:
+    """What the student draws now, [B, C, H, W], for the fake score to follow."""
+    return rollout(student, noise, levels, fresh)
+
+
+def fake_score_turn_loss(fake_score: Denoise, *, x0: Tensor, renoise: Tensor, level: NoiseLevel) -> Tensor:
+    """One fake-score turn: denoise the student's pictures.
 
     Args:
-        student, fake_score: denoisers; only the fake score receives gradients.
-        noise: where the student starts, [B, C, H, W].
-        levels: the student's schedule.
-        renoise: fresh noise, [B, C, H, W].
+        fake_score: denoiser, which receives the gradient.
+        x0: the student's pictures, [B, C, H, W].
+        renoise: fresh noise, same shape.
         level: per-sample levels, [B, 1, 1, 1].
     """
-    with torch.no_grad():
-        x0 = rollout(student, noise, levels)
     return fake_score_loss(fake_score(add_noise(x0, renoise, level), level), x0, level)

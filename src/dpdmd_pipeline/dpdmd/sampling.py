@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, step
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, step
 
 _SEEDS = 2**32  # a Mersenne Twister is seeded with 32 bits
 
@@ -16,17 +16,41 @@ _SEEDS = 2**32  # a Mersenne Twister is seeded with 32 bits
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]
 
 
-def trajectory(denoise: Denoise, latents: Tensor, levels: NoiseLevel) -> Iterator[Tensor]:
-    """Latents after each step from `levels[0]` to `levels[-1]`: len(levels) - 1 tensors [B, C, H, W]."""
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
-        latents = step(latents, denoise(latents, level), level, following)
+# Number of the finished step, from 0 -> fresh noise [B, C, H, W] for the next one
+Fresh = Callable[[int], Tensor]
+
+
+def trajectory(
+    denoise: Denoise, latents: Tensor, levels: NoiseLevel, fresh: Fresh | None = None, first: int = 0
+) -> Iterator[Tensor]:
+    """Latents after each step from `levels[0]` to `levels[-1]`: len(levels) - 1 tensors [B, C, H, W].
+
+    Args:
+        denoise: the network.
+        latents: [B, C, H, W] at `levels[0]`.
+        levels: a schedule, or its part.
+        fresh: None keeps the noise that a prediction implies (an ODE sampler); else each step re-noises its
+            prediction with `fresh(number of the step)`, as DMD2's sampler does.
+        first: number of the first step, where `levels` is a later part of a schedule.
+    """
+    for number, (level, following) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=first):
+        latents = advance(latents, denoise(latents, level), level, following, fresh and fresh(number))
         yield latents
 
 
-def rollout(denoise: Denoise, latents: Tensor, levels: NoiseLevel) -> Tensor:
+def advance(
+    latents: Tensor, denoised: Tensor, level: NoiseLevel, following: NoiseLevel, fresh: Tensor | None
+) -> Tensor:
+    """From one level to the next: by the noise that `denoised` implies, or by fresh noise."""
+    return step(latents, denoised, level, following) if fresh is None else add_noise(denoised, fresh, following)
+
+
+def rollout(
+    denoise: Denoise, latents: Tensor, levels: NoiseLevel, fresh: Fresh | None = None, first: int = 0
+) -> Tensor:
     """Latents at `levels[-1]`, reached step by step from `latents` at `levels[0]`; gradients flow."""
     last = latents
-    for last in trajectory(denoise, latents, levels):  # noqa: B007
+    for last in trajectory(denoise, latents, levels, fresh, first):  # noqa: B007
         pass
     return last
 
@@ -44,7 +68,21 @@ def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Ten
     Raises:
         ValueError: for a seed out of range, which would silently mean another seed's picture.
     """
-    return torch.stack([torch.randn(*shape, generator=generator) for generator in _generators(seeds)])
+    return noises_from_seeds(seeds, shape, 1)[0]
+
+
+def noises_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int], count: int) -> list[Tensor]:
+    """Successive draws of each sample's generator: its start noise, then what a re-noising sampler adds.
+
+    Args:
+        seeds, shape: as in `noise_from_seeds`, which is the first draw.
+        count: draws per sample.
+
+    Returns:
+        `count` tensors [B, *shape].
+    """
+    draws = [[torch.randn(*shape, generator=generator) for _ in range(count)] for generator in _generators(seeds)]
+    return [torch.stack(list(draw)) for draw in zip(*draws, strict=True)]
 
 
 def uniform_from_seeds(seeds: Sequence[int] | Tensor) -> Tensor:
@@ -61,14 +99,15 @@ def _generators(seeds: Sequence[int] | Tensor) -> Iterator[torch.Generator]:
         yield generator.manual_seed(int(seed))
 
 
-def sample_seeds(run_seed: int, stream: str, step: int, count: int) -> list[int]:
-    """Seeds of `count` samples of one step: the same however a batch is split, and without state to resume.
+def sample_seeds(run_seed: int, stream: str, step: int, samples: int | Sequence[int]) -> list[int]:
+    """Seeds of one step's samples: the same however a batch is split, and without state to resume.
 
     Args:
         run_seed: of the whole run.
         stream: what the seeds are for; streams are independent.
         step: which step of the run.
-        count: samples of the global batch.
+        samples: how many, or which places of the global batch.
     """
-    digests = (hashlib.sha256(f"{run_seed}/{stream}/{step}/{index}".encode()).digest() for index in range(count))
+    places = range(samples) if isinstance(samples, int) else samples
+    digests = (hashlib.sha256(f"{run_seed}/{stream}/{step}/{place}".encode()).digest() for place in places)
     return [int.from_bytes(digest[:8], "big") % _SEEDS for digest in digests]

@@ -1,12 +1,13 @@
-"""The tiny diffusers components of the embedded teacher: the real classes, small.
+"""The tiny diffusers components of the embedded teachers: the real classes, small.
 
-The transformer keeps in_channels 16, head size 64 and as many layers as heads: the sizes from which
-ComfyUI recognises an SD3 network. diffusers and transformers are imported on use.
+There are two: an SD3 pipeline (flow matching) and an SDXL pipeline (diffusion). The SD3 transformer keeps
+in_channels 16, head size 64 and as many layers as heads: the sizes from which ComfyUI recognises an SD3
+network. diffusers and transformers are imported on use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,16 +16,21 @@ from dpdmd_pipeline.shapes.world import RESOLUTION, captions
 if TYPE_CHECKING:
     from diffusers import (
         AutoencoderKL,
+        DDIMScheduler,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
     )
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 LATENT_CHANNELS = 16
+SDXL_LATENT_CHANNELS = 4
 LATENT_SIZE = RESOLUTION // 4
 _TEXT_WIDTH = 32  # each of the two text encoders
 _NUM_HEADS = 3
+_TIME_ID_WIDTH = 8  # each of SDXL's six numbers of size and crop
 
 
 def make_tokenizer(max_length: int) -> CLIPTokenizer:
@@ -55,10 +61,23 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """A two-layer CLIP text model with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+    """A two-layer CLIP text model with random weights, its pooled embedding projected."""
+    from transformers import CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(
+    return CLIPTextModelWithProjection(_text_config(tokenizer))
+
+
+def make_plain_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The same without the projection: SDXL's first text encoder."""
+    from transformers import CLIPTextModel
+
+    return CLIPTextModel(_text_config(tokenizer))
+
+
+def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_WIDTH,
         intermediate_size=2 * _TEXT_WIDTH,
@@ -70,11 +89,24 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModelWithProjection(config)
 
 
 def make_vae() -> AutoencoderKL:
     """An SD3-style autoencoder, 32x32x3 to 8x8x16, with random weights."""
+    return _make_autoencoder(
+        LATENT_CHANNELS,
+        shift_factor=0.0,  # until the trained latents are measured
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def make_sdxl_vae() -> AutoencoderKL:
+    """An SDXL-style autoencoder, 32x32x3 to 8x8x4, with random weights: its latents are scaled, not shifted."""
+    return _make_autoencoder(SDXL_LATENT_CHANNELS)
+
+
+def _make_autoencoder(latent_channels: int, **style: Any) -> AutoencoderKL:
     from diffusers import AutoencoderKL
 
     channels = (16, 32, 32)
@@ -82,13 +114,11 @@ def make_vae() -> AutoencoderKL:
         down_block_types=["DownEncoderBlock2D"] * len(channels),
         up_block_types=["UpDecoderBlock2D"] * len(channels),
         block_out_channels=channels,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=RESOLUTION,
-        shift_factor=0.0,  # until the trained latents are measured
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        **style,
     )
 
 
@@ -112,11 +142,47 @@ def make_transformer() -> SD3Transformer2DModel:
     )
 
 
+def make_unet() -> UNet2DConditionModel:
+    """A two-level SDXL UNet (4 M parameters) with random weights: no attention at 8x8, as in SDXL's own first level."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=SDXL_LATENT_CHANNELS,
+        out_channels=SDXL_LATENT_CHANNELS,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),  # diffusers' name for the number of heads
+        use_linear_projection=True,
+        cross_attention_dim=2 * _TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=_TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=_TEXT_WIDTH + 6 * _TIME_ID_WIDTH,
+        norm_num_groups=16,
+    )
+
+
 def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     """diffusers' flow-matching sampler with a static shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(shift=shift)
+
+
+def make_diffusion_scheduler() -> DDIMScheduler:
+    """DDIM over SDXL's noise levels, with the trailing timesteps that start at full noise and a clean end."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
 
 
 def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusion3Pipeline:
@@ -142,4 +208,29 @@ def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusio
             tokenizer_2=tokenizer,
             text_encoder_3=None,
             tokenizer_3=None,
+        )
+
+
+def make_sdxl_pipeline(*, max_length: int, seed: int) -> StableDiffusionXLPipeline:
+    """An untrained StableDiffusionXLPipeline of the tiny parts; its unconditional embeddings are zeros.
+
+    Args:
+        max_length: tokens per prompt, start and end included.
+        seed: of the initial weights.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = make_tokenizer(max_length)
+        return StableDiffusionXLPipeline(
+            unet=make_unet(),
+            scheduler=make_diffusion_scheduler(),
+            vae=make_sdxl_vae(),
+            text_encoder=make_plain_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=make_text_encoder(tokenizer),
+            tokenizer_2=tokenizer,
+            force_zeros_for_empty_prompt=True,
+            add_watermarker=False,
         )

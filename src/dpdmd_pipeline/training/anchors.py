@@ -119,7 +119,7 @@ class CachedAnchors:
     Args:
         cache: written by the anchors stage.
         latent_shape: (C, H, W) of the noise.
-        seed, batch_size, anchored_steps: of the recipe.
+        seed, batch_size, anchored_steps: of the recipe; the batch is the global one.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class CachedAnchors:
         self.cache, self.latent_shape = cache, latent_shape
         self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
 
-    def __call__(self, step: int) -> AnchorBatch:
-        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        found = self.cache.rows([self._row(position) for position in positions])
+    def __call__(self, step: int, places: Sequence[int]) -> AnchorBatch:
+        """The samples at some places of a step's global batch."""
+        found = self.cache.rows([self._row(step * self.batch_size + place) for place in places])
         noise = noise_from_seeds(found["seed"], self.latent_shape)
         return _batch(found["prompt"].tolist(), noise, found, self.anchored_steps)
 
@@ -152,18 +152,17 @@ class OnlineAnchors:
     Args:
         teacher: computes the anchors; its noise and levels are those of a cache.
         prompts: rows that are trained on.
-        seed, batch_size, anchored_steps: of the recipe.
+        seed, anchored_steps: of the recipe.
     """
 
-    def __init__(
-        self, teacher: TeacherAnchors, prompts: Sequence[int], *, seed: int, batch_size: int, anchored_steps: int
-    ) -> None:
+    def __init__(self, teacher: TeacherAnchors, prompts: Sequence[int], *, seed: int, anchored_steps: int) -> None:
         self.teacher, self.prompts = teacher, prompts
-        self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
+        self.seed, self.anchored_steps = seed, anchored_steps
 
-    def __call__(self, step: int) -> AnchorBatch:
-        chosen = sample_seeds(self.seed, "student/prompt", step, self.batch_size)
+    def __call__(self, step: int, places: Sequence[int]) -> AnchorBatch:
+        """The samples at some places of a step's global batch."""
+        chosen = sample_seeds(self.seed, "student/prompt", step, places)
         prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen]
-        seeds = sample_seeds(self.seed, "student/noise", step, self.batch_size)
+        seeds = sample_seeds(self.seed, "student/noise", step, places)
         found = self.teacher(prompts, seeds) if self.anchored_steps else {}
         return _batch(prompts, noise_from_seeds(seeds, self.teacher.backbone.latent_shape), found, self.anchored_steps)

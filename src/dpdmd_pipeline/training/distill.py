@@ -1,42 +1,38 @@
 """The loop of DP-DMD: fake-score turns and student turns, one record per step.
 
-Every random draw is a function of (seed, purpose, step, sample): a resumed run repeats an uninterrupted
-one bit for bit, and a sample's draws do not depend on the batch it is in.
+Every random draw is a function of (seed, purpose, turn, place in the global batch): a resumed run repeats an
+uninterrupted one bit for bit, and neither the number of processes nor the size of the parts that a batch is
+worked through in changes what a sample sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, guided
-from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, student_loss
+from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, follow_anchors, match_teacher, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
-from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds, uniform_from_seeds
+from dpdmd_pipeline.dpdmd.sampling import Fresh, noise_from_seeds, sample_seeds, uniform_from_seeds
 from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
 from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.optimizer import learning_rate_share, make_optimizer
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
+from dpdmd_pipeline.training.roles import Roles, trainable
 
 Record = dict[str, float]
 
-
-DrawAnchors = Callable[[int], AnchorBatch]  # of a step number
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The three networks of one family; the teacher is frozen."""
-
-    teacher: nn.Module
-    student: nn.Module
-    fake_score: nn.Module
+DrawAnchors = Callable[[int, Sequence[int]], AnchorBatch]  # of a step, and of places in its global batch
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,25 @@ class Lessons:
     guidance_scale: float
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a recipe is carried out; nothing in here changes the student beyond rounding.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints; also written when the consumer closes the generator.
+        fetch_every: steps between fetches of the losses from the device; each waits for the device.
+        ratio_every: steps between measurements of the two gradients' norms (one more backward pass of each).
+        student_micro_batch, fake_score_micro_batch: samples that one backward pass sees; their gradients add up to the
+            whole batch's.
+    """
+
+    checkpoint_every: int
+    fetch_every: int
+    ratio_every: int
+    student_micro_batch: int
+    fake_score_micro_batch: int
+
+
 def distill(
     backbone: Backbone,
     roles: Roles,
@@ -65,43 +80,50 @@ def distill(
     recipe: Recipe,
     checkpoints: Checkpoints,
     resumed: tuple[int, dict[str, Any]] | None,
-    *,
-    checkpoint_every: int,
-    ratio_every: int,
+    execution: Execution,
 ) -> Iterator[Record]:
     """Distil the teacher into `roles.student`; yields the record of each new step.
 
     Args:
         backbone: the family of the three networks.
-        roles: trained in place.
+        roles: trained in place; at the end the student holds its averaged weights, where the recipe averages.
         lessons: prompts and anchors.
         recipe: every number that changes the result.
         checkpoints: written to as the run goes.
         resumed: what `checkpoints.load_latest` found; its history goes into the next checkpoint.
-        checkpoint_every: steps between checkpoints; also written when the consumer closes the generator.
-        ratio_every: steps between measurements of the two gradients' norms (one more backward pass).
+        execution: how it is carried out.
 
     Raises:
         ValueError: when a loss or a gradient is not finite, with the step and the prompts' rows.
     """
-    accelerator = Accelerator(cpu=backbone.device.type == "cpu")
-    run = _Run(backbone, roles, lessons, recipe, accelerator, ratio_every)
+    run = _Run(backbone, roles, lessons, recipe, _accelerator(backbone.device, recipe), execution)
     done = saved = run.resume(resumed)
-    between_steps = True
+    between_steps, waiting = True, []
     try:
         for step in range(done, recipe.max_steps):
             between_steps = False
-            record = run.step(step)
-            run.history.append(record)
+            waiting.append(run.step(step))
+            checkpoint_due = (step + 1) % execution.checkpoint_every == 0 or step + 1 == recipe.max_steps
+            if not checkpoint_due and len(waiting) < execution.fetch_every:
+                continue
+            records, waiting = run.fetch(waiting), []
             done, between_steps = step + 1, True
-            if done % checkpoint_every == 0 or done == recipe.max_steps:
-                finished = done == recipe.max_steps
-                checkpoints.save(done, run.state(finished), finished=finished)
+            if checkpoint_due:
+                run.save(checkpoints, done)
                 saved = done
-            yield record
+            yield from records
     finally:  # a closed generator: what was learned stays; a step broken off half-way would not repeat exactly
         if between_steps and done > saved:
-            checkpoints.save(done, run.state(finished=False))
+            run.save(checkpoints, done)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's losses and norms, still on the device, and the rows of the student turn's prompts."""
+
+    number: int
+    values: dict[str, Tensor]
+    prompts: Sequence[int]
 
 
 class _Run:
@@ -114,29 +136,48 @@ class _Run:
         lessons: Lessons,
         recipe: Recipe,
         accelerator: Accelerator,
-        ratio_every: int,
+        execution: Execution,
     ) -> None:
         self.backbone, self.lessons, self.recipe, self.accelerator = backbone, lessons, recipe, accelerator
-        self.ratio_every = ratio_every
+        self.execution = execution
+        self.places = _share(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
         self.levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
         if recipe.anchored_steps and recipe.space == "eps" and self.levels[0].alpha == 0:
             raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
-        self.teacher = roles.teacher.requires_grad_(False).eval()
-        self.student, self.student_optimizer = accelerator.prepare(roles.student, _adamw(roles.student, recipe.student))
-        self.fake_score, self.fake_score_optimizer = accelerator.prepare(
-            roles.fake_score, _adamw(roles.fake_score, recipe.fake_score)
+        self.teacher = roles.teacher
+        self.student, self.student_optimizer = accelerator.prepare(
+            roles.student, make_optimizer(trainable(roles.student), recipe.student)
         )
+        self.fake_score, self.fake_score_optimizer = accelerator.prepare(
+            roles.fake_score, make_optimizer(trainable(roles.fake_score), recipe.fake_score)
+        )
+        self.ema = AveragedModel(roles.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
         self.uncond = self._cond([len(lessons.embeddings) - 1])
         self.history: list[Record] = []
 
-    def state(self, finished: bool) -> dict[str, Any]:
+    # ---- checkpoints
+
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        """Write the state after `step` steps; the last one puts the averaged weights into the student first."""
+        finished = step == self.recipe.max_steps
+        student = self.accelerator.unwrap_model(self.student)
+        if finished and self.ema is not None:
+            student.load_state_dict(self.ema.module.state_dict())
+        if self.accelerator.is_main_process:
+            checkpoints.save(step, self._state(finished), finished=finished)
+        self.accelerator.wait_for_everyone()
+
+    def _state(self, finished: bool) -> dict[str, Any]:
         """All that a continuation needs; a finished run keeps the student alone."""
-        state = {"student": self.accelerator.unwrap_model(self.student).state_dict(), "history": self.history}
-        if not finished:
-            state["fake_score"] = self.accelerator.unwrap_model(self.fake_score).state_dict()
-            state["student_optimizer"] = self.student_optimizer.state_dict()
-            state["fake_score_optimizer"] = self.fake_score_optimizer.state_dict()
-        return state
+        kept = {"student": self.student} if finished else self._stateful()
+        return {"history": self.history, **{name: self._plain(thing).state_dict() for name, thing in kept.items()}}
+
+    def _stateful(self) -> dict[str, Any]:
+        names = ("student", "fake_score", "student_optimizer", "fake_score_optimizer", "ema")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _plain(self, thing: Any) -> Any:
+        return self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
 
     def resume(self, found: tuple[int, dict[str, Any]] | None) -> int:
         """Continue from a checkpoint's state; returns the number of finished steps."""
@@ -144,70 +185,133 @@ class _Run:
             return 0
         step, state = found
         self.history = list(state["history"])
-        for name in state.keys() - {"history"}:
-            thing = getattr(self, name)
-            thing = self.accelerator.unwrap_model(thing) if isinstance(thing, nn.Module) else thing
-            thing.load_state_dict(state[name])
+        for name, thing in self._stateful().items():
+            if name in state:
+                self._plain(thing).load_state_dict(state[name])
         return step
 
-    def step(self, step: int) -> Record:
-        """`fake_score_turns` turns of the fake score, then one of the student."""
-        turns = self.recipe.fake_score_turns
-        fake = [self._fake_score_turn(step * turns + turn) for turn in range(turns)]
-        record = {"step": step + 1, **self._student_turn(step)}
-        record["fake_score_loss"] = sum(loss for loss, _ in fake) / turns
-        record["fake_score_grad_norm"] = sum(norm for _, norm in fake) / turns
-        return record
+    # ---- steps
 
-    def _fake_score_turn(self, turn: int) -> tuple[float, float]:
-        draw = partial(self._seeds, "fake_score", turn)
+    def step(self, step: int) -> _Step:
+        """The turns of the fake score, then one of the student."""
+        if step == 0:
+            for turn in range(self.recipe.fake_score_warmup):
+                self._fake_score_turn("fake_score_warmup", turn, {})
+        turns, pictures = self.recipe.fake_score_turns, {}
+        fake = [self._fake_score_turn("fake_score", step * turns + turn, pictures) for turn in range(turns)]
+        losses, norms = zip(*fake, strict=True)
+        means = {"fake_score_loss": torch.stack(losses).mean(), "fake_score_grad_norm": torch.stack(norms).mean()}
+        values, prompts = self._student_turn(step)
+        return _Step(step + 1, {**means, **values}, prompts)
+
+    def fetch(self, steps: list[_Step]) -> list[Record]:
+        """Bring the losses of some steps over and append them to the history; one that is not finite ends the run."""
+        flat = torch.stack([value.detach().float() for step in steps for value in step.values.values()])
+        numbers = iter(self.accelerator.reduce(flat, reduction="mean").tolist())
+        records = []
+        for step in steps:
+            record: Record = {"step": step.number, **{name: next(numbers) for name in step.values}}
+            self._check(record, step)
+            records.append(record)
+        self.history += records
+        return records
+
+    def _fake_score_turn(self, stream: str, turn: int, pictures: dict) -> tuple[Tensor, Tensor]:
+        """One update of the fake score; the student's pictures are shared through `pictures` if the recipe says so."""
+        turns = self.recipe.fake_score_turns
+        drawn = turn // turns * turns if self.recipe.fake_rollout == "shared" else turn
+        losses = []
+        for places, last in _parts(self.places, self.execution.fake_score_micro_batch):
+            draw = partial(self._seeds, stream, turn, places)
+            if (drawn, places.start) not in pictures:
+                pictures[drawn, places.start] = self._pictures(partial(self._seeds, stream, drawn, places))
+            x0, cond = pictures[drawn, places.start]
+            loss = fake_score_turn_loss(
+                conditioned(self.backbone, self.fake_score, cond),
+                x0=x0,
+                renoise=self._noise(draw("renoise")),
+                level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
+            )
+            share = len(places) / len(self.places)
+            with self._unsynced(self.fake_score, not last):
+                self.accelerator.backward(share * loss)
+            losses.append(share * loss.detach())
+        norm = self._update(self.fake_score, self.fake_score_optimizer, self.recipe.fake_score)
+        return torch.stack(losses).sum(), norm
+
+    def _pictures(self, draw: Callable[[str], list[int]]) -> tuple[Tensor, Conditioning]:
+        """What the student draws now for some prompts, and these prompts."""
         prompts = [self.lessons.prompts[seed % len(self.lessons.prompts)] for seed in draw("prompt")]
         cond = self._cond(prompts)
-        loss = fake_score_turn_loss(
-            conditioned(self.backbone, self.student, cond),
-            conditioned(self.backbone, self.fake_score, cond),
-            noise=self._noise(draw("noise")),
-            levels=self.levels,
-            renoise=self._noise(draw("renoise")),
-            level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
-        )
-        self._check("fake_score_loss", loss, turn // self.recipe.fake_score_turns, prompts)
-        norm = self._update(self.fake_score, self.fake_score_optimizer, self.recipe.fake_score, loss)
-        self._check("fake_score gradient", norm, turn // self.recipe.fake_score_turns, prompts)
-        return loss.item(), norm.item()
+        student = conditioned(self.backbone, self.student, cond)
+        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw)), cond
 
-    def _student_turn(self, step: int) -> Record:
-        recipe, draw = self.recipe, partial(self._seeds, "student", step)
-        batch = self.lessons.draw_anchors(step)
-        cond = self._cond(batch.prompts)
-        noise = batch.noise.to(self.accelerator.device)
-        diversity, dmd = student_loss(
-            conditioned(self.backbone, self.student, cond),
-            guided(self.backbone, self.teacher, cond, self.uncond, self.lessons.guidance_scale),
-            conditioned(self.backbone, self.fake_score, cond),
-            noise=noise,
-            anchored=self._anchored(noise, batch),
-            levels=self.levels,
-            renoise=self._noise(draw("renoise")),
-            level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
-            stop_gradient=recipe.stop_gradient,
-            normalizer=recipe.normalizer,
-            space=recipe.space,
-        )
-        total = dmd + recipe.diversity_weight * diversity
-        self._check("student loss", total, step, batch.prompts)
-        ratio = self._gradient_ratio(step, diversity, dmd)
+    def _student_turn(self, step: int) -> tuple[dict[str, Tensor], list[int]]:
+        sums: dict[str, Tensor] = {}
+        prompts: list[int] = []
+        for places, last in _parts(self.places, self.execution.student_micro_batch):
+            batch = self.lessons.draw_anchors(step, places)
+            measured = step % self.execution.ratio_every == 0 and not prompts  # of the first part only
+            share = len(places) / len(self.places)
+            for name, value in self._student_part(step, places, batch, share, last, measured).items():
+                sums[name] = sums.get(name, 0) + value
+            prompts += batch.prompts
         for group in self.student_optimizer.param_groups:
-            group["lr"] = recipe.student.learning_rate * self._decay(step)
-        norm = self._update(self.student, self.student_optimizer, recipe.student, total)
-        self._check("student gradient", norm, step, batch.prompts)
-        record = {"dmd_loss": dmd.item(), "diversity_loss": diversity.item(), "student_grad_norm": norm.item()}
-        return record if ratio is None else {**record, "grad_ratio": ratio}
+            group["lr"] = self.recipe.student.learning_rate * learning_rate_share(self.recipe, step)
+        sums["student_grad_norm"] = self._update(self.student, self.student_optimizer, self.recipe.student)
+        if self.ema is not None:
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
+        return sums, prompts
 
-    def _decay(self, step: int) -> float:
-        """Share of the student's learning rate at a step; a function of the step alone, so resuming needs no state."""
-        falling = self.recipe.decay * self.recipe.max_steps
-        return min(1.0, (self.recipe.max_steps - step) / falling) if falling else 1.0
+    def _student_part(
+        self, step: int, places: range, batch: AnchorBatch, share: float, last: bool, measured: bool
+    ) -> dict[str, Tensor]:
+        """Both losses of a part of the batch, back-propagated; L_div first, so that its activations are freed."""
+        recipe, draw = self.recipe, partial(self._seeds, "student", step, places)
+        cond = self._cond(batch.prompts)
+        student = conditioned(self.backbone, self.student, cond)
+        noise, fresh = batch.noise.to(self.accelerator.device), self._fresh(draw)
+        norms = {}
+        with self._unsynced(self.student, True):
+            diversity, latents = follow_anchors(
+                student,
+                noise=noise,
+                anchored=self._anchored(noise, batch),
+                levels=self.levels,
+                stop_gradient=recipe.stop_gradient,
+                space=recipe.space,
+                fresh=fresh,
+            )
+            if measured and diversity.requires_grad:
+                norms["diversity_grad"] = recipe.diversity_weight * self._gradient_norm(diversity)
+            if diversity.requires_grad:
+                weighted = share * recipe.diversity_weight * diversity
+                self.accelerator.backward(weighted, retain_graph=not recipe.stop_gradient)
+        with self._unsynced(self.student, not last):
+            dmd = match_teacher(
+                student,
+                guided(self.backbone, self.teacher, cond, self.uncond, self.lessons.guidance_scale),
+                conditioned(self.backbone, self.fake_score, cond),
+                latents=latents,
+                first=recipe.anchored_steps,
+                levels=self.levels,
+                renoise=self._noise(draw("renoise")),
+                level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
+                normalizer=recipe.normalizer,
+                fresh=fresh,
+                graded_step=self._graded_step(step),
+            )
+            if norms:
+                norms = {"grad_ratio": norms["diversity_grad"] / self._gradient_norm(dmd)}
+            self.accelerator.backward(share * dmd)
+        return {"dmd_loss": share * dmd.detach(), "diversity_loss": share * diversity.detach(), **norms}
+
+    def _graded_step(self, step: int) -> int | None:
+        first, count = self.recipe.anchored_steps, self.recipe.num_steps
+        if self.recipe.graded_steps == "random":  # the same for the whole batch: one graph
+            (seed,) = sample_seeds(self.recipe.seed, "student/graded_step", step, 1)
+            return first + seed % (count - first)
+        return count - 1 if self.recipe.graded_steps == "last" else None
 
     def _anchored(self, noise: Tensor, batch: AnchorBatch) -> list[AnchoredStep]:
         device = self.accelerator.device
@@ -218,53 +322,75 @@ class _Run:
             return lessons
         return [lesson._replace(target=x0.to(device)) for lesson, x0 in zip(lessons, batch.denoised, strict=True)]
 
-    def _gradient_ratio(self, step: int, diversity: Tensor, dmd: Tensor) -> float | None:
-        """|lambda grad L_div| / |grad L_DMD| in the student's weights, on some steps: lambda is read off it."""
-        if step % self.ratio_every or not diversity.requires_grad:
-            return None
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        norms = [
-            torch.nn.utils.get_total_norm(
-                [
-                    g
-                    for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                    if g is not None
-                ]
-            )
-            for loss in (diversity, dmd)
-        ]
-        return self.recipe.diversity_weight * (norms[0] / norms[1]).item()
+    def _gradient_norm(self, loss: Tensor) -> Tensor:
+        """Norm of a loss's gradient in the student's weights, of all processes; lambda is read off two of them."""
+        grads = torch.autograd.grad(loss, trainable(self.student), retain_graph=True, allow_unused=True)
+        means = (self.accelerator.reduce(grad, reduction="mean") for grad in grads if grad is not None)
+        return torch.stack([mean.norm() for mean in means]).norm()
 
-    def _update(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, loss: Tensor
-    ) -> Tensor:
-        self.accelerator.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    def _update(self, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe) -> Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def _seeds(self, role: str, turn: int, purpose: str) -> list[int]:
-        return sample_seeds(self.recipe.seed, f"{role}/{purpose}", turn, self.recipe.batch_size)
+    def _unsynced(self, model: nn.Module, unsynced: bool) -> AbstractContextManager:
+        """Gradients of all but a turn's last backward pass are not exchanged between processes."""
+        return self.accelerator.no_sync(model) if unsynced else nullcontext()
+
+    # ---- draws
+
+    def _seeds(self, stream: str, turn: int, places: Sequence[int], purpose: str) -> list[int]:
+        return sample_seeds(self.recipe.seed, f"{stream}/{purpose}", turn, places)
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         return noise_from_seeds(seeds, self.backbone.latent_shape).to(self.accelerator.device)
+
+    def _fresh(self, draw: Callable[[str], list[int]]) -> Fresh | None:
+        """Noise between the student's steps, where it re-noises."""
+        if self.recipe.between_steps == "ode":
+            return None
+        return lambda number: self._noise(draw(f"between/{number}"))
 
     def _cond(self, prompts: Sequence[int]) -> Conditioning:
         return {
             name: value.to(self.accelerator.device) for name, value in self.lessons.embeddings.rows(prompts).items()
         }
 
-    def _check(self, name: str, value: Tensor, step: int, prompts: Sequence[int]) -> None:
-        if not value.isfinite():
-            rates = f"student {self.recipe.student.learning_rate}, fake score {self.recipe.fake_score.learning_rate}"
-            raise ValueError(
-                f"{name} is {value.item()} at step {step + 1}, prompts {sorted(set(prompts))}: "
-                f"lower the learning rate ({rates})"
-            )
+    def _check(self, record: Record, step: _Step) -> None:
+        """A record is the mean over all processes: they all refuse it together, with the same words."""
+        for name, value in record.items():
+            if not abs(value) < float("inf"):
+                rates = (
+                    f"student {self.recipe.student.learning_rate}, fake score {self.recipe.fake_score.learning_rate}"
+                )
+                raise ValueError(
+                    f"{name} is {value} at step {step.number}, prompts {sorted(set(gather_object(step.prompts)))}: "
+                    f"lower the learning rate ({rates})"
+                )
 
 
-def _adamw(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
+def _accelerator(device: torch.device, recipe: Recipe) -> Accelerator:
+    """This process among the others, if there are others; they exchange gradients, nothing else."""
+    precision = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
+    exchange = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[exchange])
+
+
+def _share(batch_size: int, process: int, processes: int) -> range:
+    """A process's places in the global batch.
+
+    Raises:
+        ValueError: if the batch cannot be shared evenly.
+    """
+    if batch_size % processes:
+        raise ValueError(f"train.batch_size={batch_size} cannot be shared evenly by {processes} processes")
+    each = batch_size // processes
+    return range(process * each, (process + 1) * each)
+
+
+def _parts(places: range, size: int) -> Iterator[tuple[range, bool]]:
+    """A range in parts of at most `size`, each with whether it is the last."""
+    for start in range(places.start, places.stop, size):
+        part = range(start, min(start + size, places.stop))
+        yield part, part.stop == places.stop

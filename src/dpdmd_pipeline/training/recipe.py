@@ -15,23 +15,36 @@ from pydantic import (
     model_validator,
 )
 
-Grid = Literal["diffusers", "shifted"]
+Grid = Literal["diffusers", "shifted", "trailing"]  # flow has the first two, diffusion (VP) models the third
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 NOT_IN_THE_RESULT = {"device", "batch_size"}  # of AnchorRecipe
 
 
+class StudentGrid(BaseModel):
+    """The schedule of a student."""
+
+    model_config = STRICT
+
+    grid: Grid | list[float]
+    num_steps: PositiveInt
+
+
 class AnchorLevel(BaseModel):
-    """Where on the teacher's schedule an anchor lies: by its number of steps, or by its noise level."""
+    """Where on the teacher's schedule an anchor lies: by its number of steps, its noise level, or a student's schedule.
+
+    A sigma is in the model's own terms: of flow below 1, of a diffusion model sigma / alpha, up to 14.6 for SDXL.
+    """
 
     model_config = STRICT
 
     steps: PositiveInt | None = None  # K
-    sigma: float | None = Field(default=None, gt=0, lt=1)  # the teacher's level nearest to this
+    sigma: PositiveFloat | None = None  # the teacher's level nearest to this
+    first_step: StudentGrid | None = None  # the teacher's level nearest to where this student's first step lands
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.steps is None) == (self.sigma is None):
-            raise ValueError("give exactly one of steps and sigma")
+        if sum(value is not None for value in (self.steps, self.sigma, self.first_step)) != 1:
+            raise ValueError("give exactly one of steps, sigma and first_step")
         return self
 
 
@@ -59,10 +72,22 @@ class OptimizerRecipe(BaseModel):
 
     model_config = STRICT
 
+    kind: Literal["adamw", "adamw_8bit"]  # the second keeps its moments in 8 bits; needs bitsandbytes and CUDA
     learning_rate: PositiveFloat
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists, no tuples
     weight_decay: NonNegativeFloat
     max_grad_norm: PositiveFloat
+
+
+class LoraRecipe(BaseModel):
+    """Low-rank adapters of the student and of the fake score on one frozen base."""
+
+    model_config = STRICT
+
+    student_rank: PositiveInt
+    fake_score_rank: PositiveInt
+    alpha_per_rank: PositiveFloat  # an adapter adds this times its low-rank product, whatever its rank
+    targets: list[str] = Field(min_length=1)  # endings of the names of the layers that are adapted
 
 
 class Recipe(BaseModel):
@@ -70,19 +95,28 @@ class Recipe(BaseModel):
 
     model_config = STRICT
 
+    roles: Literal["full", "lora"]  # three networks, or one frozen base with two adapters
+    lora: LoraRecipe  # read where roles=lora
+    precision: Literal["float32", "bfloat16"]  # of the trained networks' arithmetic; their weights are float32
     seed: NonNegativeInt
     max_steps: PositiveInt  # student turns
+    warmup: NonNegativeInt  # first turns, in which the student's learning rate rises to its full value
     decay: float = Field(ge=0, le=1)  # last share of the turns, in which the student's learning rate falls towards 0
-    batch_size: PositiveInt  # per turn, of the student and of the fake score
+    ema: float = Field(ge=0, lt=1)  # the kept student's weights average about 1 / (1 - ema) turns; 0: the last ones
+    batch_size: PositiveInt  # per turn, of the student and of the fake score, over all processes
     num_steps: PositiveInt  # N, network evaluations of the student
-    grid: Grid | list[float]  # named, or the N falling levels themselves
+    grid: Grid | list[float]  # named, or the N falling levels themselves: sigmas of flow, timesteps of diffusion models
+    between_steps: Literal["ode", "renoise"]  # keep the noise that a prediction implies, or add fresh noise
     anchored_steps: NonNegativeInt  # how many first steps follow the teacher; 1 in the paper
     diversity_weight: NonNegativeFloat  # lambda
     stop_gradient: bool  # keep L_DMD from the anchored steps
     target: Literal["secant", "tangent"]
     space: Literal["x0", "v", "eps"]
     normalizer: Literal["noisy", "x0"]
+    graded_steps: Literal["all", "last", "random"]  # which of the steps after the anchored ones L_DMD trains, per turn
     fake_score_turns: PositiveInt  # per student turn
+    fake_score_warmup: NonNegativeInt  # turns of the fake score before the student's first
+    fake_rollout: Literal["fresh", "shared"]  # the student's pictures: drawn for each of these turns, or once for all
     student: OptimizerRecipe
     fake_score: OptimizerRecipe
 
@@ -92,39 +126,14 @@ class Recipe(BaseModel):
             raise ValueError(f"anchored_steps={self.anchored_steps} must be below num_steps={self.num_steps}")
         if self.anchored_steps == 0 and (self.diversity_weight > 0 or self.stop_gradient):
             raise ValueError("anchored_steps=0 is vanilla DMD: set diversity_weight=0 and stop_gradient=false with it")
+        if self.graded_steps != "all" and self.anchored_steps and not self.stop_gradient:
+            raise ValueError(
+                f"graded_steps={self.graded_steps} sends no gradient into the anchored steps: "
+                "set stop_gradient=true with it"
+            )
         if isinstance(self.grid, list):
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} levels, num_steps={self.num_steps} needs as many")
-            if any(a <= b for a, b in zip(self.grid, [*self.grid[1:], 0.0], strict=True)) or self.grid[0] > 1:
-                raise ValueError(f"grid={self.grid} must fall strictly from at most 1 and stay above 0")
+            if any(a <= b for a, b in zip(self.grid, [*self.grid[1:], 0.0], strict=True)):
+                raise ValueError(f"grid={self.grid} must fall strictly and stay above 0")
         return self
-
-
-class FitRecipe(BaseModel):
-    """How one network of the embedded teacher is trained: AdamW on a one-cycle schedule."""
-
-    model_config = STRICT
-
-    steps: PositiveInt
-    learning_rate: PositiveFloat  # peak
-
-
-class BatchFitRecipe(FitRecipe):
-    """The same with sampled batches."""
-
-    batch_size: PositiveInt
-
-
-class TeacherRecipe(BaseModel):
-    """The embedded teacher, from nothing."""
-
-    model_config = STRICT
-
-    seed: NonNegativeInt
-    max_length: PositiveInt  # tokens per prompt, start and end included
-    shift: PositiveFloat  # of the flow-matching schedule
-    prompt_dropout: float = Field(ge=0, lt=1)  # share of empty prompts, for guidance
-    text_encoders: FitRecipe  # every step sees all captions
-    vae: BatchFitRecipe
-    transformer: BatchFitRecipe
-    checkpoint_every: PositiveInt  # steps

@@ -1,8 +1,9 @@
-"""Trains the embedded teacher: tokenizer and text encoders, autoencoder, transformer.
+"""Trains the embedded teachers: tokenizer and text encoders, autoencoder, transformer or UNet.
 
-The world is finite, so the flow-matching target need not be sampled: given a noisy latent, the exact
-posterior over all legal pictures is one softmax, and its mean is what flow matching estimates. Training
-on it has the same minimiser with far less variance (docs/decisions/0002-exact-targets.md).
+The world is finite, so the denoising target need not be sampled: given a noisy latent, the exact
+posterior over all legal pictures is one softmax, and its mean is what flow matching and diffusion
+estimate. Training on it has the same minimiser with far less variance
+(docs/decisions/0002-exact-targets.md).
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdmd_pipeline.shapes.models import make_pipeline
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, flow_level, vp_level
+from dpdmd_pipeline.shapes.models import make_pipeline, make_sdxl_pipeline
 from dpdmd_pipeline.shapes.reader import read
-from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, SHAPES, captions, gallery
+from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, RESOLUTION, SHAPES, captions, gallery
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.recipe import FitRecipe, TeacherRecipe
+from dpdmd_pipeline.training.teacher_recipe import FitRecipe, TeacherRecipe
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+# What SDXL is told of a picture that was neither scaled nor cropped: (H, W, 0, 0, H, W).
+TIME_IDS = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]], dtype=torch.float32)
 
 
 def fit(
@@ -73,11 +79,15 @@ def fit(
         yield done, loss.item()
 
 
-def text_loss(encoder: CLIPTextModelWithProjection, heads: nn.Module, tokenizer: CLIPTokenizer) -> Tensor:
+def text_loss(
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, heads: nn.Module, tokenizer: CLIPTokenizer
+) -> Tensor:
     """Cross-entropy of colour and shape read linearly from the pooled embedding of every caption."""
     tokens = tokenizer(captions(), padding="max_length", return_tensors="pt").input_ids
     prompts = torch.arange(len(tokens)) % NUM_PROMPTS
-    colour, shape = heads(encoder(tokens).text_embeds).split([NUM_PROMPTS // len(SHAPES), len(SHAPES)], dim=1)
+    output = encoder(tokens)
+    pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+    colour, shape = heads(pooled).split([NUM_PROMPTS // len(SHAPES), len(SHAPES)], dim=1)
     return F.cross_entropy(colour, prompts // len(SHAPES)) + F.cross_entropy(shape, prompts % len(SHAPES))
 
 
@@ -92,34 +102,37 @@ def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch_size: int) ->
 
 @torch.no_grad()
 def encode_gallery(vae: AutoencoderKL) -> Tensor:
-    """Latents of every legal picture, centred and scaled: sets the VAE's shift and scaling factors.
+    """Latents of every legal picture with variance 1: sets the VAE's scaling factor, and its shift if it has one.
 
     Returns:
-        [NUM_PROMPTS * NUM_MODES, C, H, W] with mean 0 and variance 1 over all elements.
+        [NUM_PROMPTS * NUM_MODES, C, H, W]; SD3's are centred, SDXL's scaled alone.
     """
     raw = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in gallery().split(96)])
-    vae.register_to_config(shift_factor=raw.mean().item(), scaling_factor=1 / raw.std().item())
+    vae.register_to_config(scaling_factor=1 / raw.std().item())
+    if vae.config.shift_factor is None:
+        return raw * vae.config.scaling_factor
+    vae.register_to_config(shift_factor=raw.mean().item())
     return (raw - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def posterior_mean(noisy: Tensor, sigma: Tensor, pictures: Tensor, allowed: Tensor) -> Tensor:
-    """E[x0 | noisy] when x0 is uniform over the allowed pictures: the exact flow-matching denoiser.
+def posterior_mean(noisy: Tensor, level: NoiseLevel, pictures: Tensor, allowed: Tensor) -> Tensor:
+    """E[x0 | noisy] when x0 is uniform over the allowed pictures: the exact denoiser.
 
     Args:
-        noisy: [B, C, H, W] = (1 - sigma) x0 + sigma noise.
-        sigma: [B], in (0, 1].
+        noisy: [B, C, H, W] at `level`.
+        level: per sample, [B, 1, 1, 1], none of them clean.
         pictures: [M, C, H, W], clean latents.
         allowed: [B, M] bool, which pictures the sample's prompt permits.
     """
-    flat, alpha = pictures.flatten(1), (1 - sigma)[:, None]
+    flat, alpha, sigma = pictures.flatten(1), level.alpha.view(-1, 1), level.sigma.view(-1, 1)
     scores = alpha * (noisy.flatten(1) @ flat.T) - 0.5 * alpha**2 * flat.square().sum(1)
-    weights = (scores / sigma[:, None] ** 2).masked_fill(~allowed, -torch.inf).softmax(1)
+    weights = (scores / sigma**2).masked_fill(~allowed, -torch.inf).softmax(1)
     return (weights @ flat).view_as(noisy)
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the transformer learns from: clean latents and the embeddings of all captions.
+    """What the denoising network learns from: clean latents and the embeddings of all captions.
 
     Attributes:
         pictures: [NUM_PROMPTS * NUM_MODES, C, H, W].
@@ -131,35 +144,91 @@ class Lesson:
     pooled_embeds: Tensor
 
 
-def transformer_loss(
-    transformer: nn.Module, lesson: Lesson, generator: torch.Generator, batch_size: int, dropout: float
-) -> Tensor:
-    """Velocity error against the exact posterior mean; a share of the prompts is empty.
+class Examples(NamedTuple):
+    """A batch to learn from: noisy latents, and the exact x0 that is expected of them."""
 
-    Noise levels follow SD3's shift-2 map of the uniform: more weight where the free attributes are decided.
+    noisy: Tensor  # [B, C, H, W] at `level`
+    level: NoiseLevel  # per sample
+    x0: Tensor  # [B, C, H, W], posterior mean under the sample's prompt
+    row: Tensor  # [B] int64, of the lesson's embeddings
+
+
+def draw_examples(
+    lesson: Lesson,
+    level_at: Callable[[Tensor], NoiseLevel],
+    generator: torch.Generator,
+    batch_size: int,
+    dropout: float,
+) -> Examples:
+    """Noisy pictures under random captions; a share of the prompts is empty.
+
+    Args:
+        lesson: pictures and captions.
+        level_at: from uniform numbers [B, 1, 1, 1] in [0, 1) to noise levels.
+        generator: decides all draws.
+        batch_size: B.
+        dropout: share of empty prompts, whose posterior runs over all pictures.
     """
     num_captions = len(lesson.prompt_embeds) - 1
     caption = torch.randint(num_captions, (batch_size,), generator=generator)
     prompt = caption % NUM_PROMPTS
     picture = prompt * NUM_MODES + torch.randint(NUM_MODES, (batch_size,), generator=generator)
     empty = torch.rand(batch_size, generator=generator) < dropout
-    uniform = torch.rand(batch_size, generator=generator).clamp(min=0.01)
-    sigma = 2 * uniform / (1 + uniform)
+    level = level_at(torch.rand(batch_size, generator=generator).view(-1, 1, 1, 1))
     x0 = lesson.pictures[picture]
-    noise = torch.randn(x0.shape, generator=generator)
-    scale = sigma.view(-1, 1, 1, 1)
-    noisy = (1 - scale) * x0 + scale * noise
+    noisy = add_noise(x0, torch.randn(x0.shape, generator=generator), level)
     owner = torch.arange(len(lesson.pictures)) // NUM_MODES
     allowed = empty[:, None] | (owner[None, :] == prompt[:, None])
-    velocity = (noisy - posterior_mean(noisy, sigma, lesson.pictures, allowed)) / scale
-    row = torch.where(empty, num_captions, caption)
+    expected = posterior_mean(noisy, level, lesson.pictures, allowed)
+    return Examples(noisy, level, expected, torch.where(empty, num_captions, caption))
+
+
+def decisive_flow_level(uniform: Tensor) -> NoiseLevel:
+    """SD3's shift-2 map of the uniform: more weight where the free attributes are decided."""
+    uniform = uniform.clamp(min=0.01)
+    return flow_level(2 * uniform / (1 + uniform))
+
+
+def transformer_loss(
+    transformer: nn.Module, lesson: Lesson, generator: torch.Generator, batch_size: int, dropout: float
+) -> Tensor:
+    """Velocity error against the exact posterior mean."""
+    noisy, level, x0, row = draw_examples(lesson, decisive_flow_level, generator, batch_size, dropout)
     predicted = transformer(
         hidden_states=noisy,
-        timestep=sigma * 1000,
+        timestep=level.timestep.flatten(),
         encoder_hidden_states=lesson.prompt_embeds[row],
         pooled_projections=lesson.pooled_embeds[row],
     ).sample
-    return F.mse_loss(predicted, velocity)
+    return F.mse_loss(predicted, (noisy - x0) / level.sigma)
+
+
+def unet_loss(
+    unet: nn.Module,
+    alphas_cumprod: Tensor,
+    lesson: Lesson,
+    generator: torch.Generator,
+    batch_size: int,
+    dropout: float,
+) -> Tensor:
+    """Error of the predicted noise against that of the exact posterior mean, at uniform timesteps.
+
+    It is weighted by 1/alpha^2, which makes it the error of the v-prediction (arXiv:2202.00512): an error of the
+    noise moves x0 by sigma/alpha as much, 15 times at the first step, and that step decides what is drawn.
+    """
+
+    def level_at(uniform: Tensor) -> NoiseLevel:
+        return vp_level((uniform * len(alphas_cumprod)).long(), alphas_cumprod)
+
+    noisy, level, x0, row = draw_examples(lesson, level_at, generator, batch_size, dropout)
+    predicted = unet(
+        noisy,
+        level.timestep.flatten(),
+        encoder_hidden_states=lesson.prompt_embeds[row],
+        added_cond_kwargs={"text_embeds": lesson.pooled_embeds[row], "time_ids": TIME_IDS.expand(batch_size, -1)},
+    ).sample
+    noise = (noisy - level.alpha * x0) / level.sigma
+    return ((predicted - noise) / level.alpha).square().mean()
 
 
 @torch.no_grad()
@@ -177,7 +246,11 @@ def reconstruction_validity(vae: AutoencoderKL) -> float:
 Follow = Callable[[str, int, Iterator[tuple[int, float]]], None]
 
 
-def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> StableDiffusion3Pipeline:
+# Trains one network: (name, what is trained, its loss, how).
+Train = Callable[[str, nn.Module, Callable[[torch.Generator], Tensor], FitRecipe], None]
+
+
+def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> DiffusionPipeline:
     """Train all parts in order; what is finished is loaded from `state`, not trained again.
 
     Args:
@@ -185,9 +258,8 @@ def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> StableD
         state: folder of the checkpoints.
         follow: runs each fit to its end.
     """
-    pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
 
-    def run(name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fitted: FitRecipe) -> None:
+    def train(name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fitted: FitRecipe) -> None:
         checkpoints = Checkpoints(state / name)
         records = fit(
             modules,
@@ -199,21 +271,52 @@ def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> StableD
         )
         follow(name, fitted.steps, records)
 
+    return {"sd3": train_sd3, "sdxl": train_sdxl}[recipe.family](recipe, train)
+
+
+def train_sd3(recipe: TeacherRecipe, train: Train) -> StableDiffusion3Pipeline:
+    """The flow-matching teacher."""
+    pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
+    train_encoders(pipeline, recipe, train)
+    fitted = recipe.transformer
+    loss = partial(
+        transformer_loss,
+        pipeline.transformer,
+        sd3_lesson(pipeline),
+        batch_size=fitted.batch_size,
+        dropout=recipe.prompt_dropout,
+    )
+    train("transformer", pipeline.transformer, loss, fitted)
+    return pipeline
+
+
+def train_sdxl(recipe: TeacherRecipe, train: Train) -> StableDiffusionXLPipeline:
+    """The diffusion teacher."""
+    pipeline = make_sdxl_pipeline(max_length=recipe.max_length, seed=recipe.seed)
+    train_encoders(pipeline, recipe, train)
+    fitted = recipe.unet
+    loss = partial(
+        unet_loss,
+        pipeline.unet,
+        pipeline.scheduler.alphas_cumprod,
+        sdxl_lesson(pipeline),
+        batch_size=fitted.batch_size,
+        dropout=recipe.prompt_dropout,
+    )
+    train("unet", pipeline.unet, loss, fitted)
+    return pipeline
+
+
+def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Train) -> None:
+    """What comes before the denoising network: both text encoders and the autoencoder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of the heads, which are thrown away
         for name, tokenizer in (("text_encoder", pipeline.tokenizer), ("text_encoder_2", pipeline.tokenizer_2)):
             encoder = getattr(pipeline, name)
             heads = nn.Linear(encoder.config.projection_dim, NUM_PROMPTS // len(SHAPES) + len(SHAPES))
             loss = partial(_text_loss_at, encoder, heads, tokenizer)
-            run(name, nn.ModuleList([encoder, heads]), loss, recipe.text_encoders)
-    run("vae", pipeline.vae, partial(vae_loss, pipeline.vae, batch_size=recipe.vae.batch_size), recipe.vae)
-    lesson = make_lesson(pipeline)
-    fitted = recipe.transformer
-    loss = partial(
-        transformer_loss, pipeline.transformer, lesson, batch_size=fitted.batch_size, dropout=recipe.prompt_dropout
-    )
-    run("transformer", pipeline.transformer, loss, fitted)
-    return pipeline
+            train(name, nn.ModuleList([encoder, heads]), loss, recipe.text_encoders)
+    train("vae", pipeline.vae, partial(vae_loss, pipeline.vae, batch_size=recipe.vae.batch_size), recipe.vae)
 
 
 def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer, _: torch.Generator) -> Tensor:
@@ -221,10 +324,19 @@ def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer
 
 
 @torch.no_grad()
-def make_lesson(pipeline: StableDiffusion3Pipeline) -> Lesson:
+def sd3_lesson(pipeline: StableDiffusion3Pipeline) -> Lesson:
     """Encode the gallery and all captions; the VAE's shift and scaling factors are set on the way."""
     pictures = encode_gallery(pipeline.vae)
     embeds, _, pooled, _ = pipeline.encode_prompt(
         [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
+    return Lesson(pictures, embeds, pooled)
+
+
+@torch.no_grad()
+def sdxl_lesson(pipeline: StableDiffusionXLPipeline) -> Lesson:
+    """Encode the gallery and all captions, the empty prompt as zeros; the VAE's scaling factor is set on the way."""
+    pictures = encode_gallery(pipeline.vae)
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions(), do_classifier_free_guidance=False)
+    embeds, pooled = (torch.cat([known, torch.zeros_like(known[:1])]) for known in (embeds, pooled))
     return Lesson(pictures, embeds, pooled)

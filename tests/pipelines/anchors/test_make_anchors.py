@@ -132,7 +132,22 @@ def test_levels_that_do_not_rise_are_refused(tiny_teacher, embeddings, levels, s
         make_manifest([0, 1], embeddings, tiny_teacher, backbone_options(), anchor_options(anchor_levels=levels))
 
 
-@pytest.mark.parametrize("level", [{}, {"steps": 2, "sigma": 0.5}, {"sigma": 1.0}, {"sigma": 0}, {"steps": 0}])
+@pytest.mark.parametrize(
+    "level", [{}, {"steps": 2, "sigma": 0.5}, {"sigma": 0}, {"steps": 0}, {"first_step": {"grid": "shifted"}}]
+)
 def test_a_level_is_named_in_one_way_and_lies_inside(level):
     with pytest.raises(ValidationError):
         anchor_options(anchor_levels=[level])
+
+
+@pytest.mark.parametrize(
+    "level", [{"sigma": 1.0}, {"sigma": 14.6}, {"first_step": {"grid": [0.5], "num_steps": 1}}], ids=str
+)
+def test_a_level_outside_the_teachers_schedule_is_refused(make, level):
+    with pytest.raises(ValueError, match=r"sigma=\S+ must lie below the teacher's start, 1"):
+        make(anchor_levels=[level])
+
+
+def test_an_anchor_may_lie_where_the_students_first_step_lands(make):
+    landing = make(anchor_levels=[{"first_step": {"grid": "shifted", "num_steps": 4}}])
+    assert landing.manifest["anchor_steps"] == make(anchor_levels=[{"sigma": 0.75}]).manifest["anchor_steps"]

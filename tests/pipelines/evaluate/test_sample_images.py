@@ -87,7 +87,7 @@ def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, 
     other = tmp_path / "other"
     other.mkdir()
     save_student(other, load_network(tiny_teacher), StudentHeader("sdxl", SIGMAS))
-    with pytest.raises(DatasetError, match="is to be sampled as .'sdxl'"):
+    with pytest.raises(DatasetError, match="the student is of family 'sdxl', the teacher of 'sd3'"):
         sample(folders=[other, students[1]])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import check_embeddings
+from dpdmd_pipeline.datasets.lineage import check_embeddings, network_folder
 from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
@@ -40,14 +40,14 @@ def make_manifest(
     """The facts that anchors depend on and that training checks: teacher, schedule, guidance, levels, dtype."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
-    levels = backbone.load(teacher, "cpu").schedule(backbone.num_steps)
-    sigmas = levels.sigma.tolist()
-    steps = [_steps_of(level, sigmas) for level in options.anchor_levels]
+    model = backbone.load(teacher, "cpu")
+    sigmas = model.schedule(backbone.num_steps).sigma.tolist()
+    steps = [_steps_of(level, model, backbone.num_steps) for level in options.anchor_levels]
     if steps != sorted(set(steps)):
         raise ValueError(f"anchors.anchor_levels give teacher steps {steps}: they must rise, from noisy to clean")
     return {
         "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "teacher": folder_hash(teacher / "transformer"),
+        "teacher": folder_hash(network_folder(teacher)),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(rows),
         "backbone": backbone.model_dump(mode="json", include=IN_THE_ANCHORS),
@@ -57,25 +57,34 @@ def make_manifest(
     }
 
 
-def _steps_of(level: AnchorLevel, sigmas: list[float]) -> int:
+def _steps_of(level: AnchorLevel, model: Any, num_steps: int) -> int:
     """Teacher steps K of an anchor level."""
-    last = len(sigmas) - 2
+    last = num_steps - 1
     if level.steps is not None:
         if level.steps > last:
             raise ValueError(
-                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={last + 1}"
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={num_steps}"
             )
         return level.steps
     if last < 1:
-        raise ValueError(f"backbone.num_steps={last + 1} leaves no level for an anchor: take at least 2")
-    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - level.sigma))
+        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: take at least 2")
+    sigmas = _own_sigmas(model.schedule(num_steps), model.prediction)
+    asked = level.sigma
+    if level.first_step is not None:
+        student = model.student_schedule(level.first_step.grid, level.first_step.num_steps)
+        asked = _own_sigmas(student, model.prediction)[1]
+    if not 0 < asked < sigmas[0]:
+        raise ValueError(f"anchors.anchor_levels sigma={asked:g} must lie below the teacher's start, {sigmas[0]:g}")
+    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - asked))
     log.info(
-        "anchors: sigma %.4f asked for, the teacher's nearest level is %.4f (K = %d)",
-        level.sigma,
-        sigmas[nearest],
-        nearest,
+        "anchors: sigma %.4f asked for, the teacher's nearest level is %.4f (K = %d)", asked, sigmas[nearest], nearest
     )
     return nearest
+
+
+def _own_sigmas(levels: Any, prediction: str) -> list[float]:
+    """Noise levels as a family counts them: flow's sigma, or sigma / alpha of a diffusion model."""
+    return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
 def _shards(

@@ -2,9 +2,9 @@
 
 from kedro.pipeline import Pipeline
 
-from dpdmd_pipeline.pipelines import anchors, evaluate, prompts, report, train
+from dpdmd_pipeline.pipelines import anchors, evaluate, export, prompts, report, train
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """prompts, anchors, train, evaluate and report; the teacher is trained apart and kept."""
-    return sum((stage.create_pipeline() for stage in (prompts, anchors, train, evaluate, report)), Pipeline([]))
+    """prompts, anchors, train, evaluate, report and export; the teacher is trained apart and kept."""
+    return sum((stage.create_pipeline() for stage in (prompts, anchors, train, evaluate, report, export)), Pipeline([]))

@@ -1,7 +1,7 @@
 """Nodes of the evaluate stage."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def sample_images(
 
     check_embeddings(embeddings, prompts, teacher)
     folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
-    steps = {name: len(load_header(folder).sigmas) - 1 for name, folder in folders.items() if folder}
+    steps = {name: load_header(folder).num_steps for name, folder in folders.items() if folder}
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
         "nfe": {"teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2), **steps},
@@ -101,18 +101,17 @@ def sample_model(
     """Pictures of the teacher, or of a student's folder, as 8-bit images with their prompt and seed."""
     import torch
 
-    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
-
     model = backbone.load(teacher, options.device)
     samples = [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
-    sampler = _sampler(model, folder, embeddings, backbone)
+    sampler = (
+        _teacher_sampler(model, embeddings, backbone) if folder is None else _student_sampler(model, folder, backbone)
+    )
     images = []
     for start in range(0, len(samples), options.batch_size):
-        chunk = samples[start : start + options.batch_size]
-        noise = noise_from_seeds([seed for _, seed in chunk], model.latent_shape).to(model.device)
+        rows, seeds = zip(*samples[start : start + options.batch_size], strict=True)
+        cond = {name: value.to(model.device) for name, value in embeddings.rows(rows).items()}
         with torch.no_grad():
-            denoise, levels = sampler([row for row, _ in chunk])
-            images.append((model.decode(rollout(denoise, noise, levels)) * 255).round().to(torch.uint8).cpu())
+            images.append((model.decode(sampler(cond, seeds)) * 255).round().to(torch.uint8).cpu())
     return {
         "prompt": torch.tensor([row for row, _ in samples]),
         "seed": torch.tensor([seed for _, seed in samples]),
@@ -120,26 +119,32 @@ def sample_model(
     }
 
 
-def _sampler(model: Any, folder: Path | None, embeddings: Any, backbone: BackboneOptions) -> Any:
-    """Rows of prompts to a denoiser and its schedule: the guided teacher, or a student as its file says."""
-    from dpdmd_pipeline.backbones.base import conditioned, guided
-    from dpdmd_pipeline.backbones.student_file import load_header
+def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:
+    """Conditioning and seeds to clean latents, at the teacher's own settings."""
+    from dpdmd_pipeline.backbones.base import guided
+    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
-    def cond(rows: list[int]) -> dict[str, Any]:
-        return {name: value.to(model.device) for name, value in embeddings.rows(rows).items()}
+    network = model.load_model().requires_grad_(False).eval()
+    empty = embeddings.rows([len(embeddings) - 1])
+    uncond = {name: value.to(model.device) for name, value in empty.items()}
+    levels = model.schedule(backbone.num_steps)
 
-    network = model.load_model(folder).requires_grad_(False).eval()
-    if folder is None:
-        levels, uncond = model.schedule(backbone.num_steps), cond([len(embeddings) - 1])
-        return lambda rows: (guided(model, network, cond(rows), uncond, backbone.guidance_scale), levels)
-    header = load_header(folder)
-    asked = (header.family, header.prediction, header.sampler, header.guidance)
-    if asked != (backbone.family, "flow", "euler", 1.0):
-        raise ValueError(
-            f"{folder} is to be sampled as {asked}: this version samples {backbone.family} flow, euler, 1.0"
-        )
-    levels = model.student_schedule(header.sigmas[:-1], len(header.sigmas) - 1)
-    return lambda rows: (conditioned(model, network, cond(rows)), levels)
+    def draw(cond: dict[str, Any], seeds: Sequence[int]) -> Any:
+        noise = noise_from_seeds(seeds, model.latent_shape).to(model.device)
+        return rollout(guided(model, network, cond, uncond, backbone.guidance_scale), noise, levels)
+
+    return draw
+
+
+def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
+    """The same with a student, as its file says."""
+    from dpdmd_pipeline.backbones.student_file import load_header, load_weights
+    from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
+
+    network, header = model.load_model().requires_grad_(False).eval(), load_header(folder)
+    load_weights(folder, network, backbone.family)
+    levels = model.student_schedule(header.grid, header.num_steps)
+    return partial(draw_latents, OpenStudent(header, model, network, levels))
 
 
 def measure(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:

@@ -14,18 +14,28 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 
 
-def train_embedded_teacher(teacher_state: Path, options: TeacherOptions) -> Callable[[Path], None]:
-    """Train tokenizer, text encoders, autoencoder and transformer from nothing, on the CPU.
+def train_embedded_teacher(
+    teacher_state: Path, backbone: BackboneOptions, options: TeacherOptions
+) -> Callable[[Path], None]:
+    """Train tokenizer, text encoders, autoencoder and denoising network from nothing, on the CPU.
 
     Returns:
         What writes the pipeline into a folder, in half precision.
+
+    Raises:
+        ValueError: if the recipe is of another family than the one that will read the result.
     """
+    if options.recipe.family != backbone.family:
+        raise ValueError(
+            f"backbone.family is {backbone.family!r}, teacher.recipe is of an {options.recipe.family} teacher: "
+            "choose the environment that has both, base or shapes_sdxl"
+        )
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dpdmd_pipeline.training.teacher import train_teacher
 
-    state = teacher_state / fingerprint(SCHEMA, options.recipe.model_dump(mode="json"))[:16]
+    state = teacher_state / fingerprint(SCHEMA, options.recipe.model_dump(mode="json", exclude_none=True))[:16]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -48,14 +58,14 @@ def train_embedded_teacher(teacher_state: Path, options: TeacherOptions) -> Call
 
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
-    """Quality and diversity of the teacher at its own settings, and the rarest mode it draws."""
+    """Quality and diversity of the teacher at its own settings, and the rarest mode of any prompt."""
     import torch
 
     from dpdmd_pipeline.backbones.base import guided
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout, sample_seeds
     from dpdmd_pipeline.metrics.shapes import judge
     from dpdmd_pipeline.shapes.reader import read
-    from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption
+    from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
 
     model = backbone.load(teacher, "cpu")
     network = model.load_model().requires_grad_(False).eval()
@@ -74,13 +84,24 @@ def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOpti
                 denoise = guided(model, network, cond, uncond, backbone.guidance_scale)
                 pictures.append(model.decode(rollout(denoise, noise, levels)))
         images.append(torch.cat(pictures))
-        reading = read(images[-1])
-        rarest.append(
-            int(torch.bincount(reading.mode[reading.valid & (reading.prompt == row)], minlength=NUM_MODES).min())
-        )
-        log.info("judged %r: rarest mode seen %d times", prompts[row], rarest[-1])
+        rarest.append(_rarest(read(images[-1]), row))
+        log.info("judged %r: rarest mode drawn %d times, clean %d times", prompts[row], *rarest[-1])
+    drawn, clean = zip(*rarest, strict=True)
     return {
         **judge(images, prompts, options.judge_seed),
-        "rarest_mode": {"count": min(rarest)},
+        "rarest_mode": {"drawn": min(drawn), "drawn_clean": min(clean)},
         "per_prompt": options.judged_per_prompt,
     }
+
+
+def _rarest(reading: Any, prompt: int) -> tuple[int, int]:
+    """How often the rarest mode of a prompt was drawn: nearest to a legal picture of it, and close to that one, too."""
+    import torch
+
+    from dpdmd_pipeline.shapes.world import NUM_MODES
+
+    of_prompt = reading.prompt == prompt
+    return tuple(
+        int(torch.bincount(reading.mode[kept], minlength=NUM_MODES).min())
+        for kept in (of_prompt, of_prompt & reading.valid)
+    )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpdmd_pipeline.training.recipe import TeacherRecipe
+from dpdmd_pipeline.training.teacher_recipe import TeacherRecipe
 
 
 class TeacherOptions(BaseModel):

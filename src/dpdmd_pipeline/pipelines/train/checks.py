@@ -22,6 +22,7 @@ def check_anchors(
     Raises:
         ValueError: names what differs, both values, and the remedy.
     """
+    from dpdmd_pipeline.datasets.lineage import network_folder
     from dpdmd_pipeline.datasets.model_folder import folder_hash
     from dpdmd_pipeline.datasets.sharded import fingerprint
 
@@ -36,7 +37,7 @@ def check_anchors(
     now = {
         **{f"anchors.{name}": value for name, value in _asked(options).items()},
         **{f"backbone.{name}": getattr(backbone, name) for name in manifest.get("backbone", {})},
-        "teacher": folder_hash(teacher / "transformer"),
+        "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(list(rows)),
@@ -51,6 +52,19 @@ def check_anchors(
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
         _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
+
+
+def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Networks of one run work in one precision.
+
+    Raises:
+        ValueError: names both values.
+    """
+    if backbone.dtype != recipe.precision:
+        raise ValueError(
+            f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
+            "the teacher and the networks it trains work in one precision, float32 or bfloat16"
+        )
 
 
 def _asked(options: AnchorRecipe) -> dict[str, Any]:
@@ -72,6 +86,13 @@ def _check_start(start: float, anchor: float) -> None:
 
 
 def _check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
+    for level in options.anchor_levels if recipe.anchored_steps else ():
+        student = level.first_step
+        if student is not None and (student.grid, student.num_steps) != (recipe.grid, recipe.num_steps):
+            raise ValueError(
+                f"anchors.anchor_levels name the first step of grid={student.grid}, num_steps={student.num_steps}, "
+                f"train has grid={recipe.grid}, num_steps={recipe.num_steps}: give both the same"
+            )
     available = len(manifest["anchor_steps"])
     if recipe.anchored_steps > available:
         raise ValueError(

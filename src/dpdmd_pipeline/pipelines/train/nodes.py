@@ -2,21 +2,30 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.train.checks import check_anchors
+from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_precision
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.progress import follow
-from dpdmd_pipeline.training.recipe import AnchorRecipe
+from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 log = logging.getLogger(__name__)
 
 # A finished or broken-off student is only taken up by the code that began it.
-CODE = ("dpdmd", "backbones", "training/anchors.py", "training/distill.py")
+CODE = (
+    "dpdmd",
+    "backbones/base.py",
+    "training/anchors.py",
+    "training/distill.py",
+    "training/optimizer.py",
+    "training/roles.py",
+)
 
 
 def train_student(
@@ -37,29 +46,60 @@ def train_student(
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     check_embeddings(embeddings, prompts, teacher)
     check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, options)
-    if backbone.dtype != "float32":
-        raise ValueError(f"backbone.dtype={backbone.dtype}: training needs float32 weights")
-    from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+    check_precision(backbone, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     recipe = options.recipe()
-    checkpoints = Checkpoints(train_state / run_identity(recipe, backbone, anchors, rows)[:16])
-    with checkpoints.held():
+    checkpoints = Checkpoints(train_state / run_identity(recipe, backbone, anchors, rows)[:16], options.keep_last)
+    many = options.launch.total > 1  # then one of the processes holds the checkpoints
+    with nullcontext() if many else checkpoints.held():
         resumed = checkpoints.load_latest()
         done = _tell(resumed, recipe, checkpoints.folder)
-        model, roles, records = _start(rows, embeddings, anchors, teacher, backbone, options, checkpoints, resumed)
-        history = [*(resumed[1]["history"] if resumed else []), *follow(records, done, recipe, options.log_every)]
-    header = StudentHeader(backbone.family, model.student_schedule(recipe.grid, recipe.num_steps).sigma.tolist())
-    return (lambda folder: save_student(folder, roles.student, header)), history
+        run = rows, embeddings, anchors, teacher, backbone, options, checkpoints
+        if many and done < recipe.max_steps:
+            done, _ = resumed = _train_in_processes(*run, done)
+        model, roles, records = start(*run, resumed)
+        new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
+        history = [*(resumed[1]["history"] if resumed else []), *new]
+    return _writer(model, roles.student, backbone, recipe), history
 
 
-def run_identity(recipe: Any, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
+def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe) -> Callable[[Path], None]:
+    """What writes the student, whole or as its adapter, with how it is to be sampled in its header."""
+    from dpdmd_pipeline.backbones.student_file import StudentHeader, save_lora, save_student
+
+    levels = model.student_schedule(recipe.grid, recipe.num_steps)
+    facts: dict[str, Any] = {
+        "family": backbone.family,
+        "resolution": backbone.resolution,
+        "max_sequence_length": backbone.max_sequence_length,
+        "prediction": model.prediction,
+        "sampler": {"ode": "euler", "renoise": "renoise"}[recipe.between_steps],
+    }
+    if model.prediction == "flow":
+        facts |= {"sigmas": levels.sigma.tolist(), "shift": getattr(model, "shift", None)}
+    else:
+        facts |= {"timesteps": [int(timestep) for timestep in levels.timestep[:-1]]}
+    if recipe.roles == "full":
+        return lambda folder: save_student(folder, student, StudentHeader(**facts))
+    rank, scale = recipe.lora.student_rank, recipe.lora.alpha_per_rank
+    header = StudentHeader(**facts, kind="lora", lora_rank=rank, lora_alpha=rank * scale)
+    return lambda folder: save_lora(folder, student.adapter_state(), header)
+
+
+def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
     """Everything that decides a student: recipe, teacher's settings, anchors, training prompts and code."""
-    parts = (recipe.model_dump(mode="json"), backbone.model_dump(mode="json"), anchors.fingerprint, rows)
-    return fingerprint(*parts, code_hash(*CODE))
+    unread = {"lora"} if recipe.roles == "full" else set()
+    parts = (
+        recipe.model_dump(mode="json", exclude=unread),
+        backbone.model_dump(mode="json"),
+        anchors.fingerprint,
+        rows,
+    )
+    return fingerprint(*parts, code_hash(*CODE, f"backbones/{backbone.family}.py"))
 
 
-def _tell(resumed: tuple[int, dict] | None, recipe: Any, folder: Path) -> int:
+def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:
     """Say what is reused; returns the number of finished steps."""
     name, done = "DP-DMD" if recipe.anchored_steps else "DMD", resumed[0] if resumed else 0
     if done == recipe.max_steps:
@@ -69,7 +109,25 @@ def _tell(resumed: tuple[int, dict] | None, recipe: Any, folder: Path) -> int:
     return done
 
 
-def _start(
+def _train_in_processes(
+    rows: list[int],
+    embeddings: Any,
+    anchors: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: TrainOptions,
+    checkpoints: Any,
+    done: int,
+) -> tuple[int, dict]:
+    """Train on in other processes; returns the finished state that they leave."""
+    from dpdmd_pipeline.pipelines.train.worker import Job, train_in_processes
+
+    job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
+    follow(train_in_processes(job), done, options.recipe(), options.log_every)
+    return checkpoints.load_latest()
+
+
+def start(
     rows: list[int],
     embeddings: Any,
     anchors: Any,
@@ -80,10 +138,11 @@ def _start(
     resumed: tuple[int, dict] | None,
 ) -> tuple[Any, Any, Iterator[dict]]:
     """Load the networks and set up the loop; nothing is trained until its records are asked for."""
-    from dpdmd_pipeline.training.distill import Lessons, Roles, distill
+    from dpdmd_pipeline.training.distill import Execution, Lessons, distill
+    from dpdmd_pipeline.training.roles import make_roles
 
-    model = backbone.load(teacher, options.device)
-    roles = Roles(teacher=model.load_model(), student=model.load_model(), fake_score=model.load_model())
+    model, recipe = backbone.load(teacher, options.device), options.recipe()
+    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing)
     levels = model.schedule(backbone.num_steps)
     lessons = Lessons(
         embeddings=embeddings,
@@ -92,17 +151,8 @@ def _start(
         anchor_levels=[levels[steps] for steps in anchors.manifest["anchor_steps"][: options.anchored_steps]],
         guidance_scale=backbone.guidance_scale,
     )
-    records = distill(
-        model,
-        roles,
-        lessons,
-        options.recipe(),
-        checkpoints,
-        resumed,
-        checkpoint_every=options.checkpoint_every,
-        ratio_every=options.ratio_every,
-    )
-    return model, roles, records
+    execution = Execution(**options.model_dump(include={field.name for field in fields(Execution)}))
+    return model, roles, distill(model, roles, lessons, recipe, checkpoints, resumed, execution)
 
 
 def _draw_anchors(
@@ -117,9 +167,9 @@ def _draw_anchors(
     """The student turn's samples: from the cache, or from the teacher as they are needed."""
     from dpdmd_pipeline.training.anchors import CachedAnchors, OnlineAnchors, TeacherAnchors
 
-    drawing = {"seed": options.seed, "batch_size": options.batch_size, "anchored_steps": options.anchored_steps}
+    drawing = {"seed": options.seed, "anchored_steps": options.anchored_steps}
     if anchors.manifest["options"]["mode"] == "cached":
-        return CachedAnchors(anchors, model.latent_shape, **drawing)
+        return CachedAnchors(anchors, model.latent_shape, batch_size=options.batch_size, **drawing)
     asked = TeacherAnchors(
         model,
         teacher,

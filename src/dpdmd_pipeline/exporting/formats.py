@@ -1,0 +1,230 @@
+"""One student in three forms: a diffusers pipeline's folder, a ComfyUI file, a LoRA file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
+from dpdmd_pipeline.backbones.student_file import (
+    COMPONENTS,
+    WEIGHTS,
+    StudentHeader,
+    check_family,
+    check_keys,
+    load_header,
+    load_lora,
+    load_tensors,
+    network_files,
+    save_weights,
+    stored_shapes,
+    weight_file,
+)
+from dpdmd_pipeline.exporting.schedulers import TrainedSchedule, trained_schedule
+
+_COPIED = {".json", ".model", ".safetensors", ".txt"}
+# as ModelSpec and the trainers that write it name them
+_ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}
+_MODELSPEC_PREDICTION = {"eps": "epsilon", "v": "v"}
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student beside its teacher, ready to be written.
+
+    Attributes:
+        header: how it is sampled.
+        weights: of the whole network, a LoRA already added.
+        adapter: the LoRA itself, in peft's spelling; None of a full student.
+    """
+
+    header: StudentHeader
+    weights: dict[str, Tensor]
+    adapter: dict[str, Tensor] | None
+
+
+def load_student(place: Path, teacher: Path, family: str) -> Student:
+    """Read a trained student and hold it against its teacher.
+
+    Args:
+        place: the folder that training wrote.
+        teacher: diffusers pipeline directory of the teacher.
+        family: of the teacher.
+
+    Raises:
+        ValueError: if it is of another family, or its keys or shapes are not the network's.
+        OSError: if a file is missing or torn.
+    """
+    path, header = weight_file(place), load_header(place)
+    check_family(path, header, family)
+    network = network_files(teacher / component(teacher))
+    if header.kind == "full":
+        check_keys([path], stored_shapes(network))
+        return Student(header, load_tensors(path), None)
+    adapter, header = load_lora(path)
+    weights = {name: tensor.float() for file in network for name, tensor in load_tensors(file).items()}
+    add_lora(weights, adapter, header.lora_alpha / header.lora_rank)
+    return Student(header, weights, adapter)
+
+
+def component(pipeline: Path) -> str:
+    """What the denoising network is called in a pipeline's folder.
+
+    Raises:
+        OSError: if the folder is no diffusers pipeline.
+        ValueError: if it has no denoising network.
+    """
+    index = _model_index(pipeline)
+    for name in COMPONENTS:
+        if name in index:
+            return name
+    raise ValueError(
+        f"{pipeline / 'model_index.json'} names no {' and no '.join(COMPONENTS)}: give a text-to-image one"
+    )
+
+
+@dataclass(frozen=True)
+class About:
+    """What every weight file of an export has in common.
+
+    Attributes:
+        title: of the model.
+        licence: of its weights.
+        dtype: of its weights.
+    """
+
+    title: str
+    licence: str
+    dtype: torch.dtype
+
+
+def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
+    """Metadata that other programs show (the ModelSpec convention of Stability AI)."""
+    architecture = _ARCHITECTURES.get(header.family, header.family)
+    found = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{architecture}/lora" if header.kind == "lora" else architecture,
+        "implementation": "diffusers",
+        "title": about.title,
+        "license": about.licence,
+        "prediction_type": _MODELSPEC_PREDICTION.get(header.prediction),
+        "resolution": header.resolution and f"{header.resolution}x{header.resolution}",
+    }
+    return {f"modelspec.{key}": value for key, value in found.items() if value}
+
+
+def schedule_of(header: StudentHeader, teacher: Path) -> TrainedSchedule:
+    """The diffusers scheduler with the student's levels, over its teacher's noise table."""
+    return trained_schedule(header, teacher_scheduler(teacher))
+
+
+def teacher_scheduler(teacher: Path) -> dict[str, Any]:
+    """The config of the teacher's own scheduler."""
+    return _json(teacher / "scheduler" / "scheduler_config.json")
+
+
+# ---- writing
+
+
+def write_diffusers(folder: Path, student: Student, teacher: Path, about: About) -> None:
+    """Write a whole pipeline: the teacher's, with the student's network and schedule.
+
+    Args:
+        folder: is made.
+        student: its LoRA, if it is one, is already in its weights.
+        teacher: diffusers pipeline directory; its other parts are copied as they are.
+        about: title, licence and precision.
+    """
+    network, index = component(teacher), _model_index(teacher)
+    folder.mkdir(parents=True)
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
+        if name not in ("scheduler", network):
+            _copy_component(teacher / name, folder / name)
+    scheduler = schedule_of(student.header, teacher).scheduler
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / network).mkdir()
+    _write_json(folder / network / "config.json", _json(teacher / network / "config.json"))
+    _save(folder / network / WEIGHTS, student.weights, _as_full(student.header), about)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    _write_json(folder / "model_index.json", index)
+
+
+def write_comfyui(path: Path, student: Student, about: About) -> None:
+    """Write one file with diffusers' own keys, which ComfyUI loads from `models/diffusion_models` as it is.
+
+    A prefix, such as ``transformer.``, would make its loader fail.
+    """
+    _save(path, student.weights, _as_full(student.header), about)
+
+
+def write_lora(path: Path, student: Student, network: str, about: About) -> None:
+    """Write a LoRA that diffusers and ComfyUI load with the right scale.
+
+    Args:
+        path: of the file.
+        student: a LoRA.
+        network: ``transformer`` (prefix, and the scale in B) or ``unet`` (kohya's spelling, alpha beside).
+        about: title, licence and precision.
+    """
+    header = student.header
+    if network == "unet":
+        tensors = kohya_from_peft(student.adapter, header.lora_alpha)
+    else:
+        tensors = transformer_from_peft(student.adapter, header.lora_alpha / header.lora_rank)
+        header = replace(header, lora_alpha=float(header.lora_rank))
+    _save(path, tensors, header, about)
+
+
+def _as_full(header: StudentHeader) -> StudentHeader:
+    """Of weights that a LoRA was added to."""
+    return replace(header, kind="full", lora_rank=None, lora_alpha=None)
+
+
+def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, about: About) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # kohya's alphas are numbers, not weights: half precision would change the scale
+    cast = {name: value if name.endswith(".alpha") else value.to(about.dtype) for name, value in weights.items()}
+    save_weights(path, cast, header.metadata() | modelspec(header, about))
+
+
+# ---- files of a teacher
+
+
+def _copy_component(source: Path, target: Path) -> None:
+    """Copy one part of a pipeline without its pickles.
+
+    Raises:
+        ValueError: if its weights are there as a pickle alone.
+    """
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    pickles = [path for path in files if path.suffix in (".bin", ".ckpt", ".pt")]
+    if pickles and not any(path.suffix == ".safetensors" for path in files):
+        raise ValueError(f"{pickles[0]} is a pickle, no safetensors beside it: save the teacher as safetensors")
+    for path in files:
+        if path.suffix in _COPIED:
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def _model_index(pipeline: Path) -> dict[str, Any]:
+    path = Path(pipeline) / "model_index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; give the folder of a diffusers pipeline")
+    return _json(path)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path of this machine
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""Stock diffusers schedulers whose `set_timesteps(N)` gives exactly the levels that a student was trained at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpdmd_pipeline.backbones.student_file import StudentHeader
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+_ROUNDING = 2e-7  # of levels up to 1 in float32
+_VP_TABLE = (
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "num_train_timesteps",
+    "rescale_betas_zero_snr",
+)
+_DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+
+
+@dataclass(frozen=True)
+class TrainedSchedule:
+    """A scheduler, and what a pipeline must be told besides the number of steps.
+
+    Attributes:
+        scheduler: of a stock class.
+        arguments: of the pipeline's call: {} if `num_inference_steps` is enough, else the levels themselves.
+    """
+
+    scheduler: SchedulerMixin
+    arguments: dict[str, Any]
+
+
+def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
+    """The scheduler of an exported pipeline.
+
+    Args:
+        header: of the student.
+        teacher_config: the teacher's own scheduler_config.json.
+    """
+    if header.prediction == "flow":
+        return _flow_schedule(header, teacher_config)
+    return _vp_schedule(header, teacher_config)
+
+
+# ---- flow
+
+
+def _flow_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
+    """Euler with the first of the candidate shifts that gives the levels; else with levels given by the caller."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    trained = torch.tensor(header.sigmas)
+    fixed = {"stochastic_sampling": header.sampler == "renoise"}
+    for shift, shift_terminal in _shifts(header.sigmas, static_shift(teacher_config)):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal, **fixed)
+        scheduler.set_timesteps(header.num_steps)
+        if (scheduler.sigmas - trained).abs().max() <= _ROUNDING:
+            return TrainedSchedule(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {})
+    # shift 1: the levels that the caller gives are taken as they are
+    return TrainedSchedule(FlowMatchEulerDiscreteScheduler(shift=1.0, **fixed), {"sigmas": header.sigmas[:-1]})
+
+
+def static_shift(teacher_config: dict[str, Any]) -> float:
+    """The shift of a flow model's own scheduler, by either of the names that diffusers has for it.
+
+    Raises:
+        ValueError: if there is none, or it changes with the resolution.
+    """
+    shift = teacher_config.get("shift", teacher_config.get("flow_shift"))
+    if teacher_config.get("use_dynamic_shifting") or shift is None:
+        raise ValueError(
+            "the teacher's scheduler has no static shift: fixed levels cannot be exported for its pipeline"
+        )
+    return float(shift)
+
+
+def _shifts(sigmas: list[float], teacher_shift: float) -> Iterator[tuple[float, float | None]]:
+    """Pairs (shift, shift_terminal) to try: the teacher's own, then the one that fits second and last level."""
+    yield teacher_shift, None
+    yield 1.0, None
+    last = sigmas[-2]
+    if len(sigmas) == 3:
+        yield 1.0, last
+    if len(sigmas) > 3 and sigmas[0] == 1:
+        yield _fitted_shift((1 - sigmas[1]) / (1 - last), len(sigmas) - 1), last
+
+
+def _fitted_shift(ratio: float, num_steps: int) -> float:
+    """The shift at which 1 - sigma after the first step is `ratio` of that at the last level; by bisection.
+
+    FlowMatchEulerDiscreteScheduler shifts N even levels from 1 to its own (shifted) end point and stretches the
+    result to `shift_terminal`, which leaves this ratio alone. The ratio falls as the shift grows. All grids
+    that were shifted once, as linspace(1, 1/N, N) at shift 3, are of this form.
+    """
+    low, high = 1e-3, 1e3
+    for _ in range(200):
+        middle = (low * high) ** 0.5
+        smallest = _shift(1e-3, middle)
+        second = 1 - (1 - smallest) / (num_steps - 1)
+        if (1 - _shift(second, middle)) / (1 - _shift(smallest, middle)) > ratio:
+            low = middle
+        else:
+            high = middle
+    return middle
+
+
+def _shift(sigma: float, shift: float) -> float:
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+# ---- VP
+
+
+def _vp_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
+    """Trailing spacing where that gives the timesteps; else with timesteps given by the caller."""
+    make = _deterministic if header.sampler == "euler" else _renoising
+    table = {key: teacher_config[key] for key in _VP_TABLE if key in teacher_config}
+    scheduler = make(header, table | {"prediction_type": _DIFFUSERS_PREDICTION[header.prediction]})
+    scheduler.set_timesteps(header.num_steps)
+    arguments = {} if scheduler.timesteps.tolist() == header.timesteps else {"timesteps": header.timesteps}
+    return TrainedSchedule(type(scheduler).from_config(scheduler.config), arguments)
+
+
+def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMixin:
+    """DDIM with eta 0. diffusers' own supposes evenly spaced timesteps: for others, DPM-Solver++ of order 1, which
+    is the same step between any two levels and also starts from unit variance.
+
+    Raises:
+        ValueError: if no stock scheduler makes these steps exactly.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    stride = table["num_train_timesteps"] // header.num_steps
+    landings = [*header.timesteps[1:], None]
+    pairs = zip(header.timesteps, landings, strict=True)
+    if all((start - stride if start >= stride else None) == end for start, end in pairs):
+        return DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, **table)
+    if table.get("rescale_betas_zero_snr"):  # DPM-Solver cannot start at alpha 0 and takes a small one instead
+        raise ValueError(
+            f"timesteps {header.timesteps} of a zero-terminal-SNR model: diffusers has no scheduler that is exact at "
+            "uneven timesteps there; train on the grid trailing, or export comfyui alone"
+        )
+    return DPMSolverMultistepScheduler(
+        solver_order=1, algorithm_type="dpmsolver++", timestep_spacing="trailing", final_sigmas_type="zero", **table
+    )
+
+
+def _renoising(header: StudentHeader, table: dict[str, Any]) -> SchedulerMixin:
+    """LCMScheduler as a plain re-noising sampler: its skip connection, which is of consistency models, scaled away."""
+    from diffusers import LCMScheduler
+
+    return LCMScheduler(original_inference_steps=header.num_steps, timestep_scaling=1e6, clip_sample=False, **table)

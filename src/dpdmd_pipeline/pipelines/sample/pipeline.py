@@ -1,0 +1,10 @@
+"""Wiring of the sample stage."""
+
+from kedro.pipeline import Node, Pipeline
+
+from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
+
+
+def create_pipeline(**kwargs) -> Pipeline:
+    """An export to pictures."""
+    return Pipeline([Node(draw_samples, ["export", "teacher", "params:sample"], "samples", name="draw_samples")])

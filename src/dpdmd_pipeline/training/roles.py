@@ -1,0 +1,155 @@
+"""Teacher, student and fake score: three networks, or one frozen base with two LoRA adapters."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpdmd_pipeline.backbones.base import Backbone
+from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three networks of one family; the teacher is frozen.
+
+    Each is called as the family's own network is.
+    """
+
+    teacher: nn.Module
+    student: nn.Module
+    fake_score: nn.Module
+
+
+def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool) -> Roles:
+    """The networks that a recipe asks for."""
+    if recipe.roles == "full":
+        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing)
+    return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
+
+
+def full_roles(backbone: Backbone, *, gradient_checkpointing: bool) -> Roles:
+    """Three networks that start as the teacher; the trained ones hold float32 weights."""
+    teacher = backbone.load_model().requires_grad_(False).eval()
+    student, fake_score = (backbone.load_model(float32=True) for _ in range(2))
+    if gradient_checkpointing:
+        for network in (student, fake_score):
+            network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+    return Roles(teacher, student, fake_score)
+
+
+def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_checkpointing: bool) -> Roles:
+    """One frozen base: the teacher is the base alone, student and fake score are it with an adapter of their own.
+
+    Args:
+        backbone: of the family.
+        recipe: ranks and adapted layers.
+        seed: of the adapters' random halves; the other halves are zero, so all roles start as the teacher.
+        gradient_checkpointing: of the base, for both adapters.
+
+    Raises:
+        ValueError: if `targets` match no layer of the network.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = backbone.load_model().requires_grad_(False).eval()
+    ranks = {"student": recipe.student_rank, "fake_score": recipe.fake_score_rank}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, rank in ranks.items():
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=rank * recipe.alpha_per_rank,
+                target_modules=recipe.targets,
+                init_lora_weights="gaussian",
+            )
+            try:
+                with warnings.catch_warnings():  # a second adapter is what is wanted
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                    inject_adapter_in_model(config, base, adapter_name=name)
+            except ValueError as error:
+                raise ValueError(f"train.lora.targets={recipe.targets}: {error}") from error
+    layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+    if gradient_checkpointing:
+        base.enable_gradient_checkpointing(partial(_checkpoint_under_its_adapter, layers))
+    return Roles(AdapterView(base, layers, None), *(AdapterView(base, layers, name) for name in ranks))
+
+
+class AdapterView(nn.Module):
+    """A shared base under one adapter, or under none; its parameters are the adapter's alone.
+
+    Args:
+        base: the network with all adapters.
+        layers: its adapted layers.
+        adapter: name of the adapter.
+    """
+
+    def __init__(self, base: nn.Module, layers: list[BaseTunerLayer], adapter: str | None) -> None:
+        super().__init__()
+        self._shared = (base, layers)  # in a tuple: not a submodule, so three views do not hold it three times
+        self.adapter = adapter
+        named = [] if adapter is None else [(n, p) for n, p in base.named_parameters() if f".{adapter}." in n]
+        self.names = [name.replace(f".{adapter}.", ".") for name, _ in named]
+        # float32 master weights, whatever the base's precision
+        self.weights = nn.ParameterList(_as_float32(parameter) for _, parameter in named)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        base, layers = self._shared
+        _activate(layers, self.adapter)
+        return base(*args, **kwargs)
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's weights by their names in the network, as peft writes them."""
+        return dict(zip(self.names, self.weights, strict=True))
+
+
+def _as_float32(parameter: nn.Parameter) -> nn.Parameter:
+    parameter.data = parameter.data.float()
+    return parameter.requires_grad_(True)
+
+
+def _activate(layers: list[BaseTunerLayer], adapter: str | None) -> None:
+    """Switch all adapted layers; peft's own `set_adapter` also freezes the other adapter's weights (decision 0005)."""
+    for layer in layers:
+        layer._disable_adapters = adapter is None
+        layer._active_adapter = [] if adapter is None else [adapter]
+
+
+def _active(layers: list[BaseTunerLayer]) -> str | None:
+    return layers[0]._active_adapter[0] if layers[0]._active_adapter else None
+
+
+class _Under:
+    """While it lasts, a given adapter is active; may be entered again, as two backward passes through one graph do."""
+
+    def __init__(self, layers: list[BaseTunerLayer], adapter: str | None) -> None:
+        self.layers, self.adapter = layers, adapter
+
+    def __enter__(self) -> None:
+        self.before = _active(self.layers)
+        _activate(self.layers, self.adapter)
+
+    def __exit__(self, *_: object) -> None:
+        _activate(self.layers, self.before)
+
+
+def _checkpoint_under_its_adapter(layers: list[BaseTunerLayer], function: Any, *args: Any) -> Any:
+    """Recompute under the adapter of the forward pass, not under the one that happens to be active at backward."""
+    recompute = _Under(layers, _active(layers))
+    return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recompute))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

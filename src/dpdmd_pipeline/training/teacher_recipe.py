@@ -1,0 +1,53 @@
+"""What an embedded teacher is: every number that changes its weights."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class FitRecipe(BaseModel):
+    """How one network of the embedded teacher is trained: AdamW on a one-cycle schedule."""
+
+    model_config = STRICT
+
+    steps: PositiveInt
+    learning_rate: PositiveFloat  # peak
+
+
+class BatchFitRecipe(FitRecipe):
+    """The same with sampled batches."""
+
+    batch_size: PositiveInt
+
+
+class TeacherRecipe(BaseModel):
+    """An embedded teacher, from nothing; which network is named decides its family."""
+
+    model_config = STRICT
+
+    seed: NonNegativeInt
+    max_length: PositiveInt  # tokens per prompt, start and end included
+    shift: PositiveFloat | None  # of the flow-matching schedule; null with a unet, whose noise levels are SDXL's
+    prompt_dropout: float = Field(ge=0, lt=1)  # share of empty prompts, for guidance
+    text_encoders: FitRecipe  # every step sees all captions
+    vae: BatchFitRecipe
+    transformer: BatchFitRecipe | None = None  # of an SD3 teacher
+    unet: BatchFitRecipe | None = None  # of an SDXL teacher
+    checkpoint_every: PositiveInt  # steps
+
+    @property
+    def family(self) -> Literal["sd3", "sdxl"]:
+        """Name of the backbone that reads this teacher."""
+        return "sd3" if self.transformer else "sdxl"
+
+    @model_validator(mode="after")
+    def _is_one_family(self) -> Self:
+        if (self.transformer is None) == (self.unet is None):
+            raise ValueError("give exactly one of transformer (an SD3 teacher) and unet (an SDXL teacher)")
+        if (self.transformer is None) != (self.shift is None):
+            raise ValueError(f"shift={self.shift}: a transformer needs a number, a unet needs null")
+        return self

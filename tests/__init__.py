@@ -1,0 +1,1 @@
+"""A package, since some published ones install a `tests` of their own."""

@@ -1,0 +1,116 @@
+"""Tiny pipelines of the real classes, one folder a family."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def edited(tmp_path_factory):
+    """Makes a copy of a teacher's folder with other values in one of its JSON files."""
+
+    def edit(teacher, file, **values):
+        folder = tmp_path_factory.mktemp("edited") / "teacher"
+        shutil.copytree(teacher, folder)
+        config = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(config | values))
+        return folder
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def decoding_teacher(tiny_teacher, edited):
+    """The tiny teacher with SD3.5's scale and shift of latents, so that decoding has both to undo."""
+    return edited(tiny_teacher, "vae/config.json", scaling_factor=1.5305, shift_factor=0.0609)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory, edited):
+    """An untrained StableDiffusionXLPipeline directory of the embedded world's sizes, with SDXL's scale of latents."""
+    from dpdmd_pipeline.shapes.models import make_sdxl_pipeline
+
+    folder = tmp_path_factory.mktemp("sdxl") / "teacher"
+    make_sdxl_pipeline(max_length=12, seed=0).save_pretrained(folder)
+    return edited(folder, "vae/config.json", scaling_factor=0.13025)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_v(tiny_sdxl, edited):
+    """The same with a network that returns the v-prediction."""
+    return edited(tiny_sdxl, "scheduler/scheduler_config.json", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory):
+    """An untrained SanaPipeline directory: 32x32 pixels to 8x8x8 latents, a byte for a token, SANA's shift."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+    folder = tmp_path_factory.mktemp("sana") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, text_encoder = make_gemma()
+        SanaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=make_deep_compression_autoencoder(),
+            transformer=make_linear_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_gemma():
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    config = Gemma2Config(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    tokenizer = GemmaTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    return tokenizer, Gemma2Model(config)
+
+
+def make_linear_transformer():
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=32,
+        timestep_scale=0.5,  # not 1, so that forgetting it shows
+    )
+
+
+def make_deep_compression_autoencoder():
+    from diffusers import AutoencoderDC
+
+    both = {
+        "block_types": ["ResBlock", "ResBlock", "EfficientViTBlock"],
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": (1, 1, 1),
+        "qkv_multiscales": ((), (), ()),
+    }
+    return AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=8,
+        downsample_block_type="stride_conv",
+        upsample_block_type="interpolate",
+        scaling_factor=0.41407,
+        **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in both.items()},
+    )

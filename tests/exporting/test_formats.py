@@ -1,0 +1,209 @@
+"""What lies in the files: keys, header, precision, and what is refused before anything is written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_options, train
+
+from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
+from dpdmd_pipeline.exporting.folder import Export, read_student
+from dpdmd_pipeline.exporting.formats import About, write_lora
+
+
+def metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def network(folder):
+    return next(folder / name for name in ("transformer", "unet") if (folder / name).is_dir())
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory):
+    """Folders of students and teachers that a test may not change."""
+    found = {}
+    for name in ("sd3_shifted", "sd3_lora"):
+        teacher, folder = request.getfixturevalue(CASES[name].teacher), tmp_path_factory.mktemp(name)
+        train(CASES[name], teacher, folder)
+        found[name] = (folder, teacher)
+    return found
+
+
+def read(place, teacher, family="sd3"):
+    return read_student(place, teacher, family, RESOLUTION, 0)
+
+
+def write(student, teacher, folder, **changes):
+    folder.mkdir()
+    export = Export(student=student, teacher=teacher, **export_options(**changes))
+    export.write(folder)
+    return export
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_file_tells_alone_how_it_is_sampled(exports, name):
+    exported = exports[name]
+    for form in exported.export.files:
+        found, case = load_header(exported.file(form)), exported.case
+        assert (found.grid, found.sampler, found.prediction) == (
+            case.header.grid,
+            case.header.sampler,
+            case.header.prediction,
+        )
+        assert (found.resolution, found.max_sequence_length) == (RESOLUTION, case.length)
+        assert found.kind == ("lora" if form == "lora" else "full")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_comfyui_file_has_the_networks_own_keys(exports, name):
+    exported = exports[name]
+    keys = load_file(exported.file("comfyui")).keys()
+    assert keys == load_file(network(exported.teacher) / WEIGHTS).keys()
+
+
+def test_lora_files_are_spelt_for_their_readers(exports):
+    sd3, sdxl = (load_file(exports[name].file("lora")) for name in ("sd3_lora", "sdxl_v_lora"))
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in sd3)
+    endings = {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert all(key.startswith("lora_unet_") and key.split(".", 1)[1] in endings for key in sdxl)
+    assert load_header(exports["sd3_lora"].file("lora")).lora_alpha == RANK  # the scale is in the weights
+    assert load_header(exports["sdxl_v_lora"].file("lora")).lora_alpha == ALPHA
+
+
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora"])
+def test_every_module_of_a_lora_changes_the_merged_weights(exports, name):
+    exported = exports[name]
+    before, after = load_file(network(exported.teacher) / WEIGHTS), load_file(exported.file("comfyui"))
+    modules = {key.rsplit(".lora_", 1)[0] for key in exported.export.student.adapter}
+    assert len(modules) > 10
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {f"{m}.weight" for m in modules}
+
+
+def test_other_programs_are_told_architecture_title_and_licence(exports):
+    full, lora = (metadata(exports["sdxl_v_lora"].file(form)) for form in ("comfyui", "lora"))
+    assert full["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert lora["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert (full["modelspec.title"], full["modelspec.license"]) == ("tiny", "apache-2.0")
+    assert (full["modelspec.prediction_type"], full["modelspec.resolution"]) == ("v", "32x32")
+    assert metadata(exports["sd3_shifted"].file("comfyui"))["modelspec.architecture"] == "stable-diffusion-3"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_written_in_the_precision_asked_for(trained, tmp_path, dtype):
+    folder, teacher = trained["sd3_lora"]
+    out = tmp_path / "out"
+    files = write(read(folder, teacher), teacher, out, dtype=dtype).files
+    for path in (network(out / "diffusers") / WEIGHTS, out / files["comfyui"], out / files["lora"]):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {getattr(torch, dtype)}
+
+
+def test_kohyas_alphas_are_exact_in_every_precision(exports, tmp_path):
+    path, student = tmp_path / "lora.safetensors", exports["sdxl_v_lora"].export.student
+    write_lora(path, student, "unet", About("tiny", "apache-2.0", torch.bfloat16))
+    found = {name.endswith(".alpha"): tensor.dtype for name, tensor in load_file(path).items()}
+    assert found == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_the_same_student_gives_the_same_export(trained, tmp_path):
+    folder, teacher = trained["sd3_lora"]
+    for name in ("first", "second"):
+        write(read(folder, teacher), teacher, tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
+    assert len(files) > 10
+    assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
+
+
+def test_no_file_names_a_place_on_this_machine(exports):
+    for exported in exports.values():
+        for path in exported.folder.rglob("*"):
+            if path.suffix in (".json", ".md"):
+                assert str(exported.teacher.parents[1]) not in path.read_text(), path
+
+
+def test_only_the_forms_asked_for_are_written_and_the_index_says_which(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    export = write(read(folder, teacher), teacher, tmp_path / "out", formats=["lora", "comfyui"])
+    assert export.left_out == ["lora"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "comfyui", "config.json"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["files"] == {"comfyui": "comfyui/tiny.safetensors"}
+
+
+def test_pickles_of_a_teacher_are_left_behind(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    shutil.copytree(teacher, tmp_path / "teacher")
+    (tmp_path / "teacher/vae/diffusion_pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
+    write(read(folder, tmp_path / "teacher"), tmp_path / "teacher", tmp_path / "out", formats=["diffusers"])
+    assert {path.suffix for path in (tmp_path / "out/diffusers/vae").iterdir()} == {".json", ".safetensors"}
+
+
+def test_an_older_student_takes_the_shift_of_its_teacher(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    shutil.copytree(folder, tmp_path / "old")
+    old = {key: value for key, value in metadata(folder / WEIGHTS).items() if key != "dpdmd.shift"}
+    save_file(load_file(folder / WEIGHTS), tmp_path / "old" / WEIGHTS, metadata=old)
+    assert read(tmp_path / "old", teacher).header.shift == 3.0
+
+
+# ---- what is refused
+
+
+def test_a_lora_file_of_a_full_student_is_refused(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    with pytest.raises(ValueError, match=r"export.formats=\['lora'\], but the student is of kind full"):
+        write(read(folder, teacher), teacher, tmp_path / "out", formats=["lora"])
+
+
+def test_a_student_of_another_family_is_refused(trained):
+    folder, teacher = trained["sd3_shifted"]
+    with pytest.raises(ValueError, match="the student is of family 'sd3', the teacher of 'sdxl'"):
+        read(folder, teacher, family="sdxl")
+
+
+def test_a_student_that_does_not_fit_its_teacher_is_refused(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    shutil.copytree(folder, tmp_path / "student")
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop("proj_out.bias")
+    save_file(tensors, tmp_path / "student" / WEIGHTS, metadata=metadata(folder / WEIGHTS))
+    with pytest.raises(ValueError, match=r"0 unknown \(none\) and 1 missing \(proj_out.bias\)"):
+        read(tmp_path / "student", teacher)
+
+
+def test_a_lora_of_another_network_is_refused(trained, tmp_path):
+    folder, teacher = trained["sd3_lora"]
+    shutil.copytree(folder, tmp_path / "student")
+    tensors = {name.replace("blocks.0", "blocks.9"): value for name, value in load_file(folder / ADAPTER).items()}
+    save_file(tensors, tmp_path / "student" / ADAPTER, metadata=metadata(folder / ADAPTER))
+    with pytest.raises(ValueError, match="modules of the LoRA are none of the network's"):
+        read(tmp_path / "student", teacher)
+
+
+def test_weights_too_large_for_the_precision_are_refused(trained, tmp_path):
+    folder, teacher = trained["sd3_shifted"]
+    student = read(folder, teacher)
+    student.weights["proj_out.bias"][0] = 1e5
+    with pytest.raises(ValueError, match=r"weights are not finite \(proj_out.bias\): .* choose a wider dtype"):
+        write(student, teacher, tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_teacher_with_weights_in_pickles_alone_is_refused(trained, tmp_path, part):
+    folder, teacher = trained["sd3_shifted"]
+    shutil.copytree(teacher, tmp_path / "teacher")
+    weights = tmp_path / "teacher" / part / WEIGHTS
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises((ValueError, OSError), match="safetensors"):
+        write(read(folder, tmp_path / "teacher"), tmp_path / "teacher", tmp_path / "out")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_index.json: not there; give the folder of a diffusers pipeline"):
+        read(trained["sd3_shifted"][0], tmp_path)

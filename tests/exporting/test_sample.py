@@ -1,0 +1,93 @@
+"""Our sampler against diffusers alone, on every form of every export."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.exporting.conftest import CASES, PROMPTS, SEEDS
+
+import dpdmd_pipeline
+from dpdmd_pipeline.backbones.student_file import save_weights
+from dpdmd_pipeline.exporting.sample import draw_latents, encode, open_student, sample
+
+FORMS = [
+    f"{name}/{form}"
+    for name, case in CASES.items()
+    for form in ("diffusers", "comfyui", *(["lora"] if case.header.kind == "lora" else []))
+]
+
+
+def latents(exported, form, seeds=SEEDS, prompts=PROMPTS):
+    teacher = None if form == "diffusers" else exported.teacher
+    how = {"device": "cpu", "dtype": "float32"}
+    cond = encode(exported.file(form), teacher, prompts, batch_size=1, **how)
+    return draw_latents(open_student(exported.file(form), teacher, **how), cond, seeds)
+
+
+@pytest.mark.parametrize("job", FORMS)
+def test_diffusers_alone_draws_the_latents_of_our_sampler(exports, drawn_by_diffusers, job):
+    name, form = job.split("/")
+    ours, theirs = latents(exports[name], form), drawn_by_diffusers[job]
+    assert ours.std() > 0.1 and not torch.allclose(ours[0], ours[1], atol=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+# ---- pictures
+
+
+@pytest.mark.parametrize("name", ["sd3_shifted", "sdxl_renoise"])
+def test_a_picture_depends_on_its_prompt_and_seed_alone(exports, name):
+    folder = exports[name].file("diffusers")
+    prompts, seeds = ["a red circle", "a blue square", "a red circle"], [7, 7, 8]
+    together = sample(folder, prompts, seeds, batch_size=2, device="cpu")
+    assert together.shape == (3, 3, 32, 32) and together.dtype == torch.float32
+    assert together.min() >= 0 and together.max() <= 1
+    alone = sample(folder, prompts[1:2], seeds[1:2], device="cpu")
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], together[1]) and not torch.allclose(together[0], together[2])
+
+
+def test_the_package_offers_it_without_loading_torch_on_import():
+    assert dpdmd_pipeline.sample is sample
+    with pytest.raises(AttributeError, match="no attribute 'draw'"):
+        _ = dpdmd_pipeline.draw
+
+
+def test_a_file_that_was_moved_alone_is_enough_beside_the_teacher(exports, tmp_path):
+    exported = exports["sd3_lora"]
+    moved = tmp_path / "renamed.safetensors"
+    moved.write_bytes(exported.file("lora").read_bytes())
+    here = sample(exported.file("diffusers"), PROMPTS, SEEDS, device="cpu")
+    there = sample(moved, PROMPTS, SEEDS, teacher=exported.teacher, device="cpu")
+    torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
+
+
+# ---- refused
+
+
+def test_weights_alone_ask_for_their_teacher_and_a_pipeline_for_none(exports):
+    exported = exports["sd3_shifted"]
+    with pytest.raises(ValueError, match="holds weights alone: give teacher="):
+        sample(exported.file("comfyui"), PROMPTS, SEEDS)
+    with pytest.raises(ValueError, match="is a whole pipeline: leave teacher=.* out"):
+        sample(exported.file("diffusers"), PROMPTS, SEEDS, teacher=exported.teacher)
+
+
+def test_prompts_and_seeds_are_as_many(exports):
+    for prompts, seeds in ((PROMPTS, [0]), ([], [])):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts and {len(seeds)} seeds"):
+            sample(exports["sd3_shifted"].file("diffusers"), prompts, seeds)
+
+
+def test_a_teacher_of_another_prediction_is_refused(exports):
+    with pytest.raises(ValueError, match="the student predicts 'v', the pipeline in .* 'eps'"):
+        sample(exports["sdxl_v_lora"].file("lora"), PROMPTS, SEEDS, teacher=exports["sdxl_eps"].teacher, device="cpu")
+
+
+def test_a_student_that_was_not_exported_does_not_tell_enough(exports, tmp_path):
+    exported = exports["sd3_shifted"]
+    header = replace(exported.export.student.header, max_sequence_length=None)
+    save_weights(tmp_path / "raw.safetensors", load_file(exported.file("comfyui")), header.metadata())
+    with pytest.raises(ValueError, match="does not tell dpdmd.max_sequence_length: give a file that `kedro run"):
+        sample(tmp_path / "raw.safetensors", PROMPTS, SEEDS, teacher=exported.teacher)

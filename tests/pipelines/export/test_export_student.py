@@ -1,0 +1,62 @@
+"""The export stage on a tiny student: options, and what they give."""
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from tests.pipelines.conftest import backbone_options, train_options
+
+from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset
+from dpdmd_pipeline.pipelines.export.nodes import export_student
+from dpdmd_pipeline.pipelines.export.options import ExportOptions
+
+OPTIONS = {
+    "title": "tiny-student",
+    "formats": ["diffusers", "comfyui", "lora"],
+    "dtype": "float16",
+    "license": "apache-2.0",
+    "license_name": None,
+    "license_link": None,
+    "base_model": None,
+}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    network = backbone_options().load(tiny_teacher, "cpu").load_model()
+    save_student(folder, network, StudentHeader("sd3", [1.0, 0.75, 0.5, 0.25, 0.0]))
+    return folder
+
+
+def test_the_catalog_gets_a_folder_with_every_form_that_the_student_has(student, tiny_teacher, tmp_path):
+    write = export_student(student, tiny_teacher, {}, train_options(), backbone_options(), ExportOptions(**OPTIONS))
+    dataset = ModelFolderDataset(filepath=str(tmp_path / "export"))
+    dataset.save(write)
+    found = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
+    assert {"README.md", "config.json", "comfyui/tiny-student.safetensors", "diffusers/model_index.json"} <= found
+    assert not any(path.startswith("lora") for path in found)
+
+
+@pytest.mark.parametrize("train", [train_options(), train_options().model_dump(mode="json")], ids=["typed", "plain"])
+def test_the_card_lists_the_options_of_the_run(student, tiny_teacher, tmp_path, train):
+    options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
+    export_student(student, tiny_teacher, {}, train, backbone_options(), options)(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| `train.diversity_weight` | `1.0` |" in card and "| `backbone.resolution` | `32` |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"title": "../elsewhere"}, "title"),
+        ({"formats": []}, "formats"),
+        ({"formats": ["onnx"]}, "formats"),
+        ({"license": "other"}, "license=other: license_name and license_link go with `other`"),
+        ({"license_name": "mine", "license_link": "https://example.org"}, "license=apache-2.0: license_name"),
+    ],
+)
+def test_options_that_name_no_file_or_half_a_licence_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ExportOptions(**OPTIONS | changes)

@@ -1,0 +1,75 @@
+"""The sample stage on a tiny export."""
+
+import numpy as np
+import pytest
+from tests.pipelines.conftest import backbone_options
+
+import dpdmd_pipeline
+from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.exporting.folder import Export, read_student
+from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
+from dpdmd_pipeline.pipelines.sample.options import SampleOptions
+
+OPTIONS = {
+    "form": "diffusers",
+    "prompts": ["a red circle", "A blue/green square!"],
+    "seed": 5,
+    "images_per_prompt": 3,
+    "batch_size": 4,
+    "dtype": "float32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def export(tiny_teacher, tmp_path_factory):
+    student, folder = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("export")
+    network = backbone_options().load(tiny_teacher, "cpu").load_model()
+    save_student(student, network, StudentHeader("sd3", [1.0, 0.5, 0.0]))
+    Export(
+        student=read_student(student, tiny_teacher, "sd3", 32, 0),
+        teacher=tiny_teacher,
+        title="tiny",
+        formats=["diffusers", "comfyui"],
+        dtype="float32",
+        license="apache-2.0",
+        license_name=None,
+        license_link=None,
+        base_model=None,
+        options={},
+        metrics={},
+    ).write(folder)
+    return folder
+
+
+def draw(export, teacher, **changes):
+    return draw_samples(export, teacher, SampleOptions(**OPTIONS | changes))
+
+
+def test_pictures_are_named_by_prompt_and_seed_and_the_grid_shows_them_in_order(export, tiny_teacher):
+    pictures = draw(export, tiny_teacher)
+    grid = np.asarray(pictures.pop("grid"))
+    assert list(pictures) == [
+        *(f"00_a-red-circle_{seed}" for seed in (5, 6, 7)),
+        *(f"01_a-blue-green-square_{seed}" for seed in (5, 6, 7)),
+    ]
+    assert grid.shape == (2 * 32, 3 * 32, 3)
+    for place, picture in enumerate(pictures.values()):
+        top, left = 32 * (place // 3), 32 * (place % 3)
+        assert np.array_equal(grid[top : top + 32, left : left + 32], np.asarray(picture))
+
+
+def test_a_picture_is_that_of_the_packages_own_function(export, tiny_teacher):
+    image = dpdmd_pipeline.sample(export / "diffusers", ["a red circle"], [6], device="cpu")[0]
+    drawn = np.asarray(draw(export, tiny_teacher)["00_a-red-circle_6"])
+    assert np.abs(drawn.astype(int) - (image * 255).round().permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_every_form_gives_the_same_pictures(export, tiny_teacher):
+    first, second = (np.asarray(draw(export, tiny_teacher, form=form)["grid"]) for form in ("diffusers", "comfyui"))
+    assert np.abs(first.astype(int) - second).max() <= 1
+
+
+def test_a_form_that_was_not_exported_is_refused_with_those_that_were(export, tiny_teacher):
+    with pytest.raises(ValueError, match="sample.form=lora: .* holds diffusers, comfyui; choose one, or export it too"):
+        draw(export, tiny_teacher, form="lora")

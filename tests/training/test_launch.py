@@ -1,0 +1,218 @@
+"""Two real processes on one machine: the student of one process, and one plain end whatever happens."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from contextlib import closing
+
+import pytest
+
+from dpdmd_pipeline.training.launch import Launch, _join, launched
+
+TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
+RUNS = {
+    "full": {"max_steps": 20, "fake_score_turns": 1},
+    "lora": {"max_steps": 3, "roles": "lora"},
+    "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
+    "broken_off": {"max_steps": 4},
+}
+DIVERGING = {"kind": "adamw", "learning_rate": 1e30, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+
+
+def records_of(teacher, folder, micro_batch, **changes):
+    """The records of a run of batches of four, in this process or in its share."""
+    # Not above: every process loads this module, and most tests need none of it.
+    from tests.training.conftest import ANCHOR_STEPS, EXECUTION, GUIDANCE, NUM_STEPS, RECIPE, InMemory
+
+    from dpdmd_pipeline.backbones.base import load_backbone
+    from dpdmd_pipeline.training.anchors import OnlineAnchors, TeacherAnchors
+    from dpdmd_pipeline.training.checkpoint import Checkpoints
+    from dpdmd_pipeline.training.distill import Execution, Lessons, distill
+    from dpdmd_pipeline.training.recipe import Recipe
+    from dpdmd_pipeline.training.roles import make_roles
+
+    backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
+    embeddings = InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
+    recipe = Recipe(**{**RECIPE, "batch_size": 4, **changes})
+    roles = make_roles(backbone, recipe, gradient_checkpointing=False)
+    settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS[:1]}
+    asked = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
+    draw = OnlineAnchors(asked, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
+    lessons = Lessons(embeddings, [0, 1, 2], draw, asked.anchor_levels[:1], GUIDANCE)
+    sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch, "checkpoint_every": 100}
+    kept, execution = Checkpoints(folder), Execution(**{**EXECUTION, **sizes})
+    return distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), execution)
+
+
+def train_runs(job, member):
+    """All runs, each process its share of them; rank 0 leaves the losses."""
+    teacher, folder = job
+    for name, changes in RUNS.items():
+        history = []
+        with closing(records_of(teacher, folder / name, 1 if name == "in_parts" else 2, **changes)) as records:
+            for record in records:
+                history.append(record)
+                if name == "broken_off" and record["step"] == 2:
+                    break
+        if member.rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(history))
+    with pytest.raises(ValueError) as refusal:
+        list(records_of(teacher, folder / "diverging", 2, max_steps=4, student=DIVERGING))
+    (folder / f"refusal_{member.rank}").write_text(str(refusal.value))
+    return True
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_teacher, tmp_path_factory):
+    """What two processes leave: histories, a checkpoint, refusals."""
+    folder = tmp_path_factory.mktemp("shared")
+    assert list(launched(train_runs, (tiny_teacher, folder), TWO)) == []
+    return folder
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "in_parts"])
+def test_two_processes_with_half_the_batch_have_the_losses_of_one_with_all_of_it(shared, tiny_teacher, tmp_path, name):
+    theirs = json.loads((shared / f"{name}.json").read_text())
+    ours = list(records_of(tiny_teacher, tmp_path, 4, **RUNS[name]))
+    assert len(ours) == RUNS[name]["max_steps"]
+    for alone, together in zip(ours, theirs, strict=True):
+        if name == "in_parts":  # measured on the first part only
+            alone.pop("grad_ratio", None), together.pop("grad_ratio", None)
+        assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_what_two_processes_began_goes_on_in_one(shared, tiny_teacher, tmp_path):
+    whole = list(records_of(tiny_teacher, tmp_path, 4, **RUNS["broken_off"]))
+    assert [row["step"] for row in json.loads((shared / "broken_off.json").read_text())] == [1, 2]
+    rest = list(records_of(tiny_teacher, shared / "broken_off", 4, **RUNS["broken_off"]))
+    assert len(rest) == 2
+    for alone, resumed in zip(whole[2:], rest, strict=True):
+        assert resumed == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_all_with_the_same_words(shared):
+    first, second = ((shared / f"refusal_{rank}").read_text() for rank in (0, 1))
+    assert first == second and "lower the learning rate" in first
+
+
+# ---- how it ends
+
+
+def report_until_asked(folder, member):
+    step = 0
+    while not member.asked_to_stop():
+        step += 1
+        member.report({"step": step})
+        time.sleep(0.02)
+    (folder / f"stopped_{member.rank}").write_text(str(step))
+    return False
+
+
+def fail_on_the_second(message, member):
+    if member.rank == 1:
+        raise ValueError(message)
+    member.wait_for_all()
+
+
+def kill_the_second(_, member):
+    member.wait_for_all()
+    if member.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    member.wait_for_all()
+
+
+def sleep_on(_, member):
+    member.report({"step": 1})
+    time.sleep(600)
+
+
+def test_closed_early_all_stop_after_the_same_step_and_none_is_left(tmp_path):
+    with closing(launched(report_until_asked, tmp_path, TWO)) as records:
+        assert [next(records)["step"] for _ in range(3)] == [1, 2, 3]
+    first, second = (int((tmp_path / f"stopped_{rank}").read_text()) for rank in (0, 1))
+    assert first == second >= 3
+    assert not multiprocessing.active_children()
+
+
+def test_a_signal_to_one_process_alone_stops_all(tmp_path):
+    records = launched(report_until_asked, tmp_path, TWO)
+    next(records)
+    os.kill(multiprocessing.active_children()[-1].pid, signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        list(records)
+    first, second = (int((tmp_path / f"stopped_{rank}").read_text()) for rank in (0, 1))
+    assert first == second and not multiprocessing.active_children()
+
+
+def test_the_error_of_one_process_is_told_alone():
+    with pytest.raises(ValueError, match=r"^the second's own words$") as told:
+        list(launched(fail_on_the_second, "the second's own words", TWO))
+    assert "in fail_on_the_second" in str(told.value.__cause__)
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_process_is_named():
+    with pytest.raises(ChildProcessError, match="^process 1 of 2 was ended by SIGKILL; .* run the same command again"):
+        list(launched(kill_the_second, None, TWO))
+    assert not multiprocessing.active_children()
+
+
+def test_interrupted_for_good_the_processes_are_killed():
+    records = launched(sleep_on, None, TWO)
+    next(records)
+    with pytest.raises(KeyboardInterrupt):
+        records.throw(KeyboardInterrupt())
+    assert not multiprocessing.active_children()
+
+
+def meet(_, member):
+    member.wait_for_all()
+    member.report({"rank": member.rank})
+    return True
+
+
+def machine(launch, result):
+    """What a machine's starting process sees."""
+    try:
+        seen = list(launched(meet, None, launch))
+    except SystemExit as end:
+        seen = f"exit {end.code}"
+    result.write_text(str(seen))
+
+
+def test_two_machines_meet_and_one_hears_the_result(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    launch = Launch(processes=1, machines=2, rendezvous=f"127.0.0.1:{port}", run="test", cuda=False)
+    spawn = multiprocessing.get_context("spawn")
+    machines = [spawn.Process(target=machine, args=(launch, tmp_path / str(number))) for number in range(2)]
+    for one in machines:
+        one.start()
+    for one in machines:
+        one.join(300)
+    assert sorted((tmp_path / str(number)).read_text() for number in range(2)) == ["[{'rank': 0}]", "exit 0"]
+
+
+def test_a_rendezvous_without_an_address_is_refused():
+    launch = Launch(processes=1, machines=2, rendezvous="no.such.host.invalid:29400", run="test", cuda=False)
+    with pytest.raises(ValueError, match="launch.rendezvous=no.such.host.invalid:29400: .*; give host:port"):
+        list(launched(meet, None, launch))
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        (4096, "launch.processes=4096 needs as many GPUs, there are [0-9]+: lower it, or set device=cpu"),
+        (1, "^1 processes came together, 1 times 4096 were asked for$"),
+    ],
+)
+def test_too_few_gpus_and_too_few_processes_are_refused(monkeypatch, size, message):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with pytest.raises(ValueError, match=message):
+        _join(Launch(processes=4096, machines=1, rendezvous=None, run="test", cuda=True))
