@@ -213,14 +213,14 @@ def test_sigterm_keeps_the_shards_that_are_written(without):
 
 
 def test_an_anchor_beyond_the_teacher_is_refused(finished):
-    message = refusal(finished[0], "--pipelines", "anchors", "--params", "backbone.num_steps=2")
-    assert message == "anchors.anchor_levels steps=2 must be below the teacher's backbone.num_steps=2"
+    message = refusal(finished[0], "--pipelines", "anchors", "--params", "backbone.num_steps=3")
+    assert message == "anchors.anchor_levels steps=4 must be below the teacher's backbone.num_steps=3"
 
 
 def test_anchors_of_other_options_are_refused_with_both_values(finished):
-    message = refusal(finished[0], "--pipelines", "train", "--params", "backbone.guidance_scale=2.0")
+    message = refusal(finished[0], "--pipelines", "train", "--params", "backbone.guidance_scale=3.5")
     assert message.startswith(
-        "the anchors were made with backbone.guidance_scale=3.5, this run has 2.0: run `kedro run"
+        "the anchors were made with backbone.guidance_scale=2.0, this run has 3.5: run `kedro run"
     )
 
 

@@ -23,7 +23,7 @@ from kedro.framework.hooks import hook_impl
 
 log = logging.getLogger(__name__)
 
-RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts")  # --params that the catalog reads; no node does
+RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts", "teacher_model")  # --params that the catalog reads; no node does
 DISK_WORDS = {
     "No space left on device": errno.ENOSPC,
     "PytorchStreamWriter failed writing": errno.ENOSPC,
@@ -54,6 +54,9 @@ class ConfigHooks:
         project = Path(run_params["project_path"])
         missing = [] if run_params.get("only_missing_outputs") else _missing_inputs(pipeline, catalog, project)
         _refuse([*missing, *_unwritable_outputs(pipeline, catalog, project)])
+        from dpdmd_pipeline.pipelines.train.preflight import refuse_run
+
+        _refuse(refuse_run(pipeline, catalog))
 
 
 class ReportHooks:

@@ -13,6 +13,9 @@ from dpdmd_pipeline.metrics.summary import interval
 from dpdmd_pipeline.shapes.reader import read
 from dpdmd_pipeline.shapes.world import NUM_MODES, prompt_index
 
+QUALITY = ("valid", "aligned", "residual")
+DIVERSITY = ("effective_modes", "coverage", "entropy")
+
 
 def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[str, dict]:
     """Quality and diversity of one model.
@@ -29,24 +32,30 @@ def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[s
         quality (valid, aligned, residual) and diversity (effective_modes, coverage, entropy,
         pairwise_distance), each a mean over prompts with its interval.
     """
-    valid, aligned, residual, counts, distance = [], [], [], [], []
-    for pictures, prompt in zip(images, prompts, strict=True):
-        reading = read(pictures)
-        right = reading.valid & (reading.prompt == prompt_index(prompt))
-        valid.append(reading.valid.double().mean())
-        aligned.append(right.double().mean())
-        residual.append(reading.residual.double().mean())
-        counts.append(count_modes(reading.mode[right], NUM_MODES))
-        distance.append(torch.tensor(pairwise_distance(pictures)))
-    table = torch.stack(counts)
-    quality = {"valid": valid, "aligned": aligned, "residual": residual}
-    diversity = {
-        "effective_modes": effective_modes(table),
-        "coverage": coverage(table),
-        "entropy": entropy(table),
-        "pairwise_distance": torch.stack(distance),
-    }
+    read_ones = [judge_prompt(pictures, prompt) for pictures, prompt in zip(images, prompts, strict=True)]
+    for found, pictures in zip(read_ones, images, strict=True):
+        found["pairwise_distance"] = torch.tensor(pairwise_distance(pictures))
     return {
-        "quality": {name: interval(torch.stack(values), seed) for name, values in quality.items()},
-        "diversity": {name: interval(values, seed) for name, values in diversity.items()},
+        axis: {name: interval(torch.stack([found[name] for found in read_ones]), seed) for name in names}
+        for axis, names in (("quality", QUALITY), ("diversity", (*DIVERSITY, "pairwise_distance")))
+    }
+
+
+def judge_prompt(pictures: Tensor, prompt: str) -> dict[str, Tensor]:
+    """QUALITY and DIVERSITY of the pictures of one prompt, each a scalar.
+
+    Args:
+        pictures: [n, 3, H, W] in [0, 1].
+        prompt: its text, of the shapes world.
+    """
+    reading = read(pictures)
+    right = reading.valid & (reading.prompt == prompt_index(prompt))
+    counts = count_modes(reading.mode[right], NUM_MODES)[None]
+    return {
+        "valid": reading.valid.double().mean(),
+        "aligned": right.double().mean(),
+        "residual": reading.residual.double().mean(),
+        "effective_modes": effective_modes(counts)[0],
+        "coverage": coverage(counts)[0],
+        "entropy": entropy(counts)[0],
     }

@@ -48,10 +48,10 @@ def check_anchors(
                 f"the anchors were made with {name}={_short(then.get(name))}, this run has {_short(now[name])}: "
                 "run `kedro run --pipelines anchors` again, or set the value back"
             )
-    _check_recipe(manifest, options, recipe)
+    check_recipe(manifest, options, recipe)
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
-        _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
+        check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
 
 
 def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
@@ -77,7 +77,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:40]}..."
 
 
-def _check_start(start: float, anchor: float) -> None:
+def check_start(start: float, anchor: float) -> None:
     if not anchor < start:
         raise ValueError(
             f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
@@ -85,7 +85,7 @@ def _check_start(start: float, anchor: float) -> None:
         )
 
 
-def _check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
+def check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
     for level in options.anchor_levels if recipe.anchored_steps else ():
         student = level.first_step
         if student is not None and (student.grid, student.num_steps) != (recipe.grid, recipe.num_steps):

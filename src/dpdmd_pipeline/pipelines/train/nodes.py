@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def train_student(
     recipe = options.recipe()
     checkpoints = Checkpoints(train_state / run_identity(recipe, backbone, anchors, rows)[:16], options.keep_last)
     many = options.launch.total > 1  # then one of the processes holds the checkpoints
-    with nullcontext() if many else checkpoints.held():
+    held = nullcontext() if many else checkpoints.held()
+    with held, _out_of_memory_explained(teacher, backbone, options):
         resumed = checkpoints.load_latest()
         done = _tell(resumed, recipe, checkpoints.folder)
         run = rows, embeddings, anchors, teacher, backbone, options, checkpoints
@@ -62,6 +63,19 @@ def train_student(
         new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
         history = [*(resumed[1]["history"] if resumed else []), *new]
     return _writer(model, roles.student, backbone, recipe), history
+
+
+@contextmanager
+def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> Iterator[None]:
+    """A GPU that runs out of memory is told with the options that need less."""
+    import torch
+
+    from dpdmd_pipeline.pipelines.train.preflight import explain_out_of_memory
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(explain_out_of_memory(error, teacher, backbone, options)) from error
 
 
 def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe) -> Callable[[Path], None]:

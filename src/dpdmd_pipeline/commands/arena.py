@@ -1,0 +1,65 @@
+"""`arena`: a page on which people compare two folders of pictures blindly."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_EPILOG = """\
+Folders are laid out as for `score` (see `score --help`); prompts are matched by folder name or id.
+The page needs no server and no network: send it, people answer by keyboard (left, right, space, backspace), and send
+back the file that it saves. Then: python -m dpdmd_pipeline score results*.json --by human
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    found = argparse.ArgumentParser(
+        prog="python -m dpdmd_pipeline arena",
+        description="Make one HTML page of blind side-by-side comparisons.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("a", type=Path, metavar="A_FOLDER")
+    found.add_argument("b", type=Path, metavar="B_FOLDER")
+    found.add_argument("--out", type=Path, required=True, metavar="PAGE.html")
+    found.add_argument(
+        "--prompts", type=Path, help="texts of prompt ids: .txt (line number), .csv or .jsonl (id, text)"
+    )
+    found.add_argument("--singles", type=int, default=2, help="pairs of pictures a prompt, for quality (%(default)s)")
+    found.add_argument("--sets", type=int, default=4, help="pictures a set, for diversity; 0 asks none (%(default)s)")
+    found.add_argument("--side", type=int, help="reduce the longer side to this many pixels, as WebP; else as they are")
+    found.add_argument("--seed", type=int, default=0, help="of the choice and of everybody's order (%(default)s)")
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Write the page.
+
+    Raises:
+        ValueError, OSError: in one line, for what the user can mend.
+    """
+    from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
+    from dpdmd_pipeline.metrics.pictures import find_pictures
+    from dpdmd_pipeline.publishing import write_atomically
+
+    asked = parser().parse_args(arguments)
+    _check(asked)
+    (a, _), (b, _) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
+    options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
+    html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
+    write_atomically(asked.out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    questions = len(a) * (asked.singles + bool(asked.sets))
+    print(f"{asked.out}: {questions} questions about {len(a)} prompts, {len(html) / 1e6:.1f} MB")
+
+
+def _check(asked: argparse.Namespace) -> None:
+    for name, allowed in (("singles", asked.singles >= 0), ("sets", asked.sets == 0 or asked.sets >= 2)):
+        if not allowed:
+            raise ValueError(f"--{name} {getattr(asked, name)}: singles are 0 or more, sets 0 or at least 2")
+    if not asked.singles and not asked.sets:
+        raise ValueError("--singles 0 --sets 0 asks nothing: give at least one of them")
+    if asked.side is not None and asked.side < 16:
+        raise ValueError(f"--side {asked.side} must be at least 16 pixels")
+    if not asked.out.resolve().parent.is_dir():
+        raise OSError(f"--out {asked.out}: there is no folder {asked.out.resolve().parent}")

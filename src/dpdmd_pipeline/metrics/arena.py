@@ -1,0 +1,119 @@
+"""One page of blind side-by-side pairs for people to judge; their answers are read by `human.py`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import mimetypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.metrics.human import FORMAT
+from dpdmd_pipeline.metrics.pictures import FileSet, read_picture
+
+LARGEST_PAGE_MB = 200  # browsers take more, people do not wait for it
+_WEBP_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class ArenaOptions:
+    """What is asked.
+
+    Attributes:
+        per_prompt: single pictures compared of each prompt, for quality.
+        set_size: pictures of each side in a question about diversity.
+        side: pixels to which the longer side is reduced; None embeds the files as they are.
+        seed: of the choice of pictures and of everybody's order.
+    """
+
+    per_prompt: int
+    set_size: int
+    side: int | None
+    seed: int
+
+
+def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str], options: ArenaOptions) -> str:
+    """The page as HTML, complete in itself.
+
+    Args:
+        a, b: pictures of both sides; prompts are matched by their ids.
+        names: of the sides; they appear in the saved results only.
+        options: what is asked.
+
+    Raises:
+        ValueError: if prompts or numbers of pictures do not match, or the page would be too large.
+    """
+    others = {pictures.id: pictures for pictures in b}
+    lonely = [pictures.id for pictures in a if pictures.id not in others]
+    if lonely or len(a) != len(b):
+        extra = lonely or sorted(set(others) - {pictures.id for pictures in a})
+        raise ValueError(f"prompt {extra[0]!r} is on one side only ({len(extra)} such): compare the same prompts")
+    pictures: dict[str, str] = {}
+    questions = [
+        question for one in a for question in _questions(one, others[one.id], names, options, pictures)
+    ]  # pictures is filled on the way
+    page = {"format": FORMAT, "a": names[0], "b": names[1], "seed": options.seed, "questions": questions}
+    identity = hashlib.sha256(json.dumps([page, sorted(pictures)]).encode()).hexdigest()[:16]
+    return _render({"arena": identity, **page, "pictures": pictures})
+
+
+def _questions(
+    a: FileSet, b: FileSet, names: tuple[str, str], options: ArenaOptions, pictures: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Questions about one prompt: both sets, then single pictures of the same place in the order of seeds."""
+    needed = max(options.per_prompt, options.set_size)
+    for one, name in ((a, names[0]), (b, names[1])):
+        if len(one) < needed:
+            raise ValueError(f"prompt {one.id!r} has {len(one)} pictures in {name}, {needed} are needed: ask for fewer")
+    asked = []
+    if options.set_size:
+        sides = [[_embed(file, options, pictures) for file in one.files[: options.set_size]] for one in (a, b)]
+        asked.append(
+            {"question": "diversity", "prompt": a.text, "id": f"{a.id}/diversity", "a": sides[0], "b": sides[1]}
+        )
+    for number in _chosen(a.id, min(len(a), len(b)), options):
+        sides = [[_embed(one.files[number], options, pictures)] for one in (a, b)]
+        asked.append({"question": "quality", "prompt": a.text, "id": f"{a.id}/{number}", "a": sides[0], "b": sides[1]})
+    return asked
+
+
+def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
+    """Which pictures of a prompt are compared singly: by hash, so that other prompts change nothing."""
+
+    def rank(number: int) -> bytes:
+        return hashlib.sha256(f"{options.seed}/{prompt}/{number}".encode()).digest()
+
+    return sorted(sorted(range(available), key=rank)[: options.per_prompt])
+
+
+def _embed(file: Path, options: ArenaOptions, pictures: dict[str, str]) -> str:
+    """Put a picture into the page, once, under the hash of its content; the name of its file is not in the page."""
+    try:
+        image = read_picture(file)  # a broken one must be found now, not by the people
+    except OSError as error:
+        raise OSError(f"{file}: {error}") from error
+    if options.side is None:
+        content, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
+    else:
+        image.thumbnail((options.side, options.side))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
+        content, kind = buffer.getvalue(), "image/webp"
+    key = hashlib.sha256(content).hexdigest()[:16]
+    pictures[key] = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    size = sum(map(len, pictures.values())) / 1e6
+    if size > LARGEST_PAGE_MB:
+        raise ValueError(f"the page would be over {LARGEST_PAGE_MB} MB: reduce the pictures with --side 512")
+    return key
+
+
+def _render(page: dict[str, Any]) -> str:
+    template = (files("dpdmd_pipeline.metrics") / "arena.html").read_text(encoding="utf-8")
+    # "</script>" inside a prompt must not end the script
+    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    return template.replace("/*PAGE*/null", data)

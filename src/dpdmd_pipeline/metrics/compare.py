@@ -1,0 +1,127 @@
+"""Two streams of features to the figures of a distribution preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd_pipeline.metrics.distribution import KID_SUBSET_SIZE, LARGEST, frechet_distance, kernel_distance, prdc
+from dpdmd_pipeline.metrics.presets import Preset
+from dpdmd_pipeline.metrics.summary import ratio_interval
+from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnavailableError
+
+_ROWS = 1024  # features that torchmetrics sees at once, however many a prompt has
+
+
+class Side:
+    """One side of a comparison: what passes by, and a sample of it that is kept.
+
+    Args:
+        total: pictures as found; which are kept depends on their position alone.
+        seed: of the sample.
+    """
+
+    def __init__(self, total: int, seed: int) -> None:
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        self.chosen = torch.zeros(total, dtype=torch.bool)
+        self.chosen[order[:LARGEST]] = True
+        self.pictures = self.prompts = 0
+        self.features: list[Tensor] = []
+        self.owners: list[int] = []
+
+    def keep(self, stream: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Pass features [n, d] of one prompt after the other on, in portions of many rows."""
+        waiting: list[Tensor] = []
+        for number, features in enumerate(stream):
+            if len(features):
+                self._take(number, features)
+                waiting.append(features)
+            if sum(map(len, waiting)) >= _ROWS:
+                yield torch.cat(waiting)
+                waiting = []
+        if waiting:
+            yield torch.cat(waiting)
+
+    def _take(self, prompt: int, features: Tensor) -> None:
+        chosen = self.chosen[self.pictures : self.pictures + len(features)]
+        self.features.append(features[chosen].clone())
+        self.owners += [prompt] * int(chosen.sum())
+        self.pictures += len(features)
+        self.prompts += 1
+
+    def sample(self, size: int) -> tuple[Tensor, Tensor]:
+        """The first `size` kept features in a random order, [size, d], and the numbers of their prompts."""
+        features = torch.cat(self.features)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:size]
+        return features[order], torch.tensor(self.owners)[order]
+
+
+def figures_of(
+    preset: Preset, sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int
+) -> dict[str, dict[str, Any] | str]:
+    """Figures by name; where one cannot be had, the reason.
+
+    Args:
+        preset: inception or dino_v2.
+        sides: of the reference, of the judged.
+        streams: of the features of both; they are used up.
+        seed: of subsets and bootstrap.
+    """
+    compute = _inception_figures if preset.name == "inception" else _neighbour_figures
+    found = compute(sides, streams, seed)
+    n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
+    return {
+        name: value
+        if isinstance(value, str)
+        else {"low": None, "high": None, **value, "preset": preset.protocol} | {"n": n | value.get("n", {})}
+        for name, value in found.items()
+    }
+
+
+def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
+    fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
+
+    def kid() -> dict[str, Any]:
+        kept = [side.sample(LARGEST)[0] for side in sides if side.features]
+        if len(kept) < len(sides):
+            raise UnavailableError("one side has no usable picture")
+        value, spread = kernel_distance(*kept, seed)
+        compared = min(map(len, kept))
+        n = {"compared": compared, "subset": min(KID_SUBSET_SIZE, compared)}
+        return {"value": value, "subset_std": spread, "n": n}
+
+    return {"fid": fid, "kid": _or_reason(kid)}
+
+
+def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
+    for stream in streams:
+        for _ in stream:
+            pass
+    names = ("precision", "recall", "density", "coverage")
+
+    def compute() -> dict[str, Any]:
+        size = min(sum(map(len, side.features)) for side in sides)
+        if not size:
+            raise UnavailableError("one side has no usable picture")
+        (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
+        found = prdc(real, fake)
+        owners = (fake_owner, real_owner, fake_owner, real_owner)
+        return {
+            name: ratio_interval(marks, owner, seed) | {"n": {"compared": size}}
+            for name, marks, owner in zip(names, found, owners, strict=True)
+        }
+
+    figures = _or_reason(compute)
+    return dict.fromkeys(names, figures) if isinstance(figures, str) else figures
+
+
+def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    try:
+        return compute()
+    except MissingLibraryError:
+        raise
+    except UnavailableError as error:
+        return str(error)

@@ -1,0 +1,182 @@
+"""From one prompt's pictures to its numbers: what every kind of metric has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dpdmd_pipeline.metrics.diversity import nearest_similarity, one_minus_cosine, vendi_score
+from dpdmd_pipeline.metrics.embedders import Embedder
+from dpdmd_pipeline.metrics.pictures import Fault, PictureSet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Measured(NamedTuple):
+    """Numbers of one prompt."""
+
+    values: dict[str, float]  # empty where the prompt could not be measured
+    nearest: Tensor | None = None  # [n] cosine of each picture with its nearest other one
+    features: Tensor | None = None  # [n, d]
+    unusable: tuple[int, ...] = ()  # pictures for which the network gave no number
+
+
+class Measure(Protocol):
+    """One metric, or several from the same pass."""
+
+    least: int  # pictures a prompt needs
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
+
+
+class Row(NamedTuple):
+    """What became of one prompt."""
+
+    id: str
+    measured: Measured
+    pictures: int  # that were measured
+    faults: list[Fault]
+
+
+def measure_set(measure: Measure, pictures: PictureSet) -> Row:
+    """Load one prompt's pictures and measure them; everything left out is a fault with a name."""
+    names, images, faults = pictures.load()
+    faults = list(faults)
+    measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
+    faults += [Fault("the network gave no finite number", names[index]) for index in measured.unusable]
+    usable = len(images) - len(measured.unusable)
+    if usable < measure.least:
+        number = "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"
+        faults.append(Fault(f"prompt with {number}", pictures.id))
+    done = bool(measured.values) or measured.features is not None
+    return Row(pictures.id, measured, usable if done else 0, faults)
+
+
+class SetDiversity:
+    """1 - mean cosine, Vendi score and nearest similarities in the space of one embedder."""
+
+    least = 2
+
+    def __init__(self, embed: Embedder) -> None:
+        self.embed = embed
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        features, unusable = _usable(self.embed(images))
+        if len(features) < self.least:
+            return Measured({}, unusable=unusable)
+        values = {"one_minus_cosine": one_minus_cosine(features), "vendi": vendi_score(features)}
+        return Measured(values, nearest_similarity(features), unusable=unusable)
+
+
+class PairDiversity:
+    """Mean distance of all pairs of a prompt.
+
+    Args:
+        name: of the number.
+        distances: from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
+    """
+
+    least = 2
+
+    def __init__(self, name: str, distances: Callable[[Sequence[Image]], Tensor]) -> None:
+        self.name, self.distances = name, distances
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        rows, columns = torch.tril_indices(len(images), len(images), offset=-1)
+        found = self.distances(images).double()
+        finite = torch.eye(len(images), dtype=torch.bool)
+        finite[rows, columns] = finite[columns, rows] = found.isfinite()
+        # A picture that spoils all its pairs goes first, so that it takes no other with it.
+        good = finite.sum(1) > 1
+        good &= (finite | ~good).all(1)
+        kept = found[good[rows] & good[columns]]
+        unusable = tuple((~good).nonzero().flatten().tolist())
+        return Measured({self.name: kept.mean().item()} if len(kept) else {}, unusable=unusable)
+
+
+class PictureScores:
+    """Mean over a prompt's pictures of one score each."""
+
+    least = 1
+
+    def __init__(self, name: str, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
+        self.name, self.score = name, score
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        scores = self.score(text, images).double()
+        finite = scores.isfinite()
+        unusable = tuple((~finite).nonzero().flatten().tolist())
+        return Measured({self.name: scores[finite].mean().item()} if finite.any() else {}, unusable=unusable)
+
+
+class PartScores:
+    """Answers about the parts of a prompt: their mean, their geometric mean, and how often all are right."""
+
+    least = 1
+
+    def __init__(self, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
+        self.score = score
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        right, unusable = _usable(self.score(text, images))
+        if not len(right):
+            return Measured({}, unusable=unusable)
+        right = right.double()
+        values = {
+            "mean": right.mean().item(),
+            "geometric_mean": right.clamp(min=1e-12).log().mean(1).exp().mean().item(),
+            "all_right": (right > 0.5).all(1).double().mean().item(),
+        }
+        return Measured(values, unusable=unusable)
+
+
+class SetFeatures:
+    """The features themselves, for what compares two distributions."""
+
+    least = 1
+
+    def __init__(self, embed: Embedder) -> None:
+        self.embed = embed
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        features, unusable = _usable(self.embed(images))
+        return Measured({}, features=features, unusable=unusable)
+
+
+class ShapesReader:
+    """The exact reader of the embedded world, for pictures of its size and prompts of its words.
+
+    Args:
+        names: which of its numbers.
+        least: pictures they need.
+    """
+
+    def __init__(self, names: tuple[str, ...], least: int) -> None:
+        self.names, self.least = names, least
+
+    def __call__(self, text: str, images: Sequence[Image]) -> Measured:
+        from torchvision.transforms.functional import to_tensor
+
+        from dpdmd_pipeline.metrics.shapes import judge_prompt
+
+        found = judge_prompt(torch.stack([to_tensor(image) for image in images]), text)
+        return Measured({name: found[name].item() for name in self.names})
+
+
+def pixel_distances(images: Sequence[Image]) -> Tensor:
+    """RMS differences of all pairs, in [0, 1]."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    flat = [pil_to_tensor(image).flatten() for image in images]  # 8 bits: sixty large pictures must fit
+    pairs = [(flat[i].float() - flat[j].float()).square().mean().sqrt() for i in range(len(flat)) for j in range(i)]
+    return torch.stack(pairs) / 255
+
+
+def _usable(features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows that are finite and not all zero, and the indices of the others."""
+    good = features.isfinite().all(1) & features.ne(0).any(1)
+    return features[good], tuple((~good).nonzero().flatten().tolist())

@@ -1,0 +1,340 @@
+"""Every metric that can be asked for by name, each with the one protocol its numbers stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from dpdmd_pipeline.metrics import weights as w
+from dpdmd_pipeline.metrics.measures import (
+    Measure,
+    PairDiversity,
+    PartScores,
+    PictureScores,
+    SetDiversity,
+    SetFeatures,
+    ShapesReader,
+    pixel_distances,
+)
+from dpdmd_pipeline.metrics.passes import Passes
+
+Axis = Literal["diversity", "quality", "alignment", "preference", "distribution"]
+AXES: tuple[Axis, ...] = ("diversity", "quality", "alignment", "preference", "distribution")
+_LPIPS_SIDE = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are judged, whatever the metric.
+
+    Attributes:
+        weights: folder of all weights.
+        passes: where networks run.
+        processes: over which prompts are spread.
+        seed: of bootstrap and subsets.
+        duplicates_above: cosine from which two pictures are near-duplicates; None takes it from the reference.
+        parts: GenEval's records by text of the prompt.
+    """
+
+    weights: Path
+    passes: Passes
+    processes: int
+    seed: int
+    duplicates_above: float | None = None
+    parts: Mapping[str, dict] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One named protocol.
+
+    Attributes:
+        axis, name: `diversity.dino_v2` and so on.
+        protocol: what exactly is computed, in words.
+        build: makes the measure; called after the weights were found.
+        weights: all it needs.
+        by_default: whether naming the axis alone includes it.
+    """
+
+    axis: Axis
+    name: str
+    protocol: str
+    build: Callable[[Settings], Measure]
+    weights: tuple[w.Weights, ...] = ()
+    by_default: bool = False
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.axis}.{self.name}"
+
+    def make(self, settings: Settings) -> Measure:
+        """The measure, ready to run.
+
+        Raises:
+            MissingWeightsError, MissingLibraryError: with the remedy.
+        """
+        for needed in self.weights:
+            needed.require(settings.weights, self.full_name)
+        return self.build(settings)
+
+
+def _vision(kind: Callable[[Any], Measure], needed: w.Weights, tokens: Any, settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.embedders import TransformersVision
+
+    return kind(TransformersVision(settings.weights / needed.folder, tokens, settings.passes))
+
+
+def _open_clip(needed: w.Weights, settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.embedders import OpenClipVision
+
+    return SetDiversity(OpenClipVision(settings.weights / needed.folder, settings.passes))
+
+
+def _lpips(network: Literal["alex", "squeeze"], settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.embedders import Lpips
+
+    return PairDiversity("mean_distance", Lpips(network, settings.weights, _LPIPS_SIDE, settings.passes))
+
+
+def _pixels(settings: Settings) -> Measure:
+    return PairDiversity("mean_distance", pixel_distances)
+
+
+def _inception(settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.embedders import Inception
+
+    file = settings.weights / w.INCEPTION.folder / str(w.INCEPTION.files[0])
+    return SetFeatures(Inception(file, settings.passes))
+
+
+def _clip_score(needed: w.Weights, settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.alignment import clip_score
+
+    return PictureScores("score", clip_score(settings.weights / needed.folder, settings.passes))
+
+
+def _pick_score(settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.alignment import PickScore
+
+    return PictureScores("score", PickScore(settings.weights / w.PICKSCORE.folder, settings.passes))
+
+
+def _hps(settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.alignment import hps_score
+
+    file = settings.weights / w.HPS_V2_1.folder / str(w.HPS_V2_1.files[0])
+    return PictureScores("score", hps_score("ViT-H-14", file, settings.passes))
+
+
+def _asked(needed: w.Weights, kind: Literal["vqa", "rating", "parts"], settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.questions import PartQuestions, RatedQuality, VisionLanguage, VqaScore
+
+    if kind == "parts" and not settings.parts:
+        raise w.UnavailableError(
+            "geneval_vqa needs the parts of the prompts: name evaluation_metadata.jsonl with --geneval"
+        )
+    model = VisionLanguage(settings.weights / needed.folder, settings.passes)
+    if kind == "parts":
+        return PartScores(PartQuestions(model, settings.parts))
+    return PictureScores("score", VqaScore(model) if kind == "vqa" else RatedQuality(model))
+
+
+def _arniqa(settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.quality import Arniqa
+
+    return PictureScores("score", Arniqa(settings.weights, settings.passes))
+
+
+def _pyiqa(name: str, settings: Settings) -> Measure:
+    from dpdmd_pipeline.metrics.quality import Pyiqa
+
+    return PictureScores("score", Pyiqa(name, settings.weights, settings.passes))
+
+
+def _reader(names: tuple[str, ...], least: int, settings: Settings) -> Measure:
+    return ShapesReader(names, least)
+
+
+_READ_DIVERSITY, _READ_QUALITY = (("effective_modes", "coverage", "entropy"), ("valid", "aligned", "residual"))
+_COSINE = "1 - mean cosine over pairs, Vendi score, near-duplicates; "
+
+PRESETS = (
+    Preset("diversity", "pixels", "RMS difference of pixels, mean over pairs", _pixels, (), True),
+    Preset(
+        "diversity",
+        "dino_v2",
+        f"{_COSINE}DINOv2 ViT-B/14, pooler_output",
+        partial(_vision, SetDiversity, w.DINO_V2, "pooled"),
+        (w.DINO_V2,),
+        True,
+    ),
+    Preset(
+        "diversity",
+        "dino_v2_patch",
+        f"{_COSINE}DINOv2 ViT-B/14, cosine of patches at the same place",
+        partial(_vision, SetDiversity, w.DINO_V2, "patches"),
+        (w.DINO_V2,),
+        True,
+    ),
+    Preset(
+        "diversity",
+        "dino_v3",
+        f"{_COSINE}DINOv3 ViT-L/16, pooler_output (DP-DMD's DINO)",
+        partial(_vision, SetDiversity, w.DINO_V3, "pooled"),
+        (w.DINO_V3,),
+    ),
+    Preset(
+        "diversity",
+        "dino_v3_patch",
+        f"{_COSINE}DINOv3 ViT-L/16, cosine of patches at the same place",
+        partial(_vision, SetDiversity, w.DINO_V3, "patches"),
+        (w.DINO_V3,),
+    ),
+    Preset(
+        "diversity",
+        "clip",
+        f"{_COSINE}CLIP ViT-L/14, projected embedding, open_clip",
+        partial(_open_clip, w.CLIP_L),
+        (w.CLIP_L,),
+        True,
+    ),
+    Preset(
+        "diversity",
+        "clip_raw_cls",
+        f"{_COSINE}CLIP ViT-L/14, class token before norm and projection (DP-DMD's CLIP)",
+        partial(_vision, SetDiversity, w.CLIP_L_HF, "raw_cls"),
+        (w.CLIP_L_HF,),
+    ),
+    Preset(
+        "diversity",
+        "clip_shapes",
+        f"{_COSINE}the embedded world's own CLIP, projected embedding, open_clip",
+        partial(_open_clip, w.CLIP_SHAPES),
+        (w.CLIP_SHAPES,),
+    ),
+    Preset(
+        "diversity",
+        "lpips",
+        f"LPIPS 0.1 AlexNet at {_LPIPS_SIDE} px, mean over pairs",
+        partial(_lpips, "alex"),
+        (w.ALEXNET,),
+        True,
+    ),
+    Preset(
+        "diversity",
+        "lpips_squeeze",
+        f"LPIPS 0.1 SqueezeNet at {_LPIPS_SIDE} px, mean over pairs",
+        partial(_lpips, "squeeze"),
+        (w.SQUEEZENET,),
+    ),
+    Preset(
+        "diversity",
+        "shapes",
+        "exact reader of the embedded world, over valid pictures that show the prompt",
+        partial(_reader, _READ_DIVERSITY, 2),
+    ),
+    Preset(
+        "quality",
+        "arniqa",
+        "ARNIQA, KonIQ-10k regressor, 0 to 1",
+        _arniqa,
+        (w.ARNIQA, w.ARNIQA_KONIQ),
+        True,
+    ),
+    Preset(
+        "quality",
+        "visualquality_r1",
+        "VisualQuality-R1 7B with reasoning, greedy, 1 to 5",
+        partial(_asked, w.VISUALQUALITY_R1, "rating"),
+        (w.VISUALQUALITY_R1,),
+    ),
+    Preset("quality", "maniqa_pipal", "pyiqa maniqa-pipal, 20 crops", partial(_pyiqa, "maniqa-pipal"), (w.MANIQA,)),
+    Preset("quality", "topiq", "pyiqa topiq_nr", partial(_pyiqa, "topiq_nr"), (w.TOPIQ,)),
+    Preset("quality", "clipiqa_plus", "pyiqa clipiqa+", partial(_pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS,)),
+    Preset(
+        "quality",
+        "shapes",
+        "exact reader of the embedded world",
+        partial(_reader, _READ_QUALITY, 1),
+    ),
+    Preset(
+        "alignment",
+        "clip_score",
+        "100 max(cos, 0), CLIP ViT-L/14, open_clip",
+        partial(_clip_score, w.CLIP_L),
+        (w.CLIP_L,),
+        True,
+    ),
+    Preset(
+        "alignment",
+        "clip_shapes",
+        "100 max(cos, 0), the embedded world's own CLIP, open_clip",
+        partial(_clip_score, w.CLIP_SHAPES),
+        (w.CLIP_SHAPES,),
+    ),
+    Preset(
+        "alignment",
+        "vqa_score",
+        "P(Yes) to VQAScore's question, Qwen2.5-VL 7B",
+        partial(_asked, w.QWEN_VL, "vqa"),
+        (w.QWEN_VL,),
+    ),
+    Preset(
+        "alignment",
+        "geneval_vqa",
+        "questions about GenEval's parts to Qwen2.5-VL 7B; not GenEval's detector",
+        partial(_asked, w.QWEN_VL, "parts"),
+        (w.QWEN_VL,),
+    ),
+    Preset("preference", "pickscore", "PickScore v1, temperature x cosine", _pick_score, (w.PICKSCORE,), True),
+    Preset("preference", "hps_v2_1", "HPSv2.1, cosine, longest side padded", _hps, (w.HPS_V2_1,), True),
+    Preset(
+        "distribution",
+        "inception",
+        "FID and KID, Inception 2015-12-05, 2048 features, bilinear without antialias",
+        _inception,
+        (w.INCEPTION,),
+        True,
+    ),
+    Preset(
+        "distribution",
+        "dino_v2",
+        "precision, recall, density, coverage, k = 5, DINOv2 ViT-B/14, pooler_output",
+        partial(_vision, SetFeatures, w.DINO_V2, "pooled"),
+        (w.DINO_V2,),
+        True,
+    ),
+)
+
+
+# What people ask for and cannot have in one environment, with the reason (docs of the packages as of 2026-11).
+LEFT_OUT = {
+    "image_reward": "its package pins timm 0.6.13 and imports what transformers 5 has dropped",
+    "hps_v3": "its package pins transformers 4.45.2",
+    "geneval": "needs mmdet 2 and mmcv-full 1; ask for alignment.geneval_vqa, which asks a chat model instead",
+    "t2v_metrics": "its package pins torch 2.5.1; alignment.vqa_score has its question and formula",
+}
+
+
+def choose(wanted: str) -> list[Preset]:
+    """Presets of a list such as `diversity,quality.visualquality_r1`, in the order of PRESETS.
+
+    Raises:
+        ValueError: for a name that is not there, with those that are.
+    """
+    chosen: set[str] = set()
+    for name in filter(None, (part.strip() for part in wanted.split(","))):
+        found = [p.full_name for p in PRESETS if name == p.full_name or (name == p.axis and p.by_default)]
+        left_out = LEFT_OUT.get(name.rsplit(".", 1)[-1])
+        if not found and left_out:
+            raise ValueError(f"{name} cannot live in this environment: {left_out}")
+        if not found:
+            raise ValueError(
+                f"--by {name} is not known: name axes ({', '.join(AXES)}, human) or metrics "
+                f"({', '.join(p.full_name for p in PRESETS)})"
+            )
+        chosen.update(found)
+    return [preset for preset in PRESETS if preset.full_name in chosen]

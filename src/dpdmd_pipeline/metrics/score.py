@@ -1,0 +1,321 @@
+"""Any pictures, scored: every metric runs that can, and what could not is said.
+
+A metric is one pass over the sets of pictures, one prompt in memory at a time. Prompts can be spread over processes;
+a number depends on neither that nor on the size of batches (on the CPU).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
+from dpdmd_pipeline.metrics.measures import Measure, Row, measure_set
+from dpdmd_pipeline.metrics.pictures import PictureSet
+from dpdmd_pipeline.metrics.presets import Preset, Settings
+from dpdmd_pipeline.metrics.summary import figure, gap_figure
+from dpdmd_pipeline.metrics.weights import UnavailableError
+
+log = logging.getLogger(__name__)
+
+_IN_FLIGHT = 4  # sets per process that are computed ahead
+_ENOUGH_FOR_FID = 10_000
+_MORE_IS_LESS_DIVERSE = ("duplicate_rate",)
+
+
+@dataclass
+class Reference:
+    """What pictures are compared with: the teacher's, or real ones.
+
+    Attributes:
+        sets: one a prompt.
+        duplicates: per preset, the number of pictures a prompt and the threshold they give; filled when first asked.
+    """
+
+    sets: Sequence[PictureSet]
+    duplicates: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Scores:
+    """Everything that was measured of one folder of pictures, and everything that was not.
+
+    Attributes:
+        prompts, pictures: as found.
+        figures: by full name, as in `diversity.dino_v2.vendi`.
+        per_prompt: the same per id of a prompt, where it could be measured.
+        missing: metrics that were asked for and could not be measured, with the reason.
+        faults: what figures leave out: kind to names.
+        notes: what a reader should know.
+    """
+
+    prompts: int
+    pictures: int
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    per_prompt: dict[str, dict[str, float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
+
+    def add_faults(self, rows: Sequence[Row], preset: Preset | None = None) -> None:
+        """Take over the rows' faults; those of a network are named after its metric."""
+        for row in rows:
+            for kind, name in row.faults:
+                kind = f"{kind} ({preset.full_name})" if preset and "network" in kind else kind
+                if (kind, name) not in self._seen:
+                    self._seen.add((kind, name))
+                    self.faults.setdefault(kind, []).append(name)
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def score(
+    sets: Sequence[PictureSet],
+    presets: Sequence[Preset],
+    settings: Settings,
+    reference: Reference | None = None,
+) -> Scores:
+    """Measure all presets that can be measured.
+
+    Args:
+        sets: pictures to judge, one set a prompt.
+        presets: what to measure.
+        settings: how.
+        reference: the teacher's pictures, or real ones: for the distribution, and for what a near-duplicate is.
+
+    Raises:
+        ValueError: if two sets have the same id.
+        OSError: if a process was killed.
+    """
+    twice = [name for name, count in Counter(one.id for one in sets).items() if count > 1]
+    if twice:
+        raise ValueError(f"prompt id {twice[0]!r} is given to more than one set of pictures: join them")
+    scores = Scores(len(sets), sum(map(len, sets)))
+    _note_sizes(scores, sets)
+    with _workers(settings) as pool:
+        for preset in presets:
+            _add(scores, preset, pool, sets, settings, reference)
+    return scores
+
+
+def _add(
+    scores: Scores,
+    preset: Preset,
+    pool: ProcessPoolExecutor | None,
+    sets: Sequence[PictureSet],
+    settings: Settings,
+    reference: Reference | None,
+) -> None:
+    """One preset's figures, or why there are none: a metric that cannot run must not cost the others."""
+    add = _add_distribution if preset.axis == "distribution" else _add_metric
+    try:
+        add(scores, preset, measuring(preset, settings, pool), sets, settings, reference)
+    except BrokenProcessPool as error:
+        raise OSError(f"a process was killed at {preset.full_name}, for memory perhaps: use fewer processes") from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):  # of torch, and perhaps a fault of ours
+            log.warning("%s has failed", preset.full_name, exc_info=True)
+        scores.missing[preset.full_name] = " ".join(str(error).split()).removeprefix(f"{preset.full_name} ")
+
+
+def _note_sizes(scores: Scores, sets: Sequence[PictureSet]) -> None:
+    sizes = Counter(map(len, sets))
+    if len(sizes) > 1:
+        spread = ", ".join(f"{count} prompts with {size}" for size, count in sorted(sizes.items()))
+        scores.note(f"unequal numbers of pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
+    if len(sets) == 1:
+        scores.note("one prompt only: a figure without an interval says nothing about other prompts")
+
+
+Measuring = Callable[[Sequence[PictureSet]], Iterator[Row]]
+
+
+def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | None) -> Measuring:
+    """From sets to one row each, in their order, whatever the number of processes; a model is loaded once in each.
+
+    Raises:
+        MissingWeightsError, MissingLibraryError: before any picture is read.
+    """
+    if pool is None:
+        measure = preset.make(settings)
+        return lambda sets: map(partial(measure_set, measure), sets)
+    for needed in preset.weights:
+        needed.require(settings.weights, preset.full_name)
+    return partial(_spread, pool, _IN_FLIGHT * settings.processes, preset)
+
+
+@contextmanager
+def _workers(settings: Settings) -> Iterator[ProcessPoolExecutor | None]:
+    if settings.processes == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(settings.processes, get_context("spawn"), _remember, (settings,)) as pool:
+        yield pool
+
+
+def _spread(pool: ProcessPoolExecutor, at_once: int, preset: Preset, sets: Sequence[PictureSet]) -> Iterator[Row]:
+    for start in range(0, len(sets), at_once):
+        yield from pool.map(partial(_measure_here, preset), sets[start : start + at_once])
+
+
+# Of a worker: its settings, and the measure it is at, so that one model at a time is in memory.
+_settings: list[Settings] = []
+_current: dict[str, Measure] = {}
+
+
+def _remember(settings: Settings) -> None:
+    _settings[:] = [settings]
+
+
+def _measure_here(preset: Preset, pictures: PictureSet) -> Row:
+    if preset.full_name not in _current:
+        _current.clear()
+        _current[preset.full_name] = preset.make(_settings[0])
+    return measure_set(_current[preset.full_name], pictures)
+
+
+def _add_metric(
+    scores: Scores,
+    preset: Preset,
+    rows_of: Measuring,
+    sets: Sequence[PictureSet],
+    settings: Settings,
+    reference: Reference | None,
+) -> None:
+    rows = list(rows_of(sets))
+    scores.add_faults(rows, preset)
+    values = {row.id: dict(row.measured.values) for row in rows}
+    if any(row.measured.nearest is not None for row in rows):
+        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference)
+        for row in rows:
+            if threshold is not None and row.measured.nearest is not None:
+                values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
+    names = dict.fromkeys(name for found in values.values() for name in found)
+    if not names:
+        raise UnavailableError("no prompt could be measured: see what is wrong with the pictures")
+    for name in names:
+        _add_figure(
+            scores, preset, name, {key: found.get(name, math.nan) for key, found in values.items()}, rows, settings
+        )
+
+
+def _add_figure(
+    scores: Scores, preset: Preset, name: str, values: dict[str, float], rows: Sequence[Row], settings: Settings
+) -> None:
+    full_name = f"{preset.full_name}.{name}"
+    per_prompt = torch.tensor(list(values.values()), dtype=torch.float64)
+    pictures = sum(row.pictures for row in rows)
+    scores.figures[full_name] = figure(per_prompt, pictures, preset.protocol, settings.seed)
+    scores.per_prompt[full_name] = {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def _duplicates_above(
+    scores: Scores,
+    preset: Preset,
+    rows_of: Measuring,
+    rows: Sequence[Row],
+    settings: Settings,
+    reference: Reference | None,
+) -> float | None:
+    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it."""
+    if settings.duplicates_above is not None:
+        return settings.duplicates_above
+    if reference is None:
+        scores.note(
+            "near-duplicates were not counted: name the teacher's pictures with --reference, "
+            "or a cosine with --duplicates-above"
+        )
+        return None
+    if preset.full_name not in reference.duplicates:
+        rows_there = list(rows_of(reference.sets))
+        scores.add_faults(rows_there, preset)
+        found = [row for row in rows_there if row.pictures]
+        nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]
+        threshold = duplicate_threshold(torch.cat(nearest)) if nearest else math.nan
+        reference.duplicates[preset.full_name] = (_usual_count(found), threshold)
+    (wanted, threshold), count = reference.duplicates[preset.full_name], _usual_count(rows)
+    if wanted != count:
+        scores.note(
+            f"near-duplicates were not counted: the reference has {wanted} pictures a prompt, not {count}, "
+            "and the threshold grows with their number"
+        )
+        return None
+    return threshold
+
+
+def _usual_count(rows: Sequence[Row]) -> int:
+    """Pictures that most prompts have."""
+    most = Counter(row.pictures for row in rows if row.pictures).most_common(1)
+    return most[0][0] if most else 0
+
+
+def _add_distribution(
+    scores: Scores,
+    preset: Preset,
+    rows_of: Measuring,
+    sets: Sequence[PictureSet],
+    settings: Settings,
+    reference: Reference | None,
+) -> None:
+    from dpdmd_pipeline.metrics.compare import Side, figures_of
+
+    if reference is None:
+        raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
+    sides = [Side(_count(some), settings.seed) for some in (reference.sets, sets)]
+    streams = [
+        side.keep(_followed(scores, preset, rows_of(some)))
+        for side, some in zip(sides, (reference.sets, sets), strict=True)
+    ]
+    for name, found in figures_of(preset, sides, streams, settings.seed).items():
+        if isinstance(found, str):
+            scores.missing[f"{preset.full_name}.{name}"] = found
+        else:
+            scores.figures[f"{preset.full_name}.{name}"] = found
+            if name == "fid" and min(found["n"]["pictures"], found["n"]["reference_pictures"]) < _ENOUGH_FOR_FID:
+                scores.note(f"FID of fewer than {_ENOUGH_FOR_FID} pictures is too high: compare at equal numbers only")
+
+
+def _count(sets: Sequence[PictureSet]) -> int:
+    """Pictures of all sets, as found."""
+    return sum(map(len, sets))
+
+
+def _followed(scores: Scores, preset: Preset, rows: Iterator[Row]) -> Iterator[Tensor]:
+    """Features of rows that pass by, their faults noted."""
+    for row in rows:
+        scores.add_faults([row], preset)
+        features = row.measured.features
+        yield torch.empty(0, 0) if features is None else features
+
+
+def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, float | None]]:
+    """Share of DMD's loss that ours gets back, for every diversity metric that all three have.
+
+    Prompts are compared with themselves: those that one of the three could not measure are left out of all.
+    """
+    found = {}
+    for name, values in ours.per_prompt.items():
+        tables = [scores.per_prompt.get(name, {}) for scores in (teacher, dmd)] + [values]
+        prompts = [key for key in values if all(key in table for table in tables)]
+        if not name.startswith("diversity.") or not prompts:
+            continue
+        sign = -1 if name.rsplit(".", 1)[1] in _MORE_IS_LESS_DIVERSE else 1
+        rows = [sign * torch.tensor([table[key] for key in prompts], dtype=torch.float64) for table in tables]
+        found[name] = gap_figure(*rows, seed) | {"prompts": len(prompts)}
+    return found

@@ -1,0 +1,83 @@
+"""Scores as a person reads them, and as a file keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpdmd_pipeline.metrics.score import Scores
+
+_NAMED = 5  # names of faulty pictures in the table; the file has all
+
+
+def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
+    """One line a figure, then what is missing, what was left out, and what to know.
+
+    Args:
+        scores: to show.
+        said: missing metrics that another table has named already.
+    """
+    lines = [f"{scores.pictures} pictures of {scores.prompts} prompts", ""]
+    rows = [("metric", "value", "95 % interval", "prompts", "pictures", "protocol")]
+    rows += [_row(name, figure) for name, figure in scores.figures.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    sections = (
+        ("Not measured", _missing(scores.missing, said or {})),
+        ("Left out of the figures", [_fault(kind, names) for kind, names in scores.faults.items()]),
+        ("To know", scores.notes),
+    )
+    for title, entries in sections:
+        if entries:
+            lines += ["", f"{title}:", *(f"  {entry}" for entry in entries)]
+    return "\n".join(lines)
+
+
+def _missing(missing: Mapping[str, str], said: Mapping[str, str]) -> list[str]:
+    """One line a reason, which several metrics may share."""
+    names: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        if said.get(name) != reason:
+            names.setdefault(reason, []).append(name)
+    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
+
+
+def _row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
+    low, high = figure["low"], figure["high"]
+    spread = "" if low is None else f"{_number(low)} to {_number(high)}"
+    n = figure["n"]
+    left = f" of {n['prompts'] + n['prompts_not_measured']}" if n.get("prompts_not_measured") else ""
+    return name, _number(figure["value"]), spread, f"{n['prompts']}{left}", str(n["pictures"]), figure["preset"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _fault(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} x {kind}: {', '.join(names[:_NAMED])}{more}"
+
+
+def as_record(scores: Scores) -> dict[str, Any]:
+    """The same, complete, as JSON."""
+    return {
+        "format": 1,
+        "prompts": scores.prompts,
+        "pictures": scores.pictures,
+        "figures": scores.figures,
+        "per_prompt": scores.per_prompt,
+        "missing": scores.missing,
+        "faults": {kind: {"count": len(names), "names": names} for kind, names in scores.faults.items()},
+        "notes": scores.notes,
+    }
+
+
+def as_gap_table(gaps: dict[str, dict[str, float | None]]) -> str:
+    """Share of DMD's loss recovered, one line a metric."""
+    lines = ["Gap recovered (0 is the baseline's diversity, 1 the teacher's):"]
+    for name, gap in gaps.items():
+        spread = "" if gap["low"] is None else f"  {_number(gap['low'])} to {_number(gap['high'])}"
+        lines.append(f"  {name}: {_number(gap['value']) or 'the baseline lost nothing'}{spread}")
+    return "\n".join(lines)

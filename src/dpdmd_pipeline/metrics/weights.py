@@ -1,0 +1,152 @@
+"""Which weights a metric needs, and what to tell who lacks them. Nothing is ever downloaded here.
+
+Sizes are of the files as published, rounded; licences as their pages name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UnavailableError(OSError):
+    """A metric that cannot be measured here, with the reason and the remedy in one line."""
+
+
+class MissingWeightsError(UnavailableError):
+    """The weights of a metric are not on this disk."""
+
+
+class MissingLibraryError(UnavailableError):
+    """The library of a metric is not installed."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Published weights, and where they belong below the folder of all weights.
+
+    Attributes:
+        folder: name below the root.
+        files: which must be there; a tuple inside means that one of them is enough.
+        source: where they are published.
+        licence: of the weights.
+        size_mb: of the files, about.
+        fetch: shell command that brings them; `{folder}` is their place.
+    """
+
+    folder: str
+    files: tuple[str | tuple[str, ...], ...]
+    source: str
+    licence: str
+    size_mb: int
+    fetch: str
+
+    def require(self, root: Path, metric: str) -> Path:
+        """The folder, if all files are there.
+
+        Raises:
+            MissingWeightsError: names the metric, the files, their licence and size, and the command.
+        """
+        folder = Path(root) / self.folder
+        absent = [" or ".join(names) for names in map(_names, self.files) if not _any_there(folder, names)]
+        if absent:
+            raise MissingWeightsError(
+                f"{metric} needs {self.source} ({self.licence}, about {self.size_mb} MB): "
+                f"{', '.join(absent)} not in {folder}; fetch with: {self.fetch.format(folder=folder)}"
+            )
+        return folder
+
+
+def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
+
+
+def _any_there(folder: Path, names: tuple[str, ...]) -> bool:
+    return any((folder / name).is_file() and (folder / name).stat().st_size for name in names)
+
+
+# Big models come in shards with an index.
+MODEL_FILE = ("model.safetensors", "model.safetensors.index.json")
+
+
+def hub_model(folder: str, source: str, licence: str, size_mb: int, *more: str) -> Weights:
+    """A transformers model with its preprocessing, as the Hub has it."""
+    files = ("config.json", ("preprocessor_config.json", "processor_config.json"), MODEL_FILE, *more)
+    return Weights(folder, files, source, licence, size_mb, f"hf download {source} --local-dir {{folder}}")
+
+
+def url_file(folder: str, url: str, licence: str, size_mb: int) -> Weights:
+    """One file of an address."""
+    name = url.rsplit("/", 1)[1]
+    return Weights(folder, (name,), url, licence, size_mb, f"curl -L --create-dirs -o {{folder}}/{name} {url}")
+
+
+DINO_V2 = hub_model("dinov2-base", "facebook/dinov2-base", "Apache-2.0", 346)
+DINO_V3 = hub_model(
+    "dinov3-vitl16", "facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 licence, access on request", 1213
+)
+CLIP_L = Weights(
+    "clip-vit-large-patch14-openclip",
+    ("open_clip_config.json", ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    "timm/vit_large_patch14_clip_224.openai",
+    "MIT",
+    1710,
+    "hf download timm/vit_large_patch14_clip_224.openai --include 'open_clip*' '*token*' 'vocab.json' 'merges.txt' "
+    "--local-dir {folder}",
+)
+CLIP_L_HF = hub_model("clip-vit-large-patch14", "openai/clip-vit-large-patch14", "MIT", 1710)
+CLIP_SHAPES = Weights(
+    "clip_shapes",
+    ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"),
+    "the embedded world",
+    "Apache-2.0",
+    1,
+    "train it with dpdmd_pipeline.training.clip.train_clip (a minute of one core) into {folder}",
+)
+PICKSCORE = hub_model("pickscore", "yuvalkirstain/PickScore_v1", "see its model card", 3945, "tokenizer_config.json")
+HPS_V2_1 = Weights(
+    "hps_v2.1",
+    ("HPS_v2.1_compressed.pt",),
+    "xswu/HPSv2",
+    "Apache-2.0",
+    1972,
+    "hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir {folder}",
+)
+QWEN_VL = hub_model("qwen2.5-vl-7b", "Qwen/Qwen2.5-VL-7B-Instruct", "Apache-2.0", 16600, "tokenizer_config.json")
+VISUALQUALITY_R1 = hub_model(
+    "visualquality-r1-7b", "TianheWu/VisualQuality-R1-7B", "MIT", 16600, "tokenizer_config.json"
+)
+INCEPTION = url_file(
+    "inception",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "Apache-2.0",
+    96,
+)
+# torch.hub's own layout: torchvision and torchmetrics look for their files there.
+HUB = "hub/checkpoints"
+ALEXNET = url_file(HUB, "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "BSD-3-Clause", 244)
+SQUEEZENET = url_file(HUB, "https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth", "BSD-3-Clause", 5)
+_ARNIQA = "https://github.com/miccunifi/ARNIQA/releases/download/weights"
+ARNIQA = url_file(HUB, f"{_ARNIQA}/ARNIQA.pth", "Apache-2.0", 110)
+ARNIQA_KONIQ = url_file(HUB, f"{_ARNIQA}/regressor_koniq10k.pth", "Apache-2.0", 1)
+
+# pyiqa keeps its files beside torch.hub's.
+_PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
+MANIQA = url_file("hub/pyiqa", f"{_PYIQA}/MANIQA_PIPAL-ae6d356b.pth", "Apache-2.0", 544)
+TOPIQ = url_file("hub/pyiqa", f"{_PYIQA}/cfanet_nr_koniq_res50-9a73138b.pth", "PolyForm-Noncommercial-1.0.0", 140)
+CLIPIQA_PLUS = url_file("hub/pyiqa", f"{_PYIQA}/CLIP-IQA+_learned_prompts-603f3273.pth", "see pyiqa", 1)
+
+
+@contextmanager
+def hub_folder(root: Path) -> Iterator[None]:
+    """Let torch.hub find its checkpoints below `root`, for as long as a model is being built."""
+    import torch
+
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(Path(root) / "hub"))
+    try:
+        yield
+    finally:
+        torch.hub.set_dir(before)

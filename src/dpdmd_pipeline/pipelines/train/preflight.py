@@ -1,0 +1,332 @@
+"""What is found out before anything large is read: options that do not fit the teacher, room that is short."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.pipelines.train.checks import check_precision, check_recipe, check_start
+from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.training.recipe import AnchorRecipe
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run is going to make.
+
+    Attributes:
+        teacher: its folder, of which only the configs need be there.
+        backbone, anchors: options.
+        trained: options of each student, by their group.
+        prompts: all, and those trained on; None where they are not known.
+        folders: of `embeddings`, `anchors` and `train_state`, as far as the run writes them.
+    """
+
+    teacher: Path
+    backbone: BackboneOptions
+    anchors: AnchorRecipe
+    trained: Mapping[str, TrainOptions]
+    prompts: tuple[int, int] | None = None
+    folders: Mapping[str, Path] = field(default_factory=dict)
+
+    @cached_property
+    def model(self) -> Any:
+        """The teacher's adapter.
+
+        Raises:
+            ValueError, OSError: if the folder does not fit the options.
+        """
+        return self.backbone.load(self.teacher, "cpu")
+
+    @cached_property
+    def estimates(self) -> Any:
+        """Of the memory of any recipe over this teacher."""
+        return memory_model(self.teacher, self.backbone)
+
+
+def refusals(plan: Planned, device_memory: int | None = None) -> list[str]:
+    """One line for each thing that cannot go well; empty if nothing is known against the run. Logs what it will cost.
+
+    Args:
+        plan: the run.
+        device_memory: bytes that are free on the GPU; None asks the GPU itself, where a student is trained on one.
+    """
+    try:
+        lines = [*_refused_options(plan)]
+    except (ValueError, OSError) as error:
+        return [_flat(error)]
+    return lines or [*_short_of_memory(plan, device_memory), *_short_of_disk(plan)]
+
+
+def _refused_options(plan: Planned) -> Iterator[str]:
+    """Options that the teacher's config does not allow."""
+    model = plan.model
+    for level in plan.anchors.anchor_levels:
+        if level.steps is not None and level.steps >= plan.backbone.num_steps:
+            yield (
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's "
+                f"backbone.num_steps={plan.backbone.num_steps}"
+            )
+    for group, options in plan.trained.items():
+        try:
+            resolve_device(options.device)
+            check_precision(plan.backbone, options)
+            check_recipe({"anchor_steps": plan.anchors.anchor_levels}, plan.anchors, options)
+            _check_levels(plan, model, options)
+        except ValueError as error:
+            yield f"{group}: {_flat(error)}"
+
+
+def _check_levels(plan: Planned, model: Any, options: TrainOptions) -> None:
+    """The student's schedule can be made, and its first anchor lies below its start."""
+    levels = model.student_schedule(options.grid, options.num_steps)
+    steps = plan.anchors.anchor_levels[0].steps
+    if options.anchored_steps and steps is not None and steps < plan.backbone.num_steps:
+        check_start(levels.sigma[0].item(), model.schedule(plan.backbone.num_steps).sigma[steps].item())
+
+
+# ---- memory
+
+
+def _short_of_memory(plan: Planned, device_memory: int | None) -> Iterator[str]:
+    """Students that do not fit on the GPU; logs what each costs."""
+    for group, options in plan.trained.items():
+        on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
+        try:
+            estimates = plan.estimates if on_gpu else None
+            for line in describe(plan, options, estimates):
+                log.info("%s", line)
+            if estimates is None:
+                continue
+            free = _free_memory() if device_memory is None else device_memory
+            if line := refuse_memory(group, options, estimates, free):
+                yield line
+        except ValueError as error:  # as of adapters that match no layer
+            yield f"{group}: {_flat(error)}"
+
+
+def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
+    """Estimates of the memory of any recipe over this teacher, from its configs."""
+    from dpdmd_pipeline.training.memory import MemoryModel, conditioning_like
+
+    model = backbone.load(teacher, "cpu")
+    cond = conditioning_like(teacher, backbone.max_sequence_length, model.dtype)
+    return MemoryModel(model, teacher, cond, backbone.guidance_scale)
+
+
+def refuse_memory(group: str, options: TrainOptions, estimates: Any, free: int) -> str | None:
+    """The line for a student that does not fit, with what would help and by how much."""
+    from dpdmd_pipeline.training.memory import describe_remedies, remedies
+
+    recipe, execution = options.recipe(), _execution(options)
+    needed = estimates.estimate(recipe, execution)
+    if needed.total <= free:
+        return None
+    helpful = describe_remedies(remedies(estimates, recipe, execution))
+    return f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
+
+
+def explain_out_of_memory(error: BaseException, teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> str:
+    """The line for a GPU that ran out of memory while training: what was asked for, and which options make it less.
+
+    Args:
+        error: torch's.
+        teacher, backbone, options: of the run.
+    """
+    from dpdmd_pipeline.training.memory import describe_remedies, remedies
+
+    estimates = memory_model(teacher, backbone)
+    recipe, execution = options.recipe(), _execution(options)
+    asked = _flat(error).split(". ")
+    words = ". ".join(asked[:2]).removeprefix("CUDA out of memory. ")
+    return (
+        f"out of GPU memory while training ({words}); the estimate was {estimates.estimate(recipe, execution)}: "
+        f"{describe_remedies(remedies(estimates, recipe, execution))}; finished steps are kept"
+    )
+
+
+def _execution(options: TrainOptions) -> Any:
+    from dpdmd_pipeline.training.memory import Execution
+
+    share = options.batch_size // options.launch.total  # of each process
+    parts = (min(share, size) for size in (options.student_micro_batch, options.fake_score_micro_batch))
+    return Execution(*parts, options.gradient_checkpointing)
+
+
+def _free_memory() -> int:
+    import torch
+
+    return torch.cuda.mem_get_info()[0]
+
+
+def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> list[str]:
+    """Lines for the log before a student is trained: its passes, and, on a GPU, its work and memory."""
+    from dpdmd_pipeline.training.cost import Settings, describe_cost
+
+    steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
+    online, known = plan.anchors.mode == "online", None not in steps
+    settings = Settings(
+        guidance_scale=plan.backbone.guidance_scale,
+        gradient_checkpointing=options.gradient_checkpointing,
+        online_anchors=[step for step in steps if step] if online and known else (),
+        with_denoised=plan.anchors.with_denoised,
+    )
+    flops = estimates.forward_flops(options.recipe()) if estimates else None
+    lines = describe_cost(options, settings, flops)
+    if online and not known:
+        lines.append("to these come the anchors' own passes: the stage anchors finds out how many")
+    if estimates:
+        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), _execution(options))}")
+    return lines
+
+
+# ---- disk
+
+
+def _short_of_disk(plan: Planned) -> Iterator[str]:
+    """Disks on which the caches do not fit together; what is there already needs no new room."""
+    needs = {name: size for name, size in disk_needs(plan).items() if name in plan.folders}
+    disks: dict[int, list[str]] = {}
+    for name in needs:
+        disks.setdefault(_standing(plan.folders[name]).stat().st_dev, []).append(name)
+    for names in disks.values():
+        place = _standing(plan.folders[names[0]])
+        missing = {name: max(0, needs[name] - _present(plan.folders[name])) for name in names}
+        free = shutil.disk_usage(place).free
+        if sum(missing.values()) > GIB:
+            log.info("disk: %s; %.1f GiB are free on the disk of %s", _sizes(missing), free / GIB, place)
+        if sum(missing.values()) > free:
+            room = f"{_sizes(missing)} are needed, {free / GIB:.1f} GiB are free"
+            yield f"disk of {place}: {room}: {_spare_disk(plan, missing)}"
+
+
+def disk_needs(plan: Planned) -> dict[str, int]:
+    """Bytes of the caches and of a student's states, as far as they are known."""
+    import torch
+
+    from dpdmd_pipeline.training.memory import anchor_bytes, conditioning_like, embedding_bytes
+
+    needs = {}
+    if plan.prompts is not None:
+        cond = conditioning_like(plan.teacher, plan.backbone.max_sequence_length, plan.model.dtype)
+        needs["embeddings"] = embedding_bytes(cond, plan.prompts[0])
+        if plan.anchors.mode == "cached":
+            needs["anchors"] = anchor_bytes(
+                plan.model.latent_shape,
+                plan.prompts[1] * plan.anchors.seeds_per_prompt,
+                len(plan.anchors.anchor_levels),
+                with_denoised=plan.anchors.with_denoised,
+                dtype=getattr(torch, plan.anchors.dtype),
+            )
+    if plan.trained and "train_state" in plan.folders:
+        needs["train_state"] = max(
+            (options.keep_last + 1) * plan.estimates.checkpoint_bytes(options.recipe())  # and the one being written
+            for options in plan.trained.values()
+        )
+    return needs
+
+
+def _spare_disk(plan: Planned, missing: Mapping[str, int]) -> str:
+    """What would make the largest of them smaller, and by how much."""
+    halves = {
+        "embeddings": "half as many prompts",
+        "anchors": "half the anchors.seeds_per_prompt",
+        "train_state": "train.roles=lora, or another disk for data/06_models",
+    }
+    found = []
+    for name, size in sorted(missing.items(), key=lambda item: -item[1]):
+        if name == "train_state":
+            found.append(halves[name])
+        elif size:
+            found.append(f"{halves[name]} spare {size / 2 / GIB:.1f} GiB")
+    if missing.get("anchors") and plan.anchors.dtype == "float32":
+        found.append(f"anchors.dtype=float16 spares {missing['anchors'] / 2 / GIB:.1f} GiB")
+    if missing.get("anchors"):
+        found.append(f"anchors.mode=online spares {missing['anchors'] / GIB:.1f} GiB")
+    return "free some space, or: " + "; ".join(found)
+
+
+def _sizes(needs: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in needs.items())
+
+
+def _standing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    folder = folder.resolve()
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _present(folder: Path) -> int:
+    """Bytes in a cache and in its unfinished sibling."""
+    places = (folder, folder.with_name(f".{folder.name}.partial"))
+    return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+
+
+# ---- of a Kedro run
+
+
+def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
+    """What stands against a run of the line, before its first node; for the hooks.
+
+    Nothing is looked at in runs that neither make anchors nor train.
+    """
+    nodes = {node.name: node for node in pipeline.nodes}
+    trained = {
+        group: TrainOptions.model_validate(catalog.get(f"params:{group}").load())
+        for name, group in (("train_dmd", "train_dmd"), ("train_student", "train"))
+        if name in nodes
+    }
+    teacher = catalog.get("teacher") if "teacher" in catalog else None
+    pretrained = hasattr(teacher, "load_configs")
+    if "teacher" in pipeline.all_outputs():
+        return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave it out"] * pretrained
+    if not (trained or "make_anchors" in nodes) or teacher is None:
+        return []
+    try:
+        folder = teacher.load_configs() if pretrained else teacher.load()
+        plan = Planned(
+            teacher=folder,
+            backbone=BackboneOptions.model_validate(catalog.get("params:backbone").load()),
+            anchors=AnchorRecipe.model_validate(catalog.get("params:anchors").load()),
+            trained=trained,
+            prompts=_count_prompts(pipeline, catalog),
+            folders=_folders(pipeline, catalog, estimated=pretrained),
+        )
+        return refusals(plan)
+    except (ValueError, OSError) as error:
+        return [_flat(error)]
+
+
+def _count_prompts(pipeline: Any, catalog: Any) -> tuple[int, int] | None:
+    """All prompts, and those trained on; of files that are yet to be cleaned at most so many."""
+    if "prompts" not in pipeline.all_outputs():
+        records = list(catalog.get("prompts").load()) if catalog.exists("prompts") else None
+        return None if records is None else (len(records), sum(record["train"] for record in records))
+    trained = _filled(catalog.get("raw_prompts").load())
+    judged = catalog.get("raw_eval_prompts").load()
+    return trained + (_filled(judged) if judged.path.is_file() else 0), trained
+
+
+def _filled(prompts: Any) -> int:
+    return sum(1 for line in prompts.lines() if line.text.strip())
+
+
+def _folders(pipeline: Any, catalog: Any, *, estimated: bool) -> dict[str, Path]:
+    """Where the run writes what is large; states of embedded students are not."""
+    made = pipeline.all_outputs()
+    names = [name for name in ("embeddings", "anchors") if name in made]
+    if estimated and made & {"student", "student_dmd"}:
+        names.append("train_state")
+    return {name: Path(catalog.get(name)._filepath) for name in names}
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())

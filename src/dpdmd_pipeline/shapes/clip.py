@@ -1,0 +1,92 @@
+"""A tiny CLIP of the embedded world: open_clip's real classes, small, with a vocabulary of the world's words.
+
+It lets the CLIP path (score and diversity) run offline; the exact reader stays the judge. Captions for it say
+everything that is in a picture, unlike the prompts: a CLIP that never heard of positions could not tell them apart.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpdmd_pipeline.shapes.world import BACKGROUNDS, COLOURS, LEGAL, RESOLUTION, SHAPES, Attributes, captions
+
+if TYPE_CHECKING:
+    from open_clip import CLIP
+    from transformers import PreTrainedTokenizerFast
+
+CONTEXT_LENGTH = 16
+_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+_RADII = ("small", "large")
+_PAD, _UNKNOWN, _END = "<pad>", "<unknown>", "<end>"
+
+
+def full_caption(attributes: Attributes) -> str:
+    """All attributes in words, as in "a small red circle at the top left on black"."""
+    row, column = divmod(attributes.position, len(_COLUMNS))
+    colour, background = list(COLOURS)[attributes.colour], list(BACKGROUNDS)[attributes.background]
+    what = f"{_RADII[attributes.radius]} {colour} {SHAPES[attributes.shape]}"
+    return f"a {what} at the {_ROWS[row]} {_COLUMNS[column]} on {background}"
+
+
+def full_captions() -> list[str]:
+    """One caption for each legal picture, in the order of LEGAL; all differ."""
+    return [full_caption(attributes) for attributes in LEGAL]
+
+
+def make_word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word; what it does not know is one unknown word."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({word for text in [*captions(), *full_captions()] for word in text.split()})
+    vocabulary = [_PAD, _UNKNOWN, *words, _END]  # the end last: open_clip pools where the id is highest
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, _UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {_END}", special_tokens=[(_END, len(vocabulary) - 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        unk_token=_UNKNOWN,
+        eos_token=_END,
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def model_config(vocab_size: int) -> dict[str, Any]:
+    """What open_clip builds the model and its preprocessing from."""
+    vision = {"image_size": RESOLUTION, "patch_size": 8, "width": 96, "layers": 2, "head_width": 32, "mlp_ratio": 2.0}
+    text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": 64, "heads": 2, "layers": 1}
+    text["hf_tokenizer_name"] = "tokenizer.json"  # any name: open_clip takes the one in the same folder
+    return {
+        "model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
+    }
+
+
+def make_clip(folder: Path, seed: int) -> CLIP:
+    """An untrained model; its configuration and tokenizer are written to the folder, its weights are not."""
+    import open_clip
+
+    tokenizer = make_word_tokenizer()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "open_clip_config.json").write_text(json.dumps(model_config(len(tokenizer)), indent=2) + "\n")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+
+
+def save_clip(model: CLIP, folder: Path) -> None:
+    """Add the weights to a folder that `make_clip` has begun."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )

@@ -1,0 +1,346 @@
+"""A walk through ComfyUI's page, with a real server and a real browser.
+
+    COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT
+
+Adds the sampler by search, opens every example and finds no node missing, runs three with random weights, and reads the
+nodes in every language. Screenshots and thumbnails go to OUT. Needs `pip install playwright` and a Chromium: the one
+on the path, or CHROMIUM. COMFY_PYTHON is ComfyUI's Python, if it has its own. The page reaches nothing but the server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from comfy_server import ComfyServer
+
+PACK = Path(__file__).parents[2] / "comfy_nodes"
+FOLDERS = {"VAELoader": "vae", "TripleCLIPLoader": "text_encoders", "CheckpointLoaderSimple": "checkpoints"}
+PATIENCE = 300  # seconds, for a page or a run on a busy machine
+SIZE = {"width": 1600, "height": 1000}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,  # text at every zoom; its name in older versions
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+RUNS = {"sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
+UNKNOWN_NODES = """() => window.app.graph._nodes
+    .filter(node => !(node.type in window.LiteGraph.registered_node_types) || node.has_errors).map(node => node.type)"""
+BOUNDS_OF_NODES = """() => {
+    const { scale, offset } = window.app.canvas.ds, { _nodes: nodes, _groups: groups } = window.app.graph
+    const boxes = [...nodes.map(node => node.getBounding()), ...groups.map(group => group._bounding)]
+    const low = axis => Math.min(...boxes.map(box => box[axis])) - 20
+    const high = axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])) + 20
+    const { x, y } = window.app.canvas.canvas.getBoundingClientRect()
+    return [(low(0) + offset[0]) * scale + x, (low(1) + offset[1]) * scale + y,
+            (high(0) - low(0)) * scale, (high(1) - low(1)) * scale]
+}"""
+LOCALES = {"en": "en-US", "zh": "zh-CN", "ja": "ja-JP", "fr": "fr-FR"}
+
+
+def main(out: Path) -> None:
+    """Walk, and leave what was seen in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as base, serving(Path(base)) as server:
+        print(f"ComfyUI {server.get('system_stats')['system']['comfyui_version']}")
+        look_at_what_is_served(server)
+        make_files(server.base)
+        with browsing() as browser:
+            page = open_page(browser, server, "en")
+            add_by_search(page, out)
+            for name in examples():
+                open_example(page, name, out)
+            for name in RUNS:
+                run_example(page, server, name, out)
+            page.close()
+            for language in LOCALES:
+                read_the_nodes(browser, server, language)
+
+
+def examples() -> list[str]:
+    """Names of the example workflows."""
+    return sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
+
+
+# ---- the server
+
+
+@contextlib.contextmanager
+def serving(base: Path) -> Iterator[ComfyServer]:
+    """A ComfyUI with the pack, set up so that it greets nobody."""
+    settings = base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(SETTINGS))
+    server = ComfyServer(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFY_PYTHON", sys.executable), base)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def fetch(server: ComfyServer, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/{path}", timeout=30) as answer:
+        return answer.read()
+
+
+def look_at_what_is_served(server: ComfyServer) -> None:
+    """Help pages, templates with thumbnails, and translations, as the page asks for them."""
+    nodes = [name for name in server.get("object_info") if name.startswith("DPDMD")]
+    for name in nodes:
+        assert fetch(server, f"extensions/dpdmd/docs/{name}.md").startswith(b"# "), name
+    assert sorted(server.get("workflow_templates")["dpdmd"]) == examples()
+    for name in examples():
+        assert fetch(server, f"api/workflow_templates/dpdmd/{name}.jpg").startswith(b"\xff\xd8"), name
+    for language in LOCALES:
+        assert set(server.get("i18n")[language]["nodeDefs"]) >= set(nodes), language
+    print(
+        f"served: {len(nodes)} nodes with help, {len(examples())} templates with thumbnails, {len(LOCALES)} languages"
+    )
+
+
+# ---- files that the examples name
+
+
+def make_files(base: Path) -> None:
+    """Placeholders for all, and random weights for the one example that is run."""
+    for name in examples():
+        for node in read_example(name)["nodes"]:
+            for file in files_of(node):
+                path = base / "models" / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes((8).to_bytes(8, "little") + b"{}      ")  # a safetensors file of no tensors
+    make_student(base / "models/diffusion_models/sd35_medium_dpdmd.safetensors")
+    make_text_encoder(base / "models/text_encoders/clip_l.safetensors")
+    make_vae(base / "models/vae/sd3.5_vae.safetensors")
+    shutil.copy(PACK / "example_workflows" / "sd35_4step.jpg", base / "input" / "example.png")  # read by content
+
+
+def read_example(name: str) -> dict:
+    return json.loads((PACK / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def files_of(node: dict) -> list[str]:
+    """Model files that a node names, below models/."""
+    names = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")]
+    folder = FOLDERS.get(node["type"])
+    return [f"{folder}/{name}" if folder else name for name in names]
+
+
+def make_student(path: Path) -> None:
+    """The smallest transformer that ComfyUI knows as SD3 and that takes real text embeddings."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    from dpdmd_pipeline.backbones.student_file import WEIGHTS, StudentHeader, save_student
+
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(
+        sample_size=32,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=64,
+        caption_projection_dim=128,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=32,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(Path(folder), model, StudentHeader(family="sd3", sigmas=[1.0, 0.75, 0.5, 0.25, 0.0]))
+        shutil.copy(Path(folder) / WEIGHTS, path)
+
+
+def make_text_encoder(path: Path) -> None:
+    """CLIP-L of full size: ComfyUI knows no smaller one."""
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    with torch.device("meta"):
+        shapes = CLIPTextModel(config).state_dict()
+    fill(path, {name if name.startswith("text_model.") else f"text_model.{name}": v for name, v in shapes.items()})
+
+
+def make_vae(path: Path) -> None:
+    """SD3.5's autoencoder in diffusers' layout, as its repository has it."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    fill(path, vae.state_dict())
+
+
+def fill(path: Path, shapes: dict[str, Any]) -> None:
+    """Write random weights; norms stay near the identity, so that something comes out."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in shapes.items():
+        values = torch.empty(shape.shape).uniform_(-0.05, 0.05, generator=generator)
+        weights[name] = (values + (name.endswith("weight") and values.ndim == 1)).half()
+    save_file(weights, path)
+
+
+# ---- the browser
+
+
+@contextlib.contextmanager
+def browsing() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    if path is None:
+        raise FileNotFoundError("no chromium on the path: install one, or name it in CHROMIUM")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+def find_chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+
+
+def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
+    """ComfyUI's page, ready, with an empty graph; what it asks for elsewhere is not sent."""
+    address = f"http://127.0.0.1:{server.port}"
+    page = browser.new_page(viewport=SIZE, device_scale_factor=2, locale=LOCALES[language])
+    page.set_default_timeout(1000 * PATIENCE)
+
+    def keep_inside(route: Any) -> None:
+        if route.request.url.startswith((address, "data:", "blob:")):
+            route.continue_()
+        else:
+            route.abort()
+
+    page.route("**/*", keep_inside)
+    page.goto(address)
+    page.wait_for_function("() => window.app?.graph?._nodes.length")  # the page's own first workflow comes last
+    page.wait_for_timeout(2000)
+    page.evaluate("() => window.app.graph.clear()")
+    return page
+
+
+def add_by_search(page: Any, out: Path) -> None:
+    """As a user does: double click, type, choose."""
+    page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
+    page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+    page.keyboard.type("DP-DMD", delay=40)
+    found = page.get_by_text("DP-DMD Sampler", exact=True).first
+    found.wait_for()
+    page.wait_for_timeout(1000)
+    page.screenshot(path=out / "search.png")
+    found.click()
+    page.wait_for_function("() => window.app.graph._nodes.length")
+    page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask where to put it
+    page.wait_for_timeout(1500)
+    page.screenshot(path=out / "added.png")
+    assert node_types(page) == ["DPDMDSampler"], node_types(page)
+    print("search: DP-DMD Sampler added")
+
+
+def node_types(page: Any) -> list[str]:
+    return page.evaluate("() => window.app.graph._nodes.map(node => node.type)")
+
+
+def open_example(page: Any, name: str, out: Path) -> None:
+    """Nothing of it is unknown to the page, and the page has nothing to say about it."""
+    load(page, name, read_example(name))
+    unknown = page.evaluate(UNKNOWN_NODES)
+    assert unknown == [], f"{name}: {unknown}"
+    told = page.locator("body").inner_text()
+    assert not re.search("issues? found|missing", told, re.IGNORECASE), f"{name}:\n{told}"
+    assert sorted(node_types(page)) == sorted(node["type"] for node in read_example(name)["nodes"]), name
+    page.screenshot(path=out / f"{name}.png")
+    picture_of_nodes(page, ratio=1.5).resize((720, 480)).save(out / f"{name}.jpg", quality=85)
+    picture_of_nodes(page).quantize(128).save(out / f"{name}_nodes.png", optimize=True)
+    print(f"opened: {name}, {len(node_types(page))} nodes, none missing")
+
+
+def load(page: Any, name: str, workflow: dict) -> None:
+    page.evaluate("([name, flow]) => window.app.loadGraphData(flow, true, true, name)", [name, workflow])
+    page.wait_for_timeout(1500)
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1500)
+
+
+def picture_of_nodes(page: Any, ratio: float | None = None) -> Any:
+    """The nodes without the page around them, on a margin that makes it `ratio` times as wide as high."""
+    from PIL import Image
+
+    left, top, width, height = page.evaluate(BOUNDS_OF_NODES)
+    full = max(width, height * (ratio or 0)), max(height, width / ratio if ratio else 0)
+    corner = left - (full[0] - width) / 2, top - (full[1] - height) / 2
+    clip = dict(zip(("x", "y", "width", "height"), (*corner, *full), strict=True))
+    return Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB")
+
+
+def run_example(page: Any, server: ComfyServer, name: str, out: Path) -> None:
+    """On random weights the pictures are noise, but every node on the way has run."""
+    workflow = read_example(name)
+    for node in workflow["nodes"]:
+        if node["type"] == "TripleCLIPLoader":  # T5-XXL has 5 billion weights
+            node |= {"type": "CLIPLoader", "widgets_values": ["clip_l.safetensors", "sd3", "default"]}
+        node["widgets_values"] = [64 if value == 1024 else value for value in node["widgets_values"]]
+    load(page, name, workflow)
+    before = set(server.get("history"))
+    page.evaluate("() => window.app.queuePrompt(0)")
+    run = finished(server, before)
+    assert run["status"]["status_str"] == "success", run["status"]["messages"][-1]
+    images = [image for output in run["outputs"].values() for image in output.get("images", [])]
+    assert len(images) == RUNS[name], run["outputs"]
+    page.wait_for_timeout(2000)
+    page.screenshot(path=out / f"run_{name}.png")
+    print(f"run: {name} on random weights, {len(images)} pictures")
+
+
+def finished(server: ComfyServer, before: set[str]) -> dict:
+    """What the run that is not in `before` came to."""
+    for _ in range(2 * PATIENCE):
+        if new := set(server.get("history")) - before:
+            return server.get("history")[new.pop()]
+        time.sleep(0.5)
+    raise RuntimeError(f"the run did not finish:\n{server.log.read_text()[-3000:]}")
+
+
+def read_the_nodes(browser: Any, server: ComfyServer, language: str) -> None:
+    """Every node shows the title of its language."""
+    known = json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    page = open_page(browser, server, language)
+    for name, words in known.items():
+        shown = page.evaluate("name => window.LiteGraph.createNode(name).title", name)
+        assert shown == words["display_name"], f"{language}: {name} is shown as {shown!r}"
+    page.close()
+    print(f"language: {language}, {len(known)} titles")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or "COMFYUI_PATH" not in os.environ:
+        sys.exit("usage: COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,166 @@
+"""Nodes for the server tests alone: tensors in and out of a workflow by files, and an SDXL small enough to run here."""
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import comfy.model_detection
+import comfy.supported_models
+import folder_paths
+import torch
+from safetensors.torch import load_file, save_file
+
+TINY_CHANNELS, TINY_CONTEXT, TINY_POOLED = 64, 64, 32
+_FOREIGN = {"kedro", "dvc", "diffusers", "accelerate", "dpdmd_pipeline"}
+
+
+class TinySDXL(comfy.supported_models.SDXL):
+    """ComfyUI knows SDXL by its sizes; this is the same network with others. Everything after detection is its own."""
+
+    unet_config = comfy.supported_models.SDXL.unet_config | {
+        "model_channels": TINY_CHANNELS,
+        "transformer_depth": [0, 1],
+        "context_dim": TINY_CONTEXT,
+        "adm_in_channels": TINY_POOLED + 6 * 256,
+    }
+
+
+TINY_UNET = {
+    "use_checkpoint": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": TINY_CHANNELS,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [0, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [0, 0, 1, 1],
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "num_head_channels": 64,
+    "context_dim": TINY_CONTEXT,
+    "num_classes": "sequential",
+    "adm_in_channels": TINY_POOLED + 6 * 256,
+    "legacy": False,
+    "dtype": None,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+}
+
+
+def _teach_tiny_sdxl() -> None:
+    known = comfy.model_detection.unet_config_from_diffusers_unet
+
+    def with_tiny(state_dict, *args, **kwargs):
+        if state_dict.get("conv_in.weight", torch.empty(0)).shape[:1] == (TINY_CHANNELS,):
+            return comfy.model_detection.convert_config(dict(TINY_UNET))
+        return known(state_dict, *args, **kwargs)
+
+    comfy.model_detection.unet_config_from_diffusers_unet = with_tiny
+    comfy.supported_models.models.insert(0, TinySDXL)
+
+
+_teach_tiny_sdxl()
+
+
+def _node(returns: tuple[str, ...], **inputs):
+    """Makes a node of a function; its last input is always a path."""
+
+    def decorate(function):
+        class Node:
+            RETURN_TYPES = returns
+            FUNCTION = "run"
+            CATEGORY = "test"
+            OUTPUT_NODE = not returns
+
+            @classmethod
+            def INPUT_TYPES(cls):  # noqa: N802
+                return {"required": {name: (kind, {}) for name, kind in inputs.items()}}
+
+            def run(self, **values):
+                return function(**values) or {}
+
+        NODE_CLASS_MAPPINGS[function.__name__] = Node
+        return function
+
+    return decorate
+
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+
+
+@_node(("CONDITIONING",), path="STRING")
+def TestConditioning(path):  # noqa: N802
+    """Embeddings from a file: prompt_embeds [1, tokens, width], pooled_embeds [1, width]."""
+    found = load_file(path)
+    return ([[found["prompt_embeds"], {"pooled_output": found["pooled_embeds"]}]],)
+
+
+@_node(("LATENT",), path="STRING")
+def TestLatent(path):  # noqa: N802
+    """A LATENT from a file: samples, and if there noise_mask and batch_index."""
+    latent = load_file(path)
+    if "batch_index" in latent:
+        latent["batch_index"] = latent["batch_index"].tolist()
+    return (latent,)
+
+
+@_node(("SIGMAS",), text="STRING", path="STRING")
+def ManualSigmasForTests(text, path):  # noqa: N802
+    """Any numbers as SIGMAS; older versions have no node for it."""
+    return (torch.tensor([float(word) for word in text.split(",")]),)
+
+
+@_node((), latent="LATENT", path="STRING")
+def TestSaveLatent(latent, path):  # noqa: N802
+    save_file({"samples": latent["samples"].contiguous()}, path)
+
+
+@_node((), sigmas="SIGMAS", path="STRING")
+def TestSaveSigmas(sigmas, path):  # noqa: N802
+    save_file({"sigmas": sigmas.contiguous()}, path)
+
+
+@_node((), text="STRING", path="STRING")
+def TestSaveText(text, path):  # noqa: N802
+    Path(path).write_text(text)
+
+
+@_node((), model="MODEL", path="STRING")
+def TestSaveNetwork(model, path):  # noqa: N802
+    """A network in ComfyUI's own spelling, as checkpoints have it."""
+    state = model.model.diffusion_model.state_dict()
+    save_file({f"model.diffusion_model.{key}": value.contiguous() for key, value in state.items()}, path)
+
+
+@_node(("MODEL",), model="MODEL", seconds="FLOAT", path="STRING")
+def TestCountCalls(model, seconds, path):  # noqa: N802
+    """A model that writes the level and batch size of each of its calls into a file, and may take its time."""
+
+    def counted(apply_model, arguments):
+        with Path(path).open("a") as file:
+            file.write(f"{arguments['timestep'][0].item():.6g} {len(arguments['input'])}\n")
+        time.sleep(seconds)
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(counted)
+    return (model,)
+
+
+@_node((), path="STRING")
+def TestPack(path):  # noqa: N802
+    """CPU seconds of importing the pack, and what is loaded in the server that no pack should need."""
+    pack = Path(folder_paths.get_folder_paths("custom_nodes")[0]) / "dpdmd"
+    places = {"submodule_search_locations": [str(pack)]}
+    spec = importlib.util.spec_from_file_location("dpdmd_again", pack / "__init__.py", **places)
+    start = time.thread_time()
+    sys.modules["dpdmd_again"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["dpdmd_again"])
+    importlib.import_module("dpdmd_again.nodes")
+    seconds = time.thread_time() - start
+    foreign = sorted({name.split(".")[0] for name in sys.modules} & _FOREIGN)
+    Path(path).write_text(json.dumps({"seconds": seconds, "foreign": foreign}))

@@ -1,0 +1,62 @@
+"""Noise of the pack: a picture's noise is its seed's, in every batch; the package draws the same."""
+
+import pytest
+import torch
+from comfy_nodes.noise import BatchStream, ImageStreams, PerImageNoise, image_seeds, streams_of
+
+from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds
+
+SHAPE = (4, 6, 10)
+
+
+def test_start_noise_is_that_of_the_package():
+    assert torch.equal(ImageStreams([7, 8, 9]).draw(SHAPE), noise_from_seeds([7, 8, 9], SHAPE))
+
+
+def test_later_draws_are_the_next_numbers_of_the_same_generator():
+    streams, generator = ImageStreams([7, 8]), torch.Generator().manual_seed(8)
+    for _draw in range(3):
+        assert torch.equal(streams.draw(SHAPE)[1], torch.randn(*SHAPE, generator=generator))
+
+
+def test_a_picture_is_the_same_alone_and_in_any_batch():
+    batch = ImageStreams(image_seeds(7, 4)).draw(SHAPE)
+    assert torch.equal(batch[2], ImageStreams(image_seeds(9, 1)).draw(SHAPE)[0])
+    assert torch.equal(batch[[3, 1]], ImageStreams(image_seeds(7, 2, [3, 1])).draw(SHAPE))
+
+
+def test_seeds_count_up_and_wrap_around():
+    assert image_seeds(5, 3) == (5, 6, 7)
+    assert image_seeds(2**64 - 1, 3) == (2**64 - 1, 0, 1)
+
+
+def test_an_index_for_another_number_of_pictures_is_refused():
+    with pytest.raises(ValueError, match="batch_index names 2 pictures, the latents hold 3"):
+        image_seeds(5, 3, [0, 1])
+    with pytest.raises(ValueError, match="batch_index names 2 pictures, the latents hold 3"):
+        BatchStream(5, 3, [0, 1])
+
+
+def test_the_stream_of_a_batch_is_comfyuis_own_noise():
+    drawn = BatchStream(7, 3).draw(SHAPE)
+    assert torch.equal(drawn, torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(BatchStream(7, 2, [2, 0]).draw(SHAPE), drawn[[2, 0]])
+
+
+def test_the_noise_of_a_latent_has_its_shape_and_its_index():
+    noise = PerImageNoise(7)
+    drawn = noise.generate_noise({"samples": torch.zeros(2, *SHAPE), "batch_index": [4, 0]})
+    assert torch.equal(drawn, noise_from_seeds([11, 7], SHAPE))
+    assert noise.seed == 7  # what ComfyUI sees
+    assert torch.equal(streams_of(noise.seed, 2).draw(SHAPE), drawn)  # what the re-noise sampler makes of it
+
+
+def test_a_bare_seed_means_pictures_counted_from_it():
+    assert torch.equal(streams_of(7, 2).draw(SHAPE), noise_from_seeds([7, 8], SHAPE))
+
+
+def test_one_noise_serves_latents_of_several_sizes():
+    noise = PerImageNoise(7)
+    for count in (3, 1):
+        assert len(noise.generate_noise({"samples": torch.zeros(count, *SHAPE)})) == count
+        assert torch.equal(streams_of(noise.seed, count).draw(SHAPE), noise_from_seeds(range(7, 7 + count), SHAPE))

@@ -1,0 +1,56 @@
+"""The pack stands alone: what it imports, how quickly, and that pytest reads its repository."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACK = REPOSITORY / "comfy_nodes"
+TORCH_ONLY = ["noise", "sampling", "schedules", "weights"]
+ALLOWED = {"torch", "safetensors", "tqdm"}
+COMFYUI = {"comfy", "comfy_api", "folder_paths", "latent_preview", "server"}
+
+
+def imported(path):
+    """Top-level names of all modules that a file imports, wherever in it; its own package is left out."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACK.glob("*.py")), ids=lambda path: path.stem)
+def test_a_module_imports_only_what_every_comfyui_has(path):
+    allowed = ALLOWED if path.stem in TORCH_ONLY else ALLOWED | COMFYUI
+    assert imported(path) <= allowed | set(sys.stdlib_module_names)
+
+
+def test_nodes_use_nothing_of_comfyuis_extras():
+    assert "comfy_extras" not in (PACK / "nodes.py").read_text()
+
+
+def test_importing_the_modules_takes_a_fifth_of_a_second_and_loads_nothing_of_the_pipeline():
+    code = (
+        "import sys, time, torch, safetensors.torch, tqdm.auto\n"  # a running ComfyUI has these
+        "start = time.process_time()\n"
+        f"import comfy_nodes, {', '.join(f'comfy_nodes.{name}' for name in TORCH_ONLY)}\n"
+        "print(time.process_time() - start)\n"
+        "foreign = {'kedro', 'dvc', 'diffusers', 'accelerate', 'dpdmd_pipeline', 'comfy'}\n"
+        "print(sorted(foreign & {name.split('.')[0] for name in sys.modules}))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    seconds, foreign = answer.stdout.splitlines()
+    assert float(seconds) <= 0.2 and foreign == "[]"
+
+
+def test_the_repository_can_be_cloned_into_custom_nodes_and_still_be_tested():
+    """Its root is a package for ComfyUI; elsewhere it defines nothing."""
+    code = "import runpy; print(sorted(k for k in runpy.run_path('__init__.py') if k[0] != '_'))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,168 @@
+"""Schedules of the pack: those of the package and of diffusers, trained levels alone, refusals."""
+
+import pytest
+import torch
+from comfy_nodes.schedules import Levels
+from comfy_nodes.weights import StudentHeader
+
+from comfy_nodes import schedules
+from dpdmd_pipeline.dpdmd import noise
+
+FLOW = Levels("flow", None, published=True)
+ALPHAS_CUMPROD = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2).cumprod(0)
+TABLE = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()
+EPS = Levels("eps", TABLE, published=True)
+FLOW_STUDENT = StudentHeader("sd3", "full", "flow", "euler", sigmas=(1.0, 0.75, 0.5, 0.25, 0.0))
+EPS_STUDENT = StudentHeader("sdxl", "full", "eps", "renoise", timesteps=(999, 749, 499, 249))
+
+
+def sigmas_for(name, steps=4, levels=FLOW, header=None, custom=""):
+    return schedules.sigmas_for(name, steps, levels, header, custom)[0]
+
+
+# ---- oracles
+
+
+@pytest.mark.parametrize("steps", range(1, 17))
+@pytest.mark.parametrize("grid", ["diffusers", "shifted"])
+def test_flow_schedules_are_those_of_the_package(steps, grid):
+    assert torch.equal(schedules.flow_sigmas(steps, 3.0, grid), noise.flow_sigmas(steps, 3.0, grid))
+
+
+@pytest.mark.parametrize("steps", range(1, 17))
+def test_trailing_timesteps_are_those_of_the_package(steps):
+    levels = noise.vp_schedule(steps, ALPHAS_CUMPROD)
+    assert schedules.trailing_timesteps(steps) == levels.timestep[:-1].tolist()
+    torch.testing.assert_close(sigmas_for("SDXL trailing", steps, EPS), levels.sigma / levels.alpha, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_official_schedule_is_that_of_diffusers(steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    torch.testing.assert_close(sigmas_for(schedules.OFFICIAL_FLOW, steps), scheduler.sigmas, rtol=0, atol=1e-7)
+
+
+# ---- which schedule
+
+
+def test_a_students_own_levels_come_first():
+    assert sigmas_for("auto", header=FLOW_STUDENT).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    trained = sigmas_for("auto", levels=EPS, header=EPS_STUDENT)
+    assert torch.equal(trained[:-1], TABLE[[999, 749, 499, 249]]) and trained[-1] == 0
+
+
+def test_without_a_header_the_familys_published_schedule_is_used_and_named():
+    sigmas, source = schedules.sigmas_for("auto", 4, FLOW, None, "")
+    assert torch.equal(sigmas, sigmas_for(schedules.OFFICIAL_FLOW)) and "no DP-DMD header" in source
+    sigmas, source = schedules.sigmas_for("auto", 4, EPS, None, "")
+    assert torch.equal(sigmas, sigmas_for("SDXL trailing", levels=EPS)) and "SDXL trailing" in source
+
+
+def test_a_family_without_a_published_schedule_is_refused():
+    with pytest.raises(ValueError, match="no published few-step schedule: load the student with"):
+        sigmas_for("auto", levels=Levels("v", TABLE, published=False))
+
+
+@pytest.mark.parametrize(
+    ("steps", "levels"), [(4, [1.0, 0.75, 0.5, 0.25]), (3, [1.0, 0.75, 0.5]), (2, [1.0, 0.5]), (1, [1.0])]
+)
+def test_fewer_steps_are_trained_levels_from_the_first(steps, levels):
+    assert sigmas_for("auto", steps, header=FLOW_STUDENT).tolist() == [*levels, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "message"),
+    [
+        ("SDXL trailing", FLOW, "does not fit a model that predicts flow: choose SD3.5 official"),
+        (schedules.OFFICIAL_FLOW, EPS, "does not fit a model that predicts eps: choose SDXL trailing"),
+        ("uniform (simple)", EPS, "does not fit a model that predicts eps: choose SDXL trailing"),
+    ],
+)
+def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
+    with pytest.raises(ValueError, match=message):
+        sigmas_for(name, levels=levels)
+
+
+@pytest.mark.parametrize("steps", [0, 17, -1])
+def test_steps_out_of_range_are_refused(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}: set 1 to 16"):
+        sigmas_for("auto", steps)
+
+
+def test_more_steps_than_trained_are_refused():
+    with pytest.raises(ValueError, match="steps is 5, the student was trained for 4: set steps to 4 or fewer"):
+        sigmas_for("auto", 5, header=FLOW_STUDENT)
+
+
+def test_a_student_in_a_model_set_to_another_prediction_is_refused():
+    with pytest.raises(ValueError, match="the student predicts eps, but the model is set to v"):
+        sigmas_for("auto", levels=Levels("v", TABLE, published=False), header=EPS_STUDENT)
+
+
+def test_a_timestep_that_the_model_lacks_is_refused():
+    with pytest.raises(ValueError, match="timestep 1000 is out of range: this model has 1000"):
+        schedules.sigmas_of_timesteps([1000, 10], TABLE)
+
+
+# ---- sigmas that a user gives
+
+
+@pytest.mark.parametrize("text", ["1, 0.5, 0", "1 0.5 0", " [1.0,0.5,0.0] ", "1,0.5,\n0"])
+def test_custom_sigmas_may_be_written_in_any_usual_way(text):
+    assert sigmas_for("custom", custom=text).tolist() == [1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("text", ["", "one", "1, , 0.5x, 0", "1;0"])
+def test_custom_sigmas_that_are_no_numbers_are_refused(text):
+    with pytest.raises(ValueError, match="are not numbers: write them like"):
+        sigmas_for("custom", custom=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "levels", "message"),
+    [
+        ("1, 0.5, 0.6, 0", FLOW, "must fall: put them in order"),
+        ("1, 0.5, 0.5, 0", FLOW, "must fall"),
+        ("1, nan, 0", FLOW, "must fall"),
+        ("1, 0.5", FLOW, "end at 0.5: end at 0"),
+        ("1, 0.5, -1", FLOW, "end at -1: end at 0"),
+        ("1.1, 0.5, 0", FLOW, "start above 1, this model's noisiest level"),
+        ("inf, 0.5, 0", FLOW, "start above 1"),
+        ("15, 1, 0", EPS, "start above 14.61"),
+        ("0", FLOW, "leave no step: give two levels or more"),
+    ],
+)
+def test_sigmas_that_no_sampler_can_follow_are_refused(text, levels, message):
+    with pytest.raises(ValueError, match=message):
+        sigmas_for("custom", levels=levels, custom=text)
+
+
+def test_the_noisiest_level_of_an_sdxl_may_be_written_with_five_digits():
+    assert sigmas_for("custom", levels=EPS, custom="14.615, 4, 0")[0].item() == pytest.approx(14.615)
+
+
+# ---- image to image
+
+
+@pytest.mark.parametrize(("denoise", "first"), [(1.0, 1.0), (0.75, 0.75), (0.7, 0.75), (0.5, 0.5), (0.125, 0.25)])
+def test_denoise_keeps_the_last_of_the_trained_levels(denoise, first):
+    kept = schedules.last_part(sigmas_for("auto", header=FLOW_STUDENT), denoise)
+    assert kept[0] == first and kept[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("denoise", "message"),
+    [
+        (0.12, "denoise 0.12 leaves none of 4 steps: raise it to 0.125 or more"),
+        (0.0, "leaves none"),
+        (1.5, "denoise is 1.5: set it above 0, up to 1"),
+        (-1.0, "denoise is -1.0"),
+        (float("nan"), "denoise is nan"),
+    ],
+)
+def test_a_denoise_that_leaves_no_step_is_refused(denoise, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.last_part(sigmas_for("auto", header=FLOW_STUDENT), denoise)

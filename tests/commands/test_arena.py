@@ -1,0 +1,200 @@
+"""The page in a real browser, driven by keys as a person would."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torchvision.transforms.functional import to_pil_image
+
+from dpdmd_pipeline.commands.arena import main
+from dpdmd_pipeline.commands.score import main as score
+from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, " ": 32, "Backspace": 8}
+
+
+class Browser:
+    """Headless Chromium behind a pipe: commands in, answers out, each ended by a zero byte."""
+
+    def __init__(self, profile: Path) -> None:
+        to_read, self.to_browser = os.pipe()
+        self.from_browser, to_write = os.pipe()
+        # Chromium's end of the pipe is at 3 and 4, whatever numbers it has here.
+        moved = "os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
+        launch = f"import os, sys; {moved}; os.execv(sys.argv[3], sys.argv[3:])"
+        options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        ends = [str(to_read), str(to_write)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", launch, *ends, BROWSER, *options.split(), f"--user-data-dir={profile}"],
+            pass_fds=(to_read, to_write),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_read)
+        os.close(to_write)
+        self.number, self.rest, self.session = 0, b"", None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.call("Page.enable")
+
+    def call(self, method: str, **params) -> dict:
+        """Run one command and wait for its answer."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        answer = next(found for found in iter(self.read, None) if found.get("id") == self.number)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def read(self) -> dict:
+        while b"\0" not in self.rest:
+            part = os.read(self.from_browser, 1 << 20)
+            assert part, "the browser has closed its pipe"
+            self.rest += part
+        line, self.rest = self.rest.split(b"\0", 1)
+        return json.loads(line)
+
+    def open(self, page: Path) -> None:
+        self.call("Page.navigate", url=page.as_uri())
+        self.wait_for(lambda: self.look("document.readyState") == "complete")
+
+    def wait_for(self, happened: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not happened():
+            assert time.monotonic() < deadline, "the browser did not do it within a minute"
+
+    def look(self, expression: str):
+        """The value of an expression in the page."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
+
+    def picture(self) -> bytes:
+        """What is seen, as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.to_browser)
+        os.close(self.from_browser)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    found = Browser(tmp_path / "profile")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page about two prompts: ours against a collapsed model."""
+    for prompt in range(2):
+        for name, modes in (("ours", (3, 20, 41, 70)), ("dmd", (5, 5, 5, 29))):
+            folder = tmp_path / name / caption(prompt)
+            folder.mkdir(parents=True)
+            for seed, mode in enumerate(modes):
+                to_pil_image(gallery()[prompt * NUM_MODES + mode]).save(folder / f"{seed}.png")
+    out = tmp_path / "arena.html"
+    main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(out), "--singles", "1", "--sets", "4"])
+    return out
+
+
+def begin(browser, page, who):
+    browser.open(page)
+    browser.look(f"participant.value = {who!r}; who.requestSubmit()")
+
+
+def shown(browser):
+    return browser.look("count.textContent")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(browser, page, tmp_path, capsys):
+    begin(browser, page, "p1")
+    assert shown(browser) == "1 of 4" and browser.look("getComputedStyle(start).display") == "none"
+    order = browser.look("order.map(({index, left}) => [page.questions[index].id, left])")
+    assert browser.look("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    chosen = "[...document.querySelectorAll('.chosen')].map(side => side.id)"
+    assert browser.look(chosen) == []
+    browser.press("ArrowLeft")
+    browser.press(" ")
+    browser.press("Backspace")
+    assert shown(browser) == "2 of 4" and browser.look(chosen) == []
+    browser.press("Backspace")
+    assert browser.look(chosen) == ["left"]
+    browser.press("ArrowLeft")
+    browser.press("ArrowRight")  # changes the answer
+
+    begin(browser, page, "p1")  # the page was closed in between
+    assert shown(browser) == "3 of 4"
+    assert browser.look("order.map(({index, left}) => [page.questions[index].id, left])") == order
+    browser.press("ArrowLeft")
+    browser.press("ArrowLeft")
+    assert browser.look("getComputedStyle(end).display") != "none"
+
+    result = browser.look("results()")
+    given = {answer["id"]: answer["choice"] for answer in result["answers"]}
+    sides = dict(order)
+    other = {"a": "b", "b": "a"}
+    expected = [sides[name] if number != 1 else other[sides[name]] for number, (name, _) in enumerate(order)]
+    assert [given[name] for name, _ in order] == expected
+    assert result["participant"] == "p1" and result["a"].endswith("ours")
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    score([str(tmp_path / "results.json"), "--by", "human"])
+    assert capsys.readouterr().out.count("2 answers, 2 prompts") == 2  # of each kind
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(browser, page, tmp_path):
+    browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
+    orders = []
+    for person in range(6):
+        begin(browser, page, f"p{person}")
+        orders.append(browser.look("JSON.stringify(order)"))
+        browser.press("ArrowLeft")
+    assert len(set(orders)) > 3
+    browser.look("savenow.click()")
+    browser.wait_for(lambda: list((tmp_path / "saved").glob("*.json")))
+    assert (
+        json.loads(next((tmp_path / "saved").glob("*.json")).read_text())["answers"]
+        == browser.look("results()")["answers"]
+    )
+
+
+def test_the_command_says_what_it_has_written(page, capsys):
+    assert page.stat().st_size < 100_000
+    main([str(page.parent / "ours"), str(page.parent / "dmd"), "--out", str(page), "--singles", "2", "--sets", "0"])
+    assert "4 questions about 2 prompts, 0.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sets", "1"], "sets 0 or at least 2"),
+        (["--sets", "0", "--singles", "0"], "asks nothing"),
+        (["--side", "2"], "at least 16 pixels"),
+        (["--out", "nowhere/x.html"], "there is no folder"),
+        ([], "is no folder of pictures"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments, told, tmp_path):
+    given = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.html"), *arguments]
+    with pytest.raises((ValueError, OSError), match=told):
+        main(given)

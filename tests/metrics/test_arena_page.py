@@ -1,0 +1,88 @@
+import base64
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.metrics.pictures import FileSet
+
+OPTIONS = ArenaOptions(per_prompt=2, set_size=4, side=None, seed=0)
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Two prompts with five pictures each on both sides; the second prompt tries to break out of the page."""
+
+    def side(name, shift):
+        sets = []
+        for number, text in enumerate(("a dog", '</script><b>"&')):
+            files = []
+            for seed in range(5):
+                files.append(tmp_path / f"{name}_{number}_{seed}.png")
+                Image.new("RGB", (40, 20), (seed * 40, number * 200, shift)).save(files[-1])
+            sets.append(FileSet(f"p{number}", text, tuple(files)))
+        return sets
+
+    return side("secret_a", 10), side("secret_b", 90)
+
+
+def page_of(html):
+    return json.loads(re.search(r"^const page = (.*);$", html, re.MULTILINE)[1])
+
+
+def test_the_page_holds_every_question_with_its_pictures_and_needs_nothing_else(sides):
+    html = make_arena(*sides, ("folder a", "folder b"), OPTIONS)
+    page = page_of(html)
+    assert [question["question"] for question in page["questions"]] == ["diversity", "quality", "quality"] * 2
+    assert len({question["id"] for question in page["questions"]}) == 6
+    for question in page["questions"]:
+        assert len(question["a"]) == len(question["b"]) == (4 if question["question"] == "diversity" else 1)
+        for key in (*question["a"], *question["b"]):
+            assert page["pictures"][key].startswith("data:image/png;base64,")
+    assert page["questions"][3]["prompt"] == '</script><b>"&'
+    assert html.count("</script>") == 1 and not re.search(r"https?://|src=[\"'](?!data)", html)
+
+
+def test_pairs_are_of_the_same_place_and_file_names_stay_out(sides):
+    html = make_arena(*sides, ("folder a", "folder b"), OPTIONS)
+    page = page_of(html)
+    assert "secret" not in html
+    quality = [question for question in page["questions"] if question["question"] == "quality"]
+    for question in quality:
+        colours = [
+            Image.open(io.BytesIO(base64.b64decode(page["pictures"][question[side][0]].split(",")[1]))).getpixel((0, 0))
+            for side in ("a", "b")
+        ]
+        assert colours[0][:2] == colours[1][:2] and (colours[0][2], colours[1][2]) == (10, 90)
+
+
+def test_the_same_page_comes_out_again_and_another_seed_asks_otherwise(sides):
+    names = ("a", "b")
+    pages = [page_of(make_arena(*sides, names, ArenaOptions(2, 4, None, seed))) for seed in (0, 0, 1, 2)]
+    assert pages[0] == pages[1]
+    assert len({page["arena"] for page in pages}) == 3
+    assert len({str(page["questions"]) for page in pages}) > 1
+
+
+def test_reduced_pictures_keep_their_shape(sides):
+    page = page_of(make_arena(*sides, ("a", "b"), ArenaOptions(1, 0, 16, 0)))
+    found = next(iter(page["pictures"].values()))
+    assert found.startswith("data:image/webp") and all(q["question"] == "quality" for q in page["questions"])
+    assert Image.open(io.BytesIO(base64.b64decode(found.split(",")[1]))).size == (16, 8)
+
+
+def test_what_cannot_be_compared_is_refused(sides, monkeypatch, tmp_path):
+    a, b = sides
+    with pytest.raises(ValueError, match="'p1' is on one side only"):
+        make_arena(a, b[:1], ("a", "b"), OPTIONS)
+    with pytest.raises(ValueError, match="has 5 pictures in a, 9 are needed: ask for fewer"):
+        make_arena(a, b, ("a", "b"), ArenaOptions(1, 9, None, 0))
+    monkeypatch.setattr("dpdmd_pipeline.metrics.arena.LARGEST_PAGE_MB", 0.0005)
+    with pytest.raises(ValueError, match="the page would be over .* --side 512"):
+        make_arena(a, b, ("a", "b"), OPTIONS)
+    a[0].files[0].write_bytes(b"")
+    with pytest.raises(OSError, match=r"secret_a_0_0.png: empty file"):
+        make_arena(a, b, ("a", "b"), OPTIONS)

@@ -1,0 +1,76 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from dpdmd_pipeline.metrics.distribution import frechet_distance, kernel_distance, prdc
+from dpdmd_pipeline.metrics.weights import UnavailableError
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(120, 6, generator=generator), torch.randn(90, 6, generator=generator) * 1.4 + 0.5
+
+
+def test_fid_is_the_distance_of_two_gaussians(clouds):
+    real, fake = (cloud.double().numpy() for cloud in clouds)
+    covariances = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)
+    shift = np.square(real.mean(0) - fake.mean(0)).sum()
+    expected = shift + np.trace(sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real)
+    found = frechet_distance(clouds[0].split(50), clouds[1].split(7))
+    assert math.isclose(found, expected, rel_tol=1e-6)
+
+
+def test_fid_of_too_few_pictures_is_refused(clouds):
+    with pytest.raises(UnavailableError, match=r"more pictures than features .*over 6.*there are 6 against 120"):
+        frechet_distance([clouds[0]], [clouds[1][:6]])
+
+
+def test_kid_is_the_unbiased_estimate_where_there_are_few_pictures(clouds):
+    real, fake = clouds[0][:90].double(), clouds[1].double()
+
+    def kernel(x, y):
+        return (x @ y.T / 6 + 1) ** 3
+
+    within = sum((kernel(x, x).sum() - kernel(x, x).trace()) / (90 * 89) for x in (real, fake))
+    expected = within - 2 * kernel(real, fake).mean()
+    found, spread = kernel_distance(real, fake, seed=0)
+    assert math.isclose(found, expected.item(), rel_tol=1e-9) and spread < 1e-9
+    state = torch.get_rng_state()
+    kernel_distance(real, fake, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_precision_recall_density_and_coverage_are_what_their_papers_say(clouds):
+    real, fake, k = clouds[0][:40].double(), clouds[1][:30].double(), 3
+
+    def radius(points, index):
+        others = [(points[index] - other).norm() for j, other in enumerate(points) if j != index]
+        return sorted(others)[k - 1]
+
+    real_radius = [radius(real, i) for i in range(len(real))]
+    fake_radius = [radius(fake, j) for j in range(len(fake))]
+    distance = torch.tensor([[(r - f).norm() for f in fake] for r in real])
+    balls = torch.tensor([[sum(distance[i, j] < real_radius[i] for i in range(40))] for j in range(30)])[:, 0]
+    found = prdc(real, fake, k)
+    assert found.precision.tolist() == (balls > 0).tolist()
+    assert found.density.tolist() == [count / k for count in balls.tolist()]
+    assert found.recall.tolist() == [any(distance[i, j] < fake_radius[j] for j in range(30)) for i in range(40)]
+    assert found.coverage.tolist() == [distance[i].min() < real_radius[i] for i in range(40)]
+
+
+def test_the_size_of_the_held_part_of_the_distances_does_not_matter(monkeypatch):
+    torch.manual_seed(0)
+    real, fake = torch.randn(50, 4), torch.randn(50, 4)
+    whole = prdc(real, fake)
+    monkeypatch.setattr("dpdmd_pipeline.metrics.distribution._ROWS", 7)
+    for part, expected in zip(prdc(real, fake), whole, strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_neighbours_need_more_pictures_than_are_counted():
+    with pytest.raises(UnavailableError, match="over 5 pictures on both sides: there are 5 against 9"):
+        prdc(torch.randn(9, 2), torch.randn(5, 2))

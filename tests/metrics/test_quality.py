@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+
+from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa
+from dpdmd_pipeline.metrics.weights import MissingLibraryError, hub_folder
+
+
+class Regressor(nn.Module):
+    """The linear regressor, under the names that its file has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(1, 4096))
+        self.biases = nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, features):
+        return features @ self.weights.T + self.biases
+
+
+@pytest.fixture(scope="module")
+def arniqa_weights(tmp_path_factory):
+    """Random weights in the files as published: a state under `model.`, and a TorchScript regressor."""
+    from torchvision.models import resnet50
+
+    root = tmp_path_factory.mktemp("weights")
+    checkpoints = root / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.manual_seed(0)
+    encoder = nn.Sequential(*list(resnet50().children())[:-1])
+    torch.save({f"model.{name}": value for name, value in encoder.state_dict().items()}, checkpoints / "ARNIQA.pth")
+    torch.jit.save(torch.jit.script(Regressor()), checkpoints / "regressor_koniq10k.pth")
+    return root
+
+
+def test_arniqa_is_torchmetrics_picture_by_picture(arniqa_weights, photos, passes):
+    from torchmetrics.functional.image.arniqa import arniqa
+    from torchvision.transforms.functional import to_tensor
+
+    found = Arniqa(arniqa_weights, passes)("", photos[:2])
+    with hub_folder(arniqa_weights), torch.no_grad():
+        expected = arniqa(torch.stack([to_tensor(photo) for photo in photos[:2]]), reduction="none", normalize=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found[0] != found[1]
+
+
+def test_pyiqa_is_asked_for_by_name_where_it_is_not_installed(monkeypatch, tmp_path, passes):
+    monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
+    with pytest.raises(MissingLibraryError, match=r"dpdmd-pipeline\[iqa\]"):
+        Pyiqa("topiq_nr", tmp_path, passes)

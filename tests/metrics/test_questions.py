@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from dpdmd_pipeline.metrics.questions import (
+    PartQuestions,
+    RatedQuality,
+    VisionLanguage,
+    VqaScore,
+    part_questions,
+    rating,
+)
+
+
+@pytest.fixture(scope="module")
+def model(vision_language, passes):
+    return VisionLanguage(vision_language, passes)
+
+
+def test_the_vqa_score_is_the_probability_of_yes_after_the_question(model, photos):
+    found = VqaScore(model)("a red circle", photos[:2])
+    question = 'Does this figure show "a red circle"? Please answer yes or no.'
+    processor = model.processor
+    for photo, value in zip(photos, found, strict=False):
+        chat = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": question}]}]
+        options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template(chat, **options)
+        with torch.no_grad():
+            logits = model.model(**inputs).logits[0, -1]
+        torch.testing.assert_close(value, logits.softmax(-1)[processor.tokenizer.convert_tokens_to_ids("Yes")])
+
+
+def test_greedy_answers_repeat(model, photos):
+    answers = {model.answer("What is it?", photos[0], 8) for _ in range(3)}
+    assert len(answers) == 1
+
+
+def test_an_answer_without_a_rating_is_no_number(model, photos, monkeypatch):
+    monkeypatch.setattr("dpdmd_pipeline.metrics.questions._RATING_TOKENS", 4)
+    assert RatedQuality(model)("", photos[:2]).isnan().all()  # a random model answers rubbish
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("<think>sharp: 4</think><answer>4.25</answer>", 4.25),
+        ("<answer>1</answer> or <answer> 3.5\n</answer>", 3.5),
+        ("4.25", math.nan),
+        ("<answer>good</answer>", math.nan),
+        ("<answer>7</answer>", math.nan),
+        ("<answer>3 of 5</answer>", math.nan),
+        ("<answer>4.2", math.nan),
+    ],
+)
+def test_only_a_number_from_1_to_5_between_the_tags_counts(answer, expected):
+    found = rating(answer)
+    assert found == expected or math.isnan(found) and math.isnan(expected)
+
+
+def test_every_part_of_a_prompt_is_asked_about():
+    record = {
+        "include": [
+            {"class": "bench", "count": 1},
+            {"class": "dog", "count": 1, "color": "red", "position": ["right of", 0]},
+            {"class": "cat", "count": 3},
+        ],
+        "exclude": [{"class": "cat", "count": 4}],
+    }
+    asked = part_questions(record)
+    assert [answer for _, answer in asked] == ["Yes"] * 5 + ["No"]
+    assert [question.split(" Please")[0] for question, _ in asked] == [
+        "Is there a bench in this picture?",
+        "Is there a dog in this picture?",
+        "Is the dog in this picture red?",
+        "Is the dog to the right of the bench in this picture?",
+        "Are there at least 3 cats in this picture?",
+        "Are there at least 4 cats in this picture?",
+    ]
+    with pytest.raises(ValueError, match="names no part"):
+        part_questions({"tag": "empty"})
+
+
+def test_parts_are_scored_by_the_probability_of_the_right_answer(model, photos):
+    record = {"include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat", "count": 2}]}
+    found = PartQuestions(model, {"a cat": record})("a cat", photos[:2])
+    (first, _), (second, _) = part_questions(record)
+    assert torch.equal(found[:, 0], model.probability("Yes", first, photos[:2]))
+    assert torch.equal(found[:, 1], model.probability("No", second, photos[:2]))
+    with pytest.raises(ValueError, match="no record of parts for prompt 'a dog'"):
+        PartQuestions(model, {"a cat": record})("a dog", photos)

@@ -1,0 +1,204 @@
+"""The environments of real teachers on tiny ones of the same classes: from prompt files to trained students."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from kedro.config import OmegaConfigLoader
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
+from safetensors.torch import load_file
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
+from dpdmd_pipeline.pipelines import anchors, prompts, train
+from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.pipelines.train.preflight import refuse_run
+from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
+from dpdmd_pipeline.training.recipe import AnchorRecipe
+
+CONF = Path(__file__).parents[3] / "conf"
+MODELS = {
+    "backbone": BackboneOptions,
+    "prompts": PromptsOptions,
+    "anchors": AnchorRecipe,
+    "train": TrainOptions,
+    "train_dmd": TrainOptions,
+}
+# What a tiny teacher on a CPU needs; the mathematics stay the environment's.
+TINY = {
+    "backbone": {"resolution": 32, "num_steps": 8, "dtype": "float32"},
+    "prompts": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
+    "anchors": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
+    **{
+        group: {
+            "precision": "float32",
+            "max_steps": 2,
+            "batch_size": 2,
+            "fake_score_turns": 1,
+            "device": "cpu",
+            "student_micro_batch": 2,
+            "fake_score_micro_batch": 1,
+            "checkpoint_every": 1,
+            "ratio_every": 1,
+            "log_every": 1,
+        }
+        for group in ("train", "train_dmd")
+    },
+}
+
+
+def loader(environment: str, runtime_params: dict | None = None) -> OmegaConfigLoader:
+    return OmegaConfigLoader(str(CONF), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
+
+
+def merged(parameters: dict, changes: dict) -> dict:
+    return {
+        group: MODELS[group](**{**parameters[group], **TINY.get(group, {}), **changes.get(group, {})})
+        for group in MODELS
+    }
+
+
+@pytest.fixture(scope="module")
+def t5_teacher(tiny_teacher, tmp_path_factory) -> Path:
+    """The tiny SD3 with SD3.5's shift of 3 and a tiny T5 as its third encoder."""
+    from diffusers import StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = [("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
+    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    width = pipeline.transformer.config.joint_attention_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=width, num_layers=1, num_heads=4)
+        encoder = T5EncoderModel(config).eval()
+    folder = tmp_path_factory.mktemp("t5") / "teacher"
+    parts = pipeline.components | {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
+    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "shift": 3.0}))
+    return folder
+
+
+def catalog(environment: str, teacher: Path, folder: Path, changes: dict, runtime_params: dict | None) -> DataCatalog:
+    """The environment's own catalog below another folder, over a local teacher."""
+    config = loader(environment, {**(runtime_params or {}), **raw_files(folder)})
+    described = {
+        name: {**entry, "filepath": str(folder / entry["filepath"])} if "filepath" in entry else entry
+        for name, entry in config["catalog"].items()
+    }
+    described["teacher"]["model"] = str(teacher)
+    made = DataCatalog.from_config(described)
+    for group, options in merged(config["parameters"], changes).items():
+        made[f"params:{group}"] = MemoryDataset(options)
+    return made
+
+
+def raw_files(folder: Path) -> dict[str, str]:
+    """Relative paths, as in conf."""
+    (folder / "raw").mkdir(parents=True, exist_ok=True)
+    (folder / "raw/prompts.txt").write_text("a red circle\na blue square\n")
+    (folder / "raw/prompts_eval.txt").write_text("a green triangle\n")
+    return {"raw_prompts": "raw/prompts.txt", "raw_eval_prompts": "raw/prompts_eval.txt"}
+
+
+def walk(made: DataCatalog) -> None:
+    """prompts, anchors and train, after what the hooks ask."""
+    line = prompts.create_pipeline() + anchors.create_pipeline() + train.create_pipeline()
+    assert refuse_run(line, made) == []
+    SequentialRunner().run(line, made)
+
+
+@pytest.mark.parametrize("environment, roles", [("sd35", "full"), ("sd35", "lora"), ("sd35_lora_16gb", "lora")])
+def test_a_teacher_with_t5_goes_from_prompt_files_to_both_students(t5_teacher, tmp_path, environment, roles):
+    changes = {"backbone": {"max_sequence_length": 9}}
+    asked = {"train": {"roles": roles}} if environment == "sd35" else None
+    made = catalog(environment, t5_teacher, tmp_path, changes, asked)
+    walk(made)
+    embeddings = made["embeddings"].load()
+    assert embeddings.rows([0])["prompt_embeds"].shape == (1, 12 + 9, 64)  # CLIP's tokens, then T5's
+    for name, history in (("student", "train_history"), ("student_dmd", "train_history_dmd")):
+        folder = made[name].load()
+        header = load_header(folder)
+        assert header.kind == roles and len(load_file(folder / (WEIGHTS if roles == "full" else ADAPTER)))
+        assert header.sigmas == pytest.approx([1.0, 0.8577, 0.6022, 0.0089, 0.0], abs=1e-3)
+        assert [row["step"] for row in made[history].load()] == [1, 2]
+    assert (
+        made["train_history"].load()[0]["diversity_loss"] > 0 == made["train_history_dmd"].load()[0]["diversity_loss"]
+    )
+
+
+def test_room_for_the_caches_is_that_which_they_take(t5_teacher, tmp_path):
+    """The embeddings' shapes are known from the configs before a text encoder is loaded."""
+    from dpdmd_pipeline.training.memory import conditioning_like
+
+    options = BackboneOptions(**{**loader("sd35")["parameters"]["backbone"], **TINY["backbone"]})
+    backbone = options.model_copy(update={"max_sequence_length": 9}).load(t5_teacher, "cpu")
+    real, like = backbone.encode([""]), conditioning_like(t5_teacher, 9, torch.float32)
+    assert {name: (value.shape, value.dtype) for name, value in real.items()} == {
+        name: (value.shape, value.dtype) for name, value in like.items()
+    }
+
+
+# ---- what the environments say
+
+
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb"])
+def test_nothing_is_written_where_another_environment_writes(environment):
+    own, base = loader(environment)["catalog"], loader("base")["catalog"]
+    read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state"}
+    for name in base.keys() - read_or_made_elsewhere:
+        place = own[name].get("filepath") or own[name]["path"]
+        assert f"/{environment}/" in place, f"write {name} into conf/{environment}/catalog.yml"
+
+
+@pytest.mark.parametrize("environment", ["sd35", "sdxl"])
+def test_one_word_on_the_command_line_makes_both_students_adapters(environment):
+    assert [loader(environment)["parameters"][group]["roles"] for group in ("train", "train_dmd")] == ["full"] * 2
+    asked = loader(environment, {"train": {"roles": "lora"}})["parameters"]
+    assert [asked[group]["roles"] for group in ("train", "train_dmd")] == ["lora"] * 2
+
+
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb"])
+def test_the_baseline_differs_in_anchors_and_their_loss_alone(environment):
+    parameters = loader(environment)["parameters"]
+    ours, baseline = parameters["train"], parameters["train_dmd"]
+    assert {name for name in ours if ours[name] != baseline[name]} == {
+        "anchored_steps",
+        "diversity_weight",
+        "stop_gradient",
+    }
+
+
+def test_the_published_settings_are_those_of_the_paper():
+    for environment, steps, scale in (("sd35", 30, 3.5), ("sdxl", 50, 8.0)):
+        parameters = loader(environment)["parameters"]
+        backbone, recipe = parameters["backbone"], parameters["train"]
+        assert (backbone["num_steps"], backbone["guidance_scale"], backbone["resolution"]) == (steps, scale, 1024)
+        assert (recipe["num_steps"], recipe["diversity_weight"], recipe["fake_score_turns"]) == (4, 0.05, 5)
+        assert (recipe["max_steps"], recipe["batch_size"], recipe["ema"]) == (1000, 4 * 8, 0)
+        for role in ("student", "fake_score"):
+            assert recipe[role]["learning_rate"] == 1e-5 and recipe[role]["max_grad_norm"] == 1.0
+        assert parameters["anchors"]["anchor_levels"] == [{"steps": 5}]
+        names = {"sd35": ("diffusers", "secant", "v"), "sdxl": ("trailing", "tangent", "x0")}[environment]
+        assert (recipe["grid"], recipe["target"], recipe["space"]) == names
+
+
+def test_a_pretrained_teacher_is_not_trained_over(t5_teacher, tmp_path):
+    from dpdmd_pipeline.pipelines import teacher
+
+    made = catalog("sd35", t5_teacher, tmp_path, {}, None)
+    (line,) = refuse_run(teacher.create_pipeline(), made)
+    assert line.startswith("the stage `teacher` trains embedded teachers")
+
+
+def test_a_missing_part_of_the_teacher_is_found_before_the_first_node(t5_teacher, tmp_path):
+    copy = shutil.copytree(t5_teacher, tmp_path / "teacher")
+    (copy / "transformer" / "config.json").unlink()
+    made = catalog("sd35", copy, tmp_path, {"backbone": {"max_sequence_length": 9}}, None)
+    (line,) = refuse_run(anchors.create_pipeline(), made)
+    assert line == f"{copy / 'transformer'} has no config: give a whole diffusers pipeline folder"

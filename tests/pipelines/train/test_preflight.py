@@ -1,0 +1,168 @@
+"""What is refused before anything large is read, and in which words."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.pipelines.conftest import TRAIN, anchor_options, backbone_options, train_options
+
+from dpdmd_pipeline.pipelines.train import preflight
+from dpdmd_pipeline.pipelines.train.preflight import Planned, disk_needs, explain_out_of_memory, refusals
+from dpdmd_pipeline.training.cost import Settings, describe_cost
+
+GIB = 2**30
+DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
+
+
+@pytest.fixture
+def plan(tiny_teacher):
+    """A run that goes well, with some of it changed."""
+
+    def make(teacher=None, backbone=None, anchors=None, prompts=None, folders=None, **changes) -> Planned:
+        options = train_options(**changes)
+        given = backbone_options(**(backbone or {})), anchor_options(**(anchors or {}))
+        return Planned(teacher or tiny_teacher, *given, {"train": options}, prompts, folders or {})
+
+    return make
+
+
+@pytest.fixture
+def weightless(tiny_teacher, tmp_path):
+    """The teacher's configs without a single weight, as they are before a download."""
+    return shutil.copytree(tiny_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def test_a_run_that_can_go_well_is_not_refused(plan):
+    assert refusals(plan()) == refusals(plan(**DMD)) == []
+
+
+def test_configs_are_enough(plan, weightless):
+    assert refusals(plan(weightless), device_memory=64 * GIB) == []
+
+
+# ---- options against the teacher
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"anchors": {"anchor_levels": [{"steps": 6}]}}, "steps=6 must be below the teacher's backbone.num_steps=6"),
+        ({"grid": "trailing"}, "train: .*trailing"),
+        ({"grid": [0.5, 0.2], "num_steps": 2, "backbone": {"num_steps": 30}}, "train: the first of anchors.anchor_lev"),
+        ({"target": "tangent"}, "train: train.target=tangent needs anchors.with_denoised=true"),
+        ({"anchored_steps": 2}, "train: train.anchored_steps=2 needs as many anchors.anchor_levels, there are 1"),
+        ({"precision": "bfloat16"}, "train: backbone.dtype=float32 and train.precision=bfloat16 differ"),
+        ({"backbone": {"resolution": 30}}, "backbone.resolution 30 must be a multiple of"),
+    ],
+)
+def test_options_that_the_teachers_config_does_not_allow_are_refused(plan, changes, message):
+    (line,) = refusals(plan(**changes))
+    assert re.search(message, line) and "\n" not in line
+
+
+def test_a_gpu_that_is_asked_for_and_absent_is_refused(plan):
+    if torch.cuda.is_available():
+        assert refusals(plan(device="cuda")) == []
+    else:
+        assert refusals(plan(device="cuda")) == [
+            "train: device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu'"
+        ]
+
+
+def test_a_teacher_of_another_family_is_refused(plan, tmp_path, tiny_teacher):
+    copy = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    config = copy / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
+    (line,) = refusals(plan(copy))
+    assert line.endswith("the scheduler shifts dynamically, SD3 and SD3.5 use a static shift")
+
+
+def test_adapters_that_match_no_layer_are_refused(plan):
+    lora = {**TRAIN["lora"], "targets": ["no_such_layer"]}
+    (line,) = refusals(plan(roles="lora", lora=lora), device_memory=64 * GIB)
+    assert line.startswith("train: train.lora.targets=['no_such_layer']: ")
+
+
+# ---- memory
+
+
+def test_a_student_that_does_not_fit_is_refused_with_what_helps_and_by_how_much(plan):
+    (line,) = refusals(plan(batch_size=64, student_micro_batch=64, fake_score_micro_batch=64), device_memory=GIB)
+    assert line.startswith("train needs about 1.") and "of GPU memory, 1.0 GiB are free: " in line
+    for remedy in ("train.roles=lora spares 0.", "train.gradient_checkpointing=true spares 0."):
+        assert remedy in line
+    assert "\n" not in line
+
+
+def test_where_it_fits_the_log_tells_cost_work_and_memory(plan, caplog):
+    with caplog.at_level("INFO"):
+        assert refusals(plan(), device_memory=64 * GIB) == []
+    assert "forwards per sample and cycle" in caplog.text and "TFLOP each" in caplog.text
+    assert "estimated GPU memory: 1." in caplog.text
+
+
+def test_the_cost_that_is_told_is_that_of_the_options(plan, caplog):
+    asked = plan(anchors={"mode": "online"}, gradient_checkpointing=True)
+    with caplog.at_level("INFO"):
+        refusals(asked)
+    settings = Settings(3.5, gradient_checkpointing=True, online_anchors=[2])
+    assert describe_cost(asked.trained["train"], settings)[0] in caplog.text
+
+
+def test_a_gpu_out_of_memory_is_explained_in_one_line(plan):
+    asked = plan(batch_size=64, student_micro_batch=64, fake_score_micro_batch=64)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+    line = explain_out_of_memory(error, asked.teacher, asked.backbone, asked.trained["train"])
+    assert line.startswith("out of GPU memory while training (Tried to allocate 2.00 GiB); the estimate was 1.")
+    assert "train.roles=lora spares 0." in line and line.endswith("finished steps are kept") and "\n" not in line
+
+
+# ---- disk
+
+
+def full_disk(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+
+
+def test_caches_that_do_not_fit_together_are_refused_with_what_helps(plan, tmp_path, monkeypatch):
+    asked = plan(
+        prompts=(20_000_000, 10_000_000), folders={name: tmp_path / name for name in ("embeddings", "anchors")}
+    )
+    sizes = disk_needs(asked)
+    full_disk(monkeypatch, sum(sizes.values()) - 1)
+    (line,) = refusals(asked)
+    gib = {name: size / GIB for name, size in sizes.items()}
+    assert line.startswith(
+        f"disk of {tmp_path}: embeddings {gib['embeddings']:.2f} GiB, anchors {gib['anchors']:.2f} GiB are needed, "
+    )
+    assert f"half as many prompts spare {gib['embeddings'] / 2:.1f} GiB" in line
+    assert f"anchors.dtype=float16 spares {gib['anchors'] / 2:.1f} GiB" in line and "\n" not in line
+    full_disk(monkeypatch, sum(sizes.values()))
+    assert refusals(asked) == []
+
+
+def test_what_is_there_already_needs_no_room(plan, tmp_path, monkeypatch):
+    asked = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
+    need = disk_needs(asked)["anchors"]
+    full_disk(monkeypatch, need // 2)
+    assert len(refusals(asked)) == 1
+    (tmp_path / ".anchors.partial").mkdir()
+    (tmp_path / ".anchors.partial" / "00000.safetensors").write_bytes(bytes(need))
+    assert refusals(asked) == []
+
+
+def test_online_anchors_take_no_room(plan, tmp_path):
+    asked = plan(prompts=(9, 9), anchors={"mode": "online"}, folders={"anchors": tmp_path / "anchors"})
+    assert "anchors" not in disk_needs(asked)
+
+
+def test_states_of_a_student_are_counted_where_they_are_written(plan, tmp_path):
+    asked = plan(folders={"train_state": tmp_path / "state"})
+    needs = disk_needs(asked)
+    network = sum(p.numel() for p in asked.backbone.load(asked.teacher, "cpu").load_model().parameters())
+    assert needs["train_state"] == pytest.approx(
+        (TRAIN["keep_last"] + 1) * 24 * network, rel=0.01
+    )  # two networks with two moments each
