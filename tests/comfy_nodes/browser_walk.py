@@ -248,15 +248,14 @@ def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
 
 
 def add_by_search(page: Any, out: Path) -> None:
-    """As a user does: double click, type, choose."""
+    """As a user does: double click, type, take the first."""
     page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
     page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     page.keyboard.type("DP-DMD", delay=40)
-    found = page.get_by_text("DP-DMD Sampler", exact=True).first
-    found.wait_for()
+    page.get_by_text("DP-DMD Sampler", exact=True).first.wait_for()
     page.wait_for_timeout(1000)
     page.screenshot(path=out / "search.png")
-    found.click()
+    page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length")
     page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask where to put it
     page.wait_for_timeout(1500)

@@ -89,17 +89,27 @@ class Browser:
         return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
+        """As a person closes it, so that what the page has stored gets to the disk."""
+        os.write(self.to_browser, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
+        self.process.wait(60)
         os.close(self.to_browser)
         os.close(self.from_browser)
 
 
 @pytest.fixture
-def browser(tmp_path):
-    found = Browser(tmp_path / "profile")
-    yield found
-    found.close()
+def launch(tmp_path):
+    """Starts the browser of one person; one at a time."""
+    running = []
+
+    def start() -> Browser:
+        while running:
+            running.pop().close()
+        running.append(Browser(tmp_path / "profile"))
+        return running[0]
+
+    yield start
+    for browser in running:
+        browser.close()
 
 
 @pytest.fixture
@@ -126,7 +136,8 @@ def shown(browser):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(browser, page, tmp_path, capsys):
+def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(launch, page, tmp_path, capsys):
+    browser = launch()
     begin(browser, page, "p1")
     assert shown(browser) == "1 of 4" and browser.look("getComputedStyle(start).display") == "none"
     order = browser.look("order.map(({index, left}) => [page.questions[index].id, left])")
@@ -142,7 +153,8 @@ def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(browser, page,
     browser.press("ArrowLeft")
     browser.press("ArrowRight")  # changes the answer
 
-    begin(browser, page, "p1")  # the page was closed in between
+    browser = launch()
+    begin(browser, page, "p1")
     assert shown(browser) == "3 of 4"
     assert browser.look("order.map(({index, left}) => [page.questions[index].id, left])") == order
     browser.press("ArrowLeft")
@@ -162,7 +174,8 @@ def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(browser, page,
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(browser, page, tmp_path):
+def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(launch, page, tmp_path):
+    browser = launch()
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
     orders = []
     for person in range(6):
