@@ -1,0 +1,256 @@
+"""What a user of the pack sees: examples, help, translations, metadata; and that it is true of the nodes."""
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import browser_walk
+import pytest
+from PIL import Image
+
+PROJECT = Path(__file__).parents[2]
+PACK = PROJECT / "comfy_nodes"
+LANGUAGES = ("en", "zh", "ja", "fr")
+EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
+
+# Saved workflows hold these: ids, names, types and their order stay. id: (sockets, widgets, outputs)
+NODES = {
+    "DPDMDSampler": (
+        {"model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT", "sigmas": "SIGMAS"},
+        ["seed", "seed control", "steps", "denoise", "method", "per_image_seed"],
+        {"latent": "LATENT"},
+    ),
+    "DPDMDScheduler": ({"model": "MODEL"}, ["steps", "denoise", "schedule", "custom"], {"sigmas": "SIGMAS"}),
+    "DPDMDLoader": (
+        {"base_model": "MODEL"},
+        ["student_name", "weight_dtype", "strength"],
+        {"model": "MODEL", "info": "STRING"},
+    ),
+    "DPDMDSamplerSelect": ({}, ["method"], {"sampler": "SAMPLER"}),
+    "DPDMDNoise": ({}, ["noise_seed", "noise_seed control"], {"noise": "NOISE"}),
+    "DPDMDFirstStepGuider": (
+        {"student": "MODEL", "teacher": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
+        ["teacher_steps", "teacher_cfg"],
+        {"guider": "GUIDER"},
+    ),
+}
+
+on_a_real_server = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set")
+
+
+def inputs_of(node: str) -> set[str]:
+    sockets, widgets, _ = NODES[node]
+    return set(sockets) | {name for name in widgets if not name.endswith(" control")}
+
+
+def words(language: str) -> dict:
+    return json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def nodes_of(example: str) -> list[dict]:
+    return browser_walk.read_example(example)["nodes"]
+
+
+def test_the_ids_are_those_of_the_code():
+    tree = ast.parse((PACK / "nodes.py").read_text(encoding="utf-8"))
+    ids = {
+        keyword.value.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "node_id"
+    }
+    assert ids == set(NODES)
+
+
+# ---- examples
+
+
+def test_there_is_an_example_for_every_way_to_use_a_student():
+    assert EXAMPLES == [
+        "draft_then_finish",
+        "sd35_4step",
+        "sd35_img2img",
+        "sd35_lora",
+        "sdxl_4step",
+        "teacher_first_step",
+    ]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_link_joins_an_output_and_an_input_of_its_type(example):
+    flow = browser_walk.read_example(example)
+    nodes = {node["id"]: node for node in flow["nodes"]}
+    for number, source, slot, target, entry, kind in flow["links"]:
+        output, socket = nodes[source]["outputs"][slot], nodes[target]["inputs"][entry]
+        assert output["type"] == socket["type"] == kind, f"link {number}"
+        assert number in output["links"] and socket["link"] == number, f"link {number}"
+    listed = [number for node in nodes.values() for output in node["outputs"] for number in output["links"] or []]
+    assert sorted(listed) == sorted(link[0] for link in flow["links"])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_our_nodes_in_an_example_have_the_sockets_and_widgets_they_really_have(example):
+    ours = [node for node in nodes_of(example) if node["type"].startswith("DPDMD")]
+    assert ours
+    for node in ours:
+        sockets, widgets, outputs = NODES[node["type"]]
+        found = {entry["name"]: entry["type"] for entry in node["inputs"] if "widget" not in entry}
+        assert found == sockets, node["type"]
+        assert {entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry} <= set(widgets)
+        assert {output["name"]: output["type"] for output in node["outputs"]} == outputs, node["type"]
+        assert len(node["widgets_values"]) == len(widgets), node["type"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_note_names_every_file_and_its_folder(example):
+    (note,) = [node["widgets_values"][0] for node in nodes_of(example) if node["type"] == "MarkdownNote"]
+    for node in nodes_of(example):
+        for file in browser_walk.files_of(node):
+            folder, name = file.split("/")
+            assert f"models/{folder}/" in note and name in note, f"{example}: {file}"
+
+
+@pytest.mark.parametrize("example", [name for name in EXAMPLES if name != "sdxl_4step"])
+def test_sd35_prompts_are_padded_as_in_training(example):
+    flow = browser_walk.read_example(example)
+    nodes = {node["id"]: node for node in flow["nodes"]}
+    sources = {(target, entry): nodes[source] for _, source, _, target, entry, _ in flow["links"]}
+    prompts = [node for node in nodes.values() if node["type"] == "CLIPTextEncode"]
+    for prompt in prompts:
+        source = sources[prompt["id"], 0]
+        assert source["type"] == "T5TokenizerOptions" and source["widgets_values"] == [0, 256]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_thumbnail_lies_beside_the_example(example):
+    path = PACK / "example_workflows" / f"{example}.jpg"
+    assert path.stat().st_size < 100_000
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (720, 480))
+        assert len(picture.getcolors(2**24)) > 1000  # no empty page
+
+
+# ---- help and translations
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_help_page_explains_every_input(node):
+    page = (PACK / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {words('en')[node]['display_name']}\n")
+    explained = set(re.findall(r"^\| (\w+) \| \S", page, re.MULTILINE))
+    assert inputs_of(node) <= explained
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_input_and_output_has_a_name_and_a_tooltip(language):
+    translated = words(language)
+    assert set(translated) == set(NODES)
+    for node, text in translated.items():
+        assert text["display_name"] and text["description"], node
+        assert set(text["inputs"]) == inputs_of(node), node
+        assert list(text["outputs"]) == [str(i) for i in range(len(NODES[node][2]))], node
+        for entry in [*text["inputs"].values(), *text["outputs"].values()]:
+            assert entry["name"].strip() and entry["tooltip"].strip(), node
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_a_translation_is_one(language):
+    english, translated = words("en"), words(language)
+    for node in NODES:
+        assert translated[node]["display_name"] != english[node]["display_name"]
+        assert translated[node]["description"] != english[node]["description"]
+        for name, text in translated[node]["inputs"].items():
+            assert text["tooltip"] != english[node]["inputs"][name]["tooltip"], f"{node}.{name}"
+
+
+# ---- the pack
+
+
+def test_the_registry_finds_what_it_asks_for():
+    metadata = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))
+    project, comfy = metadata["project"], metadata["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}", project["name"]) and "comfyui" not in project["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
+    assert project["dependencies"] == [] and project["license"] == "Apache-2.0"
+    assert comfy["requires-comfyui"] == ">=0.3.64" and {"PublisherId", "DisplayName"} <= set(comfy)
+
+
+def test_the_licence_travels_with_the_pack():
+    assert (PACK / "LICENSE").read_bytes() == (PROJECT / "LICENSE").read_bytes()
+
+
+def test_the_readme_shows_what_is_there():
+    text = (PACK / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#"))]
+    assert [link for link in links if not (PACK / link).exists()] == []
+    pictures = list((PACK / "pictures").iterdir())
+    assert pictures and all(f"pictures/{path.name}" in links for path in pictures)
+    assert all(path.stat().st_size < 200_000 for path in pictures)
+    assert [name for name in EXAMPLES if name not in text] == []
+
+
+# ---- on a real ComfyUI
+
+
+def interface(info: dict) -> tuple[dict, list, dict]:
+    """Sockets, widgets and outputs of a node, out of ComfyUI's own description."""
+    sockets, widgets = {}, []
+    entries = [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]
+    for name, (kind, *options) in entries:
+        if isinstance(kind, str) and kind not in {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}:
+            sockets[name] = kind
+            continue
+        widgets.append(name)
+        options = options[0] if options else {}
+        if options.get("control_after_generate"):
+            widgets.append(f"{name} control")
+        if options.get("image_upload"):
+            widgets.append(f"{name} upload")
+    return sockets, widgets, dict(zip(info["output_name"], info["output"], strict=True))
+
+
+@on_a_real_server
+def test_comfyui_sees_the_nodes_that_saved_workflows_hold(server):
+    found = server.get("object_info")
+    assert {name: interface(info) for name, info in found.items() if name.startswith("DPDMD")} == NODES
+
+
+@on_a_real_server
+def test_the_english_words_are_the_nodes_own(server):
+    found = server.get("object_info")
+    for node, text in words("en").items():
+        info = found[node]
+        inputs = info["input"]["required"] | info["input"].get("optional", {})
+        assert (text["display_name"], text["description"]) == (info["display_name"], info["description"])
+        assert {name: entry["tooltip"] for name, entry in text["inputs"].items()} == {
+            name: options["tooltip"] for name, (_, options) in inputs.items()
+        }
+        assert [entry["tooltip"] for entry in text["outputs"].values()] == info["output_tooltips"]
+
+
+@on_a_real_server
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_comfyuis_own_nodes_in_an_example_are_what_it_has(server, example):
+    found = server.get("object_info")
+    for node in nodes_of(example):
+        if node["type"] == "MarkdownNote":  # the page's own
+            continue
+        sockets, widgets, outputs = interface(found[node["type"]])
+        used = {entry["name"]: entry["type"] for entry in node["inputs"] if "widget" not in entry}
+        assert used.items() <= sockets.items(), node["type"]
+        assert len(node["widgets_values"]) == len(widgets), node["type"]
+        types = list(outputs.values())
+        assert [output["type"] for output in node["outputs"]] == types[: len(node["outputs"])], node["type"]
+
+
+@on_a_real_server
+@pytest.mark.skipif(browser_walk.find_chromium() is None, reason="no chromium on the path")
+@pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed")
+def test_a_browser_finds_the_nodes_opens_the_examples_and_runs_three(comfyui, tmp_path):
+    browser_walk.main(tmp_path)
+    assert {path.name for path in tmp_path.glob("run_*.png")} == {f"run_{name}.png" for name in browser_walk.RUNS}
