@@ -117,7 +117,7 @@ def look_at_what_is_served(server: ComfyServer) -> None:
 
 
 def make_files(base: Path) -> None:
-    """Placeholders for all, and random weights for the one example that is run."""
+    """Placeholders for all, and random weights for the examples that are run."""
     for name in examples():
         for node in read_example(name)["nodes"]:
             for file in files_of(node):
