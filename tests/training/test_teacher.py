@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ RECIPE = {
     "prompt_dropout": 0.1,
     "text_encoders": {"steps": 3, "learning_rate": 1e-3},
     "vae": FITTED,
+    "decoder": {**FITTED, "noise": 0.2},
     "checkpoint_every": 2,
 }
 SD3 = {"shift": 1.0, "transformer": FITTED}
@@ -88,7 +91,7 @@ def test_a_teacher_trained_for_three_steps_is_a_teacher_folder(tmp_path, family,
         followed[name] = [done for done, _ in records]
 
     pipeline = train_teacher(recipe, tmp_path / "state", follow)
-    names = ["text_encoder", "text_encoder_2", "vae", network]
+    names = ["text_encoder", "text_encoder_2", "vae", "decoder", network]
     assert followed == dict.fromkeys(names, [1, 2, 3])
     pipeline.save_pretrained(tmp_path / "teacher")
     backbone = load_backbone(
@@ -101,6 +104,20 @@ def test_a_teacher_trained_for_three_steps_is_a_teacher_folder(tmp_path, family,
     assert followed == dict.fromkeys(names, [])  # nothing is trained twice
     for one, two in zip(getattr(pipeline, network).parameters(), getattr(again, network).parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_the_decoder_is_trained_alone(tmp_path):
+    """The latents of all pictures stay what they were, and with them the denoising network and every cache."""
+
+    def autoencoder(**changes):
+        recipe = TeacherRecipe(**{**RECIPE, **SD3, **changes})
+        return train_teacher(recipe, tmp_path / "state", lambda name, total, records: list(records)).vae.state_dict()
+
+    once = autoencoder()
+    shutil.rmtree(tmp_path / "state" / "decoder")
+    again = autoencoder(decoder={**FITTED, "steps": 1, "noise": 0.2})
+    changed = {name.split(".")[0] for name, value in once.items() if not torch.equal(value, again[name])}
+    assert changed == {"decoder"}
 
 
 # ---- what the denoising networks learn

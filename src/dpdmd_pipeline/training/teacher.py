@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, flow_level, vp_level
 from dpdmd_pipeline.shapes.models import make_pipeline, make_sdxl_pipeline
-from dpdmd_pipeline.shapes.reader import read
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, RESOLUTION, SHAPES, captions, gallery
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.teacher_recipe import FitRecipe, TeacherRecipe
+from dpdmd_pipeline.training.teacher_recipe import DecoderRecipe, FitRecipe, TeacherRecipe
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
@@ -92,12 +91,36 @@ def text_loss(
 
 
 def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch_size: int) -> Tensor:
-    """Squared and absolute reconstruction error plus a light pull of the latents towards N(0, 1)."""
+    """Error of the restored picture plus a light pull of the latents towards N(0, 1)."""
     pictures = gallery()
     images = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)] * 2 - 1
     posterior = vae.encode(images).latent_dist
     restored = vae.decode(posterior.sample(generator)).sample
-    return F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images) + 1e-5 * posterior.kl().mean()
+    return restoration_error(restored, images) + 1e-5 * posterior.kl().mean()
+
+
+def restoration_error(restored: Tensor, images: Tensor) -> Tensor:
+    """Squared and absolute error, [B, 3, H, W] in [-1, 1]."""
+    return F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images)
+
+
+def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator, recipe: DecoderRecipe) -> Tensor:
+    """The same error from latents that are hardly noisy.
+
+    Beside the encoder the decoder learns from samples of the posterior, whose noise hides the difference of a small
+    circle and a small square; the latents that a teacher or a student makes are cleaner than that.
+
+    Args:
+        vae: of which the decoder learns.
+        latents: of every legal picture, in scaled units.
+        generator: decides pictures and noise.
+        recipe: has the batch size and the noise.
+    """
+    picture = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
+    clean = latents[picture]
+    noisy = clean + recipe.noise * torch.randn(clean.shape, generator=generator)
+    restored = vae.decode(noisy / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+    return restoration_error(restored, gallery()[picture] * 2 - 1)
 
 
 @torch.no_grad()
@@ -231,17 +254,6 @@ def unet_loss(
     return ((predicted - noise) / level.alpha).square().mean()
 
 
-@torch.no_grad()
-def reconstruction_validity(vae: AutoencoderKL) -> float:
-    """Share of legal pictures that survive the autoencoder by the reader's judgement."""
-    images = torch.cat(
-        [vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mode()).sample for chunk in gallery().split(96)]
-    )
-    reading = read((images / 2 + 0.5).clamp(0, 1))
-    same = reading.prompt * NUM_MODES + reading.mode == torch.arange(len(images))
-    return (reading.valid & same).float().mean().item()
-
-
 # Consumes the records of one fit: (name, total steps, records).
 Follow = Callable[[str, int, Iterator[tuple[int, float]]], None]
 
@@ -308,7 +320,7 @@ def train_sdxl(recipe: TeacherRecipe, train: Train) -> StableDiffusionXLPipeline
 
 
 def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Train) -> None:
-    """What comes before the denoising network: both text encoders and the autoencoder."""
+    """What comes before the denoising network: both text encoders, the autoencoder, and its decoder once more."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of the heads, which are thrown away
         for name, tokenizer in (("text_encoder", pipeline.tokenizer), ("text_encoder_2", pipeline.tokenizer_2)):
@@ -316,7 +328,10 @@ def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Tr
             heads = nn.Linear(encoder.config.projection_dim, NUM_PROMPTS // len(SHAPES) + len(SHAPES))
             loss = partial(_text_loss_at, encoder, heads, tokenizer)
             train(name, nn.ModuleList([encoder, heads]), loss, recipe.text_encoders)
-    train("vae", pipeline.vae, partial(vae_loss, pipeline.vae, batch_size=recipe.vae.batch_size), recipe.vae)
+    vae = pipeline.vae
+    train("vae", vae, partial(vae_loss, vae, batch_size=recipe.vae.batch_size), recipe.vae)
+    loss = partial(decoder_loss, vae, encode_gallery(vae), recipe=recipe.decoder)
+    train("decoder", vae.decoder, loss, recipe.decoder)
 
 
 def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer, _: torch.Generator) -> Tensor:

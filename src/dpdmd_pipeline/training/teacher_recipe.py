@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -24,6 +33,12 @@ class BatchFitRecipe(FitRecipe):
     batch_size: PositiveInt
 
 
+class DecoderRecipe(BatchFitRecipe):
+    """How the autoencoder's decoder is trained alone: the encoder, and with it every latent, stays as it is."""
+
+    noise: NonNegativeFloat  # on the latents, whose standard deviation is 1
+
+
 class TeacherRecipe(BaseModel):
     """An embedded teacher, from nothing; which network is named decides its family."""
 
@@ -35,6 +50,7 @@ class TeacherRecipe(BaseModel):
     prompt_dropout: float = Field(ge=0, lt=1)  # share of empty prompts, for guidance
     text_encoders: FitRecipe  # every step sees all captions
     vae: BatchFitRecipe
+    decoder: DecoderRecipe  # after the vae
     transformer: BatchFitRecipe | None = None  # of an SD3 teacher
     unet: BatchFitRecipe | None = None  # of an SDXL teacher
     checkpoint_every: PositiveInt  # steps

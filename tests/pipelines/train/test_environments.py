@@ -196,6 +196,15 @@ def test_a_pretrained_teacher_is_not_trained_over(t5_teacher, tmp_path):
     assert line.startswith("the stage `teacher` trains embedded teachers")
 
 
+@pytest.mark.parametrize("environment", ["base", "shapes_sdxl"])
+def test_an_embedded_teacher_may_be_trained(environment):
+    from dpdmd_pipeline.pipelines import teacher
+
+    config = loader(environment)
+    made = DataCatalog.from_config({"teacher": config["catalog"]["teacher"]})
+    assert refuse_run(teacher.create_pipeline(), made) == []
+
+
 def test_a_missing_part_of_the_teacher_is_found_before_the_first_node(t5_teacher, tmp_path):
     copy = shutil.copytree(t5_teacher, tmp_path / "teacher")
     (copy / "transformer" / "config.json").unlink()

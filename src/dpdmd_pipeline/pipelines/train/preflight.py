@@ -286,8 +286,8 @@ def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
     }
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     pretrained = hasattr(teacher, "load_configs")
-    if "teacher" in pipeline.all_outputs():
-        return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave it out"] * pretrained
+    if "teacher" in pipeline.all_outputs() and pretrained:
+        return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave it out"]
     if not (trained or "make_anchors" in nodes) or teacher is None:
         return []
     try:
