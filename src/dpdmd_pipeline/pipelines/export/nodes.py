@@ -7,6 +7,7 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
+from dpdmd_pipeline.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def export_student(
     export = Export(
         student=read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length),
         teacher=teacher,
-        options={"backbone": _plain(backbone), "train": _plain(train)},
+        options={"backbone": backbone.model_dump(mode="json"), "train": _recipe(train).model_dump(mode="json")},
         metrics=metrics,
         **options.model_dump(),
     )
@@ -33,6 +34,7 @@ def export_student(
     return export.write
 
 
-def _plain(group: Any) -> dict[str, Any]:
-    """Options as plain values; in one run with their own stage they come as a model, alone as a dict."""
-    return group.model_dump(mode="json") if hasattr(group, "model_dump") else group
+def _recipe(train: Any) -> Recipe:
+    """What decided the student; in one run with its own stage the group comes as a model, alone as a dict."""
+    plain = train if isinstance(train, dict) else train.model_dump()
+    return Recipe(**{name: plain[name] for name in Recipe.model_fields})
