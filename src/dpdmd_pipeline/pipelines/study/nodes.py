@@ -1,22 +1,28 @@
 """Nodes of the study: it repeats the rooms train and evaluate, once per recipe and seed."""
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.nodes import judge_images, judged_prompts, sample_model
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.study.options import StudyOptions
+from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 log = logging.getLogger(__name__)
+
+Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 SHOWN = {
     "aligned": "quality",
@@ -39,10 +45,13 @@ def run_study(
     options: StudyOptions,
 ) -> dict[str, Any]:
     """Train and judge every recipe with every seed; a run that is finished is read from its checkpoint."""
-    recipes = {name: _recipe(name, train, changes) for name, changes in options.runs.items()}
+    runs = {
+        name: _prepare(name, run, prompts, embeddings, anchors, teacher, backbone, anchor_options, train)
+        for name, run in options.kept.items()
+    }
     rows = [row for row, record in enumerate(prompts) if record["train"]]
-    for recipe in recipes.values():  # all of them before the first is trained
-        check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, recipe)
+    for prepared in runs.values():  # all of them before the first is trained
+        check_anchors(prepared.anchors, rows, embeddings, teacher, backbone, prepared.anchor_options, prepared.train)
     chosen = judged_prompts(prompts, evaluate)
 
     def judged(folder: Path | None) -> dict[str, Any]:
@@ -51,29 +60,62 @@ def run_study(
 
     found = []
     for seed in options.seeds:
-        for name, recipe in recipes.items():
+        for name, run in runs.items():
             log.info("study: %s, seed %d", name, seed)
-            seeded = recipe.model_copy(update={"seed": seed})
+            seeded = run.train.model_copy(update={"seed": seed})
             write, history = train_student(
-                prompts, embeddings, anchors, teacher, train_state, backbone, anchor_options, seeded
+                prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
             )
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
                 found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
-    return {"baseline": options.baseline, "runs": options.runs, "teacher": judged(None), "rows": found}
+    changes = {name: run.model_dump(exclude_defaults=True) for name, run in options.kept.items()}
+    return {"baseline": options.baseline, "runs": changes, "teacher": judged(None), "rows": found}
 
 
-def _recipe(name: str, train: TrainOptions, changes: dict[str, Any]) -> TrainOptions:
-    """The train options with some changed.
+class _Prepared(NamedTuple):
+    """A run with all its options, and the anchors it learns from."""
+
+    train: TrainOptions
+    anchor_options: AnchorRecipe
+    anchors: Any
+
+
+def _prepare(
+    name: str,
+    run: RunOptions,
+    prompts: Iterable[dict],
+    embeddings: Any,
+    anchors: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    anchor_options: AnchorRecipe,
+    train: TrainOptions,
+) -> _Prepared:
+    """Other anchors than the cache's are computed in each student turn."""
+    changed = _changed(name, train, run.train)
+    if not run.anchors:
+        return _Prepared(changed, anchor_options, anchors)
+    asked = _changed(name, anchor_options, {"mode": "online", **run.anchors})
+    return _Prepared(changed, asked, make_anchors(prompts, embeddings, teacher, backbone, asked))
+
+
+def _changed(name: str, options: Options, changes: dict[str, Any]) -> Options:
+    """The options with some changed.
 
     Raises:
-        ValueError: names the run whose changes do not make a recipe.
+        ValueError: names the run whose changes are refused.
     """
     try:
-        return TrainOptions(**{**train.model_dump(), **changes})
-    except ValueError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"study.runs.{name}: {reasons}") from error
+        return type(options)(**{**options.model_dump(), **changes})
+    except ValidationError as error:
+        raise ValueError(f"study.runs.{name}: {'; '.join(map(_reason, error.errors()))}") from error
+
+
+def _reason(fault: dict[str, Any]) -> str:
+    """pydantic's words; those on options that do not go together name them already."""
+    words = fault["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(map(str, fault['loc']))}={fault['input']!r}: {words}" if fault["loc"] else words
 
 
 def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
@@ -110,11 +152,19 @@ def write_study(study: dict[str, Any]) -> str:
     teacher = [f"{study['teacher'][SHOWN[name]][name]['value']:.{digits[name]}f}" for name in SHOWN]
     lines.append("| teacher | | " + " | ".join([*teacher, ""]) + " |")
     for run, values in summarise(study).items():
-        changes = ", ".join(f"`{key}={value}`" for key, value in study["runs"][run].items())
+        changes = ", ".join(_described(study["runs"][run]))
         cells = [_spread(values[name], places) for name, places in digits.items()]
         lines.append(f"| {run} | {changes} | " + " | ".join(cells) + " |")
     seeds = sorted({row["seed"] for row in study["rows"]})
     return "\n".join([*lines, "", f"Mean ± standard deviation over the training seeds {seeds}.", ""])
+
+
+def _described(changes: dict[str, dict[str, Any]]) -> list[str]:
+    """`stop_gradient=false`, `anchors.anchor_levels=[{"steps": 4}]`."""
+    prefixes = {"train": "", "anchors": "anchors."}
+    return [
+        f"`{prefixes[group]}{key}={json.dumps(value)}`" for group in changes for key, value in changes[group].items()
+    ]
 
 
 def draw_study(study: dict[str, Any]) -> Any:

@@ -1,0 +1,63 @@
+import pytest
+from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, evaluate_options, train_options
+
+from dpdmd_pipeline.pipelines.study.nodes import run_study, summarise, write_study
+from dpdmd_pipeline.pipelines.study.options import StudyOptions
+
+DMD = {"train": {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}}
+
+
+def options(**runs):
+    return StudyOptions(seeds=[0, 1], baseline="dmd", runs={"dmd": DMD, **runs})
+
+
+@pytest.fixture
+def study(tiny_teacher, embeddings, anchors, tmp_path):
+    """The study of some runs, in one folder of states."""
+
+    def run(chosen):
+        inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path
+        groups = backbone_options(), anchor_options(), train_options(), evaluate_options()
+        return run_study(*inputs, *groups, chosen)
+
+    return run
+
+
+def test_every_run_is_trained_once_per_seed_and_finished_ones_are_kept(study, tmp_path):
+    first = study(options(dp_dmd={}))
+    states = {path.name for path in tmp_path.iterdir()}
+    assert [(row["run"], row["seed"]) for row in first["rows"]] == [
+        ("dmd", 0), ("dp_dmd", 0), ("dmd", 1), ("dp_dmd", 1)
+    ]  # fmt: skip
+    assert study(options(dp_dmd={})) == first and {path.name for path in tmp_path.iterdir()} == states
+
+
+def test_a_run_may_have_anchors_of_its_own_and_its_teacher_is_asked_online(study):
+    same = study(options(dp_dmd={}, same={"anchors": {"anchor_levels": [{"steps": 2}]}}, later=later()))
+    losses = {row["run"]: row["last"]["diversity_loss"] for row in same["rows"] if row["seed"] == 0}
+    assert 0 < losses["same"] != losses["later"]
+
+
+def later():
+    return {"anchors": {"anchor_levels": [{"steps": 4}]}}
+
+
+def test_the_table_names_what_each_run_changes(study):
+    found = study(options(dp_dmd={}, later=later(), left_out=None))
+    assert list(summarise(found)) == ["dmd", "dp_dmd", "later"]
+    table = write_study(found)
+    assert '| later | `anchors.anchor_levels=[{"steps": 4}]` |' in table
+    assert "`stop_gradient=false`" in table and "left_out" not in table
+
+
+def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp_path):
+    with pytest.raises(ValueError, match=r"study\.runs\.wrong: anchored_steps=9"):
+        study(options(wrong={"train": {"anchored_steps": 9}}))
+    with pytest.raises(ValueError, match="steps=6 must be below the teacher's backbone.num_steps=6"):
+        study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}))
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_baseline_cannot_be_left_out():
+    with pytest.raises(ValueError, match="baseline=dmd is none of the runs dp_dmd"):
+        StudyOptions(seeds=[0], baseline="dmd", runs={"dmd": None, "dp_dmd": {}})
