@@ -101,8 +101,7 @@ def test_pictures_are_read_one_by_one():
         torch.testing.assert_close(alone.residual[0], together.residual[index])
 
 
-@pytest.mark.skipif(not TEACHER.is_dir(), reason="the embedded teacher is not there")
-def test_what_the_teachers_autoencoder_gives_back_is_valid_and_nearly_all_read_right():
+def test_every_legal_picture_survives_the_teachers_autoencoder():
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(TEACHER, subfolder="vae")
@@ -110,9 +109,8 @@ def test_what_the_teachers_autoencoder_gives_back_is_valid_and_nearly_all_read_r
         latents = vae.encode(gallery() * 2 - 1).latent_dist.mode()
         reading = read((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
     assert bool(reading.valid.all())
-    assert reading.residual.max() < 0.75 * VALID_BELOW  # measured .060: the other side of the threshold
-    right = legal_index(reading) == torch.arange(len(LEGAL))
-    assert right.float().mean() >= 0.99  # measured .9907: small blue circles on grey come back square
+    assert reading.residual.max() < 0.5 * VALID_BELOW  # measured .042: the other side of the threshold
+    assert torch.equal(legal_index(reading), torch.arange(len(LEGAL)))
 
 
 # ---- what it refuses, always
