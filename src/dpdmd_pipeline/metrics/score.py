@@ -74,10 +74,23 @@ class Scores:
         """Take over the rows' faults; those of a network are named after its metric."""
         for row in rows:
             for kind, name in row.faults:
-                kind = f"{kind} ({preset.full_name})" if preset and "network" in kind else kind
-                if (kind, name) not in self._seen:
-                    self._seen.add((kind, name))
-                    self.faults.setdefault(kind, []).append(name)
+                self._add_fault(f"{kind} ({preset.full_name})" if preset and "network" in kind else kind, name)
+
+    def _add_fault(self, kind: str, name: str) -> None:
+        if (kind, name) not in self._seen:
+            self._seen.add((kind, name))
+            self.faults.setdefault(kind, []).append(name)
+
+    def join(self, other: Scores) -> None:
+        """Take over what other presets found of the same pictures."""
+        self.figures |= other.figures
+        self.per_prompt |= other.per_prompt
+        self.missing |= other.missing
+        for kind, names in other.faults.items():
+            for name in names:
+                self._add_fault(kind, name)
+        for text in other.notes:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -155,8 +168,7 @@ def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | No
     if pool is None:
         measure = preset.make(settings)
         return lambda sets: map(partial(measure_set, measure), sets)
-    for needed in preset.weights:
-        needed.require(settings.weights, preset.full_name)
+    preset.require(settings)
     return partial(_spread, pool, _IN_FLIGHT * settings.processes, preset)
 
 
@@ -202,7 +214,8 @@ def _add_metric(
     scores.add_faults(rows, preset)
     values = {row.id: dict(row.measured.values) for row in rows}
     if any(row.measured.nearest is not None for row in rows):
-        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference)
+        own = rows if reference is not None and sets is reference.sets else None
+        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference, own)
         for row in rows:
             if threshold is not None and row.measured.nearest is not None:
                 values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
@@ -232,8 +245,12 @@ def _duplicates_above(
     rows: Sequence[Row],
     settings: Settings,
     reference: Reference | None,
+    rows_there: list[Row] | None,
 ) -> float | None:
-    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it."""
+    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it.
+
+    `rows_there` are the reference's rows, if they are known; else it is measured, once.
+    """
     if settings.duplicates_above is not None:
         return settings.duplicates_above
     if reference is None:
@@ -243,7 +260,7 @@ def _duplicates_above(
         )
         return None
     if preset.full_name not in reference.duplicates:
-        rows_there = list(rows_of(reference.sets))
+        rows_there = rows_there or list(rows_of(reference.sets))
         scores.add_faults(rows_there, preset)
         found = [row for row in rows_there if row.pictures]
         nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]
