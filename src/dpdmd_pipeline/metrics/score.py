@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -103,6 +103,7 @@ def score(
     presets: Sequence[Preset],
     settings: Settings,
     reference: Reference | None = None,
+    pool: ProcessPoolExecutor | None = None,
 ) -> Scores:
     """Measure all presets that can be measured.
 
@@ -111,6 +112,7 @@ def score(
         presets: what to measure.
         settings: how.
         reference: the teacher's pictures, or real ones: for the distribution, and for what a near-duplicate is.
+        pool: of `workers`, for several calls to share; without one, each call has its own.
 
     Raises:
         ValueError: if two sets have the same id.
@@ -121,9 +123,9 @@ def score(
         raise ValueError(f"prompt id {twice[0]!r} is given to more than one set of pictures: join them")
     scores = Scores(len(sets), sum(map(len, sets)))
     _note_sizes(scores, sets)
-    with _workers(settings) as pool:
+    with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
-            _add(scores, preset, pool, sets, settings, reference)
+            _add(scores, preset, shared, sets, settings, reference)
     return scores
 
 
@@ -173,7 +175,8 @@ def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | No
 
 
 @contextmanager
-def _workers(settings: Settings) -> Iterator[ProcessPoolExecutor | None]:
+def workers(settings: Settings) -> Iterator[ProcessPoolExecutor | None]:
+    """The processes over which prompts are spread, started when first needed; None for one, which is this one."""
     if settings.processes == 1:
         yield None
         return

@@ -155,9 +155,7 @@ def say_what_is_missing(metric_weights: Path, shapes_clip: Path, options: Evalua
     """
     from dpdmd_pipeline.pipelines.evaluate.scoring import asked_presets, make_settings, missing_weights
 
-    for reason in missing_weights(
-        asked_presets(options), make_settings(metric_weights, shapes_clip, options)
-    ).values():
+    for reason in missing_weights(asked_presets(options), make_settings(metric_weights, shapes_clip, options)).values():
         log.warning("%s", reason)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.metrics.presets import GENEVAL, Preset, Settings, choose
-from dpdmd_pipeline.metrics.score import Reference, Scores, score
+from dpdmd_pipeline.metrics.score import Reference, Scores, score, workers
 from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, UnavailableError
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.publishing import write_atomically
@@ -135,24 +135,25 @@ def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], k
     """
     teacher = next(iter(sets))
     found = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
-    for preset in presets:
-        reference = Reference(sets[teacher])
-        for name, pictures in sets.items():
-            if preset.axis != "distribution" or name != teacher:
-                found[name].join(_scored(name, pictures, preset, reference, known))
+    with workers(known.settings) as pool:
+        for preset in presets:
+            reference = Reference(sets[teacher])
+            for name, pictures in sets.items():
+                if preset.axis != "distribution" or name != teacher:
+                    found[name].join(_scored(name, pictures, preset, reference, known, pool))
     return found
 
 
-def _scored(model: str, pictures: Sequence[Any], preset: Preset, reference: Reference, known: KnownScores) -> Scores:
+def _scored(
+    model: str, pictures: Sequence[Any], preset: Preset, reference: Reference, known: KnownScores, pool: Any
+) -> Scores:
     """Scores of one model by one preset; with the teacher's come the near-duplicates' threshold for all."""
-    try:
-        preset.require(known.settings)
-    except UnavailableError:
-        return score(pictures, [preset], known.settings, reference)  # which says what is missing
+    if missing_weights([preset], known.settings):
+        return score(pictures, [preset], known.settings, reference, pool)  # which says what is missing
     path, begun = known.path(model, preset), time.monotonic()
     record = known.load(path)
     if record is None:
-        scores = score(pictures, [preset], known.settings, reference)
+        scores = score(pictures, [preset], known.settings, reference, pool)
         record = _as_record(scores, reference)
         if scores.figures:
             known.keep(path, record)
