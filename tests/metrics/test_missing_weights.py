@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dpdmd_pipeline.metrics.presets import PRESETS, choose
-from dpdmd_pipeline.metrics.weights import DINO_V2, MissingWeightsError, hub_folder
+from dpdmd_pipeline.metrics.presets import PRESETS, Settings, choose
+from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, DINO_V2, MissingWeightsError, hub_folder
 
 
 def test_missing_weights_are_named_with_licence_size_and_command(tmp_path):
@@ -26,6 +26,28 @@ def test_weights_that_are_there_are_found_whole_or_in_shards(tmp_path):
     for name in ("config.json", "preprocessor_config.json", "model.safetensors.index.json"):
         (folder / name).write_text("x")
     assert DINO_V2.require(folder, "") == folder
+
+
+def test_weights_are_known_by_their_content_shards_included(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("not of the model")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors"}}')
+    (tmp_path / "1.safetensors").write_text("one")
+    first = DINO_V2.digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("other")
+    assert DINO_V2.digest(tmp_path) == first
+    (tmp_path / "1.safetensors").write_text("two")
+    assert DINO_V2.digest(tmp_path) != first
+
+
+def test_weights_may_lie_elsewhere(tmp_path, passes):
+    folder = tmp_path / "somewhere"
+    elsewhere = {CLIP_SHAPES.folder: folder}
+    settings = Settings(tmp_path, passes, processes=1, seed=0, elsewhere=elsewhere)
+    assert settings.folder_of(CLIP_SHAPES) == folder and settings.folder_of(DINO_V2) == tmp_path / "dinov2-base"
+    (preset,) = choose("diversity.clip_shapes")
+    with pytest.raises(MissingWeightsError, match=f"not in {folder}; fetch with: kedro run --pipelines clip"):
+        preset.make(settings)
 
 
 def test_every_preset_that_needs_weights_says_so_before_it_loads_anything(tmp_path, settings):

@@ -117,3 +117,10 @@ def test_grids_show_a_row_a_prompt_and_the_same_columns_in_all(sample):
     grids = draw_grids(sample(), CHOSEN, evaluate_options())
     assert len(grids) == 3 and len({grid.size for grid in grids}) == 1
     assert grids[0].width == grids[0].height and grids[0].width % (2 * 33) == 0
+
+
+def test_a_study_without_the_exact_reader_is_refused_before_it_trains():
+    from dpdmd_pipeline.pipelines.study.nodes import run_study
+
+    with pytest.raises(ValueError, match="evaluate.judge=None: the study is judged by the exact reader"):
+        run_study(*[None] * 8, evaluate_options(judge=None), None)

@@ -221,6 +221,11 @@ def test_a_metric_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path
         say_what_is_missing(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))
 
 
+def test_options_that_measure_nothing_are_refused():
+    with pytest.raises(ValueError, match="judge=null and by=.*: nothing would be measured"):
+        evaluate_options(judge=None, by=[])
+
+
 # ---- grids
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 
 class EvaluateOptions(BaseModel):
@@ -37,3 +37,9 @@ class EvaluateOptions(BaseModel):
     grid_columns: PositiveInt
     grid_tile: PositiveInt
     device: Literal["auto", "cpu", "cuda"]
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        if self.judge is None and not self.by:
+            raise ValueError("judge=null and by=[]: nothing would be measured, name metrics or axes in `by`")
+        return self

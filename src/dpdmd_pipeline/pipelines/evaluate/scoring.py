@@ -105,12 +105,16 @@ class KnownScores:
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
         self._common = (SCHEMA, code_hash(*CODE), pictures, settings.seed, settings.passes.device)
+        self._weights: dict[str, list[str]] = {}  # by preset: gigabytes are read once for all models
 
     def path(self, model: str, preset: Preset) -> Path:
         """Where the scores of one model by one preset are kept; its name tells all that decides them."""
-        places = [(needed, self.settings.folder_of(needed)) for needed in preset.weights]
-        weights = [needed.digest(folder) for needed, folder in places]
+        if preset.full_name not in self._weights:
+            self._weights[preset.full_name] = [
+                needed.digest(self.settings.folder_of(needed)) for needed in preset.weights
+            ]
         parts = self.settings.parts if preset.name == "geneval_vqa" else {}
+        weights = self._weights[preset.full_name]
         key = fingerprint(*self._common, model, preset.full_name, preset.protocol, weights, parts)
         return self.folder / f"{preset.full_name}-{model}-{key[:16]}.json"
 
