@@ -23,7 +23,10 @@ OUTPUTS = [
     *(WEIGHTS.format(student) for student in ("student", "student_dmd")),
     "data/07_model_output/images/manifest.json",
     *(f"data/08_reporting/grid_{model}.png" for model in MODELS),
-    *(f"data/08_reporting/{name}.json" for name in ("metrics", "prompts_report", "train_history", "train_history_dmd")),
+    *(
+        f"data/08_reporting/{name}.json"
+        for name in ("metrics", "scores", "prompts_report", "train_history", "train_history_dmd")
+    ),
     *(f"data/08_reporting/{name}" for name in ("train_curve.png", "report.html", "report.md")),
 ]
 
@@ -82,7 +85,8 @@ def weights(project: Path, student: str) -> dict[str, bytes]:
 def project(tmp_path_factory) -> Path:
     """What a fresh clone holds of what a run needs."""
     folder = tmp_path_factory.mktemp("demo") / "project"
-    for name in ("conf/base", "conf/ci", "src/dpdmd_pipeline", "data/01_raw", "data/06_models/shapes_teacher"):
+    models = [f"data/06_models/{name}" for name in ("shapes_teacher", "shapes_clip")]
+    for name in ("conf/base", "conf/ci", "src/dpdmd_pipeline", "data/01_raw", *models):
         shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", ".telemetry", "conf/logging.yml"):
         shutil.copy(PROJECT / name, folder / name)
@@ -123,7 +127,7 @@ def test_one_command_makes_every_output_of_the_line(finished):
 
 def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
     metrics = json.loads((finished[0] / "data/08_reporting/metrics.json").read_text())
-    assert list(metrics) == list(MODELS)
+    assert list(metrics) == [*MODELS, "rank_correlation"]
     assert [metrics[model]["nfe"] for model in MODELS] == [12, 4, 4]
     for model in MODELS:
         assert metrics[model]["n"] == {"prompts": 12, "per_prompt": 4}
@@ -133,6 +137,11 @@ def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
             assert measured["low"] <= measured["value"] <= measured["high"]
     assert [("gap_recovered" in metrics[model]) for model in MODELS] == [False, False, True]
     assert set(metrics["dp_dmd"]["gap_recovered"]) == set(metrics["dp_dmd"]["diversity"])
+    clip = {f"diversity.clip_shapes.{name}" for name in ("one_minus_cosine", "vendi", "duplicate_rate")}
+    clip |= {"alignment.clip_shapes.score"}
+    for model in MODELS:
+        assert set(metrics[model]["figures"]) == clip and not metrics[model]["missing"]
+    assert set(metrics["rank_correlation"]) > {"diversity.clip_shapes.vendi"}
 
 
 def test_histories_have_a_row_a_step(finished):
@@ -149,7 +158,8 @@ def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
     for what in ("embeddings: reused", "anchors: reused", "images: reused"):
         assert what in output, output
     assert len(re.findall(r" (DMD|DP-DMD): finished student reused", output)) == 2
-    assert " step 1/3" not in output and " written " not in output
+    assert len(re.findall(r"diversity.clip_shapes of \w+: reused", output)) == 3
+    assert " step 1/3" not in output and " written " not in output and "measured in" not in output
     changed = [name for name, content in before.items() if (project / name).read_bytes() != content]
     assert not changed
 

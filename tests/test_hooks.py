@@ -265,6 +265,37 @@ def test_control_c_gives_one_line(toy):
     assert "Traceback" not in stdout
 
 
+JUDGING = """
+    from kedro.pipeline import Node, Pipeline
+
+    def judge(words: list) -> dict:
+        missing = {"diversity.dino_v2": "no weights"} if "red" in words else {}
+        return {"teacher": {"missing": missing, "faults": {}}, "dmd": {"missing": missing}, "rank_correlation": {}}
+
+    def tell(metrics: dict) -> list:
+        return sorted(metrics)
+
+    def create_pipeline():
+        return Pipeline([Node(judge, "words", "metrics", name="judge"), Node(tell, "metrics", "history", name="tell")])
+    """
+
+
+@pytest.mark.parametrize("words, code", [(["blue"], 0), (["red"], 3)])
+def test_a_run_that_could_not_measure_all_writes_everything_and_ends_with_exit_code_three(toy, words, code):
+    folder = toy / "src/toy/pipelines/evaluate"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(JUDGING.replace("\n    ", "\n"))
+    with (toy / "conf/base/catalog.yml").open("a") as file:
+        file.write("metrics: {type: json.JSONDataset, filepath: data/metrics.json}\n")
+    (toy / "data/words.json").write_text(json.dumps(words))
+    result = kedro(toy, "--pipelines", "evaluate")
+    assert result.returncode == code, result.stdout + result.stderr
+    assert json.loads((toy / "data/history.json").read_text()) == ["dmd", "rank_correlation", "teacher"]
+    told = "Error: not measured: diversity.dino_v2: metrics (data/metrics.json) says why; all the rest is done"
+    assert result.stderr.strip().endswith(told if code else "") and "Traceback" not in result.stderr
+    assert kedro(toy, "--pipelines", "prompts").returncode == 0  # which measures nothing
+
+
 def test_a_read_only_log_folder_does_not_stop_a_run(toy):
     (toy / "logs").write_text("a file where a folder should be")
     result = kedro(toy, "--pipelines", "train")

@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline
 from kedro.validation.type_extractor import TypeExtractor
 from pydantic import BaseModel
 
-STAGES = ["prompts", "teacher", "anchors", "train", "evaluate", "report", "study"]
+STAGES = ["prompts", "teacher", "clip", "anchors", "train", "evaluate", "report", "study"]
 
 # The report prints the other stages' options as they were given; alone, it must not refuse what those stages would.
 # In one run with them (distill), their own nodes give these groups a type.

@@ -59,14 +59,22 @@ class ConfigHooks:
         _refuse(refuse_run(pipeline, catalog))
 
 
+class IncompleteError(click.ClickException):
+    """Everything was written, but not everything that was asked for could be measured."""
+
+    exit_code = 3  # as of `python -m dpdmd_pipeline score`
+
+
 class ReportHooks:
-    """Ends a run with where its report lies."""
+    """Ends a run with where its report lies, and with an exit code that says whether all was measured."""
 
     @hook_impl
     def after_pipeline_run(self, run_params, pipeline, catalog) -> None:
         project = Path(run_params["project_path"])
         for name in sorted(pipeline.all_outputs() & {"report_html", "report_md"}):
             click.echo(_described(name, catalog, project))
+        if "metrics" in pipeline.all_outputs() and (gaps := _unmeasured(catalog.get("metrics").load())):
+            raise IncompleteError(f"{gaps}: {_described('metrics', catalog, project)} says why; all the rest is done")
 
 
 class ErrorHooks:
@@ -108,6 +116,15 @@ class ErrorHooks:
 
     def _place(self, catalog, project: Path) -> str:
         return _described(self._dataset, catalog, project) if self._dataset else f"a file of {self._node}"
+
+
+def _unmeasured(metrics: dict[str, Any]) -> str:
+    """What the evaluation could not measure, in a few words; empty if it measured all."""
+    models = [found for found in metrics.values() if isinstance(found, dict)]
+    missing = sorted({name for found in models for name in found.get("missing", {})})
+    left_out = sum(count for found in models for count in found.get("faults", {}).values())
+    lines = [f"not measured: {', '.join(missing)}"] if missing else []
+    return "; ".join([*lines, *([f"{left_out} pictures or prompts left out of figures"] if left_out else [])])
 
 
 def prepare_log_files() -> None:

@@ -73,7 +73,7 @@ def test_answers_of_people_are_summarised(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--by", "beauty"], "--by beauty is not known"),
+        (["--by", "beauty"], "beauty is no metric"),
         (["--by", "human,quality"], "ask for it alone"),
         (["--by", "quality", "--teacher", "x"], "needs both --teacher and --baseline"),
         (["--by", "quality", "--processes", "0"], "--processes 0 must be at least 1"),

@@ -57,6 +57,17 @@ def test_measures_stand_with_their_intervals_and_without_metrics_nothing_is_clai
     assert "Measured" not in card()
 
 
+def test_any_metric_stands_under_its_full_name_and_what_is_missing_is_said():
+    figure = {"value": 0.25, "low": None, "high": None}
+    model = {"nfe": 4, "n": {"prompts": 1, "per_prompt": 9}, "quality": {}, "diversity": {}, "missing": {}}
+    teacher = model | {"figures": {"diversity.dino_v2.vendi": figure}, "missing": {"preference.pickscore": "why"}}
+    student = model | {"figures": {"diversity.dino_v2.vendi": figure, "distribution.inception.kid": figure}}
+    text = card(metrics={"teacher": teacher, "dp_dmd": student})
+    assert "| `diversity.dino_v2.vendi` | 0.25 | 0.25 |" in text
+    assert "| `distribution.inception.kid` |  | 0.25 |" in text
+    assert "Asked for and not measured: `preference.pickscore`." in text
+
+
 def test_a_student_without_anchored_steps_is_not_called_diverse():
     plain = card(options={"train": {"anchored_steps": 0}})
     assert "distilled with DMD, without" in plain and "distilled with [DP-DMD]" in card()

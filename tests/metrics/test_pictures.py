@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpdmd_pipeline.metrics.pictures import FileSet, TensorSet, find_pictures, read_parts, read_texts
+from dpdmd_pipeline.metrics.pictures import FileSet, StoredSet, TensorSet, find_pictures, read_parts, read_texts
 
 
 def draw(path, size=(8, 8), colour="red", **options):
@@ -116,3 +116,17 @@ def test_texts_and_parts_are_read_or_refused(tmp_path):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(OSError, match="is no folder of pictures"):
         find_pictures(tmp_path / "nothing")
+
+
+def test_a_stored_set_reads_its_rows_when_it_is_measured_and_not_before():
+    cache, asked = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8), []
+
+    def read(rows):
+        asked.append(rows)
+        return cache[list(rows)]
+
+    stored = StoredSet("p", "a cat", (4, 1), read)
+    assert len(stored) == 2 and not asked
+    loaded, expected = stored.load(), TensorSet("p", "a cat", cache[[4, 1]]).load()
+    assert asked == [(4, 1)] and loaded.names == expected.names
+    assert [image.tobytes() for image in loaded.images] == [image.tobytes() for image in expected.images]

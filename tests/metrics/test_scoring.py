@@ -14,7 +14,7 @@ from dpdmd_pipeline.metrics.measures import PairDiversity, PictureScores, SetDiv
 from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.presets import Preset, Settings
-from dpdmd_pipeline.metrics.score import Reference, gaps_recovered, score
+from dpdmd_pipeline.metrics.score import Reference, Scores, gaps_recovered, score, workers
 from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.metrics.weights import DINO_V2
 
@@ -201,6 +201,36 @@ def test_results_are_bit_identical_over_one_and_two_processes(settings):
     assert score(sets, presets, spread, Reference(reference)) == alone
 
 
+def test_what_several_calls_found_of_the_same_pictures_joins_to_what_one_call_finds(settings, tmp_path):
+    (tmp_path / "gone.png").touch()
+    sets = [*make_sets(3, 4, seed=0), FileSet("bad", "bad", (tmp_path / "gone.png",))]
+    presets, reference = [DIVERSITY, ABSENT, QUALITY], Reference(make_sets(3, 4, seed=1))
+    joined = Scores(len(sets), sum(map(len, sets)))
+    for preset in presets:
+        joined.join(score(sets, [preset], settings, reference))
+    assert joined == score(sets, presets, settings, reference)
+
+
+def test_calls_may_share_their_processes(settings):
+    spread = Settings(settings.weights, settings.passes, 2, settings.seed)
+    sets = make_sets(3, 3, seed=0)
+    with workers(spread) as pool:
+        found = [score(sets, [preset], spread, None, pool) for preset in (DIVERSITY, QUALITY)]
+    assert found == [score(sets, [preset], settings) for preset in (DIVERSITY, QUALITY)]
+
+
+def test_a_reference_is_not_measured_twice_where_it_is_judged_itself(settings):
+    counted = []
+
+    def build(settings):
+        return SetDiversity(lambda images: counted.append(1) or Corners()(images))
+
+    sets = make_sets(3, 4, seed=0)
+    reference = Reference(sets)
+    score(sets, [Preset("diversity", "corners", "", build)], settings, reference)
+    assert len(counted) == 3 and reference.duplicates["diversity.corners"][0] == 4
+
+
 def test_weights_missing_in_workers_are_told_as_in_one_process(settings):
     spread = Settings(settings.weights, settings.passes, 2, settings.seed)
     sets = make_sets(2, 3, seed=0)
@@ -262,6 +292,17 @@ def test_pixel_distance_is_that_of_the_embedded_world_s_metric():
     images = TensorSet("p", "p", pixels).load().images
     found = pixel_distances(images).mean().item()
     assert math.isclose(found, pairwise_distance(pixels / 255), rel_tol=1e-6)
+
+
+def test_pixel_distances_are_exact_and_in_the_order_of_their_pairs(monkeypatch):
+    pixels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    images = TensorSet("p", "p", pixels).load().images
+    flat, whole = pixels.flatten(1).long(), pixel_distances(images)
+    pairs = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
+    sums = torch.tensor([(flat[i] - flat[j]).square().sum() for i, j in pairs]).double()
+    assert torch.equal(whole, (sums / flat.shape[1]).sqrt() / 255)
+    monkeypatch.setattr("dpdmd_pipeline.metrics.measures._BLOCK", 7)
+    assert torch.equal(pixel_distances(images), whole)
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,15 @@ TRAIN = {
 }
 EVALUATE = {
     "judge": "shapes",
+    "by": [],
     "seed": 0,
     "images_per_prompt": 3,
     "batch_size": 6,
+    "metric_batch_size": 2,
+    "metric_processes": 1,
+    "grid_prompts": 12,
     "grid_columns": 2,
+    "grid_tile": 32,
     "device": "cpu",
 }
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 INCOMPLETE = 3  # exit code: measured, but not everything that was asked for
 DEFAULT_WEIGHTS = Path("data/06_models/metrics")
+SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # of the embedded world, in the project's git
 DEFAULT_SEED = 0  # of resampling only
 DEFAULT_BATCH = 32  # on a GPU only
 
@@ -135,6 +136,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
     from dpdmd_pipeline.metrics.passes import Passes
     from dpdmd_pipeline.metrics.pictures import read_parts
     from dpdmd_pipeline.metrics.presets import Settings
+    from dpdmd_pipeline.metrics.weights import CLIP_SHAPES
 
     there = torch.cuda.is_available()
     if asked.device == "cuda" and not there:
@@ -142,7 +144,8 @@ def _settings(asked: argparse.Namespace) -> Settings:
     device = asked.device if asked.device != "auto" else "cuda" if there else "cpu"
     parts = read_parts(asked.geneval) if asked.geneval else {}
     passes = Passes(device, asked.batch_size)
-    return Settings(asked.weights, passes, asked.processes, asked.seed, asked.duplicates_above, parts)
+    elsewhere = {CLIP_SHAPES.folder: SHIPPED_CLIP} if not (asked.weights / CLIP_SHAPES.folder).is_dir() else {}
+    return Settings(asked.weights, passes, asked.processes, asked.seed, asked.duplicates_above, parts, elsewhere)
 
 
 def _scored(

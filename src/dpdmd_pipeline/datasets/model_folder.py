@@ -16,7 +16,7 @@ from dpdmd_pipeline.publishing import Folders, load_published, locked, publish, 
 
 log = logging.getLogger(__name__)
 
-_CONFIGS = ("model_index.json", "config.json")
+_CONFIGS = ("model_index.json", "config.json", "open_clip_config.json")
 
 
 def folder_hash(folder: Path) -> str:
@@ -55,7 +55,7 @@ class ModelFolderDataset(AbstractDataset[Any, Path]):
         self.metadata = metadata
 
     def load(self) -> Path:
-        """The folder, which holds a model_index.json or a config.json.
+        """The folder, which holds a model_index.json, a config.json or an open_clip_config.json.
 
         Raises:
             FileNotFoundError: if it does not.

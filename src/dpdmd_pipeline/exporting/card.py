@@ -249,18 +249,25 @@ def _measured(metrics: Mapping[str, Any]) -> str:
     names = {"teacher": "teacher", "dmd": "DMD", "dp_dmd": "DP-DMD (this)"}
     models = [model for model in names if model in metrics]
     rows = [["evaluations per picture", *(str(metrics[model].get("nfe", "")) for model in models)]]
-    for group in ("quality", "diversity"):
-        for measure in metrics[models[0]].get(group, {}):
-            rows.append([measure.replace("_", " "), *(_interval(metrics[model][group][measure]) for model in models)])
-    counts = metrics[models[0]].get("n", {})
-    table = _table(["", *(names[model] for model in models)], rows)
-    if not counts:
-        return table
-    return f"{table}\n\n{counts['prompts']} prompts, {counts['per_prompt']} pictures each; in brackets 95 % intervals."
+    for group in ("quality", "diversity", "figures"):
+        found = [metrics[model].get(group, {}) for model in models]
+        for measure in dict.fromkeys(name for of_model in found for name in of_model):
+            name = f"`{measure}`" if group == "figures" else measure.replace("_", " ")
+            rows.append([name, *(_interval(of_model.get(measure)) for of_model in found)])
+    parts = [_table(["", *(names[model] for model in models)], rows)]
+    if counts := metrics[models[0]].get("n", {}):
+        parts.append(f"{counts['prompts']} prompts, {counts['per_prompt']} pictures each; in brackets 95 % intervals.")
+    if missing := sorted({name for model in models for name in metrics[model].get("missing", {})}):
+        parts.append(f"Asked for and not measured: {', '.join(f'`{name}`' for name in missing)}.")
+    return "\n\n".join(parts)
 
 
-def _interval(figure: Mapping[str, float]) -> str:
-    return f"{figure['value']:.4g} [{figure['low']:.4g}, {figure['high']:.4g}]"
+def _interval(figure: Mapping[str, float | None] | None) -> str:
+    """Empty for what was not measured; one prompt alone has no interval."""
+    if figure is None or figure["value"] is None:
+        return ""
+    spread = "" if figure["low"] is None else f" [{figure['low']:.4g}, {figure['high']:.4g}]"
+    return f"{figure['value']:.4g}{spread}"
 
 
 def _options(groups: Mapping[str, Mapping[str, Any]]) -> str:

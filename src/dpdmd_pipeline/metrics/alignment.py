@@ -37,14 +37,16 @@ class OpenClipScore:
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        cosine = self.passes.run(lambda chunk: self._cosine(text, chunk), images)
+        embedded = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
+        cosine = self.passes.run(lambda chunk: self._embed(chunk) @ embedded, images)
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
-    def _cosine(self, text: str, images: Sequence[Image]) -> Tensor:
-        device = self.passes.device
-        pixels = torch.stack([self.preprocess(image) for image in images]).to(device)
-        image = self.model.encode_image(pixels, normalize=True)
-        return image @ self.model.encode_text(self.tokenizer([text]).to(device), normalize=True)[0]
+    def _embed(self, images: Sequence[Image]) -> Tensor:
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        return self.model.encode_image(pixels.to(self.passes.device), normalize=True)
+
+    def _embed_text(self, texts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
 
 
 def clip_score(folder: Path, passes: Passes) -> OpenClipScore:

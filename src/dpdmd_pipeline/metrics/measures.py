@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_BLOCK = 1 << 16  # pixels of each picture that are held in double precision
+
+
 class Measured(NamedTuple):
     """Numbers of one prompt."""
 
@@ -168,12 +171,21 @@ class ShapesReader:
 
 
 def pixel_distances(images: Sequence[Image]) -> Tensor:
-    """RMS differences of all pairs, in [0, 1]."""
+    """RMS differences of all pairs (1, 0), (2, 0), (2, 1), ..., in [0, 1].
+
+    The sums are of whole numbers below 2^53, so they are exact in float64 whatever their order.
+    """
     from torchvision.transforms.functional import pil_to_tensor
 
-    flat = [pil_to_tensor(image).flatten() for image in images]  # 8 bits: sixty large pictures must fit
-    pairs = [(flat[i].float() - flat[j].float()).square().mean().sqrt() for i in range(len(flat)) for j in range(i)]
-    return torch.stack(pairs) / 255
+    flat = torch.stack([pil_to_tensor(image).flatten() for image in images])  # 8 bits: sixty large pictures must fit
+    products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for block in flat.split(_BLOCK, dim=1):
+        values = block.double()
+        products += values @ values.T
+    norms = products.diagonal()
+    squared = norms[:, None] + norms[None, :] - 2 * products
+    rows, columns = torch.tril_indices(len(flat), len(flat), offset=-1)
+    return (squared[rows, columns] / flat.shape[1]).sqrt() / 255
 
 
 def _usable(features: Tensor) -> tuple[Tensor, tuple[int, ...]]:

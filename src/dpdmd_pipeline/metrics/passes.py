@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class Passes:
     device: str
     batch_size: int
 
-    def run(self, network: Callable[[Sequence[Image]], Tensor], images: Sequence[Image]) -> Tensor:
-        """Rows of the network's answers, float32 on the CPU, in the order of the pictures."""
+    def run(self, network: Callable[[Sequence[Any]], Tensor], images: Sequence[Any]) -> Tensor:
+        """Rows of the network's answers, float32 on the CPU, in the order of the pictures (or texts, or pairs)."""
         size = 1 if self.device == "cpu" else self.batch_size
         with torch.no_grad(), _one_thread(self.device == "cpu"):
             chunks = [network(images[start : start + size]) for start in range(0, len(images), size)]

@@ -14,7 +14,7 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -95,6 +95,28 @@ class TensorSet:
 
         images = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in self.images]
         return Loaded([f"{self.id}[{number}]" for number in range(len(images))], images, [])
+
+
+@dataclass(frozen=True)
+class StoredSet:
+    """Pictures of one prompt, in a cache that is read when they are measured.
+
+    Attributes:
+        id, text: of the prompt.
+        rows: of the cache.
+        read: from rows to uint8 [n, 3, H, W].
+    """
+
+    id: str
+    text: str
+    rows: tuple[int, ...]
+    read: Callable[[Sequence[int]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def load(self) -> Loaded:
+        return TensorSet(self.id, self.text, self.read(self.rows)).load()
 
 
 def read_picture(path: Path) -> Image:

@@ -23,6 +23,7 @@ from dpdmd_pipeline.metrics.passes import Passes
 
 Axis = Literal["diversity", "quality", "alignment", "preference", "distribution"]
 AXES: tuple[Axis, ...] = ("diversity", "quality", "alignment", "preference", "distribution")
+GENEVAL = "geneval"  # folder of evaluation_metadata.jsonl, beside the weights
 _LPIPS_SIDE = 256
 
 
@@ -37,6 +38,7 @@ class Settings:
         seed: of bootstrap and subsets.
         duplicates_above: cosine from which two pictures are near-duplicates; None takes it from the reference.
         parts: GenEval's records by text of the prompt.
+        elsewhere: name of a folder of weights to its place, of those that do not lie below `weights`.
     """
 
     weights: Path
@@ -45,6 +47,11 @@ class Settings:
     seed: int
     duplicates_above: float | None = None
     parts: Mapping[str, dict] = field(default_factory=dict)
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+
+    def folder_of(self, needed: w.Weights) -> Path:
+        """Where these weights belong."""
+        return self.elsewhere.get(needed.folder, Path(self.weights) / needed.folder)
 
 
 @dataclass(frozen=True)
@@ -70,27 +77,35 @@ class Preset:
     def full_name(self) -> str:
         return f"{self.axis}.{self.name}"
 
+    def require(self, settings: Settings) -> None:
+        """Look for the weights.
+
+        Raises:
+            MissingWeightsError: with the remedy.
+        """
+        for needed in self.weights:
+            needed.require(settings.folder_of(needed), self.full_name)
+
     def make(self, settings: Settings) -> Measure:
         """The measure, ready to run.
 
         Raises:
             MissingWeightsError, MissingLibraryError: with the remedy.
         """
-        for needed in self.weights:
-            needed.require(settings.weights, self.full_name)
+        self.require(settings)
         return self.build(settings)
 
 
 def _vision(kind: Callable[[Any], Measure], needed: w.Weights, tokens: Any, settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.embedders import TransformersVision
 
-    return kind(TransformersVision(settings.weights / needed.folder, tokens, settings.passes))
+    return kind(TransformersVision(settings.folder_of(needed), tokens, settings.passes))
 
 
 def _open_clip(needed: w.Weights, settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.embedders import OpenClipVision
 
-    return SetDiversity(OpenClipVision(settings.weights / needed.folder, settings.passes))
+    return SetDiversity(OpenClipVision(settings.folder_of(needed), settings.passes))
 
 
 def _lpips(network: Literal["alex", "squeeze"], settings: Settings) -> Measure:
@@ -106,26 +121,26 @@ def _pixels(settings: Settings) -> Measure:
 def _inception(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.embedders import Inception
 
-    file = settings.weights / w.INCEPTION.folder / str(w.INCEPTION.files[0])
+    file = settings.folder_of(w.INCEPTION) / str(w.INCEPTION.files[0])
     return SetFeatures(Inception(file, settings.passes))
 
 
 def _clip_score(needed: w.Weights, settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.alignment import clip_score
 
-    return PictureScores("score", clip_score(settings.weights / needed.folder, settings.passes))
+    return PictureScores("score", clip_score(settings.folder_of(needed), settings.passes))
 
 
 def _pick_score(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.alignment import PickScore
 
-    return PictureScores("score", PickScore(settings.weights / w.PICKSCORE.folder, settings.passes))
+    return PictureScores("score", PickScore(settings.folder_of(w.PICKSCORE), settings.passes))
 
 
 def _hps(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.alignment import hps_score
 
-    file = settings.weights / w.HPS_V2_1.folder / str(w.HPS_V2_1.files[0])
+    file = settings.folder_of(w.HPS_V2_1) / str(w.HPS_V2_1.files[0])
     return PictureScores("score", hps_score("ViT-H-14", file, settings.passes))
 
 
@@ -134,9 +149,10 @@ def _asked(needed: w.Weights, kind: Literal["vqa", "rating", "parts"], settings:
 
     if kind == "parts" and not settings.parts:
         raise w.UnavailableError(
-            "geneval_vqa needs the parts of the prompts: name evaluation_metadata.jsonl with --geneval"
+            "geneval_vqa needs the parts of the prompts: name evaluation_metadata.jsonl with --geneval, or, for the "
+            f"stage evaluate, put it into {settings.weights / GENEVAL}"
         )
-    model = VisionLanguage(settings.weights / needed.folder, settings.passes)
+    model = VisionLanguage(settings.folder_of(needed), settings.passes)
     if kind == "parts":
         return PartScores(PartQuestions(model, settings.parts))
     return PictureScores("score", VqaScore(model) if kind == "vqa" else RatedQuality(model))
@@ -333,7 +349,7 @@ def choose(wanted: str) -> list[Preset]:
             raise ValueError(f"{name} cannot live in this environment: {left_out}")
         if not found:
             raise ValueError(
-                f"--by {name} is not known: name axes ({', '.join(AXES)}, human) or metrics "
+                f"{name} is no metric: name axes ({', '.join(AXES)}) or metrics "
                 f"({', '.join(p.full_name for p in PRESETS)})"
             )
         chosen.update(found)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -74,10 +74,23 @@ class Scores:
         """Take over the rows' faults; those of a network are named after its metric."""
         for row in rows:
             for kind, name in row.faults:
-                kind = f"{kind} ({preset.full_name})" if preset and "network" in kind else kind
-                if (kind, name) not in self._seen:
-                    self._seen.add((kind, name))
-                    self.faults.setdefault(kind, []).append(name)
+                self._add_fault(f"{kind} ({preset.full_name})" if preset and "network" in kind else kind, name)
+
+    def _add_fault(self, kind: str, name: str) -> None:
+        if (kind, name) not in self._seen:
+            self._seen.add((kind, name))
+            self.faults.setdefault(kind, []).append(name)
+
+    def join(self, other: Scores) -> None:
+        """Take over what other presets found of the same pictures."""
+        self.figures |= other.figures
+        self.per_prompt |= other.per_prompt
+        self.missing |= other.missing
+        for kind, names in other.faults.items():
+            for name in names:
+                self._add_fault(kind, name)
+        for text in other.notes:
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -90,6 +103,7 @@ def score(
     presets: Sequence[Preset],
     settings: Settings,
     reference: Reference | None = None,
+    pool: ProcessPoolExecutor | None = None,
 ) -> Scores:
     """Measure all presets that can be measured.
 
@@ -98,6 +112,7 @@ def score(
         presets: what to measure.
         settings: how.
         reference: the teacher's pictures, or real ones: for the distribution, and for what a near-duplicate is.
+        pool: of `workers`, for several calls to share; without one, each call has its own.
 
     Raises:
         ValueError: if two sets have the same id.
@@ -108,9 +123,9 @@ def score(
         raise ValueError(f"prompt id {twice[0]!r} is given to more than one set of pictures: join them")
     scores = Scores(len(sets), sum(map(len, sets)))
     _note_sizes(scores, sets)
-    with _workers(settings) as pool:
+    with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
-            _add(scores, preset, pool, sets, settings, reference)
+            _add(scores, preset, shared, sets, settings, reference)
     return scores
 
 
@@ -155,13 +170,13 @@ def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | No
     if pool is None:
         measure = preset.make(settings)
         return lambda sets: map(partial(measure_set, measure), sets)
-    for needed in preset.weights:
-        needed.require(settings.weights, preset.full_name)
+    preset.require(settings)
     return partial(_spread, pool, _IN_FLIGHT * settings.processes, preset)
 
 
 @contextmanager
-def _workers(settings: Settings) -> Iterator[ProcessPoolExecutor | None]:
+def workers(settings: Settings) -> Iterator[ProcessPoolExecutor | None]:
+    """The processes over which prompts are spread, started when first needed; None for one, which is this one."""
     if settings.processes == 1:
         yield None
         return
@@ -202,7 +217,8 @@ def _add_metric(
     scores.add_faults(rows, preset)
     values = {row.id: dict(row.measured.values) for row in rows}
     if any(row.measured.nearest is not None for row in rows):
-        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference)
+        own = rows if reference is not None and sets is reference.sets else None
+        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference, own)
         for row in rows:
             if threshold is not None and row.measured.nearest is not None:
                 values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
@@ -232,8 +248,12 @@ def _duplicates_above(
     rows: Sequence[Row],
     settings: Settings,
     reference: Reference | None,
+    rows_there: list[Row] | None,
 ) -> float | None:
-    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it."""
+    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it.
+
+    `rows_there` are the reference's rows, if they are known; else it is measured, once.
+    """
     if settings.duplicates_above is not None:
         return settings.duplicates_above
     if reference is None:
@@ -243,7 +263,7 @@ def _duplicates_above(
         )
         return None
     if preset.full_name not in reference.duplicates:
-        rows_there = list(rows_of(reference.sets))
+        rows_there = rows_there or list(rows_of(reference.sets))
         scores.add_faults(rows_there, preset)
         found = [row for row in rows_there if row.pictures]
         nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]

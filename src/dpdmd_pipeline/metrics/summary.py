@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,18 +23,26 @@ def interval(per_prompt: Tensor, seed: int) -> dict[str, float]:
         seed: of the resampling.
     """
     values = per_prompt.double()
-    low, high = _resampled_means(values[None], seed)[0].quantile(_TAILS).tolist()
-    return {"value": values.mean().item(), "low": low, "high": high}
+    return {"value": values.mean().item(), **percentiles(_resampled_means(values[None], seed)[0])}
 
 
 def _resampled_means(rows: Tensor, seed: int) -> Tensor:
     """Means of rows [k, P] over the same resampled prompts, [k, resamples]; a few resamples are held at a time."""
-    count = rows.shape[1]
+    return torch.cat([rows[:, index].mean(2) for index in resamples(rows.shape[1], seed)], dim=1)
+
+
+def resamples(count: int, seed: int) -> Iterator[Tensor]:
+    """Indices of the bootstrap's samples of `count` prompts, [a few, count] at a time."""
     generator = torch.Generator().manual_seed(seed)
     at_once = max(1, _HELD // count)
-    sizes = [min(at_once, _RESAMPLES - start) for start in range(0, _RESAMPLES, at_once)]
-    drawn = (torch.randint(count, (size, count), generator=generator) for size in sizes)
-    return torch.cat([rows[:, index].mean(2) for index in drawn], dim=1)
+    for start in range(0, _RESAMPLES, at_once):
+        yield torch.randint(count, (min(at_once, _RESAMPLES - start), count), generator=generator)
+
+
+def percentiles(resampled: Tensor) -> dict[str, float]:
+    """The ends of the 95 % interval of [resamples] values."""
+    low, high = resampled.quantile(_TAILS).tolist()
+    return {"low": low, "high": high}
 
 
 def figure(per_prompt: Tensor, pictures: int, preset: str, seed: int) -> dict[str, Any]:
@@ -76,7 +85,7 @@ def ratio_interval(marks: Tensor, owners: Tensor, seed: int) -> dict[str, float 
     found: dict[str, float | None] = {"value": marks.double().mean().item(), "low": None, "high": None}
     if len(prompts) > 1:
         sums, counts = _resampled_means(rows, seed)
-        found["low"], found["high"] = (sums / counts).quantile(_TAILS).tolist()
+        found |= percentiles(sums / counts)
     return found
 
 
@@ -99,7 +108,7 @@ def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[st
     gaps = means[0] - means[1]
     if (gaps <= 0).double().mean() < 0.025:
         shares = ((means[2] - means[1]) / gaps)[gaps > 0]
-        found["low"], found["high"] = shares.quantile(_TAILS).tolist()
+        found |= percentiles(shares)
     return found
 
 

@@ -5,6 +5,8 @@ Sizes are of the files as published, rounded; licences as their pages name them.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,13 +45,16 @@ class Weights:
     size_mb: int
     fetch: str
 
-    def require(self, root: Path, metric: str) -> Path:
+    def require(self, folder: Path, metric: str) -> Path:
         """The folder, if all files are there.
+
+        Args:
+            folder: where they should be; `folder` below the root, or elsewhere.
+            metric: that needs them.
 
         Raises:
             MissingWeightsError: names the metric, the files, their licence and size, and the command.
         """
-        folder = Path(root) / self.folder
         absent = [" or ".join(names) for names in map(_names, self.files) if not _any_there(folder, names)]
         if absent:
             raise MissingWeightsError(
@@ -57,6 +62,20 @@ class Weights:
                 f"{', '.join(absent)} not in {folder}; fetch with: {self.fetch.format(folder=folder)}"
             )
         return folder
+
+    def digest(self, folder: Path) -> str:
+        """SHA-256 of the contents of the files that are there, and of the shards that an index names; hexadecimal."""
+        digest = hashlib.sha256()
+        for name in sorted(self._present(folder)):
+            with (folder / name).open("rb") as file:
+                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    def _present(self, folder: Path) -> set[str]:
+        found = {name for names in map(_names, self.files) for name in names if (folder / name).is_file()}
+        for index in [name for name in found if name.endswith(".index.json")]:
+            found |= set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+        return found
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -98,12 +117,12 @@ CLIP_L = Weights(
 )
 CLIP_L_HF = hub_model("clip-vit-large-patch14", "openai/clip-vit-large-patch14", "MIT", 1710)
 CLIP_SHAPES = Weights(
-    "clip_shapes",
+    "shapes_clip",
     ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json"),
     "the embedded world",
     "Apache-2.0",
     1,
-    "train it with dpdmd_pipeline.training.clip.train_clip (a minute of one core) into {folder}",
+    "kedro run --pipelines clip (a minute of one core; it is in the project's git)",
 )
 PICKSCORE = hub_model("pickscore", "yuvalkirstain/PickScore_v1", "see its model card", 3945, "tokenizer_config.json")
 HPS_V2_1 = Weights(

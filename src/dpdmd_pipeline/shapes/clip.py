@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpdmd_pipeline.shapes.world import BACKGROUNDS, COLOURS, LEGAL, RESOLUTION, SHAPES, Attributes, captions
+from dpdmd_pipeline.shapes.world import BACKGROUNDS, COLOURS, FREE, LEGAL, RESOLUTION, SHAPES, Attributes, captions
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 16
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-_RADII = ("small", "large")
+# What the free attributes are called, in the order of their indices.
+FREE_WORDS = {
+    "position": tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS),
+    "radius": ("small", "large"),
+    "background": tuple(BACKGROUNDS),
+}
 _PAD, _UNKNOWN, _END = "<pad>", "<unknown>", "<end>"
 
 
 def full_caption(attributes: Attributes) -> str:
     """All attributes in words, as in "a small red circle at the top left on black"."""
-    row, column = divmod(attributes.position, len(_COLUMNS))
-    colour, background = list(COLOURS)[attributes.colour], list(BACKGROUNDS)[attributes.background]
-    what = f"{_RADII[attributes.radius]} {colour} {SHAPES[attributes.shape]}"
-    return f"a {what} at the {_ROWS[row]} {_COLUMNS[column]} on {background}"
+    position, radius, background = (FREE_WORDS[name][getattr(attributes, name)] for name in FREE)
+    colour, shape = list(COLOURS)[attributes.colour], SHAPES[attributes.shape]
+    return f"a {radius} {colour} {shape} at the {position} on {background}"
 
 
 def full_captions() -> list[str]:

@@ -9,25 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from dpdmd_pipeline.shapes.clip import full_captions, make_clip, save_clip
 from dpdmd_pipeline.shapes.world import CAPTION_TEMPLATES, NUM_MODES, NUM_PROMPTS, captions, gallery
 from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.clip_recipe import ClipRecipe
 from dpdmd_pipeline.training.teacher import fit
-from dpdmd_pipeline.training.teacher_recipe import BatchFitRecipe
 
 if TYPE_CHECKING:
     from open_clip import CLIP
-
-
-class ClipRecipe(BatchFitRecipe):
-    """The embedded CLIP, from nothing."""
-
-    seed: NonNegativeInt
-    noise: float = Field(ge=0, lt=1)  # largest standard deviation added to a picture: models draw no perfect ones
-    checkpoint_every: PositiveInt  # steps
 
 
 def train_clip(

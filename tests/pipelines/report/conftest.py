@@ -35,12 +35,52 @@ def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02)
                 "entropy": measured(mode / 13, spread),
                 "pairwise_distance": measured(0.4, spread),
             },
+            "figures": {},
+            "missing": {},
+            "faults": {},
         }
     teacher, dmd, ours = modes
     gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
     others = {"coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
     metrics["dp_dmd"]["gap_recovered"] = {"effective_modes": gap, **others}
+    metrics["dp_dmd"]["gaps"] = {}
+    return {**metrics, "rank_correlation": {}}
+
+
+def without_reader(figures=((0.3, 0.1, 0.25), (21.0, 22.0, 22.5)), spread=0.02):
+    """Metrics where no exact reader has judged: a diversity and a preference, of teacher, DMD and DP-DMD."""
+    metrics = made_metrics()
+    names = ("diversity.dino_v2.one_minus_cosine", "preference.pickscore.score")
+    n = {"prompts": 3, "pictures": 27, "prompts_not_measured": 0}
+    for number, model in enumerate(COLOURS):
+        values = [values[number] for values in figures]
+        metrics[model] |= {"quality": {}, "diversity": {}}
+        metrics[model]["figures"] = {
+            name: {**measured(value, spread), "n": n, "preset": f"protocol of {name}"}
+            for name, value in zip(names, values, strict=True)
+        }
+    teacher, dmd, ours = figures[0]
+    gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
+    metrics["dp_dmd"]["gap_recovered"] = {}
+    metrics["dp_dmd"]["gaps"] = {names[0]: {"value": gap, "low": gap, "high": gap, "prompts": 3}}
     return metrics
+
+
+def made_scores(texts, attributes=True):
+    """Two metrics prompt by prompt, and, of the embedded world, the free attributes."""
+    names = ("diversity.shapes.effective_modes", "quality.shapes.aligned") if attributes else ()
+    ids = [str(row) for row in range(len(texts))]
+    counts = {"radius": {"small": 3, "large": 1}, "background": {"black": 0, "white": 4}}
+    return {
+        "prompts": dict(zip(ids, texts, strict=True)),
+        "models": {
+            model: {
+                "per_prompt": {name: {key: 10.0 * number + place for place, key in enumerate(ids)} for name in names}
+            }
+            for number, model in enumerate(COLOURS)
+        },
+        "attributes": dict.fromkeys(COLOURS, counts) if attributes else {},
+    }
 
 
 def made_history(anchored, steps=120):
@@ -58,6 +98,7 @@ def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
 
     inputs = {
         "metrics": made_metrics(),
+        "scores": made_scores(texts),
         "prompts": [{"text": "only trained on", "train": True, "eval": False}]
         + [{"text": text, "train": False, "eval": True} for text in texts],
         "train_history": made_history(1.0),

@@ -15,7 +15,16 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.text import TextDataset
 from PIL import Image
-from tests.pipelines.report.conftest import COLOURS, HOSTILE, ROOT, made_inputs, made_metrics, measured
+from tests.pipelines.report.conftest import (
+    COLOURS,
+    HOSTILE,
+    ROOT,
+    made_inputs,
+    made_metrics,
+    made_scores,
+    measured,
+    without_reader,
+)
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
@@ -115,8 +124,8 @@ def test_a_gap_that_is_not_there_is_a_dash_that_is_explained():
 
 def test_an_unknown_metric_is_shown_under_its_own_name():
     metrics = made_metrics()
-    for model in metrics.values():
-        model["diversity"]["vendi_score"] = measured(3.0, 0.5)
+    for model in COLOURS:
+        metrics[model]["diversity"]["vendi_score"] = measured(3.0, 0.5)
     html, _ = make_report(**made_inputs(metrics=metrics))
     assert "vendi score" in html and "2.500 to 3.500" in html
 
@@ -160,7 +169,97 @@ def test_a_grid_of_other_prompts_is_refused_with_both_numbers(texts):
         make_report(**inputs)
 
 
+# ---- the library's metrics
+
+
+def test_any_metric_is_a_row_with_its_protocol_its_count_and_its_gap():
+    html, md = make_report(**made_inputs(metrics=without_reader()))
+    for page in (Tags(html).text, md.replace("\\", "")):
+        assert "diversity.dino_v2.one_minus_cosine" in page and "protocol of preference.pickscore.score" in page
+        assert "27 pictures of 3 prompts" in page and "75 % (75 to 75)" in page and "0.25" in page
+    assert "effective modes" not in Tags(html).text
+
+
+def test_what_is_missing_is_said_once_with_its_remedy():
+    metrics = without_reader()
+    reason = "needs facebook/dinov2-base: hf download <it>"
+    for model in COLOURS:
+        metrics[model]["missing"] = {"diversity.dino_v2": reason, "diversity.dino_v2_patch": reason}
+    metrics["dmd"]["faults"] = {"the network gave no finite number (quality.arniqa)": 2}
+    html, md = make_report(**made_inputs(metrics=metrics))
+    for page in (Tags(html).text, md.replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")):
+        assert page.count(reason) == 1 and "diversity.dino_v2, diversity.dino_v2_patch" in page
+        assert "DMD: 2 x the network gave no finite number" in page
+
+
+def test_a_figure_of_one_prompt_has_no_interval_and_no_verdict_is_made_of_it(capsys):
+    metrics = without_reader()
+    for model in COLOURS:
+        for figure in metrics[model]["figures"].values():
+            figure |= {"low": None, "high": None}
+    metrics["dp_dmd"]["gaps"]["diversity.dino_v2.one_minus_cosine"] |= {"low": None, "high": None}
+    for page in make_report(**made_inputs(metrics=metrics)):
+        assert "One prompt cannot tell" in page and "None" not in page
+    show_result(metrics, "", "")
+    assert "None" not in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_measured_says_so():
+    metrics = without_reader()
+    for model in COLOURS:
+        metrics[model]["figures"] = {}
+    metrics["dp_dmd"]["gaps"] = {}
+    html, md = make_report(**made_inputs(metrics=metrics, scores=made_scores("abc", attributes=False)))
+    for page in (html, md):
+        assert "No diversity was measured of all three models" in page
+    assert "No scatter of quality against diversity" in html and "What the prompts leave free" not in html
+
+
+def test_each_prompt_is_a_point_of_each_model():
+    html, _ = make_report(**made_inputs())
+    parsed = Tags(html)
+    points = [attrs for tag, attrs in parsed.tags if tag == "circle"]
+    assert len(points) == 9
+    assert all(56 <= float(at["cx"]) <= 552 and 12 <= float(at["cy"]) <= 300 for at in points)
+    assert float(points[0]["cx"]) < float(points[-1]["cx"]) and float(points[0]["cy"]) > float(points[-1]["cy"])
+    assert f"DP-DMD: {HOSTILE}" in parsed.text
+
+
+def test_bars_are_shares_of_each_model_s_right_pictures():
+    html, _ = make_report(**made_inputs())
+    bars = [float(attrs["width"]) for tag, attrs in Tags(html).tags if tag == "rect"]
+    whole = 344 - 96
+    assert bars[:2] == [whole, round(whole / 3, 1)] and bars[6:8] == [0, whole] and len(bars) == 12
+    assert "even: 50 %, longest bar: 75 %" in html
+
+
+def test_metrics_set_against_the_reader_are_listed():
+    metrics = made_metrics()
+    metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
+    html, md = make_report(**made_inputs(metrics=metrics))
+    assert "0.76 (0.50 to 0.90)" in html and "0.76 (0.50 to 0.90)" in md
+
+
+def test_grids_of_the_first_prompts_only_are_labelled_with_those():
+    inputs = made_inputs()
+    inputs["evaluate_options"] = {**inputs["evaluate_options"], "grid_prompts": 2}
+    with pytest.raises(ValueError, match="cannot show 2 evaluation prompts"):
+        make_report(**{**inputs, "grid_teacher": Image.new("RGB", (90, 31))})
+    html, md = make_report(**{**inputs, **{f"grid_{name}": Image.new("RGB", (90, 20)) for name in COLOURS}})
+    assert "The first 2 of 3 evaluation prompts" in html and "3. " not in md.split("## Numbers")[0]
+
+
 # ---- the terminal, the line
+
+
+def test_the_terminal_shows_any_metric_and_what_is_missing(capsys):
+    metrics = without_reader()
+    metrics["dmd"]["missing"] = {"distribution.inception": "pip install 'dpdmd-pipeline[metrics]'"}
+    show_result(metrics, "", "")
+    shown = capsys.readouterr().out
+    assert "preference.pickscore.score" in shown and "75 (75 to 75)" in shown and shown.isascii()
+    assert "not measured: distribution.inception: pip install 'dpdmd-pipeline[metrics]'" in shown
+    assert shown.splitlines()[-1] == make_verdict(metrics)
 
 
 def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(capsys):

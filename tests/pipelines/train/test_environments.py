@@ -1,4 +1,4 @@
-"""The environments of real teachers on tiny ones of the same classes: from prompt files to trained students."""
+"""The environments of real teachers on tiny ones of the same classes: from prompt files to report and export."""
 
 import json
 import shutil
@@ -13,8 +13,12 @@ from safetensors.torch import load_file
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
-from dpdmd_pipeline.pipelines import anchors, prompts, train
+from dpdmd_pipeline.metrics.presets import choose
+from dpdmd_pipeline.pipelines import anchors, distill
+from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.preflight import refuse_run
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
@@ -27,6 +31,9 @@ MODELS = {
     "anchors": AnchorRecipe,
     "train": TrainOptions,
     "train_dmd": TrainOptions,
+    "evaluate": EvaluateOptions,
+    "report": ReportOptions,
+    "export": ExportOptions,
 }
 # What a tiny teacher on a CPU needs; the mathematics stay the environment's.
 TINY = {
@@ -48,6 +55,7 @@ TINY = {
         }
         for group in ("train", "train_dmd")
     },
+    "evaluate": {"images_per_prompt": 3, "device": "cpu"},
 }
 
 
@@ -92,6 +100,7 @@ def catalog(environment: str, teacher: Path, folder: Path, changes: dict, runtim
         for name, entry in config["catalog"].items()
     }
     described["teacher"]["model"] = str(teacher)
+    described["shapes_clip"]["filepath"] = str(CONF.parent / config["catalog"]["shapes_clip"]["filepath"])
     made = DataCatalog.from_config(described)
     for group, options in merged(config["parameters"], changes).items():
         made[f"params:{group}"] = MemoryDataset(options)
@@ -107,18 +116,19 @@ def raw_files(folder: Path) -> dict[str, str]:
 
 
 def walk(made: DataCatalog) -> None:
-    """prompts, anchors and train, after what the hooks ask."""
-    line = prompts.create_pipeline() + anchors.create_pipeline() + train.create_pipeline()
+    """The whole line, after what the hooks ask."""
+    line = distill.create_pipeline()
     assert refuse_run(line, made) == []
     SequentialRunner().run(line, made)
 
 
 @pytest.mark.parametrize("environment, roles", [("sd35", "full"), ("sd35", "lora"), ("sd35_lora_16gb", "lora")])
-def test_a_teacher_with_t5_goes_from_prompt_files_to_both_students(t5_teacher, tmp_path, environment, roles):
+def test_a_teacher_with_t5_goes_from_prompt_files_to_report_and_export(t5_teacher, tmp_path, environment, roles):
     changes = {"backbone": {"max_sequence_length": 9}}
     asked = {"train": {"roles": roles}} if environment == "sd35" else None
     made = catalog(environment, t5_teacher, tmp_path, changes, asked)
     walk(made)
+    check_what_was_measured(made)
     embeddings = made["embeddings"].load()
     assert embeddings.rows([0])["prompt_embeds"].shape == (1, 12 + 9, 64)  # CLIP's tokens, then T5's
     for name, history in (("student", "train_history"), ("student_dmd", "train_history_dmd")):
@@ -130,6 +140,32 @@ def test_a_teacher_with_t5_goes_from_prompt_files_to_both_students(t5_teacher, t
     assert (
         made["train_history"].load()[0]["diversity_loss"] > 0 == made["train_history_dmd"].load()[0]["diversity_loss"]
     )
+
+
+def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path):
+    made = catalog("sdxl", tiny_sdxl, tmp_path, {}, None)
+    walk(made)
+    check_what_was_measured(made)
+    assert load_header(made["student"].load()).timesteps == [999, 749, 499, 249]
+
+
+def check_what_was_measured(made: DataCatalog) -> None:
+    """What needs no weights is measured; of all the rest metrics, report and card say that it is not."""
+    metrics, options = made["metrics"].load(), made["params:evaluate"].load()
+    lacking = {preset.full_name for preset in choose(",".join(options.by)) if preset.weights}
+    students = ("dmd", "dp_dmd")
+    for name in ("teacher", *students):
+        found = metrics[name]
+        assert found["n"] == {"prompts": 1, "per_prompt": 3} and not found["quality"]
+        assert list(found["figures"]) == ["diversity.pixels.mean_distance"]
+        assert set(found["missing"]) == {
+            name for name in lacking if found is not metrics["teacher"] or not name.startswith("distribution.")
+        }
+        assert found["figures"]["diversity.pixels.mean_distance"]["value"] > 0
+    page, card = made["report_html"].load(), (made["export"].load() / "README.md").read_text()
+    assert "One prompt cannot tell" in page and "hf download facebook/dinov2-base" in page
+    assert "`diversity.pixels.mean_distance`" in card
+    assert all(name in page and f"`{name}`" in card for name in lacking)
 
 
 def test_room_for_the_caches_is_that_which_they_take(t5_teacher, tmp_path):
@@ -150,7 +186,8 @@ def test_room_for_the_caches_is_that_which_they_take(t5_teacher, tmp_path):
 @pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb"])
 def test_nothing_is_written_where_another_environment_writes(environment):
     own, base = loader(environment)["catalog"], loader("base")["catalog"]
-    read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state"}
+    read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state", "metric_weights"}
+    read_or_made_elsewhere |= {"shapes_clip", "clip_state", "clip_metrics"}  # of the embedded world, one for all
     for name in base.keys() - read_or_made_elsewhere:
         place = own[name].get("filepath") or own[name]["path"]
         assert f"/{environment}/" in place, f"write {name} into conf/{environment}/catalog.yml"

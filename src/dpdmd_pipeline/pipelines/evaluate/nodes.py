@@ -10,11 +10,11 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import check_embeddings
 from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, draw_grid, picture_sets, read_pictures, rows_of
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 2
-MODELS = ("teacher", "dmd", "dp_dmd")
 
 
 def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[int, str]:
@@ -147,44 +147,89 @@ def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Cal
     return partial(draw_latents, OpenStudent(header, model, network, levels))
 
 
-def measure(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
-    """Quality and diversity of the three models, and the share of DMD's loss that DP-DMD gets back."""
+def say_what_is_missing(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
+    """Warn of metrics that lack their weights; depends on nothing drawn, so that there is time to fetch them.
+
+    Raises:
+        ValueError: for a metric that is not there.
+    """
+    from dpdmd_pipeline.pipelines.evaluate.scoring import asked_presets, make_settings, missing_weights
+
+    for reason in missing_weights(asked_presets(options), make_settings(metric_weights, shapes_clip, options)).values():
+        log.warning("%s", reason)
+
+
+def score_images(
+    images: Any,
+    chosen: dict[int, str],
+    score_state: Path,
+    metric_weights: Path,
+    shapes_clip: Path,
+    options: EvaluateOptions,
+) -> dict[str, Any]:
+    """Everything that is measured of the three models, prompt by prompt too, and everything that is not."""
+    from dpdmd_pipeline.metrics.correlation import rank_correlations
+    from dpdmd_pipeline.metrics.score import gaps_recovered
+    from dpdmd_pipeline.metrics.table import as_record
+    from dpdmd_pipeline.pipelines.evaluate.scoring import KnownScores, asked_presets, make_settings, score_models
+
+    sets = picture_sets(images, chosen)
+    known = KnownScores(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
+    scores = score_models(sets, asked_presets(options), known)
+    attributes = {}
+    if options.judge == "shapes":
+        attributes = {name: count_attributes(images, sets[name]) for name in MODELS}
+    return {
+        "prompts": {str(row): text for row, text in chosen.items()},
+        "models": {name: as_record(found) for name, found in scores.items()},
+        "gaps": gaps_recovered(*(scores[name] for name in MODELS), options.seed),
+        "rank_correlation": rank_correlations([scores[name].per_prompt for name in MODELS], options.seed),
+        "attributes": attributes,
+    }
+
+
+def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, int]]:
+    """How often one model's right pictures have each value of the attributes that the prompts leave free."""
+    from dpdmd_pipeline.metrics.attributes import attribute_counts, mode_counts
+
+    return attribute_counts(sum(mode_counts(read_pictures(images, one.rows) / 255, one.text) for one in sets))
+
+
+def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
+    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back."""
     from dpdmd_pipeline.metrics.summary import gap_recovered
 
-    results: dict[str, Any] = {}
-    for name, shard in zip(MODELS, images.shards(), strict=True):
-        counts = {"prompts": len(chosen), "per_prompt": options.images_per_prompt}
-        results[name] = {"nfe": images.manifest["nfe"][name], "n": counts, **judge_images(shard, chosen, options)}
-    diversity = {name: results[name]["diversity"] for name in MODELS}
+    results = {name: _figures_of(scores["models"][name], options) for name in MODELS}
+    for name, found in results.items():
+        found["nfe"] = images.manifest["nfe"][name]
+    diversity = [results[name]["diversity"] for name in MODELS]
+    common = [metric for metric in diversity[0] if all(metric in found for found in diversity)]
     results["dp_dmd"]["gap_recovered"] = {
-        metric: gap_recovered(*(diversity[name][metric]["value"] for name in MODELS)) for metric in diversity["teacher"]
+        metric: gap_recovered(*(found[metric]["value"] for found in diversity)) for metric in common
     }
-    return results
+    results["dp_dmd"]["gaps"] = scores["gaps"]
+    return {**results, "rank_correlation": scores["rank_correlation"]}
 
 
-def judge_images(drawn: dict[str, Any], chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
-    """Quality and diversity of one model's pictures."""
-    from dpdmd_pipeline.metrics.shapes import judge
+def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
+    """One model's figures: the exact reader's under its old names, the others by their full ones."""
+    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
 
-    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in chosen]
-    return judge(per_prompt, list(chosen.values()), options.seed)
+    figures = dict(record["figures"])
+    found: dict[str, Any] = {"nfe": 0, "n": {"prompts": record["prompts"], "per_prompt": options.images_per_prompt}}
+    for kind, names in EXACT.items():
+        taken = {name: figures.pop(full, None) for name, full in names.items()} if options.judge == "shapes" else {}
+        found[kind] = {
+            name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items() if figure
+        }
+    faults = {kind: fault["count"] for kind, fault in record["faults"].items()}
+    return {**found, "figures": figures, "missing": record["missing"], "faults": faults}
 
 
 def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> tuple[Any, Any, Any]:
     """One picture per model: a row per prompt, a column per seed, the same in all three."""
-    return tuple(_grid(shard, list(chosen), options.grid_columns) for shard in images.shards())
-
-
-def _grid(shard: dict[str, Any], rows: list[int], columns: int) -> Any:
-    """Pictures side by side with a hairline between them, enlarged without smoothing."""
-    import torch
-    from PIL import Image
-    from torch.nn.functional import pad
-
-    tiles = [
-        [pad(image, (0, 1, 0, 1), value=255) for image in shard["image"][shard["prompt"] == row][:columns]]
-        for row in rows
-    ]
-    sheet = torch.cat([torch.cat(line, dim=2) for line in tiles], dim=1).permute(1, 2, 0).numpy()
-    scale = max(1, 640 // sheet.shape[1])
-    return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+    rows, shown = rows_of(images), list(chosen)[: options.grid_prompts]
+    return tuple(
+        draw_grid(images, [rows[number, prompt][: options.grid_columns] for prompt in shown], options.grid_tile)
+        for number in range(len(MODELS))
+    )

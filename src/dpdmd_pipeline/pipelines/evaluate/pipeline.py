@@ -2,19 +2,29 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, judged_prompts, measure, sample_images
+from dpdmd_pipeline.pipelines.evaluate.nodes import (
+    draw_grids,
+    judged_prompts,
+    sample_images,
+    say_what_is_missing,
+    score_images,
+    summarise,
+)
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """students and teacher to images, to metrics and grids."""
+    """students and teacher to images, to scores, to metrics and grids."""
     models = ["prompts", "embeddings", "teacher", "student_dmd", "student", "params:backbone", "params:evaluate"]
-    judged = ["images", "judged_prompts", "params:evaluate"]
+    measured = ["metric_weights", "shapes_clip", "params:evaluate"]
+    drawn = ["images", "judged_prompts"]
     grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd"]
     return Pipeline(
         [
             Node(judged_prompts, ["prompts", "params:evaluate"], "judged_prompts", name="judged_prompts"),
+            Node(say_what_is_missing, measured, None, name="say_what_is_missing"),
             Node(sample_images, ["judged_prompts", *models], "images", name="sample_images"),
-            Node(measure, judged, "metrics", name="measure"),
-            Node(draw_grids, judged, grids, name="draw_grids"),
+            Node(score_images, [*drawn, "score_state", *measured], "scores", name="score_images"),
+            Node(summarise, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
+            Node(draw_grids, [*drawn, "params:evaluate"], grids, name="draw_grids"),
         ]
     )

@@ -3,23 +3,19 @@
 from collections.abc import Iterable
 from typing import Any
 
+from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter
 from dpdmd_pipeline.pipelines.report.curves import make_curves
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
-from dpdmd_pipeline.pipelines.report.wording import (
-    MODELS,
-    gap_text,
-    gaps_missing,
-    make_verdict,
-    metric_named,
-    result_words,
-)
+from dpdmd_pipeline.pipelines.report.tables import figure_rows, gaps_missing, missing_metrics, result_words
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, gap_text, make_verdict, metric_named
 
 
 def make_report(
     metrics: dict[str, Any],
+    scores: dict[str, Any],
     prompts: Iterable[dict],
     train_history: list[dict],
     train_history_dmd: list[dict],
@@ -33,9 +29,11 @@ def make_report(
 
     Args:
         metrics: of the three models.
+        scores: the same prompt by prompt.
         prompts: the evaluation ones label the rows of the grids, in their order.
         train_history, train_history_dmd: rows of step and losses.
-        grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row per evaluation prompt, all of equal height.
+        grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first evaluation prompts
+            (evaluate.grid_prompts), all of equal height.
         options: of this stage.
         stage_options: of the other stages, `<stage>_options`: plain, or as the models that their own nodes ask for.
 
@@ -48,10 +46,14 @@ def make_report(
     texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
     grids = {"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}
     groups = {name.removesuffix("_options"): plain_options(group) for name, group in stage_options.items()}
+    shown = texts[: int(groups["evaluate"]["grid_prompts"])]
     page = {
         **result_words(metrics),
-        "prompts": texts,
-        "pictures": picture_rows(grids, texts, options),
+        "prompts": shown,
+        "num_prompts": len(texts),
+        "pictures": picture_rows(grids, shown, options),
+        "scatter": make_scatter(scores),
+        "bars": make_bars(scores["attributes"]),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
         "options": option_tables({**groups, "report": plain_options(options)}),
         "versions": versions(),
@@ -68,8 +70,14 @@ def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> No
     # piped, it must neither be cut to 80 columns nor hold boxes
     console = screen if screen.is_terminal else Console(width=120)
     console.print(_result_table(metrics, box.SIMPLE if console.is_terminal else None))
+    if any(metrics[model]["figures"] for model in MODELS):
+        console.print(_figure_table(metrics, box.SIMPLE if console.is_terminal else None))
+    for names, reason in missing_metrics(metrics):
+        console.print(f"not measured: {names}: {reason}", markup=False, highlight=False, soft_wrap=True)
     if gaps_missing(metrics):
-        console.print("-: DMD lost nothing in this, so there is no gap to recover", soft_wrap=True)
+        console.print(
+            "-: DMD lost nothing in this, or no more than by chance: there is no gap to recover", soft_wrap=True
+        )
     console.print(make_verdict(metrics), style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
@@ -78,7 +86,11 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
 
     table = Table(box=box, pad_edge=False, collapse_padding=True)
     kinds = [(kind, name) for kind in ("quality", "diversity") for name in metrics["teacher"][kind]]
-    measured = [(kind, name) for kind, name in kinds if name != "residual"]
+    measured = [
+        (kind, name)
+        for kind, name in kinds
+        if name != "residual" and all(name in metrics[model][kind] for model in MODELS)
+    ]
     table.add_column("", no_wrap=True)
     for metric in (metric_named(name) for _, name in measured):
         table.add_column(f"{metric.title}, {metric.unit}" if metric.unit else metric.title, justify="right")
@@ -88,4 +100,17 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
     table.add_row("gap recovered", *(gap_text(gaps[name], "-") if name in gaps else "" for _, name in measured), "")
+    return table
+
+
+def _figure_table(metrics: dict[str, Any], box: Any) -> Any:
+    from rich.table import Table
+
+    table = Table(box=box, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for title in (*MODELS.values(), "gap recovered, %"):
+        table.add_column(title, justify="right")
+    for row in figure_rows(metrics):
+        gap = (row["gap"] or "").replace(DASH, "-").replace(" %", "")
+        table.add_row(row["title"], *(value for value, _ in row["cells"]), gap)
     return table

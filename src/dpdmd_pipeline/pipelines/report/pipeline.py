@@ -5,7 +5,16 @@ from kedro.pipeline import Node, Pipeline
 from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 
 STAGES = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
-RESULTS = ("metrics", "prompts", "train_history", "train_history_dmd", "grid_teacher", "grid_dmd", "grid_dp_dmd")
+RESULTS = (
+    "metrics",
+    "scores",
+    "prompts",
+    "train_history",
+    "train_history_dmd",
+    "grid_teacher",
+    "grid_dmd",
+    "grid_dp_dmd",
+)
 
 
 def create_pipeline(**kwargs) -> Pipeline:

@@ -1,6 +1,6 @@
 """The metrics in words: their names, their numbers, and the verdict."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,14 @@ class Metric:
         """With the unit: `93.1 %`, `4.21 bits`."""
         return f"{self.number(value)} {self.unit}".rstrip()
 
-    def interval(self, measured: Mapping[str, float]) -> str:
-        """`91.0 to 95.2`, without the unit."""
+    def brief(self, value: float) -> str:
+        """In four digits, of a metric whose range is not known here."""
+        return f"{value:.4g}"
+
+    def interval(self, measured: Mapping[str, float | None]) -> str:
+        """`91.0 to 95.2`, without the unit; empty where one prompt alone gives none."""
+        if measured["low"] is None:
+            return ""
         low, high = (self.text(measured[end]).split()[0] for end in ("low", "high"))
         return f"{low} to {high}"
 
@@ -76,31 +82,36 @@ METRICS = {
 }
 
 
-def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of the metrics, under the names that its templates use."""
-    return {
-        "verdict": make_verdict(metrics),
-        "captions": make_captions(metrics),
-        "models": MODELS,
-        "metrics": metrics,
-        "rows": table_rows(metrics),
-        "gaps_missing": gaps_missing(metrics),
-        "dash": DASH,
-    }
-
-
 def make_verdict(metrics: dict[str, Any]) -> str:
     """The result in one sentence, whichever way it went; what the intervals cannot tell apart is called so."""
-    return f"{_diversity_clause(metrics)}{_validity_clause(metrics)}."
+    return f"{_diversity_clause(metrics)}{_quality_clause(metrics)}."
 
 
 def _diversity_clause(metrics: dict[str, Any]) -> str:
-    teacher, dmd, ours = (metrics[model]["diversity"]["effective_modes"] for model in MODELS)
-    gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]
-    modes = [METRICS["effective_modes"].text(measured["value"]) for measured in (ours, dmd, teacher)]
-    numbers = "{} effective modes a prompt against DMD's {} and the teacher's {}".format(*modes)
+    if all("effective_modes" in metrics[model]["diversity"] for model in MODELS):
+        measured = [metrics[model]["diversity"]["effective_modes"] for model in MODELS]
+        gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]
+        words = "{} effective modes a prompt against DMD's {} and the teacher's {}"
+        return _compared(measured, gap, words, METRICS["effective_modes"].text)
+    name = headline(metrics, ("diversity.",))
+    if name is None:
+        return "No diversity was measured of all three models, so nothing can be said of what DP-DMD keeps"
+    measured = [metrics[model]["figures"][name] for model in MODELS]
+    gap = metrics["dp_dmd"]["gaps"].get(name, {}).get("value")
+    words = f"{{}} by {name} against DMD's {{}} and the teacher's {{}}"
+    return _compared(measured, gap, words, Metric(name, "").brief)
+
+
+def _compared(
+    measured: Sequence[Mapping[str, Any]], gap: float | None, words: str, text: Callable[[float], str]
+) -> str:
+    """What became of diversity, from the figures of teacher, DMD and DP-DMD."""
+    teacher, dmd, ours = measured
+    numbers = words.format(*(text(found["value"]) for found in (ours, dmd, teacher)))
     if gap is None:
         return f"DMD lost no diversity here, so there was none for DP-DMD to recover: {numbers}"
+    if teacher["low"] is None:
+        return f"One prompt cannot tell what DMD's loss of diversity is, nor what DP-DMD recovers of it: {numbers}"
     if dmd["high"] >= teacher["low"]:
         return f"DMD's loss of diversity cannot be told from chance here, nor what DP-DMD recovers of it: {numbers}"
     if gap <= 0:
@@ -111,39 +122,54 @@ def _diversity_clause(metrics: dict[str, Any]) -> str:
     return f"DP-DMD recovers {share} of the diversity that DMD lost: {numbers}"
 
 
-def _validity_clause(metrics: dict[str, Any]) -> str:
-    dmd, ours = (metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd"))
-    of = METRICS["valid"].text
-    numbers = f"{of(ours['value'])} against {of(dmd['value'])}"
+_VALID = ("are valid no less often", "are valid a little less often", "are valid less often")
+_SCORED = ("score no lower", "score a little lower", "score lower")
+
+
+def _quality_clause(metrics: dict[str, Any]) -> str:
+    if all("valid" in metrics[model]["quality"] for model in ("dmd", "dp_dmd")):
+        pair = [metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd")]
+        return _not_worse(*pair, _VALID, "{} against {}", METRICS["valid"].text)
+    name = headline(metrics, ("quality.", "preference.", "alignment."))
+    if name is None:
+        return "; their quality was not measured"
+    pair = [metrics[model]["figures"][name] for model in ("dmd", "dp_dmd")]
+    return _not_worse(*pair, _SCORED, f"{{}} against {{}} by {name}", Metric(name, "").brief)
+
+
+def _not_worse(
+    dmd: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    verbs: tuple[str, str, str],
+    words: str,
+    text: Callable[[float], str],
+) -> str:
+    numbers = words.format(text(ours["value"]), text(dmd["value"]))
     if ours["value"] >= dmd["value"]:
-        return f"; DP-DMD's pictures are valid no less often than DMD's, {numbers}"
-    if ours["high"] >= dmd["low"]:
-        return f"; DP-DMD's pictures are valid a little less often than DMD's, within the uncertainty, {numbers}"
-    return f", but DP-DMD's pictures are valid less often than DMD's, {numbers}"
+        return f"; DP-DMD's pictures {verbs[0]} than DMD's, {numbers}"
+    if ours["high"] is None or ours["high"] >= dmd["low"]:
+        return f"; DP-DMD's pictures {verbs[1]} than DMD's, within the uncertainty, {numbers}"
+    return f", but DP-DMD's pictures {verbs[2]} than DMD's, {numbers}"
+
+
+def headline(metrics: dict[str, Any], starts: Sequence[str]) -> str | None:
+    """The first figure of these axes that all models have; differences of pixels come last."""
+    names = [name for name in metrics["dp_dmd"]["figures"] if all(_has(metrics[model], name) for model in MODELS)]
+    found = [name for start in starts for name in names if name.startswith(start)]
+    return next(iter(sorted(found, key=lambda name: name.startswith("diversity.pixels"))), None)
+
+
+def _has(of_model: dict[str, Any], name: str) -> bool:
+    return of_model["figures"].get(name, {}).get("value") is not None
+
+
+# ---- words for numbers
 
 
 def make_captions(metrics: dict[str, Any]) -> dict[str, str]:
     """What stands under each model's pictures."""
     captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
     return {**captions, "teacher": f"{captions['teacher']} network evaluations"}
-
-
-def table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per metric: title, explanation, a (value, interval) per model, and the gap recovered where it has one."""
-    gaps = metrics["dp_dmd"]["gap_recovered"]
-    return [
-        {
-            "title": metric_named(name).title,
-            "explanation": metric_named(name).explanation,
-            "cells": [
-                (metric_named(name).text(measured["value"]), metric_named(name).interval(measured))
-                for measured in (metrics[model][kind][name] for model in MODELS)
-            ],
-            "gap": gap_text(gaps[name]) if name in gaps else None,
-        }
-        for kind in ("quality", "diversity")
-        for name in metrics["teacher"][kind]
-    ]
 
 
 def metric_named(name: str) -> Metric:
@@ -154,8 +180,3 @@ def metric_named(name: str) -> Metric:
 def gap_text(value: float | None, missing: str = DASH) -> str:
     """`90 %`."""
     return missing if value is None else f"{100 * value:.0f} %"
-
-
-def gaps_missing(metrics: dict[str, Any]) -> bool:
-    """Whether DMD lost nothing in some metric, so that the share of it that DP-DMD recovers is not defined."""
-    return None in metrics["dp_dmd"]["gap_recovered"].values()

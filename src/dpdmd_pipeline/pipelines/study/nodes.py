@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.evaluate.nodes import judge_images, judged_prompts, sample_model
+from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts, sample_model
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
@@ -44,7 +44,13 @@ def run_study(
     evaluate: EvaluateOptions,
     options: StudyOptions,
 ) -> dict[str, Any]:
-    """Train and judge every recipe with every seed; a run that is finished is read from its checkpoint."""
+    """Train and judge every recipe with every seed; a run that is finished is read from its checkpoint.
+
+    Raises:
+        ValueError: where prompts are not of the embedded world, whose reader judges here.
+    """
+    if evaluate.judge != "shapes":
+        raise ValueError(f"evaluate.judge={evaluate.judge}: the study is judged by the exact reader, give it shapes")
     runs = {
         name: _prepare(name, run, prompts, embeddings, anchors, teacher, backbone, anchor_options, train)
         for name, run in options.kept.items()
@@ -56,7 +62,7 @@ def run_study(
 
     def judged(folder: Path | None) -> dict[str, Any]:
         drawn = sample_model(folder, chosen, embeddings, teacher, backbone, evaluate)
-        return judge_images(drawn, chosen, evaluate)
+        return _judge(drawn, chosen, evaluate)
 
     found = []
     for seed in options.seeds:
@@ -71,6 +77,14 @@ def run_study(
                 found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
     changes = {name: run.model_dump(exclude_defaults=True) for name, run in options.kept.items()}
     return {"baseline": options.baseline, "runs": changes, "teacher": judged(None), "rows": found}
+
+
+def _judge(drawn: dict[str, Any], chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
+    """Quality and diversity of one model's pictures."""
+    from dpdmd_pipeline.metrics.shapes import judge
+
+    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in chosen]
+    return judge(per_prompt, list(chosen.values()), options.seed)
 
 
 class _Prepared(NamedTuple):

@@ -1,0 +1,5 @@
+"""Stage `clip`: the embedded world's own CLIP, from nothing, so that its metrics need no download."""
+
+from dpdmd_pipeline.pipelines.clip.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

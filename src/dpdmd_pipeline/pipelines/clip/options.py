@@ -1,0 +1,15 @@
+"""Options of the clip stage."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from dpdmd_pipeline.training.clip_recipe import ClipRecipe
+
+
+class ClipOptions(BaseModel):
+    """The recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    recipe: ClipRecipe

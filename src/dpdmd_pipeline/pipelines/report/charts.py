@@ -1,0 +1,113 @@
+"""What was measured prompt by prompt, and what the pictures show, laid out to be drawn as SVG."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from dpdmd_pipeline.pipelines.report.wording import MODELS
+
+# Axes of the scatter, the first that all models have: the exact reader's, else any.
+_QUALITY = ("quality.shapes.aligned", "quality.", "preference.", "alignment.")
+_DIVERSITY = ("diversity.shapes.effective_modes", "diversity.")
+_WITHOUT_MODEL = "diversity.pixels"  # says least of all, and is taken last
+PLOT = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in a picture of 560 x 340
+BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in a picture 360 wide
+
+
+def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A point per prompt and model, diversity to the right and quality up; None where not both are measured."""
+    tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
+    x_name, y_name = (_first_common(tables, wanted) for wanted in (_DIVERSITY, _QUALITY))
+    if x_name is None or y_name is None:
+        return None
+    points = [
+        (model, table[x_name][key], table[y_name][key], scores["prompts"][key])
+        for model, table in tables.items()
+        for key in table[x_name]
+        if key in table[y_name]
+    ]
+    if not points:
+        return None
+    x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
+    x = partial(_between, x_marks, PLOT["left"], PLOT["right"])
+    y = partial(_between, y_marks, PLOT["bottom"], PLOT["top"])
+    return {
+        "x_name": x_name,
+        "y_name": y_name,
+        "plot": PLOT,
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in x_marks],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in y_marks],
+        "points": {
+            model: [(x(right), y(up), text) for owner, right, up, text in points if owner == model] for model in MODELS
+        },
+    }
+
+
+def _between(marks: Sequence[float], start: float, end: float, value: float) -> float:
+    """Place of a value on an axis whose first and last marks lie at `start` and `end`."""
+    return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
+
+
+def _first_common(tables: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> str | None:
+    first, *others = tables.values()
+    common = sorted((name for name in first if all(name in table for table in others)), key=_says_little)
+    return next((name for start in wanted for name in common if name.startswith(start)), None)
+
+
+def _says_little(name: str) -> bool:
+    return name.startswith(_WITHOUT_MODEL)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers from at most `low` to at least `high`, about five."""
+    if low == high:
+        low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
+    """A panel per free attribute: for each of its values a bar per model, the share of the model's right pictures."""
+    first = next(iter(attributes.values()), {})
+    return [_panel(name, {model: attributes[model][name] for model in attributes}) for name in first]
+
+
+def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    words = list(next(iter(counts.values())))
+    shares = {model: _shares(found) for model, found in counts.items()}
+    largest = max(share for found in shares.values() for share in found.values()) or 1
+    width, height = BARS["right"] - BARS["left"], BARS["row"] * len(words)
+
+    def length(share: float) -> float:
+        return round(width * share / largest, 1)
+
+    return {
+        "title": name,
+        "plot": BARS,
+        "height": BARS["top"] + height,
+        "labels": [(BARS["top"] + BARS["row"] * row + 14, word) for row, word in enumerate(words)],
+        "bars": {
+            model: [
+                (
+                    BARS["top"] + BARS["row"] * row + BARS["bar"] * number,
+                    length(found[word]),
+                    f"{100 * found[word]:.1f} %",
+                )
+                for row, word in enumerate(words)
+            ]
+            for number, (model, found) in enumerate(shares.items())
+        },
+        "even": BARS["left"] + length(1 / len(words)),
+        "even_share": f"{100 / len(words):.0f} %",
+        "largest": f"{100 * largest:.0f} %",
+    }
+
+
+def _shares(counts: Mapping[str, int]) -> dict[str, float]:
+    """Of each value; of a model without a right picture, 0."""
+    total = sum(counts.values())
+    return {word: count / total if total else 0.0 for word, count in counts.items()}

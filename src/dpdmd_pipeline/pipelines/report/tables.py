@@ -1,0 +1,124 @@
+"""The metrics as the page's tables have them, and what could not be measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpdmd_pipeline.pipelines.report.wording import (
+    DASH,
+    MODELS,
+    Metric,
+    gap_text,
+    make_captions,
+    make_verdict,
+    metric_named,
+)
+
+
+def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the page says of the metrics, under the names that its templates use."""
+    return {
+        "verdict": make_verdict(metrics),
+        "captions": make_captions(metrics),
+        "models": MODELS,
+        "metrics": metrics,
+        "rows": table_rows(metrics) + figure_rows(metrics),
+        "gaps_missing": gaps_missing(metrics),
+        "missing": missing_metrics(metrics),
+        "left_out": left_out(metrics),
+        "correlations": correlation_rows(metrics),
+        "dash": DASH,
+    }
+
+
+def table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per metric: title, explanation, a (value, interval) per model, and the gap recovered where it has one."""
+    gaps = metrics["dp_dmd"]["gap_recovered"]
+    return [
+        {
+            "title": metric_named(name).title,
+            "explanation": metric_named(name).explanation,
+            "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in MODELS],
+            "gap": gap_text(gaps[name]) if name in gaps else None,
+        }
+        for kind in ("quality", "diversity")
+        for name in metrics["teacher"][kind]
+    ]
+
+
+def figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same for the metrics of the library, by their full names and with their protocol."""
+    names = dict.fromkeys(name for model in MODELS for name in metrics[model]["figures"])
+    gaps = metrics["dp_dmd"]["gaps"]
+    rows = []
+    for name in names:
+        found = {model: metrics[model]["figures"].get(name) for model in MODELS}
+        rows.append({
+            "title": name,
+            "explanation": f"{next(filter(None, found.values()))['preset']}. {_counted(found)}.",
+            "cells": [_cell(Metric(name, ""), figure, brief=True) for figure in found.values()],
+            "gap": certain_gap(gaps[name]) if name in gaps else None,
+        })  # fmt: skip
+    return rows
+
+
+def _cell(metric: Metric, measured: Mapping[str, Any] | None, brief: bool = False) -> tuple[str, str]:
+    """Value and interval; both empty where there is none."""
+    if measured is None or measured["value"] is None:
+        return "", ""
+    if not brief:
+        return metric.text(measured["value"]), metric.interval(measured)
+    spread = "" if measured["low"] is None else " to ".join(metric.brief(measured[end]) for end in ("low", "high"))
+    return metric.brief(measured["value"]), spread
+
+
+def _counted(found: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """`768 pictures of 12 prompts`, by model where they differ."""
+    counts = {
+        MODELS[model]: f"{figure['n']['pictures']} pictures of {figure['n']['prompts']} prompts"
+        for model, figure in found.items()
+        if figure
+    }
+    texts = list(dict.fromkeys(counts.values()))
+    return texts[0] if len(texts) == 1 else "; ".join(f"{title}: {text}" for title, text in counts.items())
+
+
+def certain_gap(gap: Mapping[str, float | None]) -> str:
+    """`96 % (94 to 98)`; a dash where DMD's loss cannot be told from chance."""
+    if gap["low"] is None or gap["high"] is None:
+        return DASH
+    return f"{gap_text(gap['value'])} ({100 * gap['low']:.0f} to {100 * gap['high']:.0f})"
+
+
+def missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """(names, reason) of what was asked for and not measured, once for all models that share it."""
+    reasons: dict[str, dict[str, None]] = {}
+    for model in MODELS:
+        for name, reason in metrics[model]["missing"].items():
+            reasons.setdefault(reason, {})[name] = None
+    return [(", ".join(names), reason) for reason, names in reasons.items()]
+
+
+def left_out(metrics: dict[str, Any]) -> list[str]:
+    """`DMD: 3 x the network gave no finite number (quality.arniqa)`."""
+    return [
+        f"{title}: {count} x {kind}"
+        for model, title in MODELS.items()
+        for kind, count in metrics[model]["faults"].items()
+    ]
+
+
+def correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """The metrics that were set against the exact reader: name, value, interval."""
+    rows = []
+    for name, figure in metrics["rank_correlation"].items():
+        if figure["value"] is not None:
+            spread = "" if figure["low"] is None else f"{figure['low']:.2f} to {figure['high']:.2f}"
+            rows.append({"name": name, "value": f"{figure['value']:.2f}", "interval": spread})
+    return rows
+
+
+def gaps_missing(metrics: dict[str, Any]) -> bool:
+    """Whether DMD lost nothing in some metric, so that the share of it that DP-DMD recovers is not defined."""
+    ours = metrics["dp_dmd"]
+    shown = [gap for name, gap in ours["gaps"].items() if name in ours["figures"]]
+    return None in ours["gap_recovered"].values() or any(gap["low"] is None for gap in shown)

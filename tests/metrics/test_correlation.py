@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+from scipy.stats import rankdata, spearmanr
+
+from dpdmd_pipeline.metrics.correlation import correlation_figure, rank_correlation, rank_correlations, ranks
+
+EXACT = "diversity.shapes.effective_modes"
+
+
+def test_ranks_and_their_correlation_are_scipy_s_with_ties_and_without():
+    generator = torch.Generator().manual_seed(0)
+    for few in (3, 1000):  # of 3 values most are equal
+        one, two = torch.randint(few, (2, 5, 20), generator=generator).double()
+        found = rank_correlation(one, two)
+        for row in range(5):
+            assert torch.equal(ranks(one[row]), torch.from_numpy(rankdata(one[row])) - 1)
+            assert math.isclose(found[row], spearmanr(one[row], two[row]).statistic, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("two, value", [([[1, 3, 9], [2, 4, 99]], 1.0), ([[5, 2, 0], [4, 1, -9]], -1.0)])
+def test_the_same_order_is_one_and_the_other_way_round_minus_one(two, value):
+    found = correlation_figure(torch.tensor([[1, 3, 5], [2, 4, 6]]), torch.tensor(two), seed=0)
+    assert found["value"] == pytest.approx(value) == pytest.approx(found["low"]) == pytest.approx(found["high"])
+
+
+def test_the_interval_encloses_the_value_and_depends_on_the_seed_alone():
+    one = torch.rand(3, 30, generator=torch.Generator().manual_seed(1))
+    two = one + 0.3 * torch.rand(3, 30, generator=torch.Generator().manual_seed(2))
+    found = correlation_figure(one, two, seed=0)
+    assert 0 < found["low"] < found["value"] < found["high"] < 1
+    assert correlation_figure(one, two, seed=0) == found != correlation_figure(one, two, seed=1)
+
+
+def test_where_nothing_is_ranked_there_is_no_number():
+    nothing = {"value": None, "low": None, "high": None}
+    assert correlation_figure(torch.ones(2, 4), torch.rand(2, 4), seed=0) == nothing
+    assert correlation_figure(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0], [2.0]]), seed=0)["low"] is None
+
+
+def test_metrics_are_set_against_the_exact_reader_where_it_has_read():
+    values = {str(prompt): float(prompt) for prompt in range(4)}
+    table = {EXACT: values, "diversity.clip.vendi": values, "quality.any.score": values}
+    partly = {**table, "diversity.clip.vendi": {"0": 1.0, "3": 2.0}}
+    found = rank_correlations([table, partly], seed=0)
+    assert list(found) == ["diversity.clip.vendi"]
+    assert found["diversity.clip.vendi"]["n"] == {"prompts": 2, "models": 2}
+    assert found["diversity.clip.vendi"]["preset"] == f"Spearman's, with {EXACT}"
+    assert rank_correlations([{"diversity.clip.vendi": values}] * 2, seed=0) == {}

@@ -1,0 +1,236 @@
+"""Scores of drawn pictures: any metric, each kept by itself, and never a number for what is not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.pipelines.conftest import cached
+from tests.pipelines.conftest import evaluate_options as evaluate_options_of
+
+from dpdmd_pipeline.datasets.sharded import LazyShards
+from dpdmd_pipeline.metrics.pixels import pairwise_distance
+from dpdmd_pipeline.metrics.shapes import judge
+from dpdmd_pipeline.pipelines.evaluate import scoring
+from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, say_what_is_missing, score_images, summarise
+from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption, gallery
+
+SHIPPED = Path(__file__).parents[3] / "data/06_models/shapes_clip"
+CHOSEN = {row: caption(row) for row in range(3)}
+TEXTS = list(CHOSEN.values())
+CLIP = ["diversity.clip_shapes", "alignment.clip_shapes"]
+PER_PROMPT = 6
+
+
+def evaluate_options(**changes):
+    return evaluate_options_of(**{"images_per_prompt": PER_PROMPT, **changes})
+
+
+def pictures_of(model: int) -> torch.Tensor:
+    """[prompts, n, 3, 32, 32] uint8: of 72, 2 and 24 modes, a little noisy."""
+    generator = torch.Generator().manual_seed(model)
+    world = gallery().view(NUM_PROMPTS, NUM_MODES, 3, 32, 32)[: len(CHOSEN)]
+    modes = torch.randint((72, 2, 24)[model], (len(CHOSEN), PER_PROMPT), generator=generator)
+    found = torch.stack([world[prompt, modes[prompt]] for prompt in range(len(CHOSEN))])
+    return ((found + 0.02 * torch.randn(found.shape, generator=generator)).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def shard(model: int, prompts: list[int]) -> dict[str, torch.Tensor]:
+    count = len(prompts) * PER_PROMPT
+    return {
+        "model": torch.full((count,), model),
+        "prompt": torch.tensor(prompts).repeat_interleave(PER_PROMPT),
+        "seed": torch.arange(count),
+        "image": pictures_of(model)[prompts].flatten(0, 1),
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """As the catalog gives them, each model's pictures in one shard."""
+    return drawn(tmp_path_factory.mktemp("drawn"), [(model, [0, 1, 2]) for model in range(3)])
+
+
+def drawn(folder, places, fingerprint="of the tests"):
+    shards = {f"{number:05d}": lambda place=place: shard(*place) for number, place in enumerate(places)}
+    manifest = {"nfe": {"teacher": 60, "dmd": 4, "dp_dmd": 4}}
+    return cached(folder / "images", LazyShards(shards, fingerprint, manifest))
+
+
+@pytest.fixture
+def score(images, tmp_path):
+    def score_with(images=images, state="state", clip=SHIPPED, **changes):
+        folders = [tmp_path / name for name in (state, "weights")]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        return score_images(images, CHOSEN, *folders, clip, evaluate_options(**changes))
+
+    return score_with
+
+
+def files(tmp_path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "state").iterdir()}
+
+
+# ---- what is measured
+
+
+def test_the_exact_reader_s_figures_are_those_of_its_own_function(score, images):
+    metrics = summarise(images, score(), evaluate_options())
+    for number, name in enumerate(("teacher", "dmd", "dp_dmd")):
+        pictures = pictures_of(number) / 255
+        expected = judge(list(pictures), TEXTS, seed=0)
+        assert metrics[name]["quality"] == expected["quality"]
+        distance = expected["diversity"].pop("pairwise_distance")
+        found = dict(metrics[name]["diversity"])
+        assert found.pop("pairwise_distance") == pytest.approx(distance, rel=1e-6)
+        assert found == expected["diversity"]
+        assert metrics[name]["n"] == {"prompts": 3, "per_prompt": PER_PROMPT}
+        assert metrics[name]["nfe"] == images.manifest["nfe"][name]
+        assert not metrics[name]["figures"] and not metrics[name]["missing"]
+
+
+def test_a_metric_more_comes_under_its_full_name_with_count_interval_and_protocol(score, images):
+    scores = score(by=CLIP)
+    metrics = summarise(images, scores, evaluate_options(by=CLIP))
+    names = {f"diversity.clip_shapes.{name}" for name in ("one_minus_cosine", "vendi", "duplicate_rate")}
+    names |= {"alignment.clip_shapes.score"}
+    for found in (metrics[name] for name in ("teacher", "dmd", "dp_dmd")):
+        assert set(found["figures"]) == names
+        for figure in found["figures"].values():
+            assert figure["low"] <= figure["value"] <= figure["high"] and "open_clip" in figure["preset"]
+            assert figure["n"] == {"prompts": 3, "pictures": 18, "prompts_not_measured": 0}
+    vendi = [metrics[name]["figures"]["diversity.clip_shapes.vendi"]["value"] for name in ("dmd", "dp_dmd", "teacher")]
+    assert vendi[0] < vendi[1] < vendi[2]
+    assert metrics["teacher"]["figures"]["alignment.clip_shapes.score"]["value"] > 50
+    assert 0 < metrics["dp_dmd"]["gaps"]["diversity.clip_shapes.vendi"]["value"] < 1
+    assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["value"] > 0.5
+    assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["n"] == {"prompts": 3, "models": 3}
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_scores_are_bit_identical_over_batch_sizes_processes_and_shards(score, tmp_path):
+    expected = score(by=CLIP)
+    assert score(state="processes", by=CLIP, metric_processes=2, metric_batch_size=7) == expected
+    places = [(model, [prompt]) for model in range(3) for prompt in range(3)]
+    assert score(images=drawn(tmp_path, places), state="shards", by=CLIP) == expected
+
+
+def test_attributes_are_counted_over_the_right_pictures_of_each_model(score):
+    attributes = score()["attributes"]
+    for found in attributes.values():
+        assert {name: sum(counts.values()) for name, counts in found.items()} == dict.fromkeys(found, 18)
+    assert (
+        sum(count > 0 for count in attributes["dmd"]["position"].values()) == 1
+    )  # of two modes, that differ elsewhere
+    assert sum(count > 0 for count in attributes["teacher"]["position"].values()) > 4
+
+
+def test_a_distribution_is_compared_with_the_teacher_s_and_the_teacher_has_none(score):
+    scores = score(judge=None, by=["distribution.inception"])
+    assert not scores["models"]["teacher"]["missing"]
+    assert set(scores["models"]["dmd"]["missing"]) == {"distribution.inception"}
+
+
+# ---- what is kept
+
+
+def test_one_metric_more_measures_no_other_again(score, tmp_path, caplog):
+    caplog.set_level("INFO")
+    score(by=CLIP[1:])
+    before = files(tmp_path)
+    caplog.clear()
+    scores = score(by=CLIP)
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("-")[0] for name in after.keys() - before.keys()} == {CLIP[0]}
+    assert caplog.text.count("reused") == len(before) and caplog.text.count("measured in") == 3
+    assert scores == score(state="fresh", by=CLIP)
+
+
+def test_a_student_s_near_duplicates_are_judged_by_the_kept_teacher(score, tmp_path):
+    whole = score(by=CLIP)
+    for path in (tmp_path / "state").glob("diversity.clip_shapes-d*"):
+        path.unlink()
+    assert score(by=CLIP) == whole
+
+
+def test_other_pictures_weights_or_seeds_are_measured_anew(images, tmp_path):
+    def path(pictures="a", clip=SHIPPED, **changes):
+        settings = scoring.make_settings(tmp_path, clip, evaluate_options(**changes))
+        return scoring.KnownScores(tmp_path, pictures, settings).path("dmd", *scoring.choose(CLIP[0]))
+
+    import shutil
+
+    other = shutil.copytree(SHIPPED, tmp_path / "other")
+    assert path(clip=other) == path()
+    weights = other / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
+    assert len({path(), path(pictures="b"), path(clip=other), path(seed=1)}) == 4
+    assert path(metric_batch_size=5, metric_processes=2, grid_columns=1, batch_size=1) == path()
+
+
+def test_a_damaged_record_is_measured_again(score, tmp_path):
+    whole = score()
+    for path in (tmp_path / "state").iterdir():
+        path.write_text(path.read_text()[:40])
+    assert score() == whole
+
+
+def test_the_code_that_a_score_is_known_by_is_all_that_measures():
+    """A new module of formulas must be added to it, or its scores would outlive a change."""
+    from tests.test_dvc_sync import closure
+
+    packages = ("src/dpdmd_pipeline/metrics/", "src/dpdmd_pipeline/shapes/")
+    used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
+    # names and words; what is made of scores afterwards; the function of the teacher's stage
+    apart = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
+    apart |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
+    assert used - set(scoring.CODE) == apart
+
+
+# ---- what is not there
+
+
+def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(score, images, tmp_path, caplog):
+    by = ["diversity", "preference.pickscore"]
+    options = evaluate_options(judge=None, by=by)
+    say_what_is_missing(tmp_path, SHIPPED, options)
+    assert "preference.pickscore needs yuvalkirstain/PickScore_v1" in caplog.text and "hf download" in caplog.text
+    scores = score(judge=None, by=by)
+    metrics = summarise(images, scores, options)
+    for name in ("teacher", "dmd", "dp_dmd"):
+        assert list(metrics[name]["figures"]) == ["diversity.pixels.mean_distance"]
+        assert set(metrics[name]["missing"]) == {
+            "diversity.dino_v2",
+            "diversity.dino_v2_patch",
+            "diversity.clip",
+            "diversity.lpips",
+            "preference.pickscore",
+        }
+        assert not metrics[name]["quality"] and not metrics[name]["diversity"]
+    assert metrics["rank_correlation"] == {} and scores["attributes"] == {}
+    assert {path.name.split("-")[0] for path in (tmp_path / "state").iterdir()} == {"diversity.pixels"}
+    pixels = metrics["dmd"]["figures"]["diversity.pixels.mean_distance"]["value"]
+    distances = [pairwise_distance(pictures / 255) for pictures in pictures_of(1)]
+    assert pixels == pytest.approx(sum(distances) / 3, rel=1e-6)
+
+
+def test_a_metric_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ValueError, match="beauty is no metric: name axes"):
+        say_what_is_missing(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))
+
+
+def test_options_that_measure_nothing_are_refused():
+    with pytest.raises(ValueError, match="judge=null and by=.*: nothing would be measured"):
+        evaluate_options(judge=None, by=[])
+
+
+# ---- grids
+
+
+def test_grids_have_only_so_many_rows_and_pixels_as_asked(images):
+    grids = draw_grids(images, CHOSEN, evaluate_options(grid_prompts=2, grid_columns=3, grid_tile=16))
+    for grid in grids:
+        scale = grid.width // (3 * 17)
+        assert grid.size == (3 * 17 * scale, 2 * 17 * scale)
