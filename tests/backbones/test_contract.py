@@ -11,7 +11,7 @@ import torch
 
 import dpdmd_pipeline.backbones
 from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
 from dpdmd_pipeline.dpdmd.sampling import rollout
 
 PROMPTS = ["a red circle", "a blue square", "one green triangle"]
@@ -233,6 +233,29 @@ def test_guidance_grows_with_its_scale(backbone, model, cond, uncond):
     plain = conditioned(backbone, model, cond)(latents, level)
     distance = [(guided(backbone, model, cond, uncond, s)(latents, level) - plain).norm() for s in (1.0, 2.0, 3.5)]
     assert distance[0] < distance[1] < distance[2]
+
+
+def test_guidance_in_two_calls_is_guidance_in_one(backbone, model, cond, uncond):
+    latents = noise(backbone)
+    for level in (backbone.schedule(4)[1], backbone.random_level(torch.tensor([0.1, 0.5, 0.9]))):
+        together, apart = (
+            guided(backbone, model, cond, uncond, 3.5, batch=batch)(latents, level) for batch in ("joint", "apart")
+        )
+        assert_same(apart, together)
+
+
+@pytest.mark.parametrize("batch", ["joint", "apart"])
+def test_a_sample_outside_the_interval_is_not_guided_and_one_inside_is_as_ever(backbone, model, cond, uncond, batch):
+    latents, level = noise(backbone), backbone.random_level(torch.tensor([0.1, 0.5, 0.9]))
+    low, middle, high = noise_share(level).flatten().tolist()
+    ends = {(0.0, low): [0], (low, middle): [0, 1], (middle, middle + 1e-6): [1], ((middle + high) / 2, 1.0): [2]}
+    everywhere = guided(backbone, model, cond, uncond, 3.5, batch=batch)(latents, level)
+    nowhere = conditioned(backbone, model, cond)(latents, level)
+    for interval, inside in {**ends, (0.0, 1.0): [0, 1, 2]}.items():
+        x0 = guided(backbone, model, cond, uncond, 3.5, interval=interval, batch=batch)(latents, level)
+        for index in range(3):
+            assert_same(x0[index], (everywhere if index in inside else nowhere)[index])
+            assert not torch.allclose(everywhere[index], nowhere[index])
 
 
 # ---- against the pipeline

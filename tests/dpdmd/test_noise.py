@@ -13,6 +13,7 @@ from dpdmd_pipeline.dpdmd.noise import (
     flow_level,
     flow_schedule,
     flow_sigmas,
+    noise_share,
     shift_sigma,
     step,
     vp_level,
@@ -228,3 +229,11 @@ def test_a_step_with_the_true_x0_keeps_the_noise(level: NoiseLevel, following: N
     x0, noise = pair
     reached = step(add_noise(x0, noise, level), x0, level, following)
     torch.testing.assert_close(reached, add_noise(x0, noise, following), rtol=1e-9, atol=1e-9)
+
+
+def test_a_noise_share_is_flows_sigma_and_keeps_the_ratio_of_noise_to_signal():
+    sigma = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(noise_share(flow_level(sigma)), sigma)
+    level = vp_level(torch.arange(1000), sdxl_table())
+    share = noise_share(level)
+    torch.testing.assert_close(share / (1 - share), level.sigma / level.alpha)

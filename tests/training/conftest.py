@@ -32,6 +32,10 @@ RECIPE = {
     "grid": "shifted",
     "anchored_steps": 1,
     "diversity_weight": 1.0,
+    "weighting": "fixed",
+    "balance_every": 2,
+    "balance_ema": 0.5,
+    "guidance_interval": [0.0, 1.0],
     "stop_gradient": True,
     "between_steps": "ode",
     "target": "secant",
@@ -50,6 +54,10 @@ EXECUTION = {
     "ratio_every": 2,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,
+    "guidance_batch": "joint",
+    "compile": "none",
+    "channels_last": False,
+    "fused": False,
 }
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 

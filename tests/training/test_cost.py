@@ -36,6 +36,9 @@ VARIANTS = {
     "shared_and_warmed_up": {"fake_score_warmup": 3, "fake_rollout": "shared"},
     "two_steps": {"num_steps": 2, "grid": [1.0, 0.5]},
     "averaged": {"ema": 0.5},
+    "balanced": {"weighting": "balanced"},
+    "balanced_through_the_first_step": {"weighting": "balanced", "stop_gradient": False},
+    "guided_in_an_interval": {"guidance_interval": [0.3, 0.7]},
     "lora": {"roles": "lora"},
     "lora_random_step": {"roles": "lora", "graded_steps": "random", "fake_rollout": "shared"},
 }
@@ -100,6 +103,16 @@ def test_passes_of_a_run_are_exactly_those_counted(start, count, tmp_path, varia
     list(records)
     settings = Settings(GUIDANCE, checkpointing, ANCHOR_STEPS, with_denoised=True)
     asked = expected(Recipe(**{**RECIPE, **changes}), settings, measured=1, cycles=2)
+    assert astuple(counted.passes) == astuple(asked)
+
+
+def test_a_guided_call_costs_two_passes_together_or_apart(start, count, tmp_path):
+    changes = {"max_steps": 1, "guidance_interval": [0.3, 0.7]}
+    roles, records = start(tmp_path, {"ratio_every": 2, "guidance_batch": "apart"}, **changes)
+    counted = count(roles)
+    list(records)
+    settings = Settings(GUIDANCE, False, ANCHOR_STEPS, with_denoised=True)
+    asked = expected(Recipe(**{**RECIPE, **changes}), settings, measured=1, cycles=1)
     assert astuple(counted.passes) == astuple(asked)
 
 

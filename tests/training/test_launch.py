@@ -18,6 +18,7 @@ TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
 RUNS = {
     "full": {"max_steps": 20, "fake_score_turns": 1},
     "lora": {"max_steps": 3, "roles": "lora"},
+    "balanced": {"max_steps": 2, "weighting": "balanced", "balance_every": 1},
     "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
     "broken_off": {"max_steps": 4},
 }
@@ -75,7 +76,7 @@ def shared(tiny_teacher, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "in_parts"])
+@pytest.mark.parametrize("name", ["full", "lora", "balanced", "in_parts"])
 def test_two_processes_with_half_the_batch_have_the_losses_of_one_with_all_of_it(shared, tiny_teacher, tmp_path, name):
     theirs = json.loads((shared / f"{name}.json").read_text())
     ours = list(records_of(tiny_teacher, tmp_path, 4, **RUNS[name]))

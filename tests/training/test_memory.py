@@ -208,6 +208,14 @@ def test_every_remedy_spares_what_it_says(model):
     assert f"train.roles=lora spares {found['train.roles=lora'] / 2**30:.1f} GiB" in describe_remedies(found.items())
 
 
+def test_a_guided_call_in_two_halves_keeps_less(model):
+    joint, apart = (
+        model.estimate(recipe(batch_size=64), Execution(64, 64, True, batch)).activations
+        for batch in ("joint", "apart")
+    )
+    assert apart < joint
+
+
 def test_where_nothing_helps_the_words_say_so():
     assert describe_remedies([]) == "no option makes it smaller: take a card with more memory"
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, noise_share
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 
 Conditioning = dict[str, Tensor]  # batch-first; fits a safetensors shard as it is
+
+GuidanceBatch = Literal["joint", "apart"]
+EVERY_LEVEL = (0.0, 1.0)  # as a guidance interval
 
 
 class Backbone(Protocol):
@@ -85,27 +89,62 @@ def conditioned(backbone: Backbone, model: nn.Module, cond: Conditioning) -> Den
     return lambda latents, level: backbone.denoise(model, latents, level, cond)
 
 
-def guided(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning, scale: float) -> Denoise:
+def guided(
+    backbone: Backbone,
+    model: nn.Module,
+    cond: Conditioning,
+    uncond: Conditioning,
+    scale: float,
+    *,
+    interval: tuple[float, float] = EVERY_LEVEL,
+    batch: GuidanceBatch = "joint",
+) -> Denoise:
     """The network under fixed prompts with classifier-free guidance, as a denoiser.
 
-    Both halves go through the network in one batch. At scale 1 the unconditional half is not computed.
+    At scale 1 the unconditional half is not computed.
 
     Args:
         cond: batch of B.
         uncond: batch of 1, expanded to B.
         scale: in the sense of the family's own pipeline.
+        interval: a sample is guided where its `noise_share` lies within, ends included; elsewhere it gets the
+            conditional answer (arXiv:2404.07724). Both halves are computed at every level.
+        batch: whether both halves go through the network in one batch of 2 B, or apart in two of B, which takes less
+            memory. The same but for rounding.
     """
     if scale == 1:
         return conditioned(backbone, model, cond)
-    both = {name: torch.cat([value, uncond[name].expand_as(value)]) for name, value in cond.items()}
+    without = {name: uncond[name].expand_as(value) for name, value in cond.items()}
+    ask = {"joint": _joint, "apart": _apart}[batch](backbone, model, cond, without)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> Tensor:
+        cond_x0, uncond_x0 = ask(latents, level)
+        x0 = backbone.guide(cond_x0, uncond_x0, scale)
+        if interval == EVERY_LEVEL:
+            return x0
+        share = noise_share(level)
+        return torch.where((interval[0] <= share) & (share <= interval[1]), x0, cond_x0)
+
+    return denoise
+
+
+_Halves = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]  # x0 with the prompts and without, each [B, C, H, W]
+
+
+def _joint(backbone: Backbone, model: nn.Module, cond: Conditioning, without: Conditioning) -> _Halves:
+    both = {name: torch.cat([value, without[name]]) for name, value in cond.items()}
+
+    def ask(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         per_sample = level.sigma.ndim > 0
         twice = (
             NoiseLevel(*(torch.cat([v, v]) for v in (level.alpha, level.sigma, level.timestep)))
             if per_sample
             else level
         )
-        return backbone.guide(*backbone.denoise(model, torch.cat([latents, latents]), twice, both).chunk(2), scale)
+        return backbone.denoise(model, torch.cat([latents, latents]), twice, both).chunk(2)
 
-    return denoise
+    return ask
+
+
+def _apart(backbone: Backbone, model: nn.Module, cond: Conditioning, without: Conditioning) -> _Halves:
+    return lambda latents, level: tuple(backbone.denoise(model, latents, level, half) for half in (cond, without))

@@ -59,6 +59,11 @@ def vp_level(timestep: Tensor, alphas_cumprod: Tensor) -> NoiseLevel:
     return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), timestep)
 
 
+def noise_share(level: NoiseLevel) -> Tensor:
+    """sigma / (alpha + sigma), same shape: flow's own sigma, and its like of a diffusion level."""
+    return level.sigma / (level.alpha + level.sigma)
+
+
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     """SD3's time shift: more of the schedule at high noise when shift > 1 (arXiv:2403.03206, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)

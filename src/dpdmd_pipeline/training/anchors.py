@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Backbone, Conditioning, guided
+from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch, guided
 from dpdmd_pipeline.dpdmd.anchor import teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds
@@ -55,6 +55,7 @@ class TeacherAnchors:
         num_steps, guidance_scale: the teacher's own settings.
         anchor_steps: rising numbers of teacher steps.
         with_denoised: whether the tangent target is wanted, one more guided call per anchor.
+        guidance_batch: see `guided`; rounding only.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class TeacherAnchors:
         guidance_scale: float,
         anchor_steps: Sequence[int],
         with_denoised: bool,
+        guidance_batch: GuidanceBatch = "joint",
     ) -> None:
         self.backbone, self.teacher, self.embeddings = backbone, teacher.requires_grad_(False).eval(), embeddings
         self.guidance_scale, self.anchor_steps, self.with_denoised = guidance_scale, list(anchor_steps), with_denoised
+        self.guidance_batch = guidance_batch
         self.levels = backbone.schedule(num_steps)
         self.uncond = embeddings.rows([len(embeddings) - 1])
 
@@ -92,7 +95,7 @@ class TeacherAnchors:
         device = self.levels.sigma.device
         cond = {name: value.to(device) for name, value in self.embeddings.rows(prompts).items()}
         uncond = {name: value.to(device) for name, value in self.uncond.items()}
-        teacher = guided(self.backbone, self.teacher, cond, uncond, self.guidance_scale)
+        teacher = guided(self.backbone, self.teacher, cond, uncond, self.guidance_scale, batch=self.guidance_batch)
         noise = noise_from_seeds(seeds, self.backbone.latent_shape).to(device)
         anchors = teacher_anchors(teacher, noise, self.levels, self.anchor_steps)
         found = {f"anchor_{index}": anchor for index, anchor in enumerate(anchors)}

@@ -17,18 +17,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, guided
+from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch, conditioned, guided
 from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, follow_anchors, match_teacher, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
-from dpdmd_pipeline.dpdmd.sampling import Fresh, noise_from_seeds, sample_seeds, uniform_from_seeds
+from dpdmd_pipeline.dpdmd.sampling import Denoise, Fresh, noise_from_seeds, sample_seeds, uniform_from_seeds
 from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
+from dpdmd_pipeline.training.balance import Balance
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.optimizer import learning_rate_share, make_optimizer
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
+from dpdmd_pipeline.training.speed import Compile, onto, speed_up
 
 Record = dict[str, float]
 
@@ -64,6 +67,9 @@ class Execution:
         ratio_every: steps between measurements of the two gradients' norms (one more backward pass of each).
         student_micro_batch, fake_score_micro_batch: samples that one backward pass sees; their gradients add up to the
             whole batch's.
+        guidance_batch: whether the two halves of a guided call of L_DMD's teacher share a batch, see `guided`.
+        compile, channels_last: see `speed_up`.
+        fused: see `make_optimizer`.
     """
 
     checkpoint_every: int
@@ -71,6 +77,10 @@ class Execution:
     ratio_every: int
     student_micro_batch: int
     fake_score_micro_batch: int
+    guidance_batch: GuidanceBatch
+    compile: Compile
+    channels_last: bool
+    fused: bool
 
 
 def distill(
@@ -144,13 +154,15 @@ class _Run:
         self.levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
         if recipe.anchored_steps and recipe.space == "eps" and self.levels[0].alpha == 0:
             raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
+        speed_up(roles, compiled=execution.compile, channels_last=execution.channels_last)
         self.teacher = roles.teacher
         self.student, self.student_optimizer = accelerator.prepare(
-            roles.student, make_optimizer(trainable(roles.student), recipe.student)
+            roles.student, make_optimizer(trainable(roles.student), recipe.student, fused=execution.fused)
         )
         self.fake_score, self.fake_score_optimizer = accelerator.prepare(
-            roles.fake_score, make_optimizer(trainable(roles.fake_score), recipe.fake_score)
+            roles.fake_score, make_optimizer(trainable(roles.fake_score), recipe.fake_score, fused=execution.fused)
         )
+        self.balance = Balance(recipe, accelerator.device) if recipe.weighting == "balanced" else None
         self.ema = AveragedModel(roles.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
         self.uncond = self._cond([len(lessons.embeddings) - 1])
         self.history: list[Record] = []
@@ -173,7 +185,7 @@ class _Run:
         return {"history": self.history, **{name: self._plain(thing).state_dict() for name, thing in kept.items()}}
 
     def _stateful(self) -> dict[str, Any]:
-        names = ("student", "fake_score", "student_optimizer", "fake_score_optimizer", "ema")
+        names = ("student", "fake_score", "student_optimizer", "fake_score_optimizer", "ema", "balance")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _plain(self, thing: Any) -> Any:
@@ -249,13 +261,20 @@ class _Run:
     def _student_turn(self, step: int) -> tuple[dict[str, Tensor], list[int]]:
         sums: dict[str, Tensor] = {}
         prompts: list[int] = []
+        apart: list[Tensor] | None = [] if self.balance is not None and self.balance.due(step) else None
         for places, last in _parts(self.places, self.execution.student_micro_batch):
             batch = self.lessons.draw_anchors(step, places)
             measured = step % self.execution.ratio_every == 0 and not prompts  # of the first part only
             share = len(places) / len(self.places)
-            for name, value in self._student_part(step, places, batch, share, last, measured).items():
+            for name, value in self._student_part(step, places, batch, share, last, measured, apart).items():
                 sums[name] = sums.get(name, 0) + value
             prompts += batch.prompts
+        if apart is not None:
+            self._weigh(apart)
+        if self.balance is not None:
+            sums["diversity_weight"] = self._diversity_weight
+        if "grad_ratio" in sums:
+            sums["grad_ratio"] = self._diversity_weight * sums["grad_ratio"]
         for group in self.student_optimizer.param_groups:
             group["lr"] = self.recipe.student.learning_rate * learning_rate_share(self.recipe, step)
         sums["student_grad_norm"] = self._update(self.student, self.student_optimizer, self.recipe.student)
@@ -264,13 +283,23 @@ class _Run:
         return sums, prompts
 
     def _student_part(
-        self, step: int, places: range, batch: AnchorBatch, share: float, last: bool, measured: bool
+        self,
+        step: int,
+        places: range,
+        batch: AnchorBatch,
+        share: float,
+        last: bool,
+        measured: bool,
+        apart: list[Tensor] | None,
     ) -> dict[str, Tensor]:
-        """Both losses of a part of the batch, back-propagated; L_div first, so that its activations are freed."""
+        """Both losses of a part of the batch, back-propagated; L_div first, so that its activations are freed.
+
+        Where `apart` is a list, L_div's gradients are added up in there, without their weight.
+        """
         recipe, draw = self.recipe, partial(self._seeds, "student", step, places)
         cond = self._cond(batch.prompts)
         student = conditioned(self.backbone, self.student, cond)
-        noise, fresh = batch.noise.to(self.accelerator.device), self._fresh(draw)
+        noise, fresh = onto(self.accelerator.device, batch.noise), self._fresh(draw)
         norms = {}
         with self._unsynced(self.student, True):
             diversity, latents = follow_anchors(
@@ -283,14 +312,16 @@ class _Run:
                 fresh=fresh,
             )
             if measured and diversity.requires_grad:
-                norms["diversity_grad"] = recipe.diversity_weight * self._gradient_norm(diversity)
-            if diversity.requires_grad:
-                weighted = share * recipe.diversity_weight * diversity
+                norms["diversity_grad"] = self._gradient_norm(diversity)
+            if diversity.requires_grad and apart is not None:
+                self._hold_apart(share * diversity, apart)
+            elif diversity.requires_grad:
+                weighted = share * self._diversity_weight * diversity
                 self.accelerator.backward(weighted, retain_graph=not recipe.stop_gradient)
         with self._unsynced(self.student, not last):
             dmd = match_teacher(
                 student,
-                guided(self.backbone, self.teacher, cond, self.uncond, self.lessons.guidance_scale),
+                self._guided_teacher(cond),
                 conditioned(self.backbone, self.fake_score, cond),
                 latents=latents,
                 first=recipe.anchored_steps,
@@ -306,6 +337,41 @@ class _Run:
             self.accelerator.backward(share * dmd)
         return {"dmd_loss": share * dmd.detach(), "diversity_loss": share * diversity.detach(), **norms}
 
+    def _guided_teacher(self, cond: Conditioning) -> Denoise:
+        return guided(
+            self.backbone,
+            self.teacher,
+            cond,
+            self.uncond,
+            self.lessons.guidance_scale,
+            interval=self.recipe.guidance_interval,
+            batch=self.execution.guidance_batch,
+        )
+
+    @property
+    def _diversity_weight(self) -> float | Tensor:
+        return self.recipe.diversity_weight if self.balance is None else self.balance.weight
+
+    def _hold_apart(self, loss: Tensor, apart: list[Tensor]) -> None:
+        """Add a loss's gradients in the student's weights, in their order, to those held apart."""
+        weights, keep = trainable(self.student), not self.recipe.stop_gradient
+        grads = torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True, materialize_grads=True)
+        if apart:
+            torch._foreach_add_(apart, list(grads))
+        else:
+            apart += grads
+
+    def _weigh(self, apart: list[Tensor]) -> None:
+        """Measure both gradients of the whole batch, and add L_div's, held apart until now, under the new weight."""
+        weights = trainable(self.student)
+        means = [self.accelerator.reduce(grad, reduction="mean") for grad in apart]
+        dmd = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        self.balance.measure(get_total_norm(means), dmd)
+        factor = self.balance.weight
+        for weight, mean in zip(weights, means, strict=True):
+            if weight.grad is not None:  # what L_DMD does not reach, L_div does not either
+                weight.grad.add_(factor * mean)
+
     def _graded_step(self, step: int) -> int | None:
         first, count = self.recipe.anchored_steps, self.recipe.num_steps
         if self.recipe.graded_steps == "random":  # the same for the whole batch: one graph
@@ -316,11 +382,11 @@ class _Run:
     def _anchored(self, noise: Tensor, batch: AnchorBatch) -> list[AnchoredStep]:
         device = self.accelerator.device
         lessons = anchored_steps(
-            noise, [anchor.to(device) for anchor in batch.anchors], self.levels[0], self.lessons.anchor_levels
+            noise, [onto(device, anchor) for anchor in batch.anchors], self.levels[0], self.lessons.anchor_levels
         )
         if self.recipe.target == "secant":
             return lessons
-        return [lesson._replace(target=x0.to(device)) for lesson, x0 in zip(lessons, batch.denoised, strict=True)]
+        return [lesson._replace(target=onto(device, x0)) for lesson, x0 in zip(lessons, batch.denoised, strict=True)]
 
     def _gradient_norm(self, loss: Tensor) -> Tensor:
         """Norm of a loss's gradient in the student's weights, of all processes; lambda is read off two of them."""
@@ -344,7 +410,7 @@ class _Run:
         return sample_seeds(self.recipe.seed, f"{stream}/{purpose}", turn, places)
 
     def _noise(self, seeds: Sequence[int]) -> Tensor:
-        return noise_from_seeds(seeds, self.backbone.latent_shape).to(self.accelerator.device)
+        return onto(self.accelerator.device, noise_from_seeds(seeds, self.backbone.latent_shape))
 
     def _fresh(self, draw: Callable[[str], list[int]]) -> Fresh | None:
         """Noise between the student's steps, where it re-noises."""
@@ -353,9 +419,8 @@ class _Run:
         return lambda number: self._noise(draw(f"between/{number}"))
 
     def _cond(self, prompts: Sequence[int]) -> Conditioning:
-        return {
-            name: value.to(self.accelerator.device) for name, value in self.lessons.embeddings.rows(prompts).items()
-        }
+        found = self.lessons.embeddings.rows(prompts)
+        return {name: onto(self.accelerator.device, value) for name, value in found.items()}
 
     def _check(self, record: Record, step: _Step) -> None:
         """A record is the mean over all processes: they all refuse it together, with the same words."""

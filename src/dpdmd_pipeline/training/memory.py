@@ -3,16 +3,18 @@
 One process holds, in bytes:
 
     weights       all networks: the teacher in backbone.dtype, trained weights in float32; with adapters one base
-    gradients     of the network being trained; twice where the two losses' gradients are compared (train.ratio_every)
+    gradients     of the network being trained; twice where the two losses' gradients are compared (train.ratio_every),
+                  three times where L_div's are held apart (train.weighting=balanced)
     optimizer     two moments of every trained weight, and a counter
     average       a copy of the student's, where train.ema asks for one
     activations   passes * kept + max(calls * block, casts), at least what AdamW needs to compute with
     reserved      RESERVED
 
 `passes` is how many graded passes wait for one backward pass, `kept` what each keeps for it, `block` what the largest
-checkpointed part keeps while it is repeated (a pass without gradient holds no more), `calls` the two halves of a
-guided call, `casts` the copies of float32 weights that autocast makes for one pass. These are counted on networks
-without weights (fake tensors) that run the real code once; a test holds the counts against real networks on the CPU.
+checkpointed part keeps while it is repeated (a pass without gradient holds no more), `calls` the halves of a guided
+call that go through the network together, `casts` the copies of float32 weights that autocast makes for one pass.
+These are counted on networks without weights (fake tensors) that run the real code once; a test holds the counts
+against real networks on the CPU.
 
 Not measured on a GPU: the choice of attention kernel there, the allocator's fragmentation, and RESERVED, which is a
 guess at the context of CUDA and the workspaces of its libraries. All else is exact up to small tensors.
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from dpdmd_pipeline.backbones.base import Backbone, Conditioning
+from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
@@ -90,6 +92,7 @@ class Execution:
     student_micro_batch: int
     fake_score_micro_batch: int
     gradient_checkpointing: bool
+    guidance_batch: GuidanceBatch = "joint"
 
 
 class MemoryModel:
@@ -111,7 +114,7 @@ class MemoryModel:
         """Memory of one process that trains a recipe."""
         roles, loaded = self._roles(_Wanted.by(recipe))
         student, fake_score = (_bytes(trainable(role)) for role in (roles.student, roles.fake_score))
-        measured = 2 if recipe.anchored_steps else 1
+        measured = 3 if recipe.weighting == "balanced" else 2 if recipe.anchored_steps else 1
         optimizers = ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score))
         return Memory(
             weights=_bytes(tensor for network in loaded for tensor in (*network.parameters(), *network.buffers())),
@@ -131,7 +134,7 @@ class MemoryModel:
         # two whole networks are alike, two adapters may differ in rank
         network = role if recipe.roles == "lora" else "student"
         counted = self._pass(_Wanted.by(recipe), network, min(batch, recipe.batch_size))
-        calls = self.calls if role == "student" else 1
+        calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
         if execution.gradient_checkpointing:
             return passes * counted.kept_between + max(calls * counted.block, counted.casts)
         return passes * counted.kept + calls * counted.block
@@ -368,6 +371,7 @@ def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[Recipe, Ex
     found = {
         halved: (recipe, replace(execution, **batches)),
         "train.gradient_checkpointing=true": (recipe, replace(execution, gradient_checkpointing=True)),
+        "train.guidance_batch=apart": (recipe, replace(execution, guidance_batch="apart")),
         "train.ema=0": (recipe.model_copy(update={"ema": 0.0}), execution),
         "kind=adamw_8bit for both optimizers": (recipe.model_copy(update=eight_bits), execution),
         "train.roles=lora": (recipe.model_copy(update={"roles": "lora"}), execution),

@@ -65,6 +65,7 @@ class AnchorRecipe(BaseModel):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class OptimizerRecipe(BaseModel):
@@ -108,7 +109,13 @@ class Recipe(BaseModel):
     grid: Grid | list[float]  # named, or the N falling levels themselves: sigmas of flow, timesteps of diffusion models
     between_steps: Literal["ode", "renoise"]  # keep the noise that a prediction implies, or add fresh noise
     anchored_steps: NonNegativeInt  # how many first steps follow the teacher; 1 in the paper
-    diversity_weight: NonNegativeFloat  # lambda
+    diversity_weight: NonNegativeFloat  # lambda, or what balanced weighting makes of it
+    # balanced: lambda such that |lambda grad L_div| = diversity_weight |grad L_DMD| (arXiv:2012.09841, eq. 7)
+    weighting: Literal["fixed", "balanced"]
+    balance_every: PositiveInt  # student turns between measurements of these norms; read where weighting=balanced
+    balance_ema: float = Field(ge=0, lt=1)  # share of the earlier measurements in lambda at each; read there, too
+    # noise shares, sigma of flow, between which L_DMD's teacher is guided (arXiv:2404.07724); [0, 1]: at every level
+    guidance_interval: Annotated[tuple[Share, Share], Field(strict=False)]
     stop_gradient: bool  # keep L_DMD from the anchored steps
     target: Literal["secant", "tangent"]
     space: Literal["x0", "v", "eps"]
@@ -126,6 +133,13 @@ class Recipe(BaseModel):
             raise ValueError(f"anchored_steps={self.anchored_steps} must be below num_steps={self.num_steps}")
         if self.anchored_steps == 0 and (self.diversity_weight > 0 or self.stop_gradient):
             raise ValueError("anchored_steps=0 is vanilla DMD: set diversity_weight=0 and stop_gradient=false with it")
+        if self.weighting == "balanced" and not (self.anchored_steps and self.diversity_weight):
+            raise ValueError(
+                f"weighting=balanced holds two losses against each other: with anchored_steps={self.anchored_steps}, "
+                f"diversity_weight={self.diversity_weight} there is one, set weighting=fixed with them"
+            )
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval={list(self.guidance_interval)} must rise; [0.0, 1.0] is every level")
         if self.graded_steps != "all" and self.anchored_steps and not self.stop_gradient:
             raise ValueError(
                 f"graded_steps={self.graded_steps} sends no gradient into the anchored steps: "

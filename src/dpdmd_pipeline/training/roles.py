@@ -30,6 +30,12 @@ class Roles:
     student: nn.Module
     fake_score: nn.Module
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """diffusers' networks behind the roles: three, or one with its adapters."""
+        roles = self.teacher, self.student, self.fake_score
+        return list(dict.fromkeys(role._shared[0] if isinstance(role, AdapterView) else role for role in roles))
+
 
 def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool) -> Roles:
     """The networks that a recipe asks for."""

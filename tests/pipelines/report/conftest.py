@@ -89,7 +89,10 @@ def made_history(anchored, steps=120):
         | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
         for step in range(1, steps + 1)
     ]
-    return [{**row, "grad_ratio": 2.0} if anchored and row["step"] % 10 == 0 else row for row in rows]
+    return [
+        {**row, "grad_ratio": 2.0, "diversity_weight": 0.5} if anchored and row["step"] % 10 == 0 else row
+        for row in rows
+    ]
 
 
 def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):

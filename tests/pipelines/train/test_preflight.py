@@ -55,6 +55,11 @@ def test_configs_are_enough(plan, weightless):
         ({"target": "tangent"}, "train: train.target=tangent needs anchors.with_denoised=true"),
         ({"anchored_steps": 2}, "train: train.anchored_steps=2 needs as many anchors.anchor_levels, there are 1"),
         ({"precision": "bfloat16"}, "train: backbone.dtype=float32 and train.precision=bfloat16 differ"),
+        ({"channels_last": True}, "train: train.channels_last=true is for .* of a UNet, .* SD3Transformer2DModel: set"),
+        (
+            {"guidance_interval": [0.2, 0.8], "backbone": {"guidance_scale": 1.0}},
+            "train: .* set guidance_interval=.0.0, 1",
+        ),
         ({"backbone": {"resolution": 30}}, "backbone.resolution 30 must be a multiple of"),
     ],
 )

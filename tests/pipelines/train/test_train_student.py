@@ -20,7 +20,7 @@ from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, StudentHeade
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.nodes import sample_model
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
-from dpdmd_pipeline.pipelines.train.nodes import train_student
+from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
 from dpdmd_pipeline.pipelines.train.progress import _noted_signals
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
@@ -93,6 +93,16 @@ def test_unread_adapter_options_do_not_make_a_full_student_stale(train, caplog):
     with caplog.at_level("INFO"):
         train(lora={**TRAIN["lora"], "student_rank": 3})
     assert "DP-DMD: finished student reused" in caplog.text
+
+
+def test_what_only_balancing_reads_is_no_part_of_a_fixed_student(anchors):
+    def identity(**changes):
+        return run_identity(train_options(**changes).recipe(), backbone_options(), anchors, [0, 1])
+
+    fixed, balanced = (
+        {identity(weighting=weighting, balance_every=every) for every in (5, 10)} for weighting in ("fixed", "balanced")
+    )
+    assert len(fixed) == 1 and len(balanced) == 2 and not fixed & balanced
 
 
 def test_a_finished_student_is_reused_and_says_so(train, caplog):
@@ -289,6 +299,17 @@ def test_a_grid_that_starts_below_the_anchor_is_refused_with_both_levels(check, 
         ({"anchored_steps": 4}, "anchored_steps=4 must be below num_steps=4"),
         ({"anchored_steps": 0}, "anchored_steps=0 is vanilla DMD"),
         ({"max_steps": 0}, "max_steps"),
+        (
+            {**DMD, "weighting": "balanced"},
+            "with anchored_steps=0, diversity_weight=0.0 there is one, set weighting=fixed",
+        ),
+        (
+            {"weighting": "balanced", "diversity_weight": 0.0},
+            "with anchored_steps=1, diversity_weight=0.0 there is one",
+        ),
+        ({"guidance_interval": [0.7, 0.3]}, r"guidance_interval=\[0.7, 0.3\] must rise; \[0.0, 1.0\] is every level"),
+        ({"guidance_interval": [0.5, 1.5]}, "less than or equal to 1"),
+        ({"compile": "whole", "roles": "lora", "gradient_checkpointing": True}, "set compile=blocks, or gradient_ch"),
         ({"lambda": 1.0}, "Extra inputs"),
     ],
 )

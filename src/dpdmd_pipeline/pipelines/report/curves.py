@@ -8,6 +8,7 @@ CURVES = {
     "dmd_loss": ("DMD loss", "The pull towards what the teacher finds likely; it need not fall."),
     "diversity_loss": ("Diversity loss", "Distance of DP-DMD's anchored steps from the teacher's; DMD has none."),
     "fake_score_loss": ("Fake-score loss", "How well the second network follows the changing student."),
+    "diversity_weight": ("Weight of the diversity loss", "Where it is set anew as training goes, by the gradients."),
     "grad_ratio": ("Gradient ratio", "Weighted diversity gradient over DMD gradient; near 1 they are in balance."),
 }
 PLOT = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in a picture of 360 x 196

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
 
@@ -65,6 +66,34 @@ def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
             f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
             "the teacher and the networks it trains work in one precision, float32 or bfloat16"
         )
+
+
+def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """An interval of guidance needs guidance.
+
+    Raises:
+        ValueError: names both values.
+    """
+    if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
+        raise ValueError(
+            f"train.guidance_interval={list(recipe.guidance_interval)} says where the teacher is guided, and "
+            "backbone.guidance_scale=1 that it is not: set guidance_interval=[0.0, 1.0]"
+        )
+
+
+def check_speed(teacher: Path, options: TrainOptions) -> None:
+    """What the options ask for can be had on this machine and of this network.
+
+    Raises:
+        ValueError: names the option and what is missing.
+    """
+    from dpdmd_pipeline.training.memory import network_config
+    from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
+
+    if options.compile != "none":
+        refuse_missing_compiler(resolve_device(options.device))
+    if options.channels_last:
+        refuse_channels_last(network_config(teacher)[0])
 
 
 def _asked(options: AnchorRecipe) -> dict[str, Any]:

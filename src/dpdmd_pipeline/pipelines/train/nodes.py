@@ -10,7 +10,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_precision
+from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_guidance, check_precision, check_speed
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.progress import follow
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
@@ -22,9 +22,11 @@ CODE = (
     "dpdmd",
     "backbones/base.py",
     "training/anchors.py",
+    "training/balance.py",
     "training/distill.py",
     "training/optimizer.py",
     "training/roles.py",
+    "training/speed.py",
 )
 
 
@@ -47,6 +49,8 @@ def train_student(
     check_embeddings(embeddings, prompts, teacher)
     check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, options)
     check_precision(backbone, options)
+    check_guidance(backbone, options)
+    check_speed(teacher, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     recipe = options.recipe()
@@ -104,6 +108,7 @@ def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe)
 def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
     """Everything that decides a student: recipe, teacher's settings, anchors, training prompts and code."""
     unread = {"lora"} if recipe.roles == "full" else set()
+    unread |= {"balance_every", "balance_ema"} if recipe.weighting == "fixed" else set()
     parts = (
         recipe.model_dump(mode="json", exclude=unread),
         backbone.model_dump(mode="json"),
@@ -192,6 +197,7 @@ def _draw_anchors(
         guidance_scale=backbone.guidance_scale,
         anchor_steps=anchors.manifest["anchor_steps"][: max(1, options.anchored_steps)],
         with_denoised=anchors.manifest["options"]["with_denoised"],
+        guidance_batch=options.guidance_batch,
     )
     return OnlineAnchors(asked, rows, **drawing)
 

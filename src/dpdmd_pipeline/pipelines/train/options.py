@@ -37,6 +37,10 @@ class TrainOptions(Recipe):
     gradient_checkpointing: bool  # less memory, one more forward pass per graded one
     student_micro_batch: PositiveInt  # samples that one backward pass sees
     fake_score_micro_batch: PositiveInt
+    guidance_batch: Literal["joint", "apart"]  # a guided call's halves: one batch, or two of less memory
+    compile: Literal["none", "blocks", "whole"]  # torch.compile of a network's repeated blocks, or of it all
+    channels_last: bool  # the memory format of a UNet's convolutions; refused for transformers
+    fused: bool  # AdamW's update in one kernel
     checkpoint_every: PositiveInt  # steps
     keep_last: PositiveInt  # checkpoints kept while training; a damaged one is passed over for the one before
     fetch_every: PositiveInt  # steps between fetches of the losses from the device
@@ -50,6 +54,15 @@ class TrainOptions(Recipe):
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be shared evenly by {self.launch.total} processes "
                 f"(launch: {self.launch.processes} on each of {self.launch.machines} machines)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_compiled(self) -> Self:
+        if self.compile == "whole" and self.roles == "lora" and self.gradient_checkpointing:
+            raise ValueError(
+                "compile=whole cannot see which adapter gradient_checkpointing repeats a pass under with roles=lora: "
+                "set compile=blocks, or gradient_checkpointing=false"
             )
         return self
 

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.pipelines.train.checks import check_precision, check_recipe, check_start
+from dpdmd_pipeline.pipelines.train.checks import (
+    check_guidance,
+    check_precision,
+    check_recipe,
+    check_speed,
+    check_start,
+)
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
@@ -79,6 +85,8 @@ def _refused_options(plan: Planned) -> Iterator[str]:
         try:
             resolve_device(options.device)
             check_precision(plan.backbone, options)
+            check_guidance(plan.backbone, options)
+            check_speed(plan.teacher, options)
             check_recipe({"anchor_steps": plan.anchors.anchor_levels}, plan.anchors, options)
             _check_levels(plan, model, options)
         except ValueError as error:
@@ -158,7 +166,7 @@ def _execution(options: TrainOptions) -> Any:
 
     share = options.batch_size // options.launch.total  # of each process
     parts = (min(share, size) for size in (options.student_micro_batch, options.fake_score_micro_batch))
-    return Execution(*parts, options.gradient_checkpointing)
+    return Execution(*parts, options.gradient_checkpointing, options.guidance_batch)
 
 
 def _free_memory() -> int:

@@ -1,0 +1,49 @@
+"""AdamW is the same however it is computed, and whoever saved its state."""
+
+import pytest
+import torch
+from tests.training.conftest import OPTIMIZER
+
+from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.recipe import OptimizerRecipe
+
+LAYOUTS = {"plain": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def begin(fused: bool, layout: str = "plain"):
+    """A convolution's weight and its optimizer."""
+    values = torch.randn(8, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight = torch.nn.Parameter(values.to(memory_format=LAYOUTS[layout]))
+    return weight, make_optimizer([weight], OptimizerRecipe(**{**OPTIMIZER, "weight_decay": 0.1}), fused=fused)
+
+
+def update(weight, optimizer, turns) -> None:
+    for turn in turns:
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(turn))
+        weight.grad = torch.empty_like(weight).copy_(gradient)
+        optimizer.step()
+
+
+def test_a_fused_update_is_the_same_update():
+    (plain, first), (fused, second) = begin(False), begin(True)
+    update(plain, first, range(1, 6)), update(fused, second, range(1, 6))
+    assert not torch.equal(plain, begin(False)[0])
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_goes_on_as_this_run_computes_whatever_saved_it(fused, layout):
+    expected, optimizer = begin(False)
+    update(expected, optimizer, range(1, 6))
+    (other,) = LAYOUTS.keys() - {layout}
+    for saved_by in ({"fused": not fused}, {"fused": fused, "layout": other}):
+        before, optimizer = begin(**saved_by)
+        update(before, optimizer, range(1, 3))
+        weight, resumed = begin(fused, layout)
+        with torch.no_grad():
+            weight.copy_(before)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert bool(resumed.param_groups[0]["fused"]) == fused
+        update(weight, resumed, range(3, 6))
+        torch.testing.assert_close(weight.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
