@@ -74,7 +74,8 @@ class Weights:
     def _present(self, folder: Path) -> set[str]:
         found = {name for names in map(_names, self.files) for name in names if (folder / name).is_file()}
         for index in [name for name in found if name.endswith(".index.json")]:
-            found |= set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            found |= {name for name in shards if (folder / name).is_file()}
         return found
 
 

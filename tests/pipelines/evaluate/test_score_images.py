@@ -216,6 +216,12 @@ def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(s
     assert pixels == pytest.approx(sum(distances) / 3, rel=1e-6)
 
 
+def test_no_path_of_a_machine_is_written_into_the_metrics(score, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reason = score(judge=None, by=["preference.pickscore"])["models"]["dmd"]["missing"]["preference.pickscore"]
+    assert "not in weights/pickscore" in reason and str(tmp_path) not in reason
+
+
 def test_a_metric_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(ValueError, match="beauty is no metric: name axes"):
         say_what_is_missing(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))

@@ -71,15 +71,21 @@ def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOpti
     from dpdmd_pipeline.metrics.passes import Passes
     from dpdmd_pipeline.metrics.pictures import read_parts
 
-    records = metric_weights / GENEVAL / "evaluation_metadata.jsonl"
+    weights = _from_here(metric_weights)
+    records = weights / GENEVAL / "evaluation_metadata.jsonl"
     return Settings(
-        weights=metric_weights,
+        weights=weights,
         passes=Passes(resolve_device(options.device).type, options.metric_batch_size),
         processes=options.metric_processes,
         seed=options.seed,
         parts=read_parts(records) if records.is_file() else {},
-        elsewhere={CLIP_SHAPES.folder: shapes_clip},
+        elsewhere={CLIP_SHAPES.folder: _from_here(shapes_clip)},
     )
+
+
+def _from_here(folder: Path) -> Path:
+    """As seen from the working folder where that is above it: what is missing is written into files of git."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def missing_weights(presets: Sequence[Preset], settings: Settings) -> dict[str, str]:
