@@ -3,14 +3,19 @@
 The oracle is the family's own diffusers pipeline over the same folder.
 """
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dpdmd_pipeline.backbones
 from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone
+from dpdmd_pipeline.backbones.student_file import WEIGHTS
+from dpdmd_pipeline.datasets.lineage import network_folder
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
 from dpdmd_pipeline.dpdmd.sampling import rollout
 
@@ -332,3 +337,96 @@ def test_each_load_is_a_network_of_its_own(backbone):
     first, second = backbone.load_model(), backbone.load_model()
     for mine, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, other) and mine.data_ptr() != other.data_ptr()
+
+
+# ---- networks that are refused
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    """A copy of the teacher, and where its network lies."""
+    copy = shutil.copytree(folder, tmp_path / "teacher")
+    return copy, network_folder(copy)
+
+
+def without_a_key(weights):
+    return {name: weights[name] for name in sorted(weights)[4:]}
+
+
+def with_another_key(weights):
+    return {**weights, **{f"added.{name}": torch.zeros(1) for name in "abcd"}}
+
+
+def with_another_shape(weights):
+    name = min(weights)
+    return {**weights, name: torch.zeros(3, 2, 1)}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_a_key, r"keys 0 unknown \(none\) and 4 missing \(\S+, \S+, \S+, \.\.\.\)$"),
+        (with_another_key, r"keys 4 unknown \(added\.a, added\.b, added\.c, \.\.\.\) and 0 missing \(none\)$"),
+        (with_another_shape, r"1 of other shapes \(\S+ \[3, 2, 1\] instead of \[[0-9, ]+\]\)$"),
+    ],
+)
+@pytest.mark.parametrize("float32", [False, True])
+def test_a_network_with_a_key_too_many_or_too_few_is_refused(specimen, copied, change, message, float32):
+    teacher, network = copied
+    save_file(change(load_file(network / WEIGHTS)), network / WEIGHTS)
+    backbone = load_backbone(specimen.family, teacher, **specimen.options)
+    with pytest.raises(ValueError, match=message) as refusal:
+        backbone.load_model(float32=float32)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_network_in_several_files_loads_and_is_held_to_its_keys_too(specimen, copied, model):
+    teacher, network = copied
+    (network / WEIGHTS).unlink()
+    model.save_pretrained(network, max_shard_size="100KB")
+    backbone = load_backbone(specimen.family, teacher, **specimen.options)
+    loaded = backbone.load_model().state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    last = max(network.glob("*.safetensors"))
+    save_file(with_another_key(load_file(last)), last)
+    with pytest.raises(ValueError, match=r"keys 4 unknown \(added.a, "):
+        backbone.load_model()
+    save_file(load_file(last), network / WEIGHTS)
+    with pytest.raises(ValueError, match="has both diffusion_pytorch_model.safetensors and an index of several files"):
+        backbone.load_model()
+
+
+def test_a_pickled_network_is_refused_without_being_opened(specimen, copied):
+    teacher, network = copied
+    (network / WEIGHTS).unlink()
+    (network / "diffusion_pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # ends the process that unpickles it
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin is a pickle, .* give a .safetensors file"):
+        load_backbone(specimen.family, teacher, **specimen.options).load_model()
+
+
+def test_a_rounded_variant_is_not_taken_for_the_network(specimen, copied):
+    teacher, network = copied
+    variant = "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(network / WEIGHTS, network / variant)
+    load_backbone(specimen.family, teacher, **specimen.options).load_model()  # beside the network it does no harm
+    (network / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no safetensors weights there, only {variant}"):
+        load_backbone(specimen.family, teacher, **specimen.options).load_model()
+
+
+def test_a_network_of_another_class_is_refused_before_its_weights(specimen, copied):
+    teacher, network = copied
+    config = json.loads((network / "config.json").read_text())
+    (network / "config.json").write_text(json.dumps({**config, "_class_name": "FluxTransformer2DModel"}))
+    with pytest.raises(ValueError, match="holds a FluxTransformer2DModel, the family has a .*: give a teacher of"):
+        load_backbone(specimen.family, teacher, **specimen.options)
+
+
+@pytest.mark.parametrize("other", ["decoding_teacher", "tiny_sdxl", "tiny_sana"])
+def test_a_teacher_of_another_family_is_refused_in_one_line(specimen, request, other):
+    if other.removeprefix("tiny_") in specimen.family or (other, specimen.family) == ("decoding_teacher", "sd3"):
+        load_backbone(specimen.family, request.getfixturevalue(other), **specimen.options)
+        return
+    with pytest.raises((ValueError, OSError), match="give a teacher of backbone.family") as refusal:
+        load_backbone(specimen.family, request.getfixturevalue(other), **specimen.options)
+    assert "\n" not in str(refusal.value)

@@ -109,7 +109,7 @@ def start(backbone, embeddings, ask_teacher):
         anchored = recipe.anchored_steps
         draw = OnlineAnchors(ask_teacher, [0, 1, 2], seed=recipe.seed, anchored_steps=anchored)
         lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], GUIDANCE)
-        roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing)
+        roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing, sharded=False)
         kept, carried_out = Checkpoints(folder), Execution(**{**EXECUTION, **(execution or {})})
         return roles, distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), carried_out)
 

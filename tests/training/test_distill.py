@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -202,15 +203,31 @@ def test_losses_fetched_late_are_the_same_losses(start, tmp_path):
     assert list(records) == history
 
 
-def test_the_kept_student_is_the_average_where_one_is_taken(start, tmp_path):
-    last, records = start(tmp_path / "last")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_kept_student_is_the_average_where_one_is_taken(start, tmp_path, kind):
+    last, records = start(tmp_path / "last", roles=kind)
     path = [weights(last).clone() for _ in records]
-    averaged, records = start(tmp_path / "averaged", ema=0.5)
+    averaged, records = start(tmp_path / "averaged", ema=0.5, roles=kind)
     list(records)
     expected = path[0]
     for current in path[1:]:
         expected = 0.5 * expected + 0.5 * current
     torch.testing.assert_close(weights(averaged), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_of_adapters_copies_no_base(start, tmp_path, backbone):
+    """Counted on all parameters there are, since a view hides its base from torch."""
+    before = {id(found) for found in parameters_in_memory()}
+    one = sum(parameter.numel() for parameter in backbone.load_model().parameters())
+    _, records = start(tmp_path, roles="lora", ema=0.5)
+    next(records)
+    held = {p.data_ptr(): p.numel() for p in parameters_in_memory() if id(p) not in before}
+    assert one < sum(held.values()) <= 1.25 * one
+
+
+def parameters_in_memory():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
 
 
 def test_gradients_of_the_two_losses_add_up_where_the_first_is_back_propagated_at_once(start, tmp_path, monkeypatch):

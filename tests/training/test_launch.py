@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from contextlib import closing
+from functools import cache
 
 import pytest
 
@@ -21,11 +22,16 @@ RUNS = {
     "balanced": {"max_steps": 2, "weighting": "balanced", "balance_every": 1},
     "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
     "broken_off": {"max_steps": 4},
+    "sharded": {"max_steps": 20, "fake_score_turns": 1},
+    "sharded_in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
+    "sharded_broken_off": {"max_steps": 4, "ema": 0.5},
+    "sharded_taken_up": {"max_steps": 4, "ema": 0.5},  # two steps of one process come before
 }
+IN_PARTS, BROKEN_OFF = ("in_parts", "sharded_in_parts"), ("broken_off", "sharded_broken_off")
 DIVERGING = {"kind": "adamw", "learning_rate": 1e30, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
 
 
-def records_of(teacher, folder, micro_batch, **changes):
+def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100, **changes):
     """The records of a run of batches of four, in this process or in its share."""
     # Not above: every process loads this module, and most tests need none of it.
     from tests.training.conftest import ANCHOR_STEPS, EXECUTION, GUIDANCE, NUM_STEPS, RECIPE, InMemory
@@ -40,13 +46,14 @@ def records_of(teacher, folder, micro_batch, **changes):
     backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
     embeddings = InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
     recipe = Recipe(**{**RECIPE, "batch_size": 4, **changes})
-    roles = make_roles(backbone, recipe, gradient_checkpointing=False)
+    roles = make_roles(backbone, recipe, gradient_checkpointing=sharded, sharded=sharded)
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS[:1]}
     asked = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
     draw = OnlineAnchors(asked, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
     lessons = Lessons(embeddings, [0, 1, 2], draw, asked.anchor_levels[:1], GUIDANCE)
-    sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch, "checkpoint_every": 100}
-    kept, execution = Checkpoints(folder), Execution(**{**EXECUTION, **sizes})
+    sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch}
+    kept = Checkpoints(folder)
+    execution = Execution(**{**EXECUTION, **sizes, "checkpoint_every": checkpoint_every})
     return distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), execution)
 
 
@@ -55,45 +62,112 @@ def train_runs(job, member):
     teacher, folder = job
     for name, changes in RUNS.items():
         history = []
-        with closing(records_of(teacher, folder / name, 1 if name == "in_parts" else 2, **changes)) as records:
+        micro_batch, sharded = 1 if name in IN_PARTS else 2, name.startswith("sharded")
+        with closing(records_of(teacher, folder / name, micro_batch, sharded, **changes)) as records:
             for record in records:
                 history.append(record)
-                if name == "broken_off" and record["step"] == 2:
+                if name in BROKEN_OFF and record["step"] == 2:
                     break
         if member.rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(history))
+    (folder / f"held_{member.rank}.json").write_text(json.dumps(numbers_held(teacher)))
     with pytest.raises(ValueError) as refusal:
         list(records_of(teacher, folder / "diverging", 2, max_steps=4, student=DIVERGING))
     (folder / f"refusal_{member.rank}").write_text(str(refusal.value))
     return True
 
 
+def numbers_held(teacher):
+    """How many numbers this process has of every parameter of each role."""
+    from tests.training.conftest import RECIPE
+
+    from dpdmd_pipeline.backbones.base import load_backbone
+    from dpdmd_pipeline.training.recipe import Recipe
+    from dpdmd_pipeline.training.roles import make_roles
+
+    backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
+    roles = make_roles(backbone, Recipe(**RECIPE), gradient_checkpointing=False, sharded=True)
+    return {
+        role: {name: getattr(p, "to_local", lambda p=p: p)().numel() for name, p in network.named_parameters()}
+        for role, network in vars(roles).items()
+    }
+
+
 @pytest.fixture(scope="module")
 def shared(tiny_teacher, tmp_path_factory):
     """What two processes leave: histories, a checkpoint, refusals."""
     folder = tmp_path_factory.mktemp("shared")
+    begun = records_of(tiny_teacher, folder / "sharded_taken_up", 4, **RUNS["sharded_taken_up"])
+    with closing(begun) as records:
+        next(records), next(records)
     assert list(launched(train_runs, (tiny_teacher, folder), TWO)) == []
     return folder
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "balanced", "in_parts"])
-def test_two_processes_with_half_the_batch_have_the_losses_of_one_with_all_of_it(shared, tiny_teacher, tmp_path, name):
+@pytest.fixture(scope="module")
+def alone(tiny_teacher, tmp_path_factory):
+    """Folder and records of a run in this process; one for each recipe."""
+
+    @cache
+    def run(**changes):
+        folder = tmp_path_factory.mktemp("alone")
+        return folder, list(records_of(tiny_teacher, folder, 4, **changes))
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in BROKEN_OFF and name != "sharded_taken_up"])
+def test_two_processes_with_half_the_batch_have_the_student_of_one_with_all_of_it(shared, alone, name):
     theirs = json.loads((shared / f"{name}.json").read_text())
-    ours = list(records_of(tiny_teacher, tmp_path, 4, **RUNS[name]))
+    folder, ours = alone(**RUNS[name])
     assert len(ours) == RUNS[name]["max_steps"]
-    for alone, together in zip(ours, theirs, strict=True):
-        if name == "in_parts":  # measured on the first part only
-            alone.pop("grad_ratio", None), together.pop("grad_ratio", None)
-        assert together == pytest.approx(alone, rel=1e-5)
+    for one, together in zip(ours, theirs, strict=True):
+        if name in IN_PARTS:  # measured on the first part only
+            one.pop("grad_ratio", None), together.pop("grad_ratio", None)
+        assert together == pytest.approx(one, rel=1e-5)
+    assert distance(shared / name, folder) < 1e-5
 
 
-def test_what_two_processes_began_goes_on_in_one(shared, tiny_teacher, tmp_path):
-    whole = list(records_of(tiny_teacher, tmp_path, 4, **RUNS["broken_off"]))
-    assert [row["step"] for row in json.loads((shared / "broken_off.json").read_text())] == [1, 2]
-    rest = list(records_of(tiny_teacher, shared / "broken_off", 4, **RUNS["broken_off"]))
+def distance(*folders):
+    """Of two finished students' weights, as a share of their length."""
+    ours, theirs = (student_of(folder) for folder in folders)
+    assert [(name, tensor.shape) for name, tensor in ours.items()] == [(n, t.shape) for n, t in theirs.items()]
+    difference = sum((ours[name] - theirs[name]).square().sum() for name in ours)
+    return (difference / sum(tensor.square().sum() for tensor in theirs.values())).sqrt().item()
+
+
+def student_of(folder):
+    from dpdmd_pipeline.training.checkpoint import Checkpoints
+
+    return Checkpoints(folder).load_latest()[1]["student"]
+
+
+@pytest.mark.parametrize("name", BROKEN_OFF)
+def test_what_two_processes_began_goes_on_in_one(shared, alone, tiny_teacher, name):
+    folder, whole = alone(**RUNS[name])
+    assert [row["step"] for row in json.loads((shared / f"{name}.json").read_text())] == [1, 2]
+    rest = list(records_of(tiny_teacher, shared / name, 4, **RUNS[name]))
     assert len(rest) == 2
-    for alone, resumed in zip(whole[2:], rest, strict=True):
-        assert resumed == pytest.approx(alone, rel=1e-5)
+    for one, resumed in zip(whole[2:], rest, strict=True):
+        assert resumed == pytest.approx(one, rel=1e-5)
+    assert distance(shared / name, folder) < 1e-5
+
+
+def test_what_one_process_began_goes_on_in_two_that_share_the_weights(shared, alone):
+    folder, whole = alone(**RUNS["sharded_taken_up"])
+    rest = json.loads((shared / "sharded_taken_up.json").read_text())
+    assert [row["step"] for row in rest] == [3, 4]
+    for one, resumed in zip(whole[2:], rest, strict=True):
+        assert resumed == pytest.approx(one, rel=1e-5)
+    assert distance(shared / "sharded_taken_up", folder) < 1e-5
+
+
+def test_each_of_two_processes_holds_half_of_the_trained_networks_in_the_teachers_order(shared):
+    for rank in (0, 1):
+        held = json.loads((shared / f"held_{rank}.json").read_text())
+        for role in ("student", "fake_score"):
+            assert list(held[role]) == list(held["teacher"])
+            assert sum(held[role].values()) == pytest.approx(0.5 * sum(held["teacher"].values()), rel=0.01)
 
 
 def test_a_loss_that_is_not_finite_stops_all_with_the_same_words(shared):

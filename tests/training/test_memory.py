@@ -61,7 +61,7 @@ def networks(roles) -> list:
 def test_weights_gradients_and_moments_are_exactly_those_of_real_networks(backbone, model, half, kind, precision):
     family, estimates = (backbone, model) if precision == "float32" else half
     asked = recipe(roles=kind, precision=precision)
-    roles = make_roles(family, asked, gradient_checkpointing=False)
+    roles = make_roles(family, asked, gradient_checkpointing=False, sharded=False)
     memory = estimates.estimate(asked, SMALL)
     assert memory.weights == size(t for network in networks(roles) for t in (*network.parameters(), *network.buffers()))
     moments, gradients = 0, []
@@ -77,10 +77,32 @@ def test_weights_gradients_and_moments_are_exactly_those_of_real_networks(backbo
     assert estimates.estimate(recipe(roles=kind, precision=precision, **DMD), SMALL).gradients == max(gradients)
 
 
-def test_an_average_takes_another_student(model):
-    with_average, without = (model.estimate(recipe(ema=ema), SMALL) for ema in (0.9, 0.0))
-    one_network = model.student_bytes(recipe())
-    assert with_average.average == one_network == with_average.weights / 3 and without.average == 0
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_average_takes_the_trained_weights_of_another_student(backbone, model, kind):
+    with_average, without = (model.estimate(recipe(ema=ema, roles=kind), SMALL) for ema in (0.9, 0.0))
+    roles = make_roles(backbone, recipe(roles=kind), gradient_checkpointing=False, sharded=False)
+    assert with_average.average == size(trainable(roles.student)) and without.average == 0
+
+
+def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
+    asked = recipe(ema=0.9, batch_size=8, **DMD)  # one backward pass a turn: no gradient waits for another
+    alone, four = (model.estimate(asked, Execution(2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True))
+    for part in ("gradients", "optimizer", "average"):
+        assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=1e-3)
+    networks = 2 * alone.average  # student and fake score
+    assert four.weights == pytest.approx(alone.weights - 0.75 * networks, rel=1e-3)
+    assert 0 < four.activations < 3 * alone.average  # what is brought together: at most weights and gradients
+
+
+@pytest.mark.parametrize("micro_batch, changes", [(1, DMD), (2, {})], ids=["two parts", "two losses"])
+def test_a_gradient_that_waits_for_its_exchange_is_counted_whole(model, micro_batch, changes):
+    execution = Execution(micro_batch, 2, True, processes=4, sharded=True)
+    once, waiting = (
+        model.estimate(recipe(batch_size=8, **given), now).gradients
+        for given, now in ((DMD, Execution(2, 2, True, processes=4, sharded=True)), (changes, execution))
+    )
+    student = 4 * once
+    assert waiting == pytest.approx(student + (2 if changes == {} else 1) * once, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -92,7 +114,7 @@ def test_what_a_pass_keeps_is_counted_on_weightless_networks_as_on_real_ones(
     family, estimates = (backbone, model) if precision == "float32" else half
     asked = recipe(roles=kind, precision=precision)
     for checkpointing in (False, True):
-        roles = make_roles(family, asked, gradient_checkpointing=checkpointing)
+        roles = make_roles(family, asked, gradient_checkpointing=checkpointing, sharded=False)
         own = {p.untyped_storage().data_ptr() for network in networks(roles) for p in network.parameters()}
         found = {}
 
@@ -214,6 +236,16 @@ def test_a_guided_call_in_two_halves_keeps_less(model):
         for batch in ("joint", "apart")
     )
     assert apart < joint
+
+
+def test_sharding_is_named_where_several_processes_could_share_the_networks(model):
+    asked, text = recipe(batch_size=8, ema=0.5), "train.launch.sharding=fsdp2"
+    assert dict(remedies(model, asked, Execution(2, 2, True, processes=4)))[text] > 0
+    assert text not in dict(remedies(model, asked, Execution(2, 2, True)))
+    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), Execution(2, 2, True, processes=4)))
+    already = dict(remedies(model, asked, Execution(2, 2, True, processes=4, sharded=True)))
+    assert text not in already
+    assert not any("roles=lora" in found and "sharding=none" not in found for found in already)
 
 
 def test_where_nothing_helps_the_words_say_so():

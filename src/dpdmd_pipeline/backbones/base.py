@@ -26,6 +26,7 @@ class Backbone(Protocol):
     The network is an argument, since teacher, student and fake score are three networks of one family.
     """
 
+    folder: Path  # the teacher's
     latent_shape: tuple[int, int, int]  # (C, H, W)
     device: torch.device  # where networks are loaded
     prediction: str  # what the network returns: flow (velocity), eps or v (v-prediction)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, flow_schedule, flow_sigmas, shift_sigma, x0_from_velocity
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class Sana:
                 "backbone.max_sequence_length is 0: SANA's text encoder needs some, its own default is 300"
             )
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        transformer = network_config(SanaTransformer2DModel, self.folder / "transformer")
         self.max_sequence_length, self.level_range = max_sequence_length, level_range
         self.shift = _read_shift(self.folder)
-        transformer = SanaTransformer2DModel.load_config(folder, subfolder="transformer")
         if transformer.get("guidance_embeds"):
             raise ValueError(f"{folder}: the transformer has guidance_embeds: SANA-Sprint is a student already")
         self._timestep_scale = transformer.get("timestep_scale", 1.0)  # diffusers' own default
@@ -66,13 +67,8 @@ class Sana:
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         from diffusers import SanaTransformer2DModel
 
-        source = (
-            {"pretrained_model_name_or_path": folder}
-            if folder
-            else {"pretrained_model_name_or_path": self.folder, "subfolder": "transformer"}
-        )
         dtype = torch.float32 if float32 else self.dtype
-        return SanaTransformer2DModel.from_pretrained(**source, dtype=dtype).to(self.device)
+        return load_network(SanaTransformer2DModel, Path(folder or self.folder / "transformer"), dtype).to(self.device)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return flow_schedule(flow_sigmas(num_steps, self.shift, "diffusers")).to(self.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, flow_schedule, flow_sigmas, shift_sigma, x0_from_velocity
 
 if TYPE_CHECKING:
@@ -41,12 +42,12 @@ class SD3:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        transformer = network_config(SD3Transformer2DModel, self.folder / "transformer")
         self.max_sequence_length, self.level_range = max_sequence_length, level_range
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
         if scheduler.get("use_dynamic_shifting"):
             raise ValueError(f"{folder}: the scheduler shifts dynamically, SD3 and SD3.5 use a static shift")
         self.shift = scheduler["shift"]
-        transformer = SD3Transformer2DModel.load_config(folder, subfolder="transformer")
         self._vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
         factor = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
         if resolution % (factor * transformer["patch_size"]):
@@ -60,13 +61,8 @@ class SD3:
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         from diffusers import SD3Transformer2DModel
 
-        source = (
-            {"pretrained_model_name_or_path": folder}
-            if folder
-            else {"pretrained_model_name_or_path": self.folder, "subfolder": "transformer"}
-        )
         dtype = torch.float32 if float32 else self.dtype
-        return SD3Transformer2DModel.from_pretrained(**source, dtype=dtype).to(self.device)
+        return load_network(SD3Transformer2DModel, Path(folder or self.folder / "transformer"), dtype).to(self.device)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return flow_schedule(flow_sigmas(num_steps, self.shift, "diffusers")).to(self.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, vp_level, vp_schedule, x0_from_eps, x0_from_v_prediction
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ class SDXL:
                 f"backbone.max_sequence_length is {max_sequence_length}: SDXL has no T5 encoder, set it to 0"
             )
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        unet = network_config(UNet2DConditionModel, self.folder / "unet")
         self.level_range, self.resolution = level_range, resolution
         self.prediction, self._to_x0, self.alphas_cumprod = _read_scheduler(self.folder)
-        unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
         if unet["addition_embed_type"] != "text_time" or unet["in_channels"] != unet["out_channels"]:
             raise ValueError(
                 f"{folder}: the UNet has addition_embed_type {unet['addition_embed_type']!r} and {unet['in_channels']} "
@@ -72,13 +73,8 @@ class SDXL:
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        source = (
-            {"pretrained_model_name_or_path": folder}
-            if folder
-            else {"pretrained_model_name_or_path": self.folder, "subfolder": "unet"}
-        )
         dtype = torch.float32 if float32 else self.dtype
-        return UNet2DConditionModel.from_pretrained(**source, dtype=dtype).to(self.device)
+        return load_network(UNet2DConditionModel, Path(folder or self.folder / "unet"), dtype).to(self.device)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return vp_schedule(num_steps, self.alphas_cumprod).to(self.device)

@@ -363,6 +363,50 @@ def check_family(path: Path, header: StudentHeader, family: str) -> None:
         )
 
 
+def check_prediction(place: Path, header: StudentHeader, prediction: str, teacher: Path) -> None:
+    """Refuse a student whose network returns something else than the networks of the pipeline at hand."""
+    if header.prediction != prediction:
+        raise ValueError(
+            f"{place}: the student predicts {header.prediction!r}, the pipeline in {teacher} {prediction!r}: "
+            "give the teacher that it was distilled from"
+        )
+
+
+def network_config(kind: Any, folder: Path) -> dict[str, Any]:
+    """The config of a network's folder.
+
+    Args:
+        kind: the family's diffusers class.
+        folder: of the network, as in a pipeline's ``transformer``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of a network of another class.
+    """
+    remedy = "give a teacher of backbone.family, or set that to the teacher's own"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} does not exist: {remedy}")
+    config = kind.load_config(folder)
+    if config.get("_class_name") != kind.__name__:
+        raise ValueError(f"{folder} holds a {config.get('_class_name')}, the family has a {kind.__name__}: {remedy}")
+    return config
+
+
+def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """A network from its folder, with all of its weights and no others, on the CPU.
+
+    diffusers itself takes up any class's config, reads pickles, and only warns of missing and unknown keys. All of that
+    is refused before weights are read.
+
+    Raises:
+        ValueError, OSError: as `network_config` and `check_network` do.
+    """
+    config = network_config(kind, folder)
+    with torch.device("meta"):
+        check_network(folder, kind.from_config(config))
+    return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+
+
 def check_network(folder: Path, model: nn.Module) -> None:
     """Hold a teacher's network folder against its architecture: diffusers itself only warns, and goes on.
 
@@ -382,12 +426,21 @@ def network_files(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there are none.
+        ValueError: if there is a pickle instead, or both the one and an index.
     """
-    if (folder / WEIGHTS).is_file():
+    index, single = folder / f"{WEIGHTS}.index.json", (folder / WEIGHTS).is_file()
+    if single and index.is_file():
+        raise ValueError(f"{folder} has both {WEIGHTS} and an index of several files: delete what is not meant")
+    if single:
         return [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
     if not index.is_file():
-        raise FileNotFoundError(f"{folder / WEIGHTS}: no safetensors weights there; save the network as safetensors")
+        others = sorted(path for path in folder.glob("*") if path.suffix in {*_PICKLES, ".safetensors"})
+        if any(path.suffix in _PICKLES for path in others):
+            raise _pickle(next(path for path in others if path.suffix in _PICKLES))
+        there = f", only {first([path.name for path in others])}" if others else ""
+        raise FileNotFoundError(
+            f"{folder / WEIGHTS}: no safetensors weights there{there}; save the network as safetensors"
+        )
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 

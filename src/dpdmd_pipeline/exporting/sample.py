@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
 from dpdmd_pipeline.backbones.options import Device, resolve_device
-from dpdmd_pipeline.backbones.student_file import StudentHeader, load_header, load_weights
+from dpdmd_pipeline.backbones.student_file import StudentHeader, check_prediction, load_header, load_weights
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 
@@ -84,11 +84,7 @@ def open_student(path: Path, teacher: Path | None, device: Device, dtype: Precis
     header = load_header(path)
     parts = _parts(path, teacher)
     backbone = _backbone(path, parts, header, device, dtype)
-    if backbone.prediction != header.prediction:
-        raise ValueError(
-            f"{path}: the student predicts {header.prediction!r}, the pipeline in {parts} {backbone.prediction!r}: "
-            "give the teacher that it was distilled from"
-        )
+    check_prediction(path, header, backbone.prediction, parts)
     network = backbone.load_model()
     if parts != path:
         load_weights(path, network, header.family)

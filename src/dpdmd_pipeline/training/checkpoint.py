@@ -56,7 +56,7 @@ class Checkpoints:
             yield
 
     def load_latest(self, map_location: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """The newest whole state as (step, state); None if there is none.
+        """The newest whole state as (step, state); None if there is none. Copy what is to outlive its file.
 
         A state that does not match its hash is passed over with a warning.
         """
@@ -66,7 +66,8 @@ class Checkpoints:
                 record = json.loads(manifest.read_text())
                 if sha256(path) != record["sha256"]:
                     raise ValueError("its content does not match its hash")
-                return record["step"], torch.load(path, map_location=map_location, weights_only=True)
+                # mapped: the processes of a machine share the pages that they read
+                return record["step"], torch.load(path, map_location=map_location, weights_only=True, mmap=True)
             except (OSError, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
         return None

@@ -31,6 +31,7 @@ from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.optimizer import learning_rate_share, make_optimizer
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
+from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, load_whole_state, unsynced, whole, whole_state
 from dpdmd_pipeline.training.speed import Compile, onto, speed_up
 
 Record = dict[str, float]
@@ -156,14 +157,12 @@ class _Run:
             raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
         speed_up(roles, compiled=execution.compile, channels_last=execution.channels_last)
         self.teacher = roles.teacher
-        self.student, self.student_optimizer = accelerator.prepare(
-            roles.student, make_optimizer(trainable(roles.student), recipe.student, fused=execution.fused)
-        )
-        self.fake_score, self.fake_score_optimizer = accelerator.prepare(
-            roles.fake_score, make_optimizer(trainable(roles.fake_score), recipe.fake_score, fused=execution.fused)
+        self.student, self.student_optimizer = _prepare(accelerator, roles.student, recipe.student, execution.fused)
+        self.fake_score, self.fake_score_optimizer = _prepare(
+            accelerator, roles.fake_score, recipe.fake_score, execution.fused
         )
         self.balance = Balance(recipe, accelerator.device) if recipe.weighting == "balanced" else None
-        self.ema = AveragedModel(roles.student, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+        self.ema = _average(roles.student, recipe.ema) if recipe.ema else None
         self.uncond = self._cond([len(lessons.embeddings) - 1])
         self.history: list[Record] = []
 
@@ -172,17 +171,20 @@ class _Run:
     def save(self, checkpoints: Checkpoints, step: int) -> None:
         """Write the state after `step` steps; the last one puts the averaged weights into the student first."""
         finished = step == self.recipe.max_steps
-        student = self.accelerator.unwrap_model(self.student)
         if finished and self.ema is not None:
-            student.load_state_dict(self.ema.module.state_dict())
+            with torch.no_grad():
+                for kept, averaged in zip(trainable(self.student), self.ema.module, strict=True):
+                    kept.copy_(averaged)
+        state = self._state(finished)  # of all processes, where each holds a shard
         if self.accelerator.is_main_process:
-            checkpoints.save(step, self._state(finished), finished=finished)
+            checkpoints.save(step, state, finished=finished)
         self.accelerator.wait_for_everyone()
 
     def _state(self, finished: bool) -> dict[str, Any]:
         """All that a continuation needs; a finished run keeps the student alone."""
         kept = {"student": self.student} if finished else self._stateful()
-        return {"history": self.history, **{name: self._plain(thing).state_dict() for name, thing in kept.items()}}
+        states = {name: self._plain(thing).state_dict() for name, thing in kept.items()}
+        return {"history": self.history, **whole_state(states, kept=self.accelerator.is_main_process)}
 
     def _stateful(self) -> dict[str, Any]:
         names = ("student", "fake_score", "student_optimizer", "fake_score_optimizer", "ema", "balance")
@@ -199,7 +201,7 @@ class _Run:
         self.history = list(state["history"])
         for name, thing in self._stateful().items():
             if name in state:
-                self._plain(thing).load_state_dict(state[name])
+                load_whole_state(self._plain(thing), state[name])
         return step
 
     # ---- steps
@@ -279,7 +281,7 @@ class _Run:
             group["lr"] = self.recipe.student.learning_rate * learning_rate_share(self.recipe, step)
         sums["student_grad_norm"] = self._update(self.student, self.student_optimizer, self.recipe.student)
         if self.ema is not None:
-            self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
+            self.ema.update_parameters(nn.ParameterList(trainable(self.student)))
         return sums, prompts
 
     def _student_part(
@@ -301,7 +303,8 @@ class _Run:
         student = conditioned(self.backbone, self.student, cond)
         noise, fresh = onto(self.accelerator.device, batch.noise), self._fresh(draw)
         norms = {}
-        with self._unsynced(self.student, True):
+        exchanging = measured and is_sharded(self.student)  # a norm is read off shards, which come of an exchange
+        with self._unsynced(self.student, not exchanging):
             diversity, latents = follow_anchors(
                 student,
                 noise=noise,
@@ -318,7 +321,7 @@ class _Run:
             elif diversity.requires_grad:
                 weighted = share * self._diversity_weight * diversity
                 self.accelerator.backward(weighted, retain_graph=not recipe.stop_gradient)
-        with self._unsynced(self.student, not last):
+        with self._unsynced(self.student, not (last or exchanging)):
             dmd = match_teacher(
                 student,
                 self._guided_teacher(cond),
@@ -390,6 +393,8 @@ class _Run:
 
     def _gradient_norm(self, loss: Tensor) -> Tensor:
         """Norm of a loss's gradient in the student's weights, of all processes; lambda is read off two of them."""
+        if is_sharded(self.student):
+            return gradient_norm(loss, trainable(self.student))
         grads = torch.autograd.grad(loss, trainable(self.student), retain_graph=True, allow_unused=True)
         means = (self.accelerator.reduce(grad, reduction="mean") for grad in grads if grad is not None)
         return torch.stack([mean.norm() for mean in means]).norm()
@@ -398,11 +403,13 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(trainable(model), recipe.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return whole(norm)
 
-    def _unsynced(self, model: nn.Module, unsynced: bool) -> AbstractContextManager:
+    def _unsynced(self, model: nn.Module, apart: bool) -> AbstractContextManager:
         """Gradients of all but a turn's last backward pass are not exchanged between processes."""
-        return self.accelerator.no_sync(model) if unsynced else nullcontext()
+        if not apart:
+            return nullcontext()
+        return unsynced(model) if is_sharded(model) else self.accelerator.no_sync(model)
 
     # ---- draws
 
@@ -440,6 +447,21 @@ def _accelerator(device: torch.device, recipe: Recipe) -> Accelerator:
     precision = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
     exchange = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[exchange])
+
+
+def _prepare(
+    accelerator: Accelerator, network: nn.Module, recipe: OptimizerRecipe, fused: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A trained network among the other processes', and its optimizer."""
+    optimizer = make_optimizer(trainable(network), recipe, fused=fused)
+    if is_sharded(network):  # it exchanges by itself; only the precision is accelerate's
+        return accelerator.prepare_model(network, device_placement=False, evaluation_mode=True), optimizer
+    return accelerator.prepare(network, optimizer)
+
+
+def _average(student: nn.Module, decay: float) -> AveragedModel:
+    """Of the trained weights alone: a view of a shared base would be copied with all of it."""
+    return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def _share(batch_size: int, process: int, processes: int) -> range:

@@ -6,7 +6,7 @@ One process holds, in bytes:
     gradients     of the network being trained; twice where the two losses' gradients are compared (train.ratio_every),
                   three times where L_div's are held apart (train.weighting=balanced)
     optimizer     two moments of every trained weight, and a counter
-    average       a copy of the student's, where train.ema asks for one
+    average       a copy of the student's trained weights, where train.ema asks for one
     activations   passes * kept + max(calls * block, casts), at least what AdamW needs to compute with
     reserved      RESERVED
 
@@ -15,6 +15,10 @@ checkpointed part keeps while it is repeated (a pass without gradient holds no m
 call that go through the network together, `casts` the copies of float32 weights that autocast makes for one pass.
 These are counted on networks without weights (fake tensors) that run the real code once; a test holds the counts
 against real networks on the CPU.
+
+Where trained networks are sharded, each process holds its part of their weights, gradients, moments and average. What
+is whole for a while is counted whole: among the activations the weights and gradients of two blocks and of what lies
+outside of them, among the gradients one that waits for the last backward pass of its turn (decision 0006).
 
 Not measured on a GPU: the choice of attention kernel there, the allocator's fragmentation, and RESERVED, which is a
 guess at the context of CUDA and the workspaces of its libraries. All else is exact up to small tensors.
@@ -40,6 +44,7 @@ from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
+from dpdmd_pipeline.training.sharding import groups
 
 RESERVED = 2**30  # bytes; a guess, see above
 GIB = 2**30
@@ -87,12 +92,26 @@ class PassMemory:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the batch is worked through, as far as memory depends on it."""
+    """How the batch is worked through, as far as memory depends on it.
+
+    Attributes:
+        student_micro_batch, fake_score_micro_batch: samples that one backward pass of a process sees.
+        gradient_checkpointing: of the trained networks.
+        processes: that share the batch.
+        sharded: whether they also share the trained networks.
+    """
 
     student_micro_batch: int
     fake_score_micro_batch: int
     gradient_checkpointing: bool
     guidance_batch: GuidanceBatch = "joint"
+    processes: int = 1
+    sharded: bool = False
+
+    @property
+    def shards(self) -> int:
+        """Parts that the trained networks are in."""
+        return self.processes if self.sharded else 1
 
 
 class MemoryModel:
@@ -113,22 +132,27 @@ class MemoryModel:
     def estimate(self, recipe: Recipe, execution: Execution) -> Memory:
         """Memory of one process that trains a recipe."""
         roles, loaded = self._roles(_Wanted.by(recipe))
-        student, fake_score = (_bytes(trainable(role)) for role in (roles.student, roles.fake_score))
+        weights = _bytes(tensor for network in loaded for tensor in (*network.parameters(), *network.buffers()))
+        whole = [_bytes(trainable(role)) for role in (roles.student, roles.fake_score)]
+        student, fake_score = (-(-size // execution.shards) for size in whole)
         measured = 3 if recipe.weighting == "balanced" else 2 if recipe.anchored_steps else 1
+        waiting = _waiting_gradients(recipe, execution, *whole)
         optimizers = ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score))
+        moments = sum(_moments(trainable(role), optimizer.kind) for role, optimizer in optimizers)
         return Memory(
-            weights=_bytes(tensor for network in loaded for tensor in (*network.parameters(), *network.buffers())),
-            gradients=max(measured * student, fake_score),
-            optimizer=sum(_moments(trainable(role), optimizer.kind) for role, optimizer in optimizers),
-            average=_bytes(roles.student.state_dict().values()) if recipe.ema else 0,
+            weights=weights - sum(whole) + student + fake_score,
+            gradients=max(measured * student + waiting[0], fake_score + waiting[1]),
+            optimizer=-(-moments // execution.shards),
+            average=student if recipe.ema else 0,
             activations=max(self._activations(recipe, execution), student, fake_score),
         )
 
     def _activations(self, recipe: Recipe, execution: Execution) -> int:
-        """The larger of the two turns'."""
+        """The larger of the two turns', and what of shards is whole meanwhile."""
         student = self._turn(recipe, execution, "student", execution.student_micro_batch, waiting_passes(recipe))
         fake_score = self._turn(recipe, execution, "fake_score", execution.fake_score_micro_batch, 1)
-        return max(student, fake_score)
+        together = _together(self._roles(_Wanted.by(recipe))[0].student) if execution.sharded else 0
+        return max(student, fake_score) + together
 
     def _turn(self, recipe: Recipe, execution: Execution, role: str, batch: int, passes: int) -> int:
         # two whole networks are alike, two adapters may differ in rank
@@ -136,7 +160,8 @@ class MemoryModel:
         counted = self._pass(_Wanted.by(recipe), network, min(batch, recipe.batch_size))
         calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
         if execution.gradient_checkpointing:
-            return passes * counted.kept_between + max(calls * counted.block, counted.casts)
+            casts = 0 if execution.sharded else counted.casts  # shards are brought together in the precision
+            return passes * counted.kept_between + max(calls * counted.block, casts)
         return passes * counted.kept + calls * counted.block
 
     def forward_flops(self, recipe: Recipe) -> float:
@@ -338,6 +363,28 @@ def waiting_passes(recipe: Recipe) -> int:
     return max(anchored, rest) if recipe.stop_gradient else max(0, 2 * anchored - 1) + rest
 
 
+def _waiting_gradients(recipe: Recipe, execution: Execution, student: int, fake_score: int) -> tuple[int, int]:
+    """Bytes that a turn of each role holds from its first backward pass until the exchange in its last.
+
+    Args:
+        recipe, execution: of the run.
+        student, fake_score: bytes of the whole networks' gradients.
+    """
+    if not execution.sharded:
+        return 0, 0
+    share = recipe.batch_size // execution.processes
+    student_passes = -(-share // execution.student_micro_batch) * (2 if recipe.anchored_steps else 1)
+    fake_score_passes = -(-share // execution.fake_score_micro_batch)
+    return student * (student_passes > 1), fake_score * (fake_score_passes > 1)
+
+
+def _together(network: nn.Module) -> int:
+    """Bytes of the weights and gradients of a sharded network that are whole at a time: those outside of all blocks,
+    of the block at work and of the next or the one before."""
+    *inner, outside = (_bytes(group) for group in groups(network).values())
+    return 2 * (outside + 2 * max(inner))
+
+
 def _moments(parameters: Sequence[nn.Parameter], kind: str) -> int:
     """Bytes of AdamW's state. In 8 bits (bitsandbytes) a moment of 4,096 numbers or more has a byte each, and a scale
     per 256; not checked, where that library is missing."""
@@ -366,6 +413,7 @@ def remedies(model: MemoryModel, recipe: Recipe, execution: Execution) -> list[t
 def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[Recipe, Execution]]:
     """What may be changed, as (recipe, execution) by the words that say so."""
     eight_bits = {role: getattr(recipe, role).model_copy(update={"kind": "adamw_8bit"}) for role in _TRAINED}
+    unsharded, also = replace(execution, sharded=False), ", train.launch.sharding=none" if execution.sharded else ""
     batches = {name: getattr(execution, name) // 2 for name in _MICRO_BATCHES if getattr(execution, name) > 1}
     halved = ", ".join(f"train.{name}={value}" for name, value in batches.items())
     found = {
@@ -373,12 +421,18 @@ def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[Recipe, Ex
         "train.gradient_checkpointing=true": (recipe, replace(execution, gradient_checkpointing=True)),
         "train.guidance_batch=apart": (recipe, replace(execution, guidance_batch="apart")),
         "train.ema=0": (recipe.model_copy(update={"ema": 0.0}), execution),
-        "kind=adamw_8bit for both optimizers": (recipe.model_copy(update=eight_bits), execution),
-        "train.roles=lora": (recipe.model_copy(update={"roles": "lora"}), execution),
+        f"kind=adamw_8bit for both optimizers{also}": (recipe.model_copy(update=eight_bits), unsharded),
+        f"train.roles=lora{also}": (recipe.model_copy(update={"roles": "lora"}), unsharded),
     }
+    if execution.processes > 1 and _can_be_sharded(recipe):
+        found["train.launch.sharding=fsdp2"] = (recipe, replace(execution, sharded=True))
     if recipe.stop_gradient or not recipe.anchored_steps:
         found["train.graded_steps=random"] = (recipe.model_copy(update={"graded_steps": "random"}), execution)
     return {text: changed for text, changed in found.items() if text}
+
+
+def _can_be_sharded(recipe: Recipe) -> bool:
+    return recipe.roles == "full" and all(getattr(recipe, role).kind == "adamw" for role in _TRAINED)
 
 
 _TRAINED = ("student", "fake_score")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dpdmd_pipeline.backbones.base import Backbone
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
+from dpdmd_pipeline.training.sharding import shard
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
+
+
+Cut = Callable[[nn.Module], nn.Module]  # leaves each process a shard of a network
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,32 @@ class Roles:
         return list(dict.fromkeys(role._shared[0] if isinstance(role, AdapterView) else role for role in roles))
 
 
-def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool) -> Roles:
-    """The networks that a recipe asks for."""
+def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
+    """The networks that a recipe asks for.
+
+    Args:
+        backbone: of the family.
+        recipe: which roles, in which precision.
+        gradient_checkpointing: of the trained networks.
+        sharded: whether these are cut over the processes, of which there must be a group.
+
+    Raises:
+        ValueError: if adapters are to be sharded, or `lora.targets` match no layer of the network.
+    """
     if recipe.roles == "full":
-        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing)
+        cut = partial(shard, precision=recipe.precision) if sharded else None
+        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, cut=cut)
+    if sharded:
+        raise ValueError("roles=lora cannot be sharded, its adapters are small: set train.launch.sharding=none")
     return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
 
 
-def full_roles(backbone: Backbone, *, gradient_checkpointing: bool) -> Roles:
-    """Three networks that start as the teacher; the trained ones hold float32 weights."""
+def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, cut: Cut | None = None) -> Roles:
+    """Three networks that start as the teacher; the trained ones hold float32 weights, cut as soon as they are read."""
     teacher = backbone.load_model().requires_grad_(False).eval()
-    student, fake_score = (backbone.load_model(float32=True) for _ in range(2))
+    student, fake_score = (
+        cut(network) if cut else network for network in (backbone.load_model(float32=True) for _ in range(2))
+    )
     if gradient_checkpointing:
         for network in (student, fake_score):
             network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))

@@ -83,6 +83,15 @@ def test_without_guidance_a_teacher_step_is_one_evaluation(sample):
     assert sample(backbone_options(guidance_scale=1.0)).manifest["nfe"]["teacher"] == 6
 
 
+def test_a_student_that_predicts_something_else_than_the_teacher_is_refused(sample, students, tiny_teacher, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    header = StudentHeader("sd3", prediction="v", timesteps=[999, 499])
+    save_student(other, load_network(tiny_teacher), header)
+    with pytest.raises(DatasetError, match="the student predicts 'v', the pipeline in .* 'flow': give the teacher"):
+        sample(folders=[students[0], other])
+
+
 def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

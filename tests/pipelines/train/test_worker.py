@@ -2,19 +2,20 @@
 
 import pytest
 from pydantic import ValidationError
-from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, train_options
+from tests.pipelines.conftest import OPTIMIZER, PROMPTS, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 
-ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
+ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None, "sharding": "none"} for count in (1, 2))
 
 
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
 def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_reused_by_it(
-    tiny_teacher, embeddings, anchors, tmp_path, caplog
+    tiny_teacher, embeddings, anchors, tmp_path, caplog, sharding
 ):
     given = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
-    write, history = train_student(*given, train_options(launch=TWO))
+    write, history = train_student(*given, train_options(launch={**TWO, "sharding": sharding}))
     (tmp_path / "student").mkdir()
     write(tmp_path / "student")
     assert load_header(tmp_path / "student").sigmas == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -32,8 +33,26 @@ def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_re
         ({"machines": 2}, r"machines=2 need a rendezvous: host:port"),
         ({"machines": 2, "rendezvous": "first"}, "pattern"),
         ({"processes": 0}, "greater than 0"),
+        ({"sharding": "fsdp2"}, "sharding=fsdp2 cuts nothing in one process: set processes=2 or sharding=none"),
+        ({"sharding": "fsdp1"}, "'none' or 'fsdp2'"),
     ],
 )
 def test_processes_that_cannot_share_a_batch_or_meet_are_refused(launch, message):
     with pytest.raises(ValidationError, match=message):
         train_options(batch_size=4, launch={**ONE, **launch})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"roles": "lora"}, "roles=lora cannot be sharded, its adapters are small: set launch.sharding=none"),
+        (
+            {"fake_score": {**OPTIMIZER, "kind": "adamw_8bit"}},
+            "fake_score.kind=adamw_8bit cannot be sharded: set kind=adamw or launch.sharding=none",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(changes, message):
+    train_options(launch=TWO, **changes)
+    with pytest.raises(ValidationError, match=message):
+        train_options(launch={**TWO, "sharding": "fsdp2"}, **changes)

@@ -138,10 +138,12 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
 
 def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
     """The same with a student, as its file says."""
-    from dpdmd_pipeline.backbones.student_file import load_header, load_weights
+    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
 
-    network, header = model.load_model().requires_grad_(False).eval(), load_header(folder)
+    header = load_header(folder)
+    check_prediction(folder, header, model.prediction, model.folder)
+    network = model.load_model().requires_grad_(False).eval()
     load_weights(folder, network, backbone.family)
     levels = model.student_schedule(header.grid, header.num_steps)
     return partial(draw_latents, OpenStudent(header, model, network, levels))

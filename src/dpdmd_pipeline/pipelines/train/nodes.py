@@ -157,11 +157,15 @@ def start(
     resumed: tuple[int, dict] | None,
 ) -> tuple[Any, Any, Iterator[dict]]:
     """Load the networks and set up the loop; nothing is trained until its records are asked for."""
+    from torch.distributed import is_initialized
+
     from dpdmd_pipeline.training.distill import Execution, Lessons, distill
     from dpdmd_pipeline.training.roles import make_roles
 
     model, recipe = backbone.load(teacher, options.device), options.recipe()
-    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing)
+    # The process that starts the others only takes up what they leave, whole.
+    sharded = options.launch.sharding == "fsdp2" and is_initialized()
+    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=sharded)
     levels = model.schedule(backbone.num_steps)
     lessons = Lessons(
         embeddings=embeddings,

@@ -17,6 +17,7 @@ class LaunchOptions(BaseModel):
     processes: PositiveInt  # on each machine; with CUDA, one per GPU
     machines: PositiveInt  # the same command on each, at the same time, over one shared file system
     rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one of several machines
+    sharding: Literal["none", "fsdp2"]  # fsdp2 cuts student and fake score over the processes; none: each holds them
 
     @property
     def total(self) -> int:
@@ -27,6 +28,8 @@ class LaunchOptions(BaseModel):
     def _meets(self) -> Self:
         if self.machines > 1 and self.rendezvous is None:
             raise ValueError(f"machines={self.machines} need a rendezvous: host:port of one that all can reach")
+        if self.sharding != "none" and self.total == 1:
+            raise ValueError(f"sharding={self.sharding} cuts nothing in one process: set processes=2 or sharding=none")
         return self
 
 
@@ -63,6 +66,25 @@ class TrainOptions(Recipe):
             raise ValueError(
                 "compile=whole cannot see which adapter gradient_checkpointing repeats a pass under with roles=lora: "
                 "set compile=blocks, or gradient_checkpointing=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded(self) -> Self:
+        if self.launch.sharding == "none":
+            return self
+        for name, plain in (("weighting", "fixed"), ("compile", "none"), ("channels_last", False)):
+            if (value := getattr(self, name)) != plain:
+                raise ValueError(
+                    f"{name}={value} does not go with launch.sharding={self.launch.sharding}: set {name}={plain}, or "
+                    "launch.sharding=none"
+                )
+        if self.roles == "lora":
+            raise ValueError("roles=lora cannot be sharded, its adapters are small: set launch.sharding=none")
+        kinds = {role: getattr(self, role).kind for role in ("student", "fake_score")}
+        if eight_bits := [role for role, kind in kinds.items() if kind == "adamw_8bit"]:
+            raise ValueError(
+                f"{eight_bits[0]}.kind=adamw_8bit cannot be sharded: set kind=adamw or launch.sharding=none"
             )
         return self
 

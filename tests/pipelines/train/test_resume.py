@@ -1,0 +1,122 @@
+"""A run that was stopped or killed, and started again, gives the student of one that was left alone."""
+
+import multiprocessing
+import os
+import signal
+from contextlib import closing, suppress
+
+import pytest
+import torch
+from tests.training.test_launch import TWO, distance, records_of, student_of
+
+from dpdmd_pipeline.pipelines.train.progress import follow
+from dpdmd_pipeline.training.launch import launched
+from dpdmd_pipeline.training.recipe import Recipe
+
+RUNS = {"full": {"ema": 0.5}, "lora": {"roles": "lora", "ema": 0.5}}
+SHARDED = {"sharded": {"ema": 0.5}}
+END, MET = 4, 3  # steps: the last, and the one after which the signal comes; a checkpoint is due after every second
+RECIPE = {"max_steps": END, "fake_score_turns": 1}
+HOW = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
+
+
+def trained(teacher, folder, runs, micro_batch=4):
+    """The steps of several runs that go on together, so that one signal meets them all."""
+    started = [
+        records_of(teacher, folder / name, micro_batch, name in SHARDED, 2, **RECIPE, **changes)
+        for name, changes in runs.items()
+    ]
+    try:
+        for records in zip(*started, strict=True):
+            yield records[0]
+    finally:
+        for run in started:
+            run.close()
+
+
+def met_by(number, records, rank=0):
+    """The same records; the signal comes to this process after one of them."""
+    with closing(records):
+        for record in records:
+            if record["step"] == MET and rank == 0:
+                os.kill(os.getpid(), number)
+            yield record
+
+
+# ---- one process
+
+
+def train_alone_until_killed(teacher, folder, threads):
+    """First the runs that are asked to stop, and do; then those that are killed."""
+    from tests.training.conftest import RECIPE as WHOLE
+
+    torch.set_num_threads(threads)  # else sums may come in another order
+    for how, number in HOW.items():
+        with suppress(KeyboardInterrupt):
+            follow(met_by(number, trained(teacher, folder / how, RUNS)), 0, Recipe(**{**WHOLE, **RECIPE}), 100)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_teacher, tmp_path_factory):
+    """Folders of runs in one process: left alone, and met by a signal and resumed; and the resumed steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    given = tiny_teacher, folder, torch.get_num_threads()
+    process = multiprocessing.get_context("spawn").Process(target=train_alone_until_killed, args=given)
+    process.start()
+    list(trained(tiny_teacher, folder / "whole", RUNS))
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
+    return folder, {how: [record["step"] for record in trained(tiny_teacher, folder / how, RUNS)] for how in HOW}
+
+
+def test_a_stopped_process_loses_no_step_and_a_killed_one_those_since_its_checkpoint(alone):
+    assert alone[1] == {"stopped": [4], "killed": [3, 4]}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("roles", RUNS)
+def test_one_process_resumes_bit_for_bit(alone, how, roles):
+    resumed, whole = (student_of(alone[0] / name / roles) for name in (how, "whole"))
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+# ---- two processes
+
+
+def train_until_killed(job, member):
+    """As above."""
+    teacher, folder = job
+    runs = {**RUNS, **SHARDED}
+    with closing(met_by(HOW["stopped"], trained(teacher, folder / "stopped", runs, 2), member.rank)) as records:
+        for _ in records:
+            if member.asked_to_stop():
+                break
+    list(met_by(HOW["killed"], trained(teacher, folder / "killed", runs, 2), member.rank))
+
+
+def train_to_the_end(job, member):
+    teacher, folder = job
+    for name in ("stopped", "killed", "whole"):
+        for record in trained(teacher, folder / name, {**RUNS, **SHARDED}, 2):
+            member.report({"run": name, "step": record["step"]})
+    return True
+
+
+@pytest.fixture(scope="module")
+def together(tiny_teacher, tmp_path_factory):
+    """The same of two processes, one of which gets the signal."""
+    folder = tmp_path_factory.mktemp("together")
+    with pytest.raises(ChildProcessError, match="process 0 of 2 was ended by SIGKILL"):
+        list(launched(train_until_killed, (tiny_teacher, folder), TWO))
+    reported = list(launched(train_to_the_end, (tiny_teacher, folder), TWO))
+    return folder, {how: [record["step"] for record in reported if record["run"] == how] for how in HOW}
+
+
+def test_two_stopped_processes_lose_no_step_and_killed_ones_those_since_their_checkpoint(together):
+    assert together[1] == {"stopped": [4], "killed": [3, 4]}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("roles", [*RUNS, *SHARDED])
+def test_two_processes_resume_to_the_student_of_an_uninterrupted_run(together, how, roles):
+    assert distance(together[0] / how / roles, together[0] / "whole" / roles) <= 1e-6
