@@ -263,7 +263,8 @@ class _Run:
     def _student_turn(self, step: int) -> tuple[dict[str, Tensor], list[int]]:
         sums: dict[str, Tensor] = {}
         prompts: list[int] = []
-        apart: list[Tensor] | None = [] if self.balance is not None and self.balance.due(step) else None
+        balancing = self.balance is not None and self.balance.due(step)
+        apart = [torch.zeros_like(weight) for weight in trainable(self.student)] if balancing else None
         for places, last in _parts(self.places, self.execution.student_micro_batch):
             batch = self.lessons.draw_anchors(step, places)
             measured = step % self.execution.ratio_every == 0 and not prompts  # of the first part only
@@ -358,11 +359,10 @@ class _Run:
     def _hold_apart(self, loss: Tensor, apart: list[Tensor]) -> None:
         """Add a loss's gradients in the student's weights, in their order, to those held apart."""
         weights, keep = trainable(self.student), not self.recipe.stop_gradient
-        grads = torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True, materialize_grads=True)
-        if apart:
-            torch._foreach_add_(apart, list(grads))
-        else:
-            apart += grads
+        grads = torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
+        for held, grad in zip(apart, grads, strict=True):
+            if grad is not None:
+                held += grad
 
     def _weigh(self, apart: list[Tensor]) -> None:
         """Measure both gradients of the whole batch, and add L_div's, held apart until now, under the new weight."""
