@@ -86,7 +86,9 @@ def test_an_average_takes_the_trained_weights_of_another_student(backbone, model
 
 def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
     asked = recipe(ema=0.9, batch_size=8, **DMD)  # one backward pass a turn: no gradient waits for another
-    alone, four = (model.estimate(asked, Execution(2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True))
+    alone, four = (
+        model.estimate(asked, Execution(2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True)
+    )
     for part in ("gradients", "optimizer", "average"):
         assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=1e-3)
     networks = 2 * alone.average  # student and fake score
