@@ -2,12 +2,10 @@
 
 import pytest
 from pydantic import ValidationError
-from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, train_options
+from tests.pipelines.conftest import ONE, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-
-ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
 
 
 def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_reused_by_it(

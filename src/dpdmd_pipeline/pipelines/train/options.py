@@ -4,30 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from dpdmd_pipeline.training.recipe import STRICT, Recipe
-
-
-class LaunchOptions(BaseModel):
-    """Over how many processes a turn's batch is shared; the student is the same but for rounding."""
-
-    model_config = STRICT
-
-    processes: PositiveInt  # on each machine; with CUDA, one per GPU
-    machines: PositiveInt  # the same command on each, at the same time, over one shared file system
-    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one of several machines
-
-    @property
-    def total(self) -> int:
-        """Processes over all machines."""
-        return self.processes * self.machines
-
-    @model_validator(mode="after")
-    def _meets(self) -> Self:
-        if self.machines > 1 and self.rendezvous is None:
-            raise ValueError(f"machines={self.machines} need a rendezvous: host:port of one that all can reach")
-        return self
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.training.recipe import Recipe
 
 
 class TrainOptions(Recipe):
