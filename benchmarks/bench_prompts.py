@@ -19,6 +19,7 @@ SIZES = (10_000, 1_000_000)  # lines
 NOTHING = 0
 EVERY = {"empty": 100, "repeated": 50, "long": 1000, "unicode": 20}  # one line in so many is such a line
 LONG = 1400  # characters
+ONE = {"processes": 1, "machines": 1, "rendezvous": None}
 WORDS = ("a", "the", "of", "on", "with", "small", "old", "quiet", "red", "blue", "wooden", "street", "lamp", "dog")
 FOREIGN = ("Straße im Nebel", "une forêt", "cafe\N{COMBINING ACUTE ACCENT} terrace", "雨の夜の街", "🦊 in снегу")
 
@@ -51,7 +52,7 @@ def run(folder: Path, count: int) -> dict[str, float]:
     begun = time.perf_counter()
     if count != NOTHING:
         raw = PromptFileDataset(filepath=str(folder / "prompts.txt")).load()
-        options = PromptsOptions(eval_share=0.01, batch_size=1, shard_size=1, device="cpu")
+        options = PromptsOptions(eval_share=0.01, batch_size=1, shard_size=1, device="cpu", launch=ONE)
         prompts, report = clean_prompts(raw, raw, options)
         PromptFileDataset(filepath=str(folder / "prompts.jsonl")).save(prompts)
         kept = report["counts"]["prompts"]

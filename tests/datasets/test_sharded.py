@@ -4,9 +4,14 @@ import logging
 import os
 import pickle
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -15,8 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kedro.io import DataCatalog, DatasetError
 
-from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors, fingerprint
+from dpdmd_pipeline.datasets import sharded
+from dpdmd_pipeline.datasets.sharded import Held, LazyShards, ShardedDataset, ShardedTensors, fingerprint
 from dpdmd_pipeline.publishing import Folders, locked, publish, recover, writing
+from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 NUM_SHARDS = 6
 ROWS = (4, 1, 3, 5, 2, 4)
@@ -618,3 +625,148 @@ def test_publishing_needs_no_old_folder(tmp_path):
     folders.partial.mkdir()
     publish(folders)
     assert folders.published.is_dir()
+
+
+# ---- many processes
+
+
+def made_by_two(shards: dict | None = None, machines: int = 1, rendezvous: str | None = None) -> LazyShards:
+    """The cache of `lazy_shards`, by two processes; each notes in its folder which shards it makes."""
+    whole = lazy_shards()
+    launch = LaunchOptions(processes=2 // machines, machines=machines, rendezvous=rendezvous)
+    made = {name: partial(make_shard, number) for number, name in enumerate(whole.shards)}
+    return LazyShards(made | (shards or {}), whole.fingerprint, whole.manifest, launch.of_shards("test", "cpu"))
+
+
+def note_and_make(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    (folder / f"{number} by {os.getpid()}").touch()
+    return make_shard(number)
+
+
+def refuse(message: str):
+    raise ValueError(message)
+
+
+def note_and_wait(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def never_called(*_):
+    raise AssertionError
+
+
+def test_two_processes_share_the_shards_and_leave_the_bytes_of_one(tmp_path, dataset, folder, whole, caplog):
+    (tmp_path / "notes").mkdir()
+    thunks = {f"{number:05d}": partial(note_and_make, tmp_path / "notes", number) for number in range(NUM_SHARDS)}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="dpdmd_pipeline.datasets.sharded"):
+        dataset.save(made_by_two(thunks))
+    makers = dict(sorted(path.name.split(" by ") for path in (tmp_path / "notes").iterdir()))
+    first, second, *others = makers.values()
+    assert first != second and others == [first, second] * 2 and str(os.getpid()) not in (first, second)
+    assert caplog.messages == [f"anchors: shard {n + 1} of 6 written ({ROWS[n]} rows)" for n in range(NUM_SHARDS)]
+    assert contents(folder) == whole
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".anchors.lock", "anchors"]
+
+
+def test_a_whole_cache_starts_no_process(dataset, caplog):
+    dataset.save(lazy_shards())
+    data = lazy_shards()
+    with caplog.at_level(logging.INFO, logger="dpdmd_pipeline.datasets.sharded"):
+        dataset.save(LazyShards(data.shards, data.fingerprint, data.manifest, never_called))
+    assert caplog.messages[-1] == f"anchors: reused ({NUM_SHARDS} shards)"
+
+
+def test_the_error_of_one_process_is_told_and_any_number_goes_on_from_what_is_finished(dataset, folder, whole):
+    with pytest.raises(DatasetError) as caught:
+        dataset.save(made_by_two({"00003": partial(refuse, "no such prompt")}))
+    assert type(caught.value.__cause__) is ValueError and str(caught.value.__cause__) == "no such prompt"
+    assert not dataset.exists()
+    calls: list[int] = []
+    dataset.save(lazy_shards(calls=calls))
+    assert calls in ([2, 3, 4, 5], [3, 4, 5])  # of the round in which one failed, the other may have finished
+    assert contents(folder) == whole
+
+
+WRITER = textwrap.dedent(
+    """
+    import signal, sys
+    from functools import partial
+    from pathlib import Path
+    if __name__ == "__main__":
+        sys.path.insert(0, sys.argv[3])
+        from test_sharded import made_by_two, note_and_wait
+        from dpdmd_pipeline.datasets.sharded import ShardedDataset
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as every run has it, by hooks.py
+        waiting = {name: partial(note_and_wait, Path(sys.argv[2])) for name in ("00002", "00003")}
+        try:
+            ShardedDataset(filepath=sys.argv[1]).save(made_by_two(waiting))
+        except KeyboardInterrupt:
+            sys.exit(7)
+    """
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_ended_by_a_signal_no_process_is_left_and_the_same_command_goes_on(tmp_path, dataset, folder, whole, number):
+    (tmp_path / "writer.py").write_text(WRITER)
+    (tmp_path / "notes").mkdir()
+    command = [sys.executable, str(tmp_path / "writer.py"), str(folder), str(tmp_path / "notes")]
+    more = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([*command, str(Path(__file__).parent)], **more) as writer:
+        until(lambda: len(list((tmp_path / "notes").iterdir())) == 2 or writer.poll() is not None)
+        # a terminal's Ctrl-C goes to all of them
+        os.killpg(writer.pid, number) if number == signal.SIGINT else writer.send_signal(number)
+        _, said = writer.communicate(timeout=60)
+    assert writer.returncode == (-number if number == signal.SIGKILL else 7), said
+    assert not said or number == signal.SIGKILL  # then multiprocessing tidies up, and says so
+    until(lambda: not any(Path("/proc", path.name).exists() for path in (tmp_path / "notes").iterdir()), seconds=10)
+    calls: list[int] = []
+    dataset.save(lazy_shards(calls=calls))
+    assert calls == [2, 3, 4, 5]
+    assert contents(folder) == whole
+
+
+def until(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def save_on_a_machine(folder: Path, rendezvous: str) -> None:
+    ShardedDataset(filepath=str(folder)).save(made_by_two(machines=2, rendezvous=rendezvous))
+    sys.exit(7)  # only the machine that has the first process goes on
+
+
+def test_two_machines_write_one_cache_and_one_of_them_goes_on(folder, whole):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    context = get_context("spawn")
+    machines = [context.Process(target=save_on_a_machine, args=(folder, f"127.0.0.1:{port}")) for _ in range(2)]
+    for machine in machines:
+        machine.start()
+    for machine in machines:
+        machine.join(120)
+    assert sorted(machine.exitcode for machine in machines) == [0, 7]
+    assert contents(folder) == whole
+
+
+def test_what_another_machine_wrote_and_this_one_does_not_see_is_named_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "_VISIBLE_WITHIN", 0.2)
+    with pytest.raises(
+        OSError, match="00001.safetensors, written by another machine, is not seen here: .* all machines"
+    ):
+        sharded._wait_until_seen(tmp_path / "00001.safetensors")
+
+
+def test_what_is_held_is_loaded_once_a_key_and_stays_with_its_process():
+    loads: list[str] = []
+    held = Held(lambda key: loads.append(key) or [key])
+    assert held("a") is held("a") and held("b") == ["b"] and held("a") == ["a"]
+    assert loads == ["a", "b", "a"]
+    held = Held(partial(make_shard, 0))
+    held()
+    assert len(pickle.dumps(held)) < 200
+    assert torch.equal(pickle.loads(pickle.dumps(held))()["prompt"], held()["prompt"])

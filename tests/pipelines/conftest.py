@@ -29,6 +29,7 @@ BACKBONE = {
     "level_range": [0.02, 0.98],
     "dtype": "float32",
 }
+ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
 ANCHORS = {
     "mode": "cached",
     "anchor_levels": [{"steps": 2}],
@@ -39,6 +40,7 @@ ANCHORS = {
     "shard_size": 4,
     "dtype": "float32",
     "device": "cpu",
+    "launch": ONE,
 }
 OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
 BASE = Path(__file__).parents[2] / "conf" / "base"
@@ -70,6 +72,7 @@ EVALUATE = {
     "grid_columns": 2,
     "grid_tile": 32,
     "device": "cpu",
+    "launch": ONE,
 }
 
 
@@ -94,6 +97,11 @@ def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
     dataset = ShardedDataset(filepath=str(folder))
     dataset.save(shards)
     return dataset.load()
+
+
+def contents(cache: ShardedTensors) -> dict[str, bytes]:
+    """Every file of a cache."""
+    return {path.name: path.read_bytes() for path in cache._folder.iterdir()}
 
 
 @pytest.fixture(scope="session")

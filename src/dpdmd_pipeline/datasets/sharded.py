@@ -10,6 +10,9 @@
 
 Every shard carries the identity of its cache in its header, so a shard proves by itself that it is
 whole and belongs here; nothing else has to be remembered for resuming after a kill.
+
+Many processes share the missing shards, a round of one each at a time. What they leave is what one leaves, at every
+moment: another number of processes goes on from there.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ import logging
 import operator
 import os
 import shutil
+import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kedro.io import AbstractDataset
 from safetensors import SafetensorError, safe_open
@@ -46,6 +51,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 MANIFEST = "manifest.json"
+_VISIBLE_WITHIN = 60  # seconds; a shared file system may show late what another machine has written
 Tensors = dict[str, Any]  # of torch.Tensor; spelt so because loading a catalog must not load torch
 
 # Names of safetensors' header -> names of torch.
@@ -55,6 +61,23 @@ _DTYPES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+
+
+class Member(Protocol):
+    """One of many processes that write a cache, as `training.launch` has them."""
+
+    rank: int
+    size: int
+
+    def end_at_once(self) -> None: ...
+
+    def gather(self, value: Any) -> list[Any]: ...
+
+    def report(self, record: dict[str, Any]) -> None: ...
+
+
+# (work, job that can be pickled) -> what rank 0 reports, while every process does work(job, member)
+Launched = Callable[[Callable[[Any, Member], bool], Any], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,11 +90,33 @@ class LazyShards:
             called one at a time, and not at all for shards that are already there.
         fingerprint: of everything that decides the content.
         manifest: JSON-able facts, stored beside the shards.
+        launched: starts the processes that share the shards, whose thunks can be pickled then; None for this one.
     """
 
     shards: Mapping[str, Callable[[], Tensors]]
     fingerprint: str
     manifest: dict[str, Any]
+    launched: Launched | None = None
+
+
+class Held:
+    """Loads on use and holds the last: what the thunks of one process share.
+
+    Args:
+        load: can be pickled; what it has loaded stays with its process.
+    """
+
+    def __init__(self, load: Callable[..., Any]) -> None:
+        self._load, self._key, self._value = load, None, None
+
+    def __call__(self, *key: Any) -> Any:
+        if self._key != key:
+            self._key = self._value = None  # one goes before the next comes
+            self._value, self._key = self._load(*key), key
+        return self._value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_key": None, "_value": None}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -306,15 +351,15 @@ class ShardedDataset(AbstractDataset[LazyShards, ShardedTensors]):
         """
         _check(data)
         folders = Folders.of(self._filepath)
+        if data.launched is not None and data.shards:
+            _save_launched(data, folders)
+            return
         with locked(folders):
             recover(folders)
-            if _is_published(data, folders.published):
-                log.info("%s: reused (%d shards)", folders.published.name, len(data.shards))
-                return
-            with writing(folders.partial):
+            if not _is_published(data, folders.published):
                 _prepare(data, folders)
-            _write_missing(data, folders)
-            publish(folders)
+                _write_all(data, folders)
+                publish(folders)
 
     def _exists(self) -> bool:
         folders = Folders.of(self._filepath)
@@ -335,7 +380,7 @@ def _check(data: LazyShards) -> None:
 
 
 def _is_published(data: LazyShards, folder: Path) -> bool:
-    """Whether the published cache is this one, and whole; says so in the log if it is damaged.
+    """Whether the published cache is this one, and whole; says in the log if it is, or is damaged.
 
     Raises:
         ValueError: if the folder is of another version, or no cache at all (it would be deleted).
@@ -353,6 +398,8 @@ def _is_published(data: LazyShards, folder: Path) -> bool:
         return False
     if damage := _damage(folder, record):
         log.warning("%s: %s; repairing", folder.name, damage)
+    else:
+        log.info("%s: reused (%d shards)", folder.name, len(data.shards))
     return damage is None
 
 
@@ -365,36 +412,139 @@ def _prepare(data: LazyShards, folders: Folders) -> None:
         header = _read_header(path) if path.name in names else None
         return header is not None and header.cache == identity
 
-    folders.partial.mkdir(parents=True, exist_ok=True)
-    for path in folders.partial.iterdir():
-        if not is_kept(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not folders.published.exists():
-        return
-    # A damaged cache gives its whole shards; those of another cache do not pass for this one.
-    record = _read_manifest(folders.published) or {"shards": []}
-    hashes = {f"{shard['name']}.safetensors": shard["sha256"] for shard in record["shards"]}
-    for path in sorted(folders.published.iterdir()):
-        if is_kept(path) and hashes.get(path.name) in (None, sha256(path)):
-            os.replace(path, folders.partial / path.name)
+    with writing(folders.partial):
+        folders.partial.mkdir(parents=True, exist_ok=True)
+        for path in folders.partial.iterdir():
+            if not is_kept(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not folders.published.exists():
+            return
+        # A damaged cache gives its whole shards; those of another cache do not pass for this one.
+        record = _read_manifest(folders.published) or {"shards": []}
+        hashes = {f"{shard['name']}.safetensors": shard["sha256"] for shard in record["shards"]}
+        for path in sorted(folders.published.iterdir()):
+            if is_kept(path) and hashes.get(path.name) in (None, sha256(path)):
+                os.replace(path, folders.partial / path.name)
 
 
-def _write_missing(data: LazyShards, folders: Folders) -> None:
+def _write_all(data: LazyShards, folders: Folders) -> None:
     """Call the thunks of the missing shards, one at a time, and lay the manifest last."""
-    identity, name = _identity(data), folders.published.name
-    tensors: dict[str, Any] = {}
-    records = []
-    for number, (shard_name, thunk) in enumerate(data.shards.items(), start=1):
-        path = folders.partial / f"{shard_name}.safetensors"
-        verb = "kept" if path.exists() else "written"
-        if verb == "written":
-            _write_shard(path, thunk(), identity)
-        header = _read_header(path)
-        if header.tensors != (tensors := tensors or header.tensors):
-            path.unlink()
-            raise ValueError(f"shard {shard_name} of {name} has tensors {header.tensors}, shards before it {tensors}")
-        records.append({"name": shard_name, "rows": header.rows, "bytes": header.bytes, "sha256": sha256(path)})
-        log.info("%s: shard %d of %d %s (%d rows)", name, number, len(data.shards), verb, header.rows)
-    record = {"version": VERSION, "fingerprint": data.fingerprint, "shards": records, "tensors": tensors}
-    text = json.dumps(record | {"manifest": data.manifest}, indent=1)
-    write_atomically(folders.partial / MANIFEST, lambda temporary: temporary.write_text(text))
+    finished, identity = _Finished(data, folders), _identity(data)
+    for name in data.shards:
+        record = _finish_shard(data, folders, identity, name)
+        finished.add(record)
+        _log(folders, finished.told(record))
+    finished.lay_manifest()
+
+
+def _finish_shard(data: LazyShards, folders: Folders, identity: str, name: str) -> dict[str, Any]:
+    """Write a shard, unless it is there; returns what the manifest says of it, its tensors, and which of the two."""
+    path = folders.partial / f"{name}.safetensors"
+    verb = "kept" if path.exists() else "written"
+    if verb == "written":
+        _write_shard(path, data.shards[name](), identity)
+    header = _read_header(path)
+    shard = {"name": name, "rows": header.rows, "bytes": header.bytes, "sha256": sha256(path)}
+    return {"shard": shard, "tensors": header.tensors, "verb": verb}
+
+
+class _Finished:
+    """The shards of a cache in the making, as they are finished."""
+
+    def __init__(self, data: LazyShards, folders: Folders) -> None:
+        self._data, self._folders = data, folders
+        self._numbers = {name: number for number, name in enumerate(data.shards, start=1)}
+        self._shards: dict[str, dict[str, Any]] = {}
+        self._tensors: dict[str, Any] = {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take a record of `_finish_shard`.
+
+        Raises:
+            ValueError: if the shard's tensors are not those of the others.
+        """
+        name, tensors = record["shard"]["name"], record["tensors"]
+        self._tensors = self._tensors or tensors
+        if tensors != self._tensors:
+            (self._folders.partial / f"{name}.safetensors").unlink()
+            cache = self._folders.published.name
+            raise ValueError(f"shard {name} of {cache} has tensors {tensors}, shards before it {self._tensors}")
+        self._shards[name] = record["shard"]
+
+    def told(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What the log says of it."""
+        number, rows = self._numbers[record["shard"]["name"]], record["shard"]["rows"]
+        return {"number": number, "of": len(self._numbers), "verb": record["verb"], "rows": rows}
+
+    def lay_manifest(self) -> None:
+        shards = [self._shards[name] for name in self._data.shards]
+        facts = {"version": VERSION, "fingerprint": self._data.fingerprint, "shards": shards, "tensors": self._tensors}
+        text = json.dumps(facts | {"manifest": self._data.manifest}, indent=1)
+        write_atomically(self._folders.partial / MANIFEST, lambda temporary: temporary.write_text(text))
+
+
+def _log(folders: Folders, told: dict[str, Any]) -> None:
+    log.info("%s: shard %d of %d %s (%d rows)", folders.published.name, *told.values())
+
+
+# ---- the same in many processes
+
+
+def _save_launched(data: LazyShards, folders: Folders) -> None:
+    """Start the processes and tell what they finish; the first of them, on whichever machine, holds the lock."""
+    if _is_published(data, folders.published):
+        return
+    with closing(data.launched(_write_share, (replace(data, launched=None), folders))) as records:
+        for told in records:
+            _log(folders, told)
+
+
+def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
+    """What each process does; returns True, when the cache is published."""
+    data, folders = job
+    member.end_at_once()  # a shard is there whole or not at all
+    with locked(folders) if member.rank == 0 else nullcontext():
+        (names, *_) = member.gather(_begin(data, folders) if member.rank == 0 else None)
+        _wait_until_seen(folders.partial)
+        finished, identity = _Finished(data, folders), _identity(data)
+        for start in range(0, len(names), member.size):  # by rounds, so that the end of one is soon noticed by all
+            mine = names[start + member.rank : start + member.size][:1]
+            records = list(chain(*member.gather([_finish_shard(data, folders, identity, name) for name in mine])))
+            if member.rank == 0:
+                _take(records, finished, folders, member)
+        if member.rank == 0:
+            finished.lay_manifest()
+            publish(folders)
+    return True
+
+
+def _begin(data: LazyShards, folders: Folders) -> list[str]:
+    """Make the partial folder; returns the names of the missing shards, then of those that are there."""
+    recover(folders)
+    _prepare(data, folders)
+    return sorted(data.shards, key=lambda name: (folders.partial / f"{name}.safetensors").exists())
+
+
+def _take(records: list[dict[str, Any]], finished: _Finished, folders: Folders, member: Member) -> None:
+    """A round's shards, as the first process sees them."""
+    for record in records:
+        path = folders.partial / f"{record['shard']['name']}.safetensors"
+        _wait_until_seen(path)
+        finished.add(record)
+        member.report(finished.told(record))
+
+
+def _wait_until_seen(path: Path) -> None:
+    """Wait for what another machine has written.
+
+    Raises:
+        OSError: if it does not show.
+    """
+    until = time.monotonic() + _VISIBLE_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            raise OSError(
+                f"{path}, written by another machine, is not seen here: put the data on a file system that all "
+                "machines share, or set launch.machines=1"
+            )
+        time.sleep(0.1)

@@ -53,6 +53,8 @@ class Launch:
         rendezvous: "host:port" of one of them, which all can reach; None on a single machine.
         run: name of what is run, the same on every machine.
         cuda: whether each process has a GPU of its own.
+        share_cores: whether each process has its part of a machine's cores, or as many threads as one alone would
+            have: then it computes what that one would, to the bit.
     """
 
     processes: int
@@ -60,6 +62,7 @@ class Launch:
     rendezvous: str | None
     run: str
     cuda: bool
+    share_cores: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,11 @@ class Member:
     """A process, as the work in it sees itself."""
 
     rank: int
+    size: int  # of all processes, over all machines
     records: Path
     noted: list[int]  # signals that ask to stop
 
-    def report(self, record: dict[str, float]) -> None:
+    def report(self, record: dict[str, Any]) -> None:
         """Tell the process that started all; only rank 0's word goes out."""
         if self.rank == 0:
             with self.records.open("a") as file:
@@ -84,18 +88,49 @@ class Member:
         """Go on when all processes have come here."""
         _sum_over_all(0)
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each process brings here, by rank; all get all of it, when the last has come."""
+        values = [None] * self.size
+        with _others_alive():
+            dist.all_gather_object(values, value)
+        return values
+
+    def end_at_once(self) -> None:
+        """From here on a signal that asks to stop ends the process: its work leaves nothing to be put in order."""
+        for number in _STOPS:
+            signal.signal(number, signal.SIG_DFL)
+        for number in self.noted:
+            os.kill(os.getpid(), number)
+
 
 def _sum_over_all(number: int) -> int:
     """On the CPU, so that no GPU is waited for."""
     total = torch.tensor(number)
-    dist.all_reduce(total)
+    with _others_alive():
+        dist.all_reduce(total)
     return int(total)
+
+
+class _EchoError(ChildProcessError):
+    """Only an echo: what ended the other process tells more."""
+
+
+@contextmanager
+def _others_alive() -> Iterator[None]:
+    """Where a machine has no failure of its own, this is what its user reads."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's: a connection is closed
+        raise _EchoError(
+            "a process on another machine has ended, its own words say why; "
+            "then run the same command on every machine again: finished work is kept"
+        ) from error
 
 
 Work = Callable[[Any, Member], bool]  # of a job that can be pickled; returns whether it was done to its end
 
 
-def launched(work: Work, job: Any, launch: Launch) -> Iterator[dict[str, float]]:
+def launched(work: Work, job: Any, launch: Launch) -> Iterator[dict[str, Any]]:
     """Run `work(job, member)` in every process; yields what rank 0 reports, as it comes.
 
     Closed early, it asks the processes to stop, and waits for them. None of them outlives it, nor this process.
@@ -108,7 +143,7 @@ def launched(work: Work, job: Any, launch: Launch) -> Iterator[dict[str, float]]
         ValueError: if there are fewer GPUs than processes, or the machines do not come together.
     """
     before = set(multiprocessing.active_children())
-    with _quiet_elastic(), tempfile.TemporaryDirectory(prefix="dpdmd-") as name:
+    with _quiet_elastic(), _waiting(launch), tempfile.TemporaryDirectory(prefix="dpdmd-") as name:
         folder, running = Path(name), Future()
         # Not the main thread: that one hears signals, and hands on what is reported.
         Thread(target=_elastic, args=(running, work, job, launch, folder), daemon=True).start()
@@ -184,7 +219,21 @@ def _quiet_elastic() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _records(path: Path, running: Future) -> Iterator[dict[str, float]]:
+@contextmanager
+def _waiting(launch: Launch) -> Iterator[None]:
+    """Processes that have more threads than cores must not wait for each other in busy loops; they inherit this."""
+    name = "OMP_WAIT_POLICY"
+    if launch.share_cores or name in os.environ:
+        yield
+        return
+    os.environ[name] = "PASSIVE"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _records(path: Path, running: Future) -> Iterator[dict[str, Any]]:
     """The lines of a growing file, until what writes them has ended."""
     read = 0
     while True:
@@ -236,14 +285,14 @@ class _RemoteError(Exception):
 def _first_failure(error: ChildFailedError, folder: Path, launch: Launch) -> BaseException:
     """What the first process that failed says; the others only notice its end."""
     rank, failure = error.get_first_failure()
-    if failure.exitcode in [-number for number in _STOPS]:  # after its work: until then they are noted
+    if failure.exitcode in [-number for number in _STOPS]:  # where they are not noted
         return KeyboardInterrupt()
     notes = _notes(folder)
     if failure.exitcode < 0 or not notes:
         end = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         return ChildProcessError(
             f"process {rank} of {launch.processes * launch.machines} was ended by {end}; if memory ran out, lower "
-            "launch.processes or the micro-batches; then run the same command again: finished work is kept"
+            "launch.processes or the batch sizes; then run the same command again: finished work is kept"
         )
     return notes[0]["error"]
 
@@ -267,7 +316,7 @@ def _enter(work: Work, job: Any, launch: Launch, folder: Path, parent: int) -> b
     with _noted_signals() as noted:
         try:
             _join(launch)
-            member = Member(rank, folder / "records.jsonl", noted)
+            member = Member(rank, int(os.environ["WORLD_SIZE"]), folder / "records.jsonl", noted)
             finished = work(job, member)
             member.wait_for_all()
             dist.destroy_process_group()
@@ -308,7 +357,8 @@ def _join(launch: Launch) -> None:
                 "lower it, or set device=cpu"
             )
         torch.cuda.set_device(local)
-    _share_cores(launch.processes)
+    if launch.share_cores:
+        _share_cores(launch.processes)
     # torch's successor of that argument is not in older versions
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     backend = "cpu:gloo,cuda:nccl" if launch.cuda else "gloo"
@@ -335,5 +385,5 @@ def _leave_note(error: Exception, path: Path) -> None:
         told = RuntimeError(f"{type(error).__name__}: {error}")
     note = {"time": time.time(), "error": told, "traceback": traceback.format_exc()}
     path.write_bytes(pickle.dumps(note))
-    if not isinstance(error, ValueError | OSError):
+    if isinstance(error, _EchoError) or not isinstance(error, ValueError | OSError):
         time.sleep(10 * _POLL)

@@ -15,9 +15,11 @@ from pydantic import (
     model_validator,
 )
 
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+
 Grid = Literal["diffusers", "shifted", "trailing"]  # flow has the first two, diffusion (VP) models the third
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-NOT_IN_THE_RESULT = {"device", "batch_size"}  # of AnchorRecipe
+NOT_IN_THE_RESULT = {"device", "batch_size", "launch"}  # of AnchorRecipe
 
 
 class StudentGrid(BaseModel):
@@ -62,6 +64,7 @@ class AnchorRecipe(BaseModel):
     shard_size: PositiveInt
     dtype: Literal["float32", "float16"]
     device: Literal["auto", "cpu", "cuda"]
+    launch: LaunchOptions
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

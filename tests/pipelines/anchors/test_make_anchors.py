@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
-from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, cached
+from tests.pipelines.conftest import PROMPTS, TWO, anchor_options, backbone_options, cached, contents
 
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors, make_manifest
 
@@ -66,6 +66,10 @@ def test_how_samples_are_batched_does_not_change_them(anchors, make, changes):
         torch.testing.assert_close(tensor, anchors.rows(range(10))[name], rtol=1e-5, atol=1e-5)
 
 
+def test_two_processes_leave_the_bytes_of_one(anchors, make):
+    assert contents(make(launch=TWO)) == contents(anchors)
+
+
 def test_half_precision_is_of_the_storage_alone(anchors, make):
     half = make(dtype="float16").rows(range(10))["anchor_0"]
     assert torch.equal(half, anchors.rows(range(10))["anchor_0"].half())
@@ -87,6 +91,7 @@ def test_online_nothing_is_computed_and_the_facts_are_the_same(anchors, make):
     [
         ({"batch_size": 1}, True),
         ({"device": "auto"}, True),
+        ({"launch": TWO}, True),
         ({"seed": 1}, False),
         ({"seeds_per_prompt": 6}, False),
         ({"dtype": "float16"}, False),

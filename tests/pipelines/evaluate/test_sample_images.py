@@ -1,10 +1,19 @@
+import shutil
+from itertools import groupby
+
 import pytest
 import torch
 from kedro.io import DatasetError
-from tests.pipelines.conftest import PROMPTS, backbone_options, cached, evaluate_options
+from tests.pipelines.conftest import PROMPTS, TWO, backbone_options, cached, contents, evaluate_options
 
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
-from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, image_seeds, judged_prompts, sample_images
+from dpdmd_pipeline.pipelines.evaluate.nodes import (
+    draw_grids,
+    image_seeds,
+    judged_prompts,
+    sample_images,
+    sample_model,
+)
 
 CHOSEN = {0: "a red circle", 2: "a green triangle"}
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -43,8 +52,15 @@ def sample(tiny_teacher, embeddings, students, tmp_path):
     return sample_with
 
 
+def by_model(images):
+    """All pictures of one model after the other."""
+    for _, shards in groupby(images.shards(), key=lambda shard: int(shard["model"][0])):
+        parts = list(shards)
+        yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def test_all_models_draw_the_evaluation_prompts_from_the_same_seeds(sample):
-    teacher, dmd, dp_dmd = sample().shards()
+    teacher, dmd, dp_dmd = by_model(sample())
     assert teacher["image"].shape == (6, 3, 32, 32) and teacher["image"].dtype == torch.uint8
     assert teacher["prompt"].tolist() == [0, 0, 0, 2, 2, 2]
     assert len(set(teacher["seed"].tolist())) == 6
@@ -53,13 +69,21 @@ def test_all_models_draw_the_evaluation_prompts_from_the_same_seeds(sample):
         assert torch.equal(shard["seed"], teacher["seed"]) and torch.equal(shard["prompt"], teacher["prompt"])
 
 
-def test_the_batch_does_not_change_the_pictures(sample):
-    whole = list(sample().shards())
-    for batch_size in (1, 4):
-        shards = sample(batch_size=batch_size, images_per_prompt=3).shards()
-        for shard, expected in zip(shards, whole, strict=True):
-            # a product of matrices may sum in another order in another batch: at most one of 255 steps
-            assert (shard["image"].int() - expected["image"].int()).abs().max() <= 1
+def test_on_a_cpu_neither_the_batch_nor_the_processes_change_a_bit_of_the_pictures(sample, tmp_path):
+    whole = contents(sample())
+    for changes in ({"batch_size": 1}, {"batch_size": 4}, {"launch": TWO}):
+        shutil.rmtree(tmp_path / "images")
+        assert contents(sample(**changes)) == whole
+
+
+def test_pictures_of_many_shards_are_those_drawn_in_one_go(sample, students, tiny_teacher, embeddings):
+    options = evaluate_options(images_per_prompt=35)  # 70 in all, 64 a shard
+    given = CHOSEN, embeddings, tiny_teacher, backbone_options(num_steps=2), options
+    images = sample(backbone_options(num_steps=2), images_per_prompt=35)
+    assert [len(shard["seed"]) for shard in images.shards()] == [64, 6] * 3
+    for folder, drawn in zip([None, *students], by_model(images), strict=True):
+        expected = sample_model(folder, *given)
+        assert all(torch.equal(drawn[name], tensor) for name, tensor in expected.items())
 
 
 def test_more_pictures_begin_with_the_same_ones():
@@ -75,7 +99,7 @@ def test_a_student_is_sampled_as_its_file_says(sample, students, tiny_teacher, t
     save_student(as_the_teacher, load_network(tiny_teacher), StudentHeader("sd3", schedule))
     images = sample(backbone_options(num_steps=5, guidance_scale=1.0), [students[1], as_the_teacher])
     assert images.manifest["nfe"] == {"teacher": 5, "dmd": 2, "dp_dmd": 5}
-    teacher, two_steps, student = (shard["image"].int() for shard in images.shards())
+    teacher, two_steps, student = (shard["image"].int() for shard in by_model(images))
     assert torch.equal(student, teacher) and not torch.equal(two_steps, teacher)
 
 
@@ -106,7 +130,9 @@ def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(stude
         return sample_images(CHOSEN, PROMPTS, embeddings, *given).fingerprint
 
     first = identity()
-    assert first == identity(batch_size=1) == identity(grid_columns=5) == identity(device="auto")
+    assert (
+        first == identity(batch_size=1) == identity(grid_columns=5) == identity(device="auto") == identity(launch=TWO)
+    )
     others = {identity(seed=1), identity(images_per_prompt=4), identity(backbone_options(guidance_scale=2.0))}
     others |= {identity(folders=students[::-1])}
     assert len(others | {first}) == 5

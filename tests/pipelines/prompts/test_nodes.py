@@ -13,7 +13,8 @@ from dpdmd_pipeline.pipelines.prompts import nodes
 from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
-OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu"}
+ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
+OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu", "launch": ONE}
 BACKBONE = {
     "family": "sd3",
     "resolution": 32,
@@ -92,6 +93,22 @@ def test_embeddings_are_those_of_the_diffusers_pipeline_and_the_last_is_of_the_e
         assert torch.equal(rows["pooled_embeds"], pooled)
 
 
+def test_two_processes_leave_the_bytes_of_one(tmp_path, prompts, tiny_teacher):
+    folders = tmp_path / "by_one", tmp_path / "by_two"
+    for folder, launch in zip(folders, (ONE, TWO), strict=True):
+        dataset = ShardedDataset(filepath=str(folder))
+        dataset.save(encode_prompts(prompts, tiny_teacher, backbone(), options(launch=launch)))
+    by_one, by_two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    assert by_two == by_one and len(by_one) == 3
+
+
+def test_several_machines_may_encode_but_not_clean(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat")
+    several = {"processes": 1, "machines": 2, "rendezvous": "first:29400"}
+    with pytest.raises(ValueError, match="prompts.launch.machines=2: .* --nodes encode_prompts on all"):
+        clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options(launch=several))
+
+
 def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts, tiny_teacher, monkeypatch):
     loads = []
     load = BackboneOptions.load
@@ -166,6 +183,8 @@ def test_a_teacher_without_text_encoder_is_refused(tmp_path, prompts):
         {"batch_size": 1.5},
         {"shard_size": True},
         {"device": "tpu"},
+        {"launch": {**ONE, "processes": 0}},
+        {"launch": {**ONE, "machines": 2}},
         {"typo": 1},
     ],
 )

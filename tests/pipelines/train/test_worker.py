@@ -2,12 +2,12 @@
 
 import pytest
 from pydantic import ValidationError
-from tests.pipelines.conftest import OPTIMIZER, PROMPTS, anchor_options, backbone_options, train_options
+from tests.pipelines.conftest import ONE, OPTIMIZER, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 
-ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None, "sharding": "none"} for count in (1, 2))
+ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp2"])
@@ -15,13 +15,13 @@ def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_re
     tiny_teacher, embeddings, anchors, tmp_path, caplog, sharding
 ):
     given = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
-    write, history = train_student(*given, train_options(launch={**TWO, "sharding": sharding}))
+    write, history = train_student(*given, train_options(launch={**SHARED, "sharding": sharding}))
     (tmp_path / "student").mkdir()
     write(tmp_path / "student")
     assert load_header(tmp_path / "student").sigmas == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert [row["step"] for row in history] == [1, 2] and "reused" not in caplog.text
     with caplog.at_level("INFO"):
-        _, again = train_student(*given, train_options(launch=ONE))
+        _, again = train_student(*given, train_options(launch=ALONE))
     assert again == history and "finished student reused" in caplog.text
 
 
@@ -39,7 +39,7 @@ def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_re
 )
 def test_processes_that_cannot_share_a_batch_or_meet_are_refused(launch, message):
     with pytest.raises(ValidationError, match=message):
-        train_options(batch_size=4, launch={**ONE, **launch})
+        train_options(batch_size=4, launch={**ALONE, **launch})
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,6 @@ def test_processes_that_cannot_share_a_batch_or_meet_are_refused(launch, message
     ],
 )
 def test_what_cannot_be_sharded_is_refused(changes, message):
-    train_options(launch=TWO, **changes)
+    train_options(launch=SHARED, **changes)
     with pytest.raises(ValidationError, match=message):
-        train_options(launch={**TWO, "sharding": "fsdp2"}, **changes)
+        train_options(launch={**SHARED, "sharding": "fsdp2"}, **changes)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import check_embeddings, network_folder
-from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
 
@@ -31,7 +31,7 @@ def make_anchors(
     else:
         shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
     identity = fingerprint(SCHEMA, manifest)
-    return LazyShards(shards, identity, manifest)
+    return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 
 def make_manifest(
@@ -96,29 +96,13 @@ def _shards(
     anchor_steps: list[int],
 ) -> dict[str, Any]:
     """One thunk per shard; the teacher is loaded by the first that runs. Prompts alternate within a shard."""
-    from functools import cache
-
     from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 
     total = len(rows) * options.seeds_per_prompt
     samples = [rows[index % len(rows)] for index in range(total)]
     seeds = sample_seeds(options.seed, "anchors", 0, total)
 
-    @cache
-    def ask() -> Any:
-        from dpdmd_pipeline.training.anchors import TeacherAnchors
-
-        model = backbone.load(teacher, options.device)
-        return TeacherAnchors(
-            model,
-            model.load_model(),
-            embeddings,
-            num_steps=backbone.num_steps,
-            guidance_scale=backbone.guidance_scale,
-            anchor_steps=anchor_steps,
-            with_denoised=options.with_denoised,
-        )
-
+    ask = Held(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
     starts = range(0, total, options.shard_size)
     return {
         f"{number:05d}": partial(
@@ -128,7 +112,25 @@ def _shards(
     }
 
 
-def _shard(ask: Any, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
+def _load_teacher(
+    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions, anchor_steps: list[int]
+) -> Any:
+    """What computes anchors of prompts and seeds."""
+    from dpdmd_pipeline.training.anchors import TeacherAnchors
+
+    model = backbone.load(teacher, options.device)
+    return TeacherAnchors(
+        model,
+        model.load_model(),
+        embeddings,
+        num_steps=backbone.num_steps,
+        guidance_scale=backbone.guidance_scale,
+        anchor_steps=anchor_steps,
+        with_denoised=options.with_denoised,
+    )
+
+
+def _shard(ask: Held, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
     """Tensors of one shard: prompt, seed, and the anchors in the dtype of the cache."""
     import torch
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+
 
 class EvaluateOptions(BaseModel):
     """How many pictures are drawn, and what judges them.
@@ -15,13 +17,14 @@ class EvaluateOptions(BaseModel):
         by: further metrics, or axes for their default ones: names of metrics/presets.py.
         seed: of the pictures and of resampling.
         images_per_prompt: pictures of each prompt.
-        batch_size: pictures drawn at once.
+        batch_size: pictures a GPU draws at once, 64 at most; a CPU draws 16, so that its pictures are always the same.
         metric_batch_size: pictures that a metric's network sees at once on a GPU; on a CPU it is always one.
         metric_processes: over which prompts are spread when they are judged.
         grid_prompts: rows of the grids, the first so many prompts.
         grid_columns: pictures of each prompt in the grids.
         grid_tile: largest side of a picture in the grids, in pixels.
         device: where models and metrics run.
+        launch: processes that share the drawing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +40,7 @@ class EvaluateOptions(BaseModel):
     grid_columns: PositiveInt
     grid_tile: PositiveInt
     device: Literal["auto", "cpu", "cuda"]
+    launch: LaunchOptions
 
     @model_validator(mode="after")
     def _measures_something(self) -> Self:

@@ -1,14 +1,14 @@
 """Nodes of the prompts stage."""
 
 import logging
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.lineage import text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
-from dpdmd_pipeline.datasets.sharded import LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
 from dpdmd_pipeline.pipelines.prompts.encoding import (
     Rows,
@@ -38,8 +38,13 @@ def clean_prompts(
         counts and the dropped lines (the first 1,000).
 
     Raises:
-        ValueError, OSError: see PromptFile and `survey`.
+        ValueError, OSError: see PromptFile and `survey`; also if several machines would write the same files.
     """
+    if options.launch.machines > 1:
+        raise ValueError(
+            f"prompts.launch.machines={options.launch.machines}: each would clean the prompts into the same file: "
+            "run --nodes clean_prompts on one with machines=1, then --nodes encode_prompts on all"
+        )
     surveys = [survey(raw_prompts)]
     if options.eval_share is None:
         surveys.append(survey(raw_eval_prompts))
@@ -90,13 +95,14 @@ def encode_prompts(
         "token_limits": limits,
         "truncated": _truncated(rows, teacher, limits),
     }
-    load = cache(lambda: backbone.load(teacher, options.device))
+    load = Held(partial(backbone.load, teacher, options.device))
     starts = range(0, len(rows), options.shard_size)
     shards = {
         f"{index:05d}": partial(encode_rows, rows, start, start + options.shard_size, load, options.batch_size)
         for index, start in enumerate(starts)
     }
-    return LazyShards(shards, fingerprint(SCHEMA, rows.digest, settings, options.shard_size), manifest)
+    identity = fingerprint(SCHEMA, rows.digest, settings, options.shard_size)
+    return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 
 def _truncated(rows: Rows, teacher: Path, limits: dict[str, int]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+
 
 class PromptsOptions(BaseModel):
     """How prompts are split and encoded.
@@ -14,6 +16,7 @@ class PromptsOptions(BaseModel):
         batch_size: prompts the text encoders see at once.
         shard_size: prompts a file of the cache, and held in memory.
         device: of the text encoders.
+        launch: processes that share the encoding.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -22,3 +25,4 @@ class PromptsOptions(BaseModel):
     batch_size: PositiveInt
     shard_size: PositiveInt
     device: Literal["auto", "cpu", "cuda"]
+    launch: LaunchOptions

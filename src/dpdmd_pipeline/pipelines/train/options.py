@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, Field, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 
-from dpdmd_pipeline.training.recipe import STRICT, Recipe
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.training.recipe import Recipe
 
 
-class LaunchOptions(BaseModel):
-    """Over how many processes a turn's batch is shared; the student is the same but for rounding."""
+class TrainLaunchOptions(LaunchOptions):
+    """The processes of a student, and whether each of them holds all of it."""
 
-    model_config = STRICT
-
-    processes: PositiveInt  # on each machine; with CUDA, one per GPU
-    machines: PositiveInt  # the same command on each, at the same time, over one shared file system
-    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one of several machines
     sharding: Literal["none", "fsdp2"]  # fsdp2 cuts student and fake score over the processes; none: each holds them
 
-    @property
-    def total(self) -> int:
-        """Processes over all machines."""
-        return self.processes * self.machines
-
     @model_validator(mode="after")
-    def _meets(self) -> Self:
-        if self.machines > 1 and self.rendezvous is None:
-            raise ValueError(f"machines={self.machines} need a rendezvous: host:port of one that all can reach")
+    def _cuts_something(self) -> Self:
         if self.sharding != "none" and self.total == 1:
             raise ValueError(f"sharding={self.sharding} cuts nothing in one process: set processes=2 or sharding=none")
         return self
@@ -49,7 +38,7 @@ class TrainOptions(Recipe):
     fetch_every: PositiveInt  # steps between fetches of the losses from the device
     ratio_every: PositiveInt  # steps between measurements of the two gradients' norms
     log_every: PositiveInt  # steps between lines in the log
-    launch: LaunchOptions
+    launch: TrainLaunchOptions
 
     @model_validator(mode="after")
     def _is_shared_evenly(self) -> Self:

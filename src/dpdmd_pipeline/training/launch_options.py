@@ -1,0 +1,52 @@
+"""Over how many processes a stage is shared; checked without loading torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from dpdmd_pipeline.backbones.options import Device, resolve_device
+
+
+class LaunchOptions(BaseModel):
+    """Over how many processes a turn's batch, or the shards of a cache, are shared.
+
+    A student is the same but for rounding; a cache is the same to the bit on a CPU.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    processes: PositiveInt  # on each machine; with CUDA, one per GPU
+    machines: PositiveInt  # the same command on each, at the same time, over one shared file system
+    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one of several machines
+
+    @property
+    def total(self) -> int:
+        """Processes over all machines."""
+        return self.processes * self.machines
+
+    @model_validator(mode="after")
+    def _meets(self) -> Self:
+        if self.machines > 1 and self.rendezvous is None:
+            raise ValueError(f"machines={self.machines} need a rendezvous: host:port of one that all can reach")
+        return self
+
+    def of_shards(self, run: str, device: Device) -> Callable[..., Any] | None:
+        """What runs the work on shards in so many processes; None for one, which needs nothing of it.
+
+        Each has as many threads as one alone would have: another number would sum in another order.
+
+        Args:
+            run: name of what is run, the same on every machine.
+            device: with CUDA, each process has a GPU of its own.
+        """
+        if self.total == 1:
+            return None
+        from dpdmd_pipeline.training.launch import Launch, launched
+
+        cuda = resolve_device(device).type == "cuda"
+        launch = Launch(self.processes, self.machines, self.rendezvous, run, cuda, share_cores=False)
+        return partial(launched, launch=launch)
