@@ -143,9 +143,9 @@ def test_prompts_that_the_judge_does_not_know_are_refused():
         judged_prompts([{"text": "a cat", "train": False, "eval": True}], evaluate_options())
     with pytest.raises(ValueError, match="no evaluation prompt"):
         judged_prompts(PROMPTS[1:2], evaluate_options())
-    assert judged_prompts([{"text": "a cat", "train": False, "eval": True}], evaluate_options(judge=None)) == {
-        0: "a cat"
-    }
+    assert judged_prompts(
+        [{"text": "a cat", "train": False, "eval": True}], evaluate_options(judge=None, by=["diversity.pixels"])
+    ) == {0: "a cat"}
 
 
 def test_grids_show_a_row_a_prompt_and_the_same_columns_in_all(sample):
@@ -158,4 +158,4 @@ def test_a_study_without_the_exact_reader_is_refused_before_it_trains():
     from dpdmd_pipeline.pipelines.study.nodes import run_study
 
     with pytest.raises(ValueError, match="evaluate.judge=None: the study is judged by the exact reader"):
-        run_study(*[None] * 8, evaluate_options(judge=None), None)
+        run_study(*[None] * 8, evaluate_options(judge=None, by=["diversity.pixels"]), None)
