@@ -1,0 +1,141 @@
+"""What `kedro run` costs over calling the library: the stages prompts, anchors and train, to the same files.
+
+Each run is a process of its own in a copy of the project; both ways take turns, and end with the same student.
+
+    python benchmarks/bench_line.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from record import copy_project, record
+
+REPEATS = 3
+# Short runs of the real options; `ci` would train for moments only
+_TRAINING = {"max_steps": 3, "batch_size": 16}
+CHANGES = {"anchors": {"seeds_per_prompt": 2}, "train": _TRAINING, "train_dmd": _TRAINING}
+ALLOWED = "2 seconds and 1 %"
+_MADE = ("03_primary", "05_model_input", "06_models/student", "06_models/student_dmd", "06_models/.train_state")
+
+
+def main() -> None:
+    """Both ways in turn."""
+    taken: dict[str, list[dict[str, float]]] = {"kedro run": [], "library": []}
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        project = copy_project(folder)
+        params = [f"{group}.{name}={value}" for group, values in CHANGES.items() for name, value in values.items()]
+        line = ["-m", "kedro", "run", "--env", "base", "--pipelines", "prompts,anchors,train"]
+        commands = {
+            "kedro run": [sys.executable, *line, "--params", ",".join(params)],
+            "library": [sys.executable, str(Path(__file__).resolve()), str(project)],
+        }
+        for _ in range(REPEATS):
+            students = set()
+            for name, command in commands.items():
+                taken[name].append(_run(command, project))
+                students.add(_digest(project))
+            if len(students) > 1:
+                raise RuntimeError("the two ways end with other students: they did not do the same work")
+    record("line", _told(taken) | {"load average before": load, "student": "the same, to the last bit"})
+
+
+def _told(taken: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for clock, words in {"wall": "by the wall", "cpu": "of processor time"}.items():
+        kedro, library = ([run[clock] for run in taken[name]] for name in ("kedro run", "library"))
+        over = statistics.median(k - p for k, p in zip(kedro, library, strict=True))
+        allowed = 2 + 0.01 * statistics.median(library)
+        found |= {
+            f"kedro run, seconds {words} (median)": statistics.median(kedro),
+            f"library, seconds {words} (median)": statistics.median(library),
+            f"overhead, seconds {words} (median of differences)": over,
+            f"{ALLOWED} of the library's, {words}": allowed,
+        }
+    return found | {"runs": taken}
+
+
+def _run(command: list[str], project: Path) -> dict[str, float]:
+    """Seconds of one run from nothing, of this process's children alone."""
+    for name in _MADE:
+        shutil.rmtree(project / "data" / name, ignore_errors=True)
+    (project / "data/03_primary").mkdir()
+    cpu, begun = _children(), time.perf_counter()
+    found = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    if found.returncode:
+        raise RuntimeError(f"{command} ended with {found.returncode}: {found.stdout[-2000:]}{found.stderr[-2000:]}")
+    return {"wall": time.perf_counter() - begun, "cpu": _children() - cpu}
+
+
+def _children() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _digest(project: Path) -> str:
+    return hashlib.sha256(
+        b"".join(path.read_bytes() for path in sorted((project / "data/06_models/student").glob("*.safetensors")))
+    ).hexdigest()
+
+
+def by_library(project: Path) -> None:
+    """The same three stages without Kedro's session, catalog and hooks, to the same places."""
+    import yaml
+
+    from dpdmd_pipeline.backbones.options import BackboneOptions
+    from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset
+    from dpdmd_pipeline.datasets.prompt_file import PromptFileDataset
+    from dpdmd_pipeline.datasets.sharded import ShardedDataset
+    from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
+    from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
+    from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+    from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
+    from dpdmd_pipeline.pipelines.train.options import TrainOptions
+    from dpdmd_pipeline.training.recipe import AnchorRecipe
+
+    def options(group: str, stage: str) -> dict[str, Any]:
+        given = yaml.safe_load((project / f"conf/base/parameters_{stage}.yml").read_text(encoding="utf-8"))[group]
+        return given | CHANGES.get(group, {})
+
+    def through(dataset: Any, made: Any) -> Any:
+        dataset.save(made)
+        return dataset.load()
+
+    data, teacher = project / "data", project / "data/06_models/shapes_teacher"
+    backbone = BackboneOptions(**options("backbone", "backbone"))
+    stage = PromptsOptions(**options("prompts", "prompts"))
+    files = ("prompts.txt", "prompts_eval.txt")
+    raw = [PromptFileDataset(filepath=str(data / "01_raw" / name)).load() for name in files]
+    cleaned, report = clean_prompts(*raw, stage)
+    (data / "08_reporting/prompts_report.json").write_text(json.dumps(report))
+    prompts = through(PromptFileDataset(filepath=str(data / "03_primary/prompts.jsonl")), cleaned)
+    encoded = encode_prompts(prompts, teacher, backbone, stage)
+    embeddings = through(ShardedDataset(filepath=str(data / "05_model_input/embeddings")), encoded)
+    recipe = AnchorRecipe(**options("anchors", "anchors"))
+    lazy = make_anchors(prompts, embeddings, teacher, backbone, recipe)
+    anchors = through(ShardedDataset(filepath=str(data / "05_model_input/anchors")), lazy)
+    histories = {}
+    for group, name in (("train_dmd", "student_dmd"), ("train", "student")):
+        state, run = data / "06_models/.train_state", TrainOptions(**options(group, "train"))
+        write, histories[name] = train_student(prompts, embeddings, anchors, teacher, state, backbone, recipe, run)
+        through(ModelFolderDataset(filepath=str(data / "06_models" / name)), write)
+        (data / f"08_reporting/{name}_history.json").write_text(json.dumps(histories[name]))
+    draw_curves(histories["student"], histories["student_dmd"]).savefig(data / "08_reporting/train_curve.png")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        by_library(Path(sys.argv[1]))
+    else:
+        main()
