@@ -54,14 +54,12 @@ SHARE_CYCLES = 6
 def main(asked: argparse.Namespace) -> None:
     """Time all contenders, then look into our own cycle."""
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as open_loops:
+    with tempfile.TemporaryDirectory() as folder:
         work = workload.prepare(asked, Path(folder))
-        chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
-        contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
-        taken = timing.alternate(contenders, asked.seconds, at_least=3)
         which = timing.clock(work.device)
-        counted = {name: _counted(work, name) for name in contenders}
-        measured = {name: _row(work, taken, name, which, counted) for name in contenders}
+        taken, told = _taken(work, asked)
+        counted = {name: _counted(work, name) for name in taken}
+        measured = {name: _row(work, taken, name, which, counted) for name in taken}
         shares = where_time_goes(work)
     ratios = {f"times the published loop, {name}": row["times the published loop"] for name, row in measured.items()}
     record(
@@ -76,6 +74,14 @@ def main(asked: argparse.Namespace) -> None:
             **timing.conditions(),
         },
     )
+
+
+def _taken(work: Workload, asked: argparse.Namespace) -> tuple[dict[str, list[Taken]], dict[str, str]]:
+    """Times of all contenders, whose networks are gone afterwards, and what is to be told of absent variants."""
+    chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
+    with ExitStack() as open_loops:
+        contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
+        return timing.alternate(contenders, asked.seconds, at_least=3), told
 
 
 def _contenders(

@@ -8,6 +8,7 @@ Each run is a process of its own in a copy of the project; both ways take turns,
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -91,47 +92,59 @@ def _digest(project: Path) -> str:
 
 def by_library(project: Path) -> None:
     """The same three stages without Kedro's session, catalog and hooks, to the same places."""
-    import yaml
-
     from dpdmd_pipeline.backbones.options import BackboneOptions
-    from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset
+    from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
+    from dpdmd_pipeline.pipelines.train.options import TrainOptions
+
+    data, histories = project / "data", {}
+    backbone = BackboneOptions(**_options(project, "backbone", "backbone"))
+    made = _prepared(project, backbone)
+    for group, name in (("train_dmd", "student_dmd"), ("train", "student")):
+        run = TrainOptions(**_options(project, group, "train"))
+        write, history = train_student(*made[:-1], data / "06_models/.train_state", backbone, made[-1], run)
+        _through("model_folder.ModelFolderDataset", data / "06_models" / name, write)
+        (data / f"08_reporting/{name}_history.json").write_text(json.dumps(history))
+        histories[name] = history
+    draw_curves(histories["student"], histories["student_dmd"]).savefig(data / "08_reporting/train_curve.png")
+
+
+def _prepared(project: Path, backbone: Any) -> tuple[Any, ...]:
+    """Prompts, embeddings, anchors, the teacher's folder and the anchors' options."""
     from dpdmd_pipeline.datasets.prompt_file import PromptFileDataset
-    from dpdmd_pipeline.datasets.sharded import ShardedDataset
     from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
     from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
     from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
-    from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
-    from dpdmd_pipeline.pipelines.train.options import TrainOptions
     from dpdmd_pipeline.training.recipe import AnchorRecipe
 
-    def options(group: str, stage: str) -> dict[str, Any]:
-        given = yaml.safe_load((project / f"conf/base/parameters_{stage}.yml").read_text(encoding="utf-8"))[group]
-        return given | CHANGES.get(group, {})
-
-    def through(dataset: Any, made: Any) -> Any:
-        dataset.save(made)
-        return dataset.load()
-
     data, teacher = project / "data", project / "data/06_models/shapes_teacher"
-    backbone = BackboneOptions(**options("backbone", "backbone"))
-    stage = PromptsOptions(**options("prompts", "prompts"))
+    stage = PromptsOptions(**_options(project, "prompts", "prompts"))
     files = ("prompts.txt", "prompts_eval.txt")
     raw = [PromptFileDataset(filepath=str(data / "01_raw" / name)).load() for name in files]
     cleaned, report = clean_prompts(*raw, stage)
     (data / "08_reporting/prompts_report.json").write_text(json.dumps(report))
-    prompts = through(PromptFileDataset(filepath=str(data / "03_primary/prompts.jsonl")), cleaned)
+    prompts = _through("prompt_file.PromptFileDataset", data / "03_primary/prompts.jsonl", cleaned)
     encoded = encode_prompts(prompts, teacher, backbone, stage)
-    embeddings = through(ShardedDataset(filepath=str(data / "05_model_input/embeddings")), encoded)
-    recipe = AnchorRecipe(**options("anchors", "anchors"))
+    embeddings = _through("sharded.ShardedDataset", data / "05_model_input/embeddings", encoded)
+    recipe = AnchorRecipe(**_options(project, "anchors", "anchors"))
     lazy = make_anchors(prompts, embeddings, teacher, backbone, recipe)
-    anchors = through(ShardedDataset(filepath=str(data / "05_model_input/anchors")), lazy)
-    histories = {}
-    for group, name in (("train_dmd", "student_dmd"), ("train", "student")):
-        state, run = data / "06_models/.train_state", TrainOptions(**options(group, "train"))
-        write, histories[name] = train_student(prompts, embeddings, anchors, teacher, state, backbone, recipe, run)
-        through(ModelFolderDataset(filepath=str(data / "06_models" / name)), write)
-        (data / f"08_reporting/{name}_history.json").write_text(json.dumps(histories[name]))
-    draw_curves(histories["student"], histories["student_dmd"]).savefig(data / "08_reporting/train_curve.png")
+    anchors = _through("sharded.ShardedDataset", data / "05_model_input/anchors", lazy)
+    return prompts, embeddings, anchors, teacher, recipe
+
+
+def _options(project: Path, group: str, stage: str) -> dict[str, Any]:
+    """A group of conf/base, as changed for these runs."""
+    import yaml
+
+    text = (project / f"conf/base/parameters_{stage}.yml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)[group] | CHANGES.get(group, {})
+
+
+def _through(kind: str, place: Path, made: Any) -> Any:
+    """Save, and load for the next stage."""
+    module, name = kind.split(".")
+    dataset = getattr(importlib.import_module(f"dpdmd_pipeline.datasets.{module}"), name)(filepath=str(place))
+    dataset.save(made)
+    return dataset.load()
 
 
 if __name__ == "__main__":

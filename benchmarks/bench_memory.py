@@ -118,33 +118,36 @@ def main(asked: argparse.Namespace) -> None:
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = workload.prepare(asked, Path(folder))
-        estimates = memory_model(work.teacher, work.backbone)
         for kind in [asked.roles] if asked.roles else ["full", "lora"]:
             for batch in BATCHES:
-                micro = {"batch_size": batch, "student_micro_batch": batch, "fake_score_micro_batch": batch}
-                options = work.options(roles=kind, **micro)
-                name = f"{kind}, batch {batch}"
-                execution = Execution(batch, batch, options.gradient_checkpointing)
-                estimated = estimates.estimate(options.recipe(), execution)
-                measured[f"{name}: ours"] = ours(work, options)
-                measured[f"{name}: published loop"] = published(work, options)
-                measured[f"{name}: estimated"] = _told(
-                    weights=estimated.weights,
-                    gradients=estimated.gradients,
-                    optimizer=estimated.optimizer,
-                    activations=estimated.activations,
-                )
-    for name in [name.removesuffix(": ours") for name in measured if name.endswith(": ours")]:
-        compared = {which: measured[f"{name}: {which}"]["sum"] for which in ("ours", "published loop", "estimated")}
-        measured[f"{name}: published loop / ours"] = compared["published loop"] / compared["ours"]
-        measured[f"{name}: estimated / ours"] = compared["estimated"] / compared["ours"]
+                measured |= _case(work, kind, batch)
     told = {
-        "bytes are": "MiB",
+        "bytes are": "MiB; a sum is that of its parts' maxima, which need not come at one time",
         "the estimate": "has a second gradient, for train.ratio_every, and what a pass without gradient holds; "
         f"its {RESERVED / 2**30:g} GiB for CUDA itself are left out",
         "settings": work.settings(),
     }
     record(asked.result or "memory", {**measured, **told, **timing.conditions()})
+
+
+def _case(work: Workload, kind: str, batch: int) -> dict[str, Any]:
+    """Ours, the published loop and the estimate."""
+    options = work.options(roles=kind, batch_size=batch, student_micro_batch=batch, fake_score_micro_batch=batch)
+    execution = Execution(batch, batch, options.gradient_checkpointing)
+    estimated = memory_model(work.teacher, work.backbone).estimate(options.recipe(), execution)
+    parts = ("weights", "gradients", "optimizer", "activations")
+    found = {
+        "ours": ours(work, options),
+        "published loop": published(work, options),
+        "estimated": _told(**{part: getattr(estimated, part) for part in parts}),
+    }
+    sums = {which: parts["sum"] for which, parts in found.items()}
+    name = f"{kind}, batch {batch}"
+    return {
+        **{f"{name}: {which}": parts for which, parts in found.items()},
+        f"{name}: published loop / ours": sums["published loop"] / sums["ours"],
+        f"{name}: estimated / ours": sums["estimated"] / sums["ours"],
+    }
 
 
 def ours(work: Workload, options: TrainOptions) -> dict[str, float]:
