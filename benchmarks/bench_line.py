@@ -7,6 +7,7 @@ Each run is a process of its own in a copy of the project; both ways take turns,
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import json
@@ -22,7 +23,6 @@ from typing import Any
 
 from record import copy_project, record
 
-REPEATS = 3
 # Short runs of the real options; `ci` would train for moments only
 _TRAINING = {"max_steps": 3, "batch_size": 16}
 CHANGES = {"anchors": {"seeds_per_prompt": 2}, "train": _TRAINING, "train_dmd": _TRAINING}
@@ -30,7 +30,7 @@ ALLOWED = "2 seconds and 1 %"
 _MADE = ("03_primary", "05_model_input", "06_models/student", "06_models/student_dmd", "06_models/.train_state")
 
 
-def main() -> None:
+def main(repeats: int) -> None:
     """Both ways in turn."""
     taken: dict[str, list[dict[str, float]]] = {"kedro run": [], "library": []}
     load = os.getloadavg()[0]
@@ -40,9 +40,9 @@ def main() -> None:
         line = ["-m", "kedro", "run", "--env", "base", "--pipelines", "prompts,anchors,train"]
         commands = {
             "kedro run": [sys.executable, *line, "--params", ",".join(params)],
-            "library": [sys.executable, str(Path(__file__).resolve()), str(project)],
+            "library": [sys.executable, str(Path(__file__).resolve()), "--library", str(project)],
         }
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             students = set()
             for name, command in commands.items():
                 taken[name].append(_run(command, project))
@@ -148,7 +148,8 @@ def _through(kind: str, place: Path, made: Any) -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        by_library(Path(sys.argv[1]))
-    else:
-        main()
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--library", type=Path, help="of a process that this benchmark starts: the project")
+    asked.add_argument("--repeats", type=int, default=3)
+    options = asked.parse_args()
+    by_library(options.library) if options.library else main(options.repeats)
