@@ -1,121 +1,155 @@
-"""What caching anchors costs on top of the teacher, and how long training waits for the cache.
+"""What caching anchors costs on top of the teacher, how long training waits for the cache, and what a sweep spares.
 
 Bare teacher forwards and the whole anchors stage (seeds, teacher, shards, hashes, fsync) run alternately.
+
+    python benchmarks/bench_anchors.py
+    python benchmarks/bench_anchors.py --env sd35 --config sd35_medium --device cuda --batch 4
 """
 
+from __future__ import annotations
+
+import argparse
 import logging
-import statistics
 import tempfile
-import time
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
-from kedro.framework.session import KedroSession
-from kedro.framework.startup import bootstrap_project
+from torch import nn
 
-from dpdmd_pipeline.backbones.base import guided
-from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.sharded import ShardedDataset
+import timing
+import workload
+from dpdmd_pipeline.backbones.base import Backbone, guided
+from dpdmd_pipeline.datasets.sharded import ShardedDataset, ShardedTensors
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.training.cost import Settings, anchor_passes, cycle_cost
 from dpdmd_pipeline.training.recipe import AnchorRecipe
-from record import copy_project, record
+from record import record
+from workload import Workload
 
-REPEATS = 5
-STEPS = 6
-
-
-def bare_teacher(model, network, embeddings, rows, batch_size, last_step, backbone) -> float:
-    """Seconds of the guided rollouts alone, their noise ready."""
-    uncond = embeddings.rows([len(embeddings) - 1])
-    levels = model.schedule(backbone.num_steps)[: last_step + 1]
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    noises = [noise_from_seeds(range(len(batch)), model.latent_shape) for batch in batches]
-    conds = [embeddings.rows(batch) for batch in batches]
-    begun = time.perf_counter()
-    with torch.no_grad():
-        for noise, cond in zip(noises, conds, strict=True):
-            rollout(guided(model, network, cond, uncond, backbone.guidance_scale), noise, levels)
-    return time.perf_counter() - begun
+SEEDS_PER_PROMPT = 4
+WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # of the sweep
+SWEEP_CYCLES = 2  # of each of its runs
+BARE, STAGE, LOADING = "bare teacher forwards", "anchors stage", "loading the teacher"
 
 
-def main() -> None:
-    """Measure on the embedded teacher with the parameters of conf/base."""
+def main(asked: argparse.Namespace) -> None:
+    """The stage against the teacher alone, then a sweep against runs without a cache."""
+    logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
-        prompts, embeddings, teacher, parameters = prepare(copy_project(folder))
-        logging.disable(logging.INFO)
-        measure(prompts, embeddings, teacher, parameters)
+        work = workload.prepare(asked, Path(folder))
+        which = timing.clock(work.device)
+        anchors, stage = _stage(work, asked, which)
+        measured = {**stage, **_sweep(work, which, anchors), **_waiting(work)}
+    record(asked.result or "anchors", {**measured, "settings": work.settings(), **timing.conditions()})
 
 
-def prepare(project: Path) -> tuple:
-    """Prompts, embeddings and teacher of a project, and its parameters."""
-    bootstrap_project(project)
-    with KedroSession.create(project, env="base") as session:
-        session.run(pipeline_names=["prompts"])
-    with KedroSession.create(project, env="base") as session:
-        context = session.load_context()
-        found = (context.catalog.load(name) for name in ("prompts", "embeddings", "teacher"))
-        return *found, context.config_loader["parameters"]
+# ---- the stage
 
 
-def measure(prompts, embeddings, teacher: Path, parameters: dict) -> None:
-    """Time both, alternately; then a short training."""
-    backbone = BackboneOptions(**parameters["backbone"])
-    options = AnchorRecipe(**{**parameters["anchors"], "seeds_per_prompt": 8})
-    rows = [row for row, record_ in enumerate(prompts) if record_["train"]] * options.seeds_per_prompt
-    model = backbone.load(teacher, "cpu")
-    network = model.load_model().requires_grad_(False).eval()
-    bare, cached = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(REPEATS):
-            lazy = make_anchors(prompts, embeddings, teacher, backbone, options)
-            last_step = lazy.manifest["anchor_steps"][-1]
-            bare.append(bare_teacher(model, network, embeddings, rows, options.batch_size, last_step, backbone))
-            begun = time.perf_counter()
-            ShardedDataset(filepath=f"{folder}/{repeat}").save(lazy)
-            cached.append(time.perf_counter() - begun)
-        anchors = ShardedDataset(filepath=f"{folder}/0").load()
-        train = TrainOptions(**{**parameters["train"], "max_steps": STEPS, "checkpoint_every": 1000})
-        waited = time_reads(anchors)
-        begun = time.perf_counter()
-        train_student(prompts, embeddings, anchors, teacher, Path(folder) / "state", backbone, options, train)
-        trained = time.perf_counter() - begun
-    record(
-        "anchors",
-        {
-            "anchors": len(rows),
-            "bare teacher forwards, seconds (median)": statistics.median(bare),
-            "anchors stage, seconds (median)": statistics.median(cached),
-            "overhead of the stage (median of ratios)": statistics.median(
-                c / b for b, c in zip(bare, cached, strict=True)
-            )
-            - 1,
-            "training steps": STEPS,
-            "training, seconds": trained,
-            "share of it spent reading caches": waited["seconds"] / trained,
-            "reads": waited["reads"],
-        },
+def _stage(work: Workload, asked: argparse.Namespace, which: str) -> tuple[float, dict[str, Any]]:
+    """Seconds per anchor of the whole stage, and what is told of it."""
+    recipe = AnchorRecipe(
+        **{**work.anchor_recipe.model_dump(), "mode": "cached", "seeds_per_prompt": SEEDS_PER_PROMPT, "batch_size": 60}
     )
+    rows = list(range(len(work.prompts))) * SEEDS_PER_PROMPT
+    records = [{"text": text, "train": True, "eval": False} for text in work.prompts]
+    lazy = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
+    family = work.backbone.load(work.teacher, asked.device)
+    network, number = family.load_model().requires_grad_(False).eval(), count()
+
+    def stage() -> None:  # with its manifest, which hashes the teacher
+        made = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
+        ShardedDataset(filepath=str(work.folder / f"stage_{next(number)}")).save(made)
+
+    bare = partial(_bare_teacher, work, family, network, rows, recipe.batch_size, lazy.manifest["anchor_steps"][-1])
+    loading = work.backbone.load(work.teacher, asked.device).load_model
+    taken = timing.alternate({BARE: bare, STAGE: stage, LOADING: loading}, asked.seconds / 2, at_least=3)
+    seconds = {name: timing.of(turns, which) for name, turns in taken.items()}
+    loaded = [s - load for s, load in zip(seconds[STAGE], seconds[LOADING], strict=True)]
+    return timing.spread(seconds[STAGE])["median"] / len(rows), {
+        "anchors": len(rows),
+        **{f"{name}, seconds": timing.spread(values) for name, values in seconds.items()},
+        "overhead of the stage": _overhead(seconds[STAGE], seconds[BARE]),
+        "overhead of the stage, the teacher being loaded": _overhead(loaded, seconds[BARE]),
+        "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
+    }
 
 
-def time_reads(anchors) -> dict[str, float]:
-    """Count and time every read of a cache from now on."""
-    waited = {"seconds": 0.0, "reads": 0}
-    cls = type(anchors)
-    plain = cls.rows
+def _overhead(whole: list[float], bare: list[float]) -> dict[str, float]:
+    return timing.spread([w / b - 1 for w, b in zip(whole, bare, strict=True)])
 
-    def rows(self, indices):
-        begun = time.perf_counter()
-        found = plain(self, indices)
-        waited["seconds"] += time.perf_counter() - begun
-        waited["reads"] += 1
-        return found
 
-    cls.rows = rows
-    return waited
+@torch.no_grad()
+def _bare_teacher(
+    work: Workload, family: Backbone, network: nn.Module, rows: list[int], batch_size: int, last_step: int
+) -> None:
+    """The guided rollouts alone."""
+    uncond = work.embeddings.rows([len(work.embeddings) - 1])
+    levels = family.schedule(work.backbone.num_steps)[: last_step + 1]
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        cond, empty = ({n: v.to(family.device) for n, v in e.items()} for e in (work.embeddings.rows(chosen), uncond))
+        noise = noise_from_seeds(range(len(chosen)), family.latent_shape).to(family.device)
+        rollout(guided(family, network, cond, empty, work.backbone.guidance_scale), noise, levels)
+
+
+# ---- a sweep over one cache
+
+
+def _sweep(work: Workload, which: str, seconds_per_anchor: float) -> dict[str, Any]:
+    """Runs that differ in `diversity_weight`, on one cache that holds each sample of a run once, and without it."""
+    taken: dict[str, list[float]] = {"cached": [], "online": []}
+    for weight in WEIGHTS:
+        options = work.options(diversity_weight=weight)
+        with ExitStack() as loops:
+            started = {mode: loops.enter_context(closing(work.start(options, mode)[1])) for mode in taken}
+            found = timing.alternate({m: r.__next__ for m, r in started.items()}, budget=0, at_least=SWEEP_CYCLES)
+        for mode, turns in found.items():
+            taken[mode] += timing.of(turns, which)
+    cache = SWEEP_CYCLES * work.train.batch_size * seconds_per_anchor
+    return {
+        "sweep: values of diversity_weight": len(WEIGHTS),
+        "sweep: cycles of each run": SWEEP_CYCLES,
+        "sweep: seconds of the cache": cache,
+        "sweep: seconds of the cached runs": sum(taken["cached"]),
+        "sweep: seconds of the online runs": sum(taken["online"]),
+        "sweep: cached / online, measured": (cache + sum(taken["cached"])) / sum(taken["online"]),
+        **{f"sweep: cached / online, counted, {name}": value for name, value in _counted(work).items()},
+    }
+
+
+def _counted(work: Workload) -> dict[str, float]:
+    """The same ratio by passes through the network, for other anchors and faster recipes as well."""
+    own, scale = work.anchor_recipe.anchor_levels[0].steps, work.backbone.guidance_scale
+    fast = {"graded_steps": "random", "fake_rollout": "shared"}
+    found = {}
+    for steps in sorted({own, 5, 10}):
+        for name, changes in {"all steps graded": {}, "random step graded, shared rollout": fast}.items():
+            recipe = work.options(**changes).recipe()
+            cached, online = (cycle_cost(recipe, Settings(scale, False, k)).cycle.total for k in ((), [steps]))
+            made = anchor_passes([steps], False, scale).total
+            found[f"K={steps}, {name}"] = (made + len(WEIGHTS) * cached) / (len(WEIGHTS) * online)
+    return found
+
+
+# ---- waiting
+
+
+def _waiting(work: Workload) -> dict[str, float]:
+    """How long training waits for the caches."""
+    shares = timing.Shares()
+    _, records = work.start(work.train)
+    with closing(records):
+        next(records)  # maps the files
+        with timing.replaced(ShardedTensors, "rows", lambda rows: shares.wrapped("reading", rows)):
+            whole = sum(timing.seconds(records.__next__).wall for _ in range(SWEEP_CYCLES))
+    return {"share of training spent reading caches": shares.spent["reading"] / whole}
 
 
 if __name__ == "__main__":
-    main()
+    main(workload.parser(__doc__).parse_args())

@@ -7,13 +7,24 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-_NOT_COPIED = (".git", ".venv", ".dvc", "03_primary", "05_model_input", "07_model_output", "student*", ".train_state")
+_NOT_COPIED = (
+    ".git",
+    ".venv",
+    ".dvc",
+    "03_primary",
+    "05_model_input",
+    "07_model_output",
+    "student",
+    "student_dmd",
+    ".train_state",
+)
 
 
 def copy_project(folder: str) -> Path:
@@ -26,7 +37,9 @@ def machine() -> dict[str, object]:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [line.split(":")[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     threads = os.environ.get("OMP_NUM_THREADS", "default")
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": threads}
+    found = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "threads": threads}
+    torch = sys.modules.get("torch")  # a benchmark without it is not made to load it
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch and torch.cuda.is_available() else {})
 
 
 def record(name: str, measured: dict[str, object]) -> None:

@@ -1,0 +1,199 @@
+"""Cycles per second of our loop against the published one, what each fast option adds, and where a cycle's time goes.
+
+A cycle is five turns of the fake score and one of the student. All contenders take turns in one process.
+
+    python benchmarks/bench_cycle.py
+    python benchmarks/bench_cycle.py --env sd35 --config sd35_medium --device cuda --batch 4 --shared-networks --only
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+import timing
+import workload
+from dpdmd_pipeline.datasets.sharded import ShardedTensors
+from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.training import anchors, distill
+from dpdmd_pipeline.training.cost import Settings, cycle_cost
+from record import record
+from timing import Shares, Taken, replaced
+from workload import Workload
+
+REFERENCE, PLAIN, OURS = "published loop", "published loop without pictures", "ours, paper-faithful"
+ONLINE = "anchors computed online"
+# Name -> what it changes in the group `train`; options that this version lacks are told as absent
+VARIANTS: dict[str, dict[str, Any]] = {
+    ONLINE: {},
+    "random graded step": {"graded_steps": "random"},
+    "last step graded": {"graded_steps": "last"},
+    "shared rollout": {"fake_rollout": "shared"},
+    "random graded step, shared rollout": {"graded_steps": "random", "fake_rollout": "shared"},
+    "gradient checkpointing the other way": {"gradient_checkpointing": "other"},
+    "micro-batches of a quarter": {"student_micro_batch": "quarter", "fake_score_micro_batch": "quarter"},
+    "blocks compiled": {"compile": "blocks"},
+    "compiled whole": {"compile": "whole"},
+    "channels last": {"channels_last": True},
+    "fused AdamW": {"fused": True},
+    "the teacher's two passes apart": {"guidance_batch": "apart"},
+}
+SHARE_CYCLES = 6
+
+
+def main(asked: argparse.Namespace) -> None:
+    """Time all contenders, then look into our own cycle."""
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as folder:
+        work = workload.prepare(asked, Path(folder))
+        which = timing.clock(work.device)
+        taken, told = _taken(work, asked)
+        counted = {name: _counted(work, name) for name in taken}
+        measured = {name: _row(work, taken, name, which, counted) for name in taken}
+        shares = where_time_goes(work)
+    ratios = {f"times the published loop, {name}": row["times the published loop"] for name, row in measured.items()}
+    record(
+        asked.result or "cycle",
+        {
+            **{name: value["median"] for name, value in ratios.items()},
+            **shares,
+            **told,
+            "contenders": measured,
+            "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
+            "settings": work.settings(),
+            **timing.conditions(),
+        },
+    )
+
+
+def _taken(work: Workload, asked: argparse.Namespace) -> tuple[dict[str, list[Taken]], dict[str, str]]:
+    """Times of all contenders, whose networks are gone afterwards, and what is to be told of absent variants."""
+    chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
+    with ExitStack() as open_loops:
+        contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
+        return timing.alternate(contenders, asked.seconds, at_least=3), told
+
+
+def _contenders(
+    work: Workload, variants: dict[str, dict], shared: bool, open_loops: ExitStack
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """One call per cycle of each, and what is to be told of the variants that are not there."""
+    roles, records = work.start(work.train)
+    open_loops.enter_context(closing(records))
+    published = work.reference(work.train, roles if shared else None)
+    with_pictures, without = published.settings, replace(published.settings, pictures_every=0)
+    found: dict[str, Callable[[], object]] = {
+        REFERENCE: lambda: (setattr(published, "settings", with_pictures), published.cycle()),
+        PLAIN: lambda: (setattr(published, "settings", without), published.cycle()),
+        OURS: records.__next__,
+    }
+    told = {}
+    for name, changes in variants.items():
+        if absent := sorted(set(changes) - set(TrainOptions.model_fields)):
+            told[name] = f"absent: this version has no train.{absent[0]}"
+            continue
+        try:
+            _, records = work.start(_options(work, name), "online" if name == ONLINE else "cached")
+        except ValueError as error:
+            told[name] = f"refused: {' '.join(str(error).split())}"
+            continue
+        found[name] = open_loops.enter_context(closing(records)).__next__
+    return found, told
+
+
+def _options(work: Workload, name: str) -> TrainOptions:
+    """Options of a variant; of the other contenders those of the run."""
+    meant = {"other": not work.train.gradient_checkpointing, "quarter": max(1, work.train.batch_size // 4)}
+    changes = VARIANTS.get(name, {})
+    return work.options(**{key: meant.get(value, value) for key, value in changes.items()})
+
+
+def _counted(work: Workload, name: str) -> float:
+    """Passes through the network per sample and cycle, before anything is measured."""
+    options, steps = _options(work, name), [level.steps for level in work.anchor_recipe.anchor_levels]
+    online = steps if name in (REFERENCE, PLAIN, ONLINE) else ()
+    return cycle_cost(
+        options.recipe(), Settings(work.backbone.guidance_scale, options.gradient_checkpointing, online)
+    ).cycle.total
+
+
+def _row(
+    work: Workload, taken: dict[str, list[Taken]], name: str, which: str, counted: dict[str, float]
+) -> dict[str, Any]:
+    seconds = timing.spread(timing.of(taken[name], which))
+    pictures = work.train.batch_size * (work.train.fake_score_turns + 1)
+    return {
+        "cycles per second": 1 / seconds["median"],
+        "pictures per second": pictures / seconds["median"],
+        "seconds per cycle": seconds,
+        "seconds per cycle by the wall": timing.spread(timing.of(taken[name], "wall")),
+        "times the published loop": timing.ratios(taken[REFERENCE], taken[name], which),
+        "counted passes": counted[name],
+        "times the published loop, by counted passes alone": counted[REFERENCE] / counted[name],
+    }
+
+
+# ---- where time goes
+
+
+def where_time_goes(work: Workload) -> dict[str, float]:
+    """Shares of our paper-faithful cycle; medians over cycles."""
+    options = work.options(gradient_checkpointing=False)  # or backward would hold forward passes
+    roles, records = work.start(options)
+    found: dict[str, list[float]] = {}
+    with closing(records):
+        next(records)  # warms up
+        for network in (roles.teacher, roles.student, roles.fake_score):
+            network.plain_forward = network.forward
+        for _ in range(SHARE_CYCLES):
+            shares = Shares()
+            for network in (roles.teacher, roles.student, roles.fake_score):
+                network.forward = shares.wrapped("network forward", network.plain_forward)
+            with _charging(shares):
+                whole = timing.seconds(records.__next__).wall
+            spent = {**shares.spent, "everything else": whole - sum(shares.spent.values())}
+            for name, value in spent.items():
+                found.setdefault(name, []).append(value / whole)
+    return {f"share of a cycle: {name}": statistics.median(values) for name, values in found.items()}
+
+
+@contextmanager
+def _charging(shares: Shares) -> Iterator[None]:
+    """Everything that is no network is charged by the functions that do it."""
+    charged = {
+        "backward": [(Accelerator, "backward")],
+        "optimizer": [
+            (torch.nn.utils, "clip_grad_norm_"),
+            (torch.optim.AdamW, "step"),
+            (torch.optim.Optimizer, "zero_grad"),
+        ],
+        "data: caches": [(ShardedTensors, "rows")],
+        "data: noise and levels": [
+            (module, name)
+            for module in (distill, anchors)
+            for name in ("noise_from_seeds", "uniform_from_seeds", "sample_seeds")
+            if hasattr(module, name)
+        ],
+    }
+    with ExitStack() as stack:
+        for name, places in charged.items():
+            for owner, attribute in places:
+                stack.enter_context(replaced(owner, attribute, lambda f, name=name: shares.wrapped(name, f)))
+        yield
+
+
+if __name__ == "__main__":
+    options = workload.parser(__doc__)
+    options.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to time; none of them without a name")
+    options.add_argument("--shared-networks", action="store_true", help="both loops train the same networks")
+    main(options.parse_args())

@@ -1,0 +1,62 @@
+"""The configurations are the real models': their sizes are known."""
+
+import copy
+
+import pytest
+import torch
+from benchmarks.random_teacher import CONFIGS, make_random_teacher
+
+from dpdmd_pipeline.backbones.base import load_backbone
+
+# Parameters of the published weights
+SIZES = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
+
+
+def parameters(name: str) -> int:
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    config = CONFIGS["sd35_medium"][name]
+    with torch.device("meta"):
+        if name == "vae":
+            made = AutoencoderKL(**config)
+        elif name == "text_encoder_3":
+            made = T5EncoderModel(T5Config(**config))
+        else:
+            made = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_part_has_the_parameters_of_the_published_weights(name):
+    assert parameters(name) == SIZES[name]
+
+
+def test_the_transformer_has_the_bytes_of_the_published_file():
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        made = SD3Transformer2DModel(**CONFIGS["sd35_medium"]["transformer"])
+    numbers = sum(tensor.numel() for tensor in made.state_dict().values())
+    assert 2 * numbers == pytest.approx(4.94e9, rel=1e-3)
+
+
+def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
+    config = copy.deepcopy(CONFIGS["sd35_medium"])
+    config["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
+    config["transformer"] |= {"joint_attention_dim": 64, "pooled_projection_dim": 64, "dual_attention_layers": (0,)}
+    config["transformer"] |= {"pos_embed_max_size": 8}
+    config["vae"] |= {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
+    for name in ("text_encoder", "text_encoder_2"):
+        config[name] |= {"hidden_size": 32, "intermediate_size": 32, "projection_dim": 32, "num_hidden_layers": 2}
+        config[name] |= {"num_attention_heads": 2, "vocab_size": 1024}
+    config["text_encoder_3"] |= {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    config["text_encoder_3"] |= {"vocab_size": 64}
+    folder = make_random_teacher(tmp_path / "teacher", config, torch.bfloat16)
+    family = load_backbone(
+        "sd3", folder, resolution=64, max_sequence_length=16, level_range=(0.02, 0.98), dtype=torch.bfloat16
+    )
+    cond, levels = family.encode(["a red circle"]), family.schedule(4)
+    assert cond["prompt_embeds"].shape == (1, 77 + 16, 64) and family.shift == 3.0
+    denoised = family.denoise(family.load_model(), torch.randn(1, *family.latent_shape), levels[0], cond)
+    assert family.decode(denoised).shape == (1, 3, 64, 64)
