@@ -26,6 +26,10 @@ _NOT_COPIED = (
     ".train_state",
 )
 
+# Of the code that runs: read at the start, since others may commit meanwhile
+_HEAD = ["git", "rev-parse", "--short", "HEAD"]
+_COMMIT = subprocess.run(_HEAD, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
 
 def copy_project(folder: str) -> Path:
     """The project without results, where a benchmark cannot replace a user's own."""
@@ -44,10 +48,9 @@ def machine() -> dict[str, object]:
 
 def record(name: str, measured: dict[str, object]) -> None:
     """Print the measurements and keep them in results/<name>.json."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     about = {
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": _COMMIT,
         "machine": machine(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers", "kedro", "dvc")},
