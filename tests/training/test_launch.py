@@ -46,7 +46,7 @@ def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100
     backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
     embeddings = InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
     recipe = Recipe(**{**RECIPE, "batch_size": 4, **changes})
-    roles = make_roles(backbone, recipe, gradient_checkpointing=sharded, sharded=sharded)
+    roles = make_roles(backbone, recipe, gradient_checkpointing=False, sharded=sharded)
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS[:1]}
     asked = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
     draw = OnlineAnchors(asked, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
@@ -260,17 +260,34 @@ def machine(launch, result):
     result.write_text(str(seen))
 
 
-def test_two_machines_meet_and_one_hears_the_result(tmp_path):
+def failing_machine(launch, result):
+    """What a machine's starting process tells of a failure on one of them."""
+    with pytest.raises((ValueError, OSError)) as told:
+        list(launched(fail_on_the_second, "the second's own words", launch))
+    result.write_text(str(told.value))
+
+
+def results_of_two_machines(target, folder):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     launch = Launch(processes=1, machines=2, rendezvous=f"127.0.0.1:{port}", run="test", cuda=False)
     spawn = multiprocessing.get_context("spawn")
-    machines = [spawn.Process(target=machine, args=(launch, tmp_path / str(number))) for number in range(2)]
+    machines = [spawn.Process(target=target, args=(launch, folder / str(number))) for number in range(2)]
     for one in machines:
         one.start()
     for one in machines:
         one.join(300)
-    assert sorted((tmp_path / str(number)).read_text() for number in range(2)) == ["[{'rank': 0}]", "exit 0"]
+    return sorted((folder / str(number)).read_text() for number in range(2))
+
+
+def test_two_machines_meet_and_one_hears_the_result(tmp_path):
+    assert results_of_two_machines(machine, tmp_path) == ["[{'rank': 0}]", "exit 0"]
+
+
+def test_a_machine_is_told_that_another_failed_and_the_other_why(tmp_path):
+    first, second = results_of_two_machines(failing_machine, tmp_path)
+    assert first.startswith("a process on another machine has ended, its own words say why; then run")
+    assert second == "the second's own words"
 
 
 def test_a_rendezvous_without_an_address_is_refused():

@@ -519,10 +519,10 @@ def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
 
 
 def _begin(data: LazyShards, folders: Folders) -> list[str]:
-    """Make the partial folder; returns the names of the missing shards, then of those that are there."""
+    """Make the partial folder; returns the names of the shards that are there, then of the missing ones."""
     recover(folders)
     _prepare(data, folders)
-    return sorted(data.shards, key=lambda name: (folders.partial / f"{name}.safetensors").exists())
+    return sorted(data.shards, key=lambda name: not (folders.partial / f"{name}.safetensors").exists())
 
 
 def _take(records: list[dict[str, Any]], finished: _Finished, folders: Folders, member: Member) -> None:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 _POLL = 0.1  # seconds
 _PATIENCE = timedelta(hours=2)  # in an exchange: all processes wait while one writes a checkpoint
 _MACHINES_PATIENCE = 900  # seconds until all machines must have come together
+_MET = "met"  # a file that says that the processes have come together
 _KILL_PATIENCE = 40  # seconds; the launcher itself waits 30 for processes that it ends
 
 
@@ -112,19 +113,21 @@ def _sum_over_all(number: int) -> int:
 
 
 class _EchoError(ChildProcessError):
-    """Only an echo: what ended the other process tells more."""
+    """What the user of a machine reads that has no failure of its own; the other's tells more."""
+
+
+_ECHO = (
+    "a process on another machine has ended, its own words say why; "
+    "then run the same command on every machine again: finished work is kept"
+)
 
 
 @contextmanager
 def _others_alive() -> Iterator[None]:
-    """Where a machine has no failure of its own, this is what its user reads."""
     try:
         yield
     except RuntimeError as error:  # gloo's: a connection is closed
-        raise _EchoError(
-            "a process on another machine has ended, its own words say why; "
-            "then run the same command on every machine again: finished work is kept"
-        ) from error
+        raise _EchoError(_ECHO) from error
 
 
 Work = Callable[[Any, Member], bool]  # of a job that can be pickled; returns whether it was done to its end
@@ -263,6 +266,8 @@ def _conclude(running: Future, folder: Path, launch: Launch) -> None:
     except ChildFailedError as error:
         raise _first_failure(error, folder, launch) from _RemoteError(_traceback(folder))
     except RendezvousError as error:
+        if (folder / _MET).exists():  # it went with the machine that held it
+            raise _EchoError(_ECHO) from error
         raise ValueError(
             f"{launch.machines} machines did not come together at {launch.rendezvous} ({error}): start the same "
             f"command on every one within {_MACHINES_PATIENCE // 60} minutes, with the same options"
@@ -315,7 +320,9 @@ def _enter(work: Work, job: Any, launch: Launch, folder: Path, parent: int) -> b
     rank = int(os.environ["RANK"])
     with _noted_signals() as noted:
         try:
-            _join(launch)
+            with _ended_with(parent):
+                _join(launch)
+            (folder / _MET).touch()
             member = Member(rank, int(os.environ["WORLD_SIZE"]), folder / "records.jsonl", noted)
             finished = work(job, member)
             member.wait_for_all()
@@ -326,6 +333,23 @@ def _enter(work: Work, job: Any, launch: Launch, folder: Path, parent: int) -> b
     if os.getppid() != parent:  # nobody waits for an answer
         sys.exit(1)
     return finished
+
+
+@contextmanager
+def _ended_with(parent: int) -> Iterator[None]:
+    """End when the parent has: a process that has not met the others would wait for them for hours."""
+    met = Event()
+
+    def watch() -> None:
+        while not met.wait(_POLL):
+            if os.getppid() != parent:
+                os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
 
 
 @contextmanager

@@ -14,17 +14,16 @@ from dpdmd_pipeline.training.launch import launched
 from dpdmd_pipeline.training.recipe import Recipe
 
 RUNS = {"full": {"ema": 0.5}, "lora": {"roles": "lora", "ema": 0.5}}
-SHARDED = {"sharded": {"ema": 0.5}}
 END, MET = 4, 3  # steps: the last, and the one after which the signal comes; a checkpoint is due after every second
 RECIPE = {"max_steps": END, "fake_score_turns": 1}
 HOW = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 
 
-def trained(teacher, folder, runs, micro_batch=4):
+def trained(teacher, folder, micro_batch=4):
     """The steps of several runs that go on together, so that one signal meets them all."""
     started = [
-        records_of(teacher, folder / name, micro_batch, name in SHARDED, 2, **RECIPE, **changes)
-        for name, changes in runs.items()
+        records_of(teacher, folder / name, micro_batch, checkpoint_every=2, **RECIPE, **changes)
+        for name, changes in RUNS.items()
     ]
     try:
         for records in zip(*started, strict=True):
@@ -53,7 +52,7 @@ def train_alone_until_killed(teacher, folder, threads):
     torch.set_num_threads(threads)  # else sums may come in another order
     for how, number in HOW.items():
         with suppress(KeyboardInterrupt):
-            follow(met_by(number, trained(teacher, folder / how, RUNS)), 0, Recipe(**{**WHOLE, **RECIPE}), 100)
+            follow(met_by(number, trained(teacher, folder / how)), 0, Recipe(**{**WHOLE, **RECIPE}), 100)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +62,10 @@ def alone(tiny_teacher, tmp_path_factory):
     given = tiny_teacher, folder, torch.get_num_threads()
     process = multiprocessing.get_context("spawn").Process(target=train_alone_until_killed, args=given)
     process.start()
-    list(trained(tiny_teacher, folder / "whole", RUNS))
+    list(trained(tiny_teacher, folder / "whole"))
     process.join(300)
     assert process.exitcode == -signal.SIGKILL
-    return folder, {how: [record["step"] for record in trained(tiny_teacher, folder / how, RUNS)] for how in HOW}
+    return folder, {how: [record["step"] for record in trained(tiny_teacher, folder / how)] for how in HOW}
 
 
 def test_a_stopped_process_loses_no_step_and_a_killed_one_those_since_its_checkpoint(alone):
@@ -86,18 +85,17 @@ def test_one_process_resumes_bit_for_bit(alone, how, roles):
 def train_until_killed(job, member):
     """As above."""
     teacher, folder = job
-    runs = {**RUNS, **SHARDED}
-    with closing(met_by(HOW["stopped"], trained(teacher, folder / "stopped", runs, 2), member.rank)) as records:
+    with closing(met_by(HOW["stopped"], trained(teacher, folder / "stopped", 2), member.rank)) as records:
         for _ in records:
             if member.asked_to_stop():
                 break
-    list(met_by(HOW["killed"], trained(teacher, folder / "killed", runs, 2), member.rank))
+    list(met_by(HOW["killed"], trained(teacher, folder / "killed", 2), member.rank))
 
 
 def train_to_the_end(job, member):
     teacher, folder = job
     for name in ("stopped", "killed", "whole"):
-        for record in trained(teacher, folder / name, {**RUNS, **SHARDED}, 2):
+        for record in trained(teacher, folder / name, 2):
             member.report({"run": name, "step": record["step"]})
     return True
 
@@ -117,6 +115,6 @@ def test_two_stopped_processes_lose_no_step_and_killed_ones_those_since_their_ch
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("roles", [*RUNS, *SHARDED])
+@pytest.mark.parametrize("roles", RUNS)
 def test_two_processes_resume_to_the_student_of_an_uninterrupted_run(together, how, roles):
     assert distance(together[0] / how / roles, together[0] / "whole" / roles) <= 1e-6

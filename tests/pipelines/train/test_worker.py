@@ -10,12 +10,11 @@ from dpdmd_pipeline.pipelines.train.nodes import train_student
 ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
-def test_a_student_of_two_processes_is_written_as_one_of_a_single_process_and_reused_by_it(
-    tiny_teacher, embeddings, anchors, tmp_path, caplog, sharding
+def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_a_single_process_and_reused_by_it(
+    tiny_teacher, embeddings, anchors, tmp_path, caplog
 ):
     given = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
-    write, history = train_student(*given, train_options(launch={**SHARED, "sharding": sharding}))
+    write, history = train_student(*given, train_options(launch={**SHARED, "sharding": "fsdp2"}))
     (tmp_path / "student").mkdir()
     write(tmp_path / "student")
     assert load_header(tmp_path / "student").sigmas == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -45,6 +44,12 @@ def test_processes_that_cannot_share_a_batch_or_meet_are_refused(launch, message
 @pytest.mark.parametrize(
     "changes, message",
     [
+        (
+            {"weighting": "balanced"},
+            "weighting=balanced does not go with launch.sharding=fsdp2: set weighting=fixed, or",
+        ),
+        ({"compile": "blocks"}, "compile=blocks does not go with launch.sharding=fsdp2: set compile=none, or"),
+        ({"channels_last": True}, "channels_last=True does not go with launch.sharding=fsdp2"),
         ({"roles": "lora"}, "roles=lora cannot be sharded, its adapters are small: set launch.sharding=none"),
         (
             {"fake_score": {**OPTIMIZER, "kind": "adamw_8bit"}},
