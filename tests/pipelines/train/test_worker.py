@@ -46,7 +46,7 @@ def test_processes_that_cannot_share_a_batch_or_meet_are_refused(launch, message
     [
         (
             {"weighting": "balanced"},
-            "weighting=balanced does not go with launch.sharding=fsdp2: set weighting=fixed, or",
+            "weighting=balanced does not go with launch.sharding=fsdp2: set weighting=fixed",
         ),
         ({"compile": "blocks"}, "compile=blocks does not go with launch.sharding=fsdp2: set compile=none, or"),
         ({"channels_last": True}, "channels_last=True does not go with launch.sharding=fsdp2"),
