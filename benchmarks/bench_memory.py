@@ -160,7 +160,7 @@ def ours(work: Workload, options: TrainOptions) -> dict[str, float]:
 def published(work: Workload, options: TrainOptions) -> dict[str, float]:
     """The published loop, which keeps text encoders and autoencoder."""
     family = work.backbone.load(work.teacher, options.device)
-    roles = make_roles(family, options.recipe(), gradient_checkpointing=options.gradient_checkpointing)
+    roles = make_roles(family, options.recipe(), gradient_checkpointing=options.gradient_checkpointing, sharded=False)
     loop = work.reference(options, roles)
 
     def parts() -> list[nn.Module]:

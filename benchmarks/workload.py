@@ -116,7 +116,9 @@ class Workload:
             pictures_every: student turns; the published code writes pictures in every one.
         """
         family = self.backbone.load(self.teacher, options.device)
-        roles = roles or make_roles(family, options.recipe(), gradient_checkpointing=options.gradient_checkpointing)
+        roles = roles or make_roles(
+            family, options.recipe(), gradient_checkpointing=options.gradient_checkpointing, sharded=False
+        )
         pictures = self.folder / "pictures"
         pictures.mkdir(exist_ok=True)
         settings = PublishedSettings(

@@ -27,7 +27,7 @@ AS_PUBLISHED = {"grid": "diffusers", "max_steps": CYCLES, "decay": 0.0, "diversi
 
 @pytest.fixture
 def published(backbone, tmp_path):  # noqa: F811
-    roles = make_roles(backbone, Recipe(**{**RECIPE, **AS_PUBLISHED}), gradient_checkpointing=False)
+    roles = make_roles(backbone, Recipe(**{**RECIPE, **AS_PUBLISHED}), gradient_checkpointing=False, sharded=False)
     settings = PublishedSettings(
         prompts=PROMPTS,
         batch_size=RECIPE["batch_size"],
