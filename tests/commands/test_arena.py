@@ -184,7 +184,7 @@ def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(lau
         browser.press("ArrowLeft")
     assert len(set(orders)) > 3
     browser.look("savenow.click()")
-    browser.wait_for(lambda: list((tmp_path / "saved").glob("*.json")))
+    browser.wait_for(lambda: any(path.stat().st_size for path in (tmp_path / "saved").glob("*.json")))
     assert (
         json.loads(next((tmp_path / "saved").glob("*.json")).read_text())["answers"]
         == browser.look("results()")["answers"]
