@@ -59,6 +59,14 @@ TRAIN = {
     "checkpoint_every": 1,
     "ratio_every": 2,
     "log_every": 1,
+    "watch": {
+        "every": 0,
+        "prompts": 2,
+        "images_per_prompt": 2,
+        "level": 0.4,
+        "keep": "last",
+        "diversity_floor": 0.95,
+    },
 }
 EVALUATE = {
     "judge": "shapes",

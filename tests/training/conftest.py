@@ -47,7 +47,16 @@ RECIPE = {
     "fake_rollout": "fresh",
     "student": OPTIMIZER,
     "fake_score": OPTIMIZER,
+    "watch": {
+        "every": 0,
+        "prompts": 2,
+        "images_per_prompt": 2,
+        "level": 0.4,
+        "keep": "last",
+        "diversity_floor": 0.9,
+    },
 }
+WATCHED = {"watch": {**RECIPE["watch"], "every": 2}}
 EXECUTION = {
     "checkpoint_every": 2,
     "fetch_every": 1,
@@ -108,7 +117,8 @@ def start(backbone, embeddings, ask_teacher):
         recipe = Recipe(**{**RECIPE, **changes})
         anchored = recipe.anchored_steps
         draw = OnlineAnchors(ask_teacher, [0, 1, 2], seed=recipe.seed, anchored_steps=anchored)
-        lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], GUIDANCE)
+        levels = backbone.schedule(NUM_STEPS)
+        lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], levels, GUIDANCE)
         roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing, sharded=False)
         kept, carried_out = Checkpoints(folder), Execution(**{**EXECUTION, **(execution or {})})
         return roles, distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), carried_out)

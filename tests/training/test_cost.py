@@ -3,7 +3,7 @@
 from dataclasses import astuple
 
 import pytest
-from tests.training.conftest import ANCHOR_STEPS, DMD, GUIDANCE, RECIPE
+from tests.training.conftest import ANCHOR_STEPS, DMD, GUIDANCE, NUM_STEPS, RECIPE, WATCHED
 
 from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 from dpdmd_pipeline.training.cost import (
@@ -14,6 +14,7 @@ from dpdmd_pipeline.training.cost import (
     fake_score_turn,
     graded_steps,
     student_turn,
+    watch_cost,
 )
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import AdapterView
@@ -39,6 +40,10 @@ VARIANTS = {
     "balanced": {"weighting": "balanced"},
     "balanced_through_the_first_step": {"weighting": "balanced", "stop_gradient": False},
     "guided_in_an_interval": {"guidance_interval": [0.3, 0.7]},
+    "watched": WATCHED,
+    "watched_every_turn": {"watch": {**WATCHED["watch"], "every": 1, "images_per_prompt": 3}},
+    "best_of_the_watched": {"watch": {**WATCHED["watch"], "keep": "best"}, "guidance_interval": [0.3, 0.7]},
+    "lora_watched": {**WATCHED, "roles": "lora"},
     "lora": {"roles": "lora"},
     "lora_random_step": {"roles": "lora", "graded_steps": "random", "fake_rollout": "shared"},
 }
@@ -91,7 +96,7 @@ def expected(recipe: Recipe, settings: Settings, measured: int, cycles: int) -> 
     total = cost.warmup + cycles * cost.fake_score_turns + measured * cost.ratio
     for step in drawn:
         total += student_turn(recipe, settings, step)
-    return recipe.batch_size * total
+    return recipe.batch_size * total + watch_cost(recipe, settings)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "repeated"])
@@ -101,7 +106,7 @@ def test_passes_of_a_run_are_exactly_those_counted(start, count, tmp_path, varia
     roles, records = start(tmp_path, {"ratio_every": 2}, checkpointing, **changes)
     counted = count(roles)
     list(records)
-    settings = Settings(GUIDANCE, checkpointing, ANCHOR_STEPS, with_denoised=True)
+    settings = Settings(GUIDANCE, checkpointing, ANCHOR_STEPS, with_denoised=True, teacher_steps=NUM_STEPS)
     asked = expected(Recipe(**{**RECIPE, **changes}), settings, measured=1, cycles=2)
     assert astuple(counted.passes) == astuple(asked)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.training.conftest import DMD, RECIPE
+from tests.training.conftest import DMD, RECIPE, WATCHED
 
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 
@@ -116,6 +116,8 @@ VARIANTS = {
     "warmed_up": {"fake_score_warmup": 3, "warmup": 2},
     "balanced": {"weighting": "balanced", "balance_ema": 0.9},
     "guided_in_an_interval": {"guidance_interval": [0.3, 0.7]},
+    "watched": WATCHED,
+    "best_turn": {"watch": {**WATCHED["watch"], "every": 1, "keep": "best"}},
 }
 
 

@@ -9,21 +9,23 @@ import signal
 import socket
 import time
 from contextlib import closing
-from functools import cache
 
 import pytest
 
 from dpdmd_pipeline.training.launch import Launch, _join, launched
 
 TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
+BEST = {"every": 1, "prompts": 2, "images_per_prompt": 2, "level": 0.4, "keep": "best", "diversity_floor": 0.9}
 RUNS = {
     "full": {"max_steps": 20, "fake_score_turns": 1},
     "lora": {"max_steps": 3, "roles": "lora"},
     "balanced": {"max_steps": 2, "weighting": "balanced", "balance_every": 1},
     "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
+    "best_turn": {"max_steps": 2, "watch": BEST},
     "broken_off": {"max_steps": 4},
     "sharded": {"max_steps": 20, "fake_score_turns": 1},
     "sharded_in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
+    "sharded_best_turn": {"max_steps": 2, "watch": BEST},
     "sharded_broken_off": {"max_steps": 4, "ema": 0.5},
     "sharded_taken_up": {"max_steps": 4, "ema": 0.5},  # two steps of one process come before
 }
@@ -50,7 +52,8 @@ def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS[:1]}
     asked = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
     draw = OnlineAnchors(asked, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
-    lessons = Lessons(embeddings, [0, 1, 2], draw, asked.anchor_levels[:1], GUIDANCE)
+    levels = asked.anchor_levels[:1], backbone.schedule(NUM_STEPS)
+    lessons = Lessons(embeddings, [0, 1, 2], draw, *levels, GUIDANCE)
     sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch}
     kept = Checkpoints(folder)
     execution = Execution(**{**EXECUTION, **sizes, "checkpoint_every": checkpoint_every})
@@ -107,11 +110,14 @@ def shared(tiny_teacher, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tiny_teacher, tmp_path_factory):
     """Folder and records of a run in this process; one for each recipe."""
+    known = {}
 
-    @cache
     def run(**changes):
-        folder = tmp_path_factory.mktemp("alone")
-        return folder, list(records_of(tiny_teacher, folder, 4, **changes))
+        recipe = json.dumps(changes)
+        if recipe not in known:
+            folder = tmp_path_factory.mktemp("alone")
+            known[recipe] = folder, list(records_of(tiny_teacher, folder, 4, **changes))
+        return known[recipe]
 
     return run
 

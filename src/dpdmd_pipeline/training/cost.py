@@ -52,12 +52,14 @@ class Settings:
         gradient_checkpointing: of the trained networks.
         online_anchors: teacher steps K of the anchors that are computed in each student turn; empty: from a cache.
         with_denoised: whether the teacher's x0 at each of these is computed, too.
+        teacher_steps: of the teacher's own sampling.
     """
 
     guidance_scale: float
     gradient_checkpointing: bool
     online_anchors: Sequence[int] = ()
     with_denoised: bool = False
+    teacher_steps: int = 0
 
     def graded(self, forward: float, backward: float) -> Passes:
         """Each backward pass repeats its forward pass, where it was not kept."""
@@ -159,6 +161,16 @@ def cycle_cost(recipe: Recipe, settings: Settings) -> CycleCost:
     )
 
 
+def watch_cost(recipe: Recipe, settings: Settings) -> Passes:
+    """All passes of a run's measurements: of the teacher's pictures once, of the student's at each watched turn."""
+    watch, calls = recipe.watch, calls_of(settings.guidance_scale)
+    if not watch.every:
+        return Passes()
+    pictures, turns = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
+    once, each = calls * (settings.teacher_steps + 1), recipe.num_steps + calls
+    return Passes(pictures * (once + turns * each))
+
+
 def describe_cost(recipe: Recipe, settings: Settings, forward_flops: float | None = None) -> list[str]:
     """Lines for the log before a run.
 
@@ -168,12 +180,12 @@ def describe_cost(recipe: Recipe, settings: Settings, forward_flops: float | Non
     cost = cycle_cost(recipe, settings)
     name = "DP-DMD" if recipe.anchored_steps else "DMD"
     samples = recipe.batch_size
-    run = recipe.max_steps * cost.cycle.total + cost.warmup.total
+    run = samples * (recipe.max_steps * cost.cycle.total + cost.warmup.total) + watch_cost(recipe, settings).total
     lines = [
         f"{name}: {cost.cycle.total:g} forwards per sample and cycle: student turn {cost.student_turn.total:g}, "
         f"{recipe.fake_score_turns} turns of the fake score {cost.fake_score_turns.total:g}",
-        f"{name}: {run * samples:,.0f} forwards in {recipe.max_steps} cycles of {samples} samples",
+        f"{name}: {run:,.0f} forwards in {recipe.max_steps} cycles of {samples} samples",
     ]
     if forward_flops is not None:
-        lines[1] += f", {run * samples * forward_flops / 1e15:,.3g} PFLOP at {forward_flops / 1e12:.3g} TFLOP each"
+        lines[1] += f", {run * forward_flops / 1e15:,.3g} PFLOP at {forward_flops / 1e12:.3g} TFLOP each"
     return lines

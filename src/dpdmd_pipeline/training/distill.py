@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch, conditioned, guided
 from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, follow_anchors, match_teacher, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel
-from dpdmd_pipeline.dpdmd.sampling import Denoise, Fresh, noise_from_seeds, sample_seeds, uniform_from_seeds
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise
+from dpdmd_pipeline.dpdmd.sampling import Denoise, Fresh, noise_from_seeds, rollout, sample_seeds, uniform_from_seeds
 from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
 from dpdmd_pipeline.training.balance import Balance
 from dpdmd_pipeline.training.checkpoint import Checkpoints
@@ -33,6 +33,7 @@ from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, load_whole_state, unsynced, whole, whole_state
 from dpdmd_pipeline.training.speed import Compile, onto, speed_up
+from dpdmd_pipeline.training.watch import Watch, kept_weights
 
 Record = dict[str, float]
 
@@ -48,6 +49,7 @@ class Lessons:
         prompts: rows that are trained on.
         draw_anchors: the student turn's samples at a step.
         anchor_levels: scalar level of each anchor.
+        teacher_levels: of the teacher's own sampling, [steps + 1].
         guidance_scale: of the teacher.
     """
 
@@ -55,6 +57,7 @@ class Lessons:
     prompts: Sequence[int]
     draw_anchors: DrawAnchors
     anchor_levels: Sequence[NoiseLevel]
+    teacher_levels: NoiseLevel
     guidance_scale: float
 
 
@@ -97,7 +100,8 @@ def distill(
 
     Args:
         backbone: the family of the three networks.
-        roles: trained in place; at the end the student holds its averaged weights, where the recipe averages.
+        roles: trained in place; at the end the student holds its averaged weights, or its best turn's, where the recipe
+            says so.
         lessons: prompts and anchors.
         recipe: every number that changes the result.
         checkpoints: written to as the run goes.
@@ -163,18 +167,22 @@ class _Run:
         )
         self.balance = Balance(recipe, accelerator.device) if recipe.weighting == "balanced" else None
         self.ema = _average(roles.student, recipe.ema) if recipe.ema else None
+        part = execution.student_micro_batch
+        self.watch = Watch(recipe, lessons.prompts, part) if recipe.watch.every else None
+        self.best = kept_weights(trainable(roles.student)) if recipe.watch.keep == "best" else None
         self.uncond = self._cond([len(lessons.embeddings) - 1])
         self.history: list[Record] = []
 
     # ---- checkpoints
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Write the state after `step` steps; the last one puts the averaged weights into the student first."""
+        """Write the state after `step` steps; the last one puts the averaged or the best weights into the student."""
         finished = step == self.recipe.max_steps
-        if finished and self.ema is not None:
+        chosen = self.best if self.ema is None else self.ema.module
+        if finished and chosen is not None:
             with torch.no_grad():
-                for kept, averaged in zip(trainable(self.student), self.ema.module, strict=True):
-                    kept.copy_(averaged)
+                for weight, kept in zip(trainable(self.student), chosen, strict=True):
+                    weight.copy_(kept)
         state = self._state(finished)  # of all processes, where each holds a shard
         if self.accelerator.is_main_process:
             checkpoints.save(step, state, finished=finished)
@@ -187,7 +195,8 @@ class _Run:
         return {"history": self.history, **whole_state(states, kept=self.accelerator.is_main_process)}
 
     def _stateful(self) -> dict[str, Any]:
-        names = ("student", "fake_score", "student_optimizer", "fake_score_optimizer", "ema", "balance")
+        networks = ("student", "fake_score", "student_optimizer", "fake_score_optimizer")
+        names = (*networks, "ema", "balance", "watch", "best")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _plain(self, thing: Any) -> Any:
@@ -216,6 +225,8 @@ class _Run:
         losses, norms = zip(*fake, strict=True)
         means = {"fake_score_loss": torch.stack(losses).mean(), "fake_score_grad_norm": torch.stack(norms).mean()}
         values, prompts = self._student_turn(step)
+        if self.watch is not None and self.watch.due(step):
+            values |= self._watched(step)
         return _Step(step + 1, {**means, **values}, prompts)
 
     def fetch(self, steps: list[_Step]) -> list[Record]:
@@ -351,6 +362,45 @@ class _Run:
             interval=self.recipe.guidance_interval,
             batch=self.execution.guidance_batch,
         )
+
+    def _watched(self, step: int) -> dict[str, Tensor]:
+        """What the student draws now, and what the teacher draws, which is measured once; every process draws all."""
+        if not self.watch.of_teacher:
+            measured = self.watch.measure(self._watched_teacher, self._corrected)
+            self.watch.of_teacher = {name: self._mean(value).item() for name, value in measured.items()}
+        found = self.watch.measure(self._watched_student, self._corrected)
+        if self.best is not None:
+            diversity, correction = (self._mean(value).item() for value in found.values())
+            if self.watch.is_best(step, diversity, correction):
+                self.best = kept_weights(trainable(self.student))
+            found["best_step"] = self._scalar(self.watch.best_step)
+        return {**found, **{f"{name}_teacher": self._scalar(value) for name, value in self.watch.of_teacher.items()}}
+
+    def _watched_student(self, rows: Sequence[int], places: range) -> Tensor:
+        draw = partial(self._seeds, "watch", 0, places)
+        student = conditioned(self.backbone, self.student, self._cond(rows))
+        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw))
+
+    def _watched_teacher(self, rows: Sequence[int], places: range) -> Tensor:
+        noise = self._noise(self._seeds("watch", 0, places, "noise"))
+        return rollout(self._guided_everywhere(rows), noise, self.lessons.teacher_levels)
+
+    def _corrected(self, rows: Sequence[int], places: range, latents: Tensor) -> Tensor:
+        level = self.backbone.random_level(torch.full((len(rows),), self.recipe.watch.level))
+        noise = self._noise(self._seeds("watch", 0, places, "renoise"))
+        return self._guided_everywhere(rows)(add_noise(latents, noise, level), level)
+
+    def _guided_everywhere(self, rows: Sequence[int]) -> Denoise:
+        """The teacher as it samples, whatever L_DMD's guidance interval."""
+        scale, batch = self.lessons.guidance_scale, self.execution.guidance_batch
+        return guided(self.backbone, self.teacher, self._cond(rows), self.uncond, scale, batch=batch)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the processes, which must choose alike though their roundings may differ."""
+        return self.accelerator.reduce(value, reduction="mean")
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(value, device=self.accelerator.device)
 
     @property
     def _diversity_weight(self) -> float | Tensor:

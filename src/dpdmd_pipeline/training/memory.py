@@ -6,7 +6,7 @@ One process holds, in bytes:
     gradients     of the network being trained; twice where the two losses' gradients are compared (train.ratio_every),
                   three times where L_div's are held apart (train.weighting=balanced)
     optimizer     two moments of every trained weight, and a counter
-    average       a copy of the student's trained weights, where train.ema asks for one
+    average       a copy of the student's trained weights, where train.ema or train.watch.keep=best asks for one
     activations   passes * kept + max(calls * block, casts), at least what AdamW needs to compute with
     reserved      RESERVED
 
@@ -143,7 +143,7 @@ class MemoryModel:
             weights=weights - sum(whole) + student + fake_score,
             gradients=max(measured * student + waiting[0], fake_score + waiting[1]),
             optimizer=-(-moments // execution.shards),
-            average=student if recipe.ema else 0,
+            average=student if recipe.ema or recipe.watch.keep == "best" else 0,
             activations=max(self._activations(recipe, execution), student, fake_score),
         )
 

@@ -94,6 +94,25 @@ class LoraRecipe(BaseModel):
     targets: list[str] = Field(min_length=1)  # endings of the names of the layers that are adapted
 
 
+class WatchRecipe(BaseModel):
+    """What is measured of the student while it learns, and which of its turns is kept; see `training.watch`."""
+
+    model_config = STRICT
+
+    every: NonNegativeInt  # student turns between measurements; 0: none at all
+    prompts: PositiveInt  # of those that are trained on
+    images_per_prompt: Annotated[int, Field(ge=2)]
+    level: Share  # how far up the noise levels of training the teacher corrects; 0 the lowest, 1 the highest
+    keep: Literal["last", "best"]  # the student after the last turn, or after the best of those measured
+    diversity_floor: Share  # share of the teacher's latent diversity that a turn must have to be the best
+
+    @model_validator(mode="after")
+    def _measures_what_it_keeps(self) -> Self:
+        if self.keep == "best" and not self.every:
+            raise ValueError("keep=best needs measurements: set every, the student turns between them")
+        return self
+
+
 class Recipe(BaseModel):
     """One distilled student. Vanilla DMD is the recipe without anchored steps and without stop-gradient."""
 
@@ -129,6 +148,7 @@ class Recipe(BaseModel):
     fake_rollout: Literal["fresh", "shared"]  # the student's pictures: drawn for each of these turns, or once for all
     student: OptimizerRecipe
     fake_score: OptimizerRecipe
+    watch: WatchRecipe
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -148,6 +168,8 @@ class Recipe(BaseModel):
                 f"graded_steps={self.graded_steps} sends no gradient into the anchored steps: "
                 "set stop_gradient=true with it"
             )
+        if self.watch.keep == "best" and self.ema:
+            raise ValueError(f"watch.keep=best keeps one turn's weights, ema={self.ema} averages many: set ema=0.0")
         if isinstance(self.grid, list):
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} levels, num_steps={self.num_steps} needs as many")

@@ -89,6 +89,8 @@ def made_history(anchored, steps=120):
         | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
         for step in range(1, steps + 1)
     ]
+    watched = {"latent_diversity": 1.0, "correction": 0.1, "latent_diversity_teacher": 1.2, "correction_teacher": 0.05}
+    rows = [row | watched if row["step"] % 25 == 0 else row for row in rows]
     return [
         {**row, "grad_ratio": 2.0, "diversity_weight": 0.5} if anchored and row["step"] % 10 == 0 else row
         for row in rows

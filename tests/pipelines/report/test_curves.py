@@ -2,7 +2,7 @@
 
 from tests.pipelines.report.conftest import made_history
 
-from dpdmd_pipeline.pipelines.report.curves import CURVES, make_curve
+from dpdmd_pipeline.pipelines.report.curves import CURVES, make_curve, make_curves
 
 
 def test_a_curve_stays_in_its_frame_and_within_its_points():
@@ -20,3 +20,13 @@ def test_a_curve_without_positive_values_is_left_out():
     assert make_curve("grad_ratio", {"dmd": made_history(0.0)}, 50) is None
     runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
     assert list(make_curve("diversity_loss", runs, 50)["lines"]) == ["dp_dmd"]
+
+
+def test_what_was_measured_of_the_teacher_is_a_line_of_its_own():
+    curves = {
+        curve["title"]: curve for curve in make_curves({"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}, 50)
+    }
+    for title in ("Diversity while training", "Quality while training"):
+        heights = {pair.split(",")[1] for pair in curves[title]["lines"]["teacher"].split()}
+        assert len(heights) == 1 and heights != {pair.split(",")[1] for pair in curves[title]["lines"]["dmd"].split()}
+    assert "teacher" not in curves["DMD loss"]["lines"]

@@ -32,6 +32,18 @@ def test_every_run_is_trained_once_per_seed_and_finished_ones_are_kept(study, tm
     assert study(options(dp_dmd={})) == first and {path.name for path in tmp_path.iterdir()} == states
 
 
+def test_a_run_may_have_fewer_seeds_and_the_table_tells_how_many(study):
+    found = study(options(dp_dmd={"seeds": [1]}))
+    assert [(row["run"], row["seed"]) for row in found["rows"]] == [("dmd", 0), ("dmd", 1), ("dp_dmd", 1)]
+    table = write_study(found)
+    assert "| dp_dmd |  | 1 |" in table and "| 2 |" in table
+
+
+def test_seeds_that_the_baseline_lacks_are_refused():
+    with pytest.raises(ValueError, match=r"runs.dp_dmd.seeds has \[7\], which the baseline dmd is not trained with"):
+        options(dp_dmd={"seeds": [1, 7]})
+
+
 def test_a_run_may_have_anchors_of_its_own_and_its_teacher_is_asked_online(study):
     same = study(options(dp_dmd={}, same={"anchors": {"anchor_levels": [{"steps": 2}]}}, later=later()))
     losses = {row["run"]: row["last"]["diversity_loss"] for row in same["rows"] if row["seed"] == 0}

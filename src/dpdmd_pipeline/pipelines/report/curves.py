@@ -9,6 +9,11 @@ CURVES = {
     "diversity_loss": ("Diversity loss", "Distance of DP-DMD's anchored steps from the teacher's; DMD has none."),
     "fake_score_loss": ("Fake-score loss", "How well the second network follows the changing student."),
     "diversity_weight": ("Weight of the diversity loss", "Where it is set anew as training goes, by the gradients."),
+    "latent_diversity": (
+        "Diversity while training",
+        "Distance between one prompt's latents; it falls as variety is lost.",
+    ),
+    "correction": ("Quality while training", "What the teacher changes of a latent under noise; less is better."),
     "grad_ratio": ("Gradient ratio", "Weighted diversity gradient over DMD gradient; near 1 they are in balance."),
 }
 PLOT = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in a picture of 360 x 196
@@ -16,6 +21,7 @@ PLOT = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in a picture of 3
 
 def make_curves(runs: Mapping[str, list[dict]], num_points: int) -> list[dict[str, Any]]:
     """A panel per entry of CURVES that has something to draw."""
+    runs = {**runs, "teacher": _of_teacher(runs)}
     return [curve for key in CURVES if (curve := make_curve(key, runs, num_points))]
 
 
@@ -45,6 +51,13 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
         "ticks": [(y(tick), f"{tick:g}") for tick in _labelled(ticks)],
         "lines": {name: " ".join(f"{x(s)},{y(v)}" for s, v in points) for name, points in averaged.items()},
     }
+
+
+def _of_teacher(runs: Mapping[str, list[dict]]) -> list[dict]:
+    """Rows of what was measured of the teacher beside the students, under the students' names of it."""
+    rows = [row for rows in runs.values() for row in rows if any(name.endswith("_teacher") for name in row)]
+    measured = [{name: row[f"{name}_teacher"] for name in CURVES if f"{name}_teacher" in row} for row in rows]
+    return [{"step": row["step"], **of_row} for row, of_row in zip(rows, measured, strict=True)]
 
 
 def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[float, float]]:

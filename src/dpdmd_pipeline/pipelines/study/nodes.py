@@ -67,6 +67,8 @@ def run_study(
     found = []
     for seed in options.seeds:
         for name, run in runs.items():
+            if seed not in options.seeds_of(name):
+                continue
             log.info("study: %s, seed %d", name, seed)
             seeded = run.train.model_copy(update={"seed": seed})
             write, history = train_student(
@@ -75,7 +77,7 @@ def run_study(
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
                 found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
-    changes = {name: run.model_dump(exclude_defaults=True) for name, run in options.kept.items()}
+    changes = {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()}
     return {"baseline": options.baseline, "runs": changes, "teacher": judged(None), "rows": found}
 
 
@@ -160,17 +162,18 @@ def write_study(study: dict[str, Any]) -> str:
     """The study as a Markdown table: mean and standard deviation over the seeds."""
     digits = {"aligned": 3, "effective_modes": 1, "coverage": 3, "pairwise_distance": 3, "gap_recovered": 2}
     lines = [
-        "| run | changes | " + " | ".join(name.replace("_", " ") for name in digits) + " |",
-        "|---" * (len(digits) + 2) + "|",
+        "| run | changes | seeds | " + " | ".join(name.replace("_", " ") for name in digits) + " |",
+        "|---" * (len(digits) + 3) + "|",
     ]
     teacher = [f"{study['teacher'][SHOWN[name]][name]['value']:.{digits[name]}f}" for name in SHOWN]
-    lines.append("| teacher | | " + " | ".join([*teacher, ""]) + " |")
+    lines.append("| teacher | | | " + " | ".join([*teacher, ""]) + " |")
     for run, values in summarise(study).items():
         changes = ", ".join(_described(study["runs"][run]))
         cells = [_spread(values[name], places) for name, places in digits.items()]
-        lines.append(f"| {run} | {changes} | " + " | ".join(cells) + " |")
+        lines.append(f"| {run} | {changes} | {len(values['aligned'])} | " + " | ".join(cells) + " |")
     seeds = sorted({row["seed"] for row in study["rows"]})
-    return "\n".join([*lines, "", f"Mean ± standard deviation over the training seeds {seeds}.", ""])
+    spread = f"Mean ± standard deviation over the training seeds {seeds}; a row of fewer has the first of them."
+    return "\n".join([*lines, "", spread, ""])
 
 
 def _described(changes: dict[str, dict[str, Any]]) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
+Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+
 
 class RunOptions(BaseModel):
     """One recipe, as what it changes.
@@ -13,26 +15,28 @@ class RunOptions(BaseModel):
     Attributes:
         train: of the group `train`.
         anchors: of the group `anchors`; the cache has others, so such a run asks the teacher in each student turn.
+        seeds: of this run alone; None takes the study's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: dict[str, Any] = {}
     anchors: dict[str, Any] = {}
+    seeds: Seeds | None = None
 
 
 class StudyOptions(BaseModel):
     """Which recipes are compared.
 
     Attributes:
-        seeds: every recipe is trained once per seed.
+        seeds: every recipe is trained once per seed, unless it has seeds of its own, which are among these.
         baseline: the run whose lost diversity is the gap.
         runs: name of a recipe to what it changes; null leaves out a run of conf/base.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    seeds: Seeds
     baseline: str
     runs: dict[str, RunOptions | None]
 
@@ -41,8 +45,23 @@ class StudyOptions(BaseModel):
         """The runs that are not left out."""
         return {name: run for name, run in self.runs.items() if run is not None}
 
+    def seeds_of(self, name: str) -> list[int]:
+        """The training seeds of a run."""
+        own = self.kept[name].seeds
+        return self.seeds if own is None else own
+
     @model_validator(mode="after")
     def _has_its_baseline(self) -> Self:
         if self.baseline not in self.kept:
             raise ValueError(f"baseline={self.baseline} is none of the runs {', '.join(self.kept)}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_baseline_at_every_seed(self) -> Self:
+        """A share of the gap is of one seed's own gap."""
+        for name in self.kept:
+            if missing := sorted(set(self.seeds_of(name)) - set(self.seeds_of(self.baseline))):
+                raise ValueError(
+                    f"runs.{name}.seeds has {missing}, which the baseline {self.baseline} is not trained with"
+                )
         return self

@@ -27,6 +27,7 @@ CODE = (
     "training/optimizer.py",
     "training/roles.py",
     "training/speed.py",
+    "training/watch.py",
 )
 
 
@@ -109,6 +110,7 @@ def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: 
     """Everything that decides a student: recipe, teacher's settings, anchors, training prompts and code."""
     unread = {"lora"} if recipe.roles == "full" else set()
     unread |= {"balance_every", "balance_ema"} if recipe.weighting == "fixed" else set()
+    unread |= {"watch"} if recipe.watch.keep == "last" else set()
     parts = (
         recipe.model_dump(mode="json", exclude=unread),
         backbone.model_dump(mode="json"),
@@ -172,6 +174,7 @@ def start(
         prompts=rows,
         draw_anchors=_draw_anchors(rows, embeddings, anchors, model, roles.teacher, backbone, options),
         anchor_levels=[levels[steps] for steps in anchors.manifest["anchor_steps"][: options.anchored_steps]],
+        teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
     )
     execution = Execution(**options.model_dump(include={field.name for field in fields(Execution)}))
@@ -207,21 +210,26 @@ def _draw_anchors(
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
-    """Losses and gradient norms of both students over their steps."""
+    """Losses, gradient norms and what was watched of both students over their steps; dashed: the teacher."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     panels = {
         "dmd_loss": "DMD loss",
         "diversity_loss": "diversity loss",
         "fake_score_loss": "fake-score loss",
         "grad_ratio": "weighted gradient ratio, diversity / DMD",
+        "latent_diversity": "diversity: distance of a prompt's latents",
+        "correction": "quality: the teacher's correction, less is better",
     }
-    for axis, (key, title) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for name, rows in {"DMD": history_dmd, "DP-DMD": history}.items():
+    runs = {"DMD": history_dmd, "DP-DMD": history}
+    for axis, (key, title) in zip(figure.subplots(3, 2).flat, panels.items(), strict=True):
+        for name, rows in runs.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key)]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name)
-        axis.set(title=title, xlabel="student turns", yscale="log")
+        if teacher := [row[f"{key}_teacher"] for row in history if f"{key}_teacher" in row]:
+            axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
+        axis.set(title=title, xlabel="student turns", yscale="linear" if teacher else "log")
         axis.legend()
     return figure

@@ -187,6 +187,7 @@ def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> lis
         gradient_checkpointing=options.gradient_checkpointing,
         online_anchors=[step for step in steps if step] if online and known else (),
         with_denoised=plan.anchors.with_denoised,
+        teacher_steps=plan.backbone.num_steps,
     )
     flops = estimates.forward_flops(options.recipe()) if estimates else None
     lines = describe_cost(options, settings, flops)
