@@ -12,7 +12,7 @@ import argparse
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "the teacher's two passes apart": {"guidance_batch": "apart"},
 }
 SHARE_CYCLES = 6
+OPTIMIZER = [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.Optimizer, "zero_grad")]
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -147,44 +148,69 @@ def _row(
 
 
 def where_time_goes(work: Workload) -> dict[str, float]:
-    """Shares of our paper-faithful cycle; medians over cycles."""
-    options = work.options(gradient_checkpointing=False)  # or backward would hold forward passes
-    roles, records = work.start(options)
-    found: dict[str, list[float]] = {}
+    """Shares of a cycle of ours, paper-faithful and with both fast options, and of the published loop's."""
+    fast = {"graded_steps": "random", "fake_rollout": "shared"}
+    found = {
+        "share of a cycle": _our_shares(work, {}),
+        "share of a fast cycle": _our_shares(work, fast),
+        "share of the published cycle": _published_shares(work),
+    }
+    return {f"{whose}: {name}": share for whose, shares in found.items() for name, share in shares.items()}
+
+
+def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
+    # without checkpointing, or backward would hold forward passes
+    roles, records = work.start(work.options(gradient_checkpointing=False, **changes))
+    data = [(ShardedTensors, "rows")]
+    draws = [
+        (module, name)
+        for module in (distill, anchors)
+        for name in ("noise_from_seeds", "uniform_from_seeds", "sample_seeds")
+        if hasattr(module, name)
+    ]
+    charged = {
+        "backward": [(Accelerator, "backward")],
+        "optimizer": OPTIMIZER,
+        "data: caches": data,
+        "data: noise and levels": draws,
+    }
     with closing(records):
-        next(records)  # warms up
-        for network in (roles.teacher, roles.student, roles.fake_score):
-            network.plain_forward = network.forward
-        for _ in range(SHARE_CYCLES):
-            shares = Shares()
-            for network in (roles.teacher, roles.student, roles.fake_score):
-                network.forward = shares.wrapped("network forward", network.plain_forward)
-            with _charging(shares):
-                whole = timing.seconds(records.__next__).wall
-            spent = {**shares.spent, "everything else": whole - sum(shares.spent.values())}
-            for name, value in spent.items():
-                found.setdefault(name, []).append(value / whole)
-    return {f"share of a cycle: {name}": statistics.median(values) for name, values in found.items()}
+        return _shares(records.__next__, (roles.teacher, roles.student, roles.fake_score), charged)
+
+
+def _published_shares(work: Workload) -> dict[str, float]:
+    loop = work.reference(work.options(gradient_checkpointing=False), None)
+    charged = {
+        "backward": [(torch.Tensor, "backward")],
+        "optimizer": OPTIMIZER,
+        "text encoders": [(loop, "_encode")],
+        "anchors": [(loop, "_anchor_velocity")],
+        "sampler set-up": [(loop, "_sampler")],
+        "pictures": [(loop, "_write_pictures")],
+    }
+    return _shares(loop.cycle, (loop.teacher, loop.student, loop.fake_score), charged)
+
+
+def _shares(cycle: Callable[[], object], networks: Sequence[Any], charged: dict[str, list]) -> dict[str, float]:
+    """Medians over cycles; everything that is no network is charged by the functions that do it."""
+    found: dict[str, list[float]] = {}
+    cycle()  # warms up
+    for network in networks:
+        network.plain_forward = network.forward
+    for _ in range(SHARE_CYCLES):
+        shares = Shares()
+        for network in networks:
+            network.forward = shares.wrapped("network forward", network.plain_forward)
+        with _charging(shares, charged):
+            whole = timing.seconds(cycle).wall
+        spent = {**shares.spent, "everything else": whole - sum(shares.spent.values())}
+        for name, value in spent.items():
+            found.setdefault(name, []).append(value / whole)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 @contextmanager
-def _charging(shares: Shares) -> Iterator[None]:
-    """Everything that is no network is charged by the functions that do it."""
-    charged = {
-        "backward": [(Accelerator, "backward")],
-        "optimizer": [
-            (torch.nn.utils, "clip_grad_norm_"),
-            (torch.optim.AdamW, "step"),
-            (torch.optim.Optimizer, "zero_grad"),
-        ],
-        "data: caches": [(ShardedTensors, "rows")],
-        "data: noise and levels": [
-            (module, name)
-            for module in (distill, anchors)
-            for name in ("noise_from_seeds", "uniform_from_seeds", "sample_seeds")
-            if hasattr(module, name)
-        ],
-    }
+def _charging(shares: Shares, charged: dict[str, list]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, places in charged.items():
             for owner, attribute in places:

@@ -224,10 +224,10 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
     }
     runs = {"DMD": history_dmd, "DP-DMD": history}
     for axis, (key, title) in zip(figure.subplots(3, 2).flat, panels.items(), strict=True):
-        for name, rows in runs.items():
+        for (name, rows), color in zip(runs.items(), ("C0", "C1"), strict=True):  # a run has one colour in all panels
             points = [(row["step"], row[key]) for row in rows if row.get(key)]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name)
+                axis.plot(*zip(*points, strict=True), label=name, color=color)
         if teacher := [row[f"{key}_teacher"] for row in history if f"{key}_teacher" in row]:
             axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
         axis.set(title=title, xlabel="student turns", yscale="linear" if teacher else "log")
