@@ -45,6 +45,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocks compiled": {"compile": "blocks"},
     "compiled whole": {"compile": "whole"},
     "channels last": {"channels_last": True},
+    "both fast options, blocks compiled": {
+        "graded_steps": "random",
+        "fake_rollout": "shared",
+        "compile": "blocks",
+    },
     "fused AdamW": {"fused": True},
     "the teacher's two passes apart": {"guidance_batch": "apart"},
 }
