@@ -188,10 +188,12 @@ def draw_study(study: dict[str, Any]) -> Any:
     """Quality against diversity, one point per student."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
     axis = figure.subplots()
-    for name, values in summarise(study).items():
-        axis.scatter(values["effective_modes"], values["aligned"], label=name)
+    for number, (name, values) in enumerate(summarise(study).items()):
+        # ten colours, and another shape for the next ten runs
+        look = {"color": f"C{number % 10}", "marker": "os^"[number // 10 % 3]}
+        axis.scatter(values["effective_modes"], values["aligned"], label=name, **look)
     teacher = study["teacher"]
     axis.scatter(
         teacher["diversity"]["effective_modes"]["value"],
@@ -202,5 +204,5 @@ def draw_study(study: dict[str, Any]) -> Any:
         label="teacher",
     )
     axis.set(xlabel="effective modes (diversity)", ylabel="aligned (quality)", title="One point per training seed")
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside right upper")
     return figure
