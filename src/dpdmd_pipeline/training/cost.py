@@ -162,7 +162,10 @@ def cycle_cost(recipe: Recipe, settings: Settings) -> CycleCost:
 
 
 def watch_cost(recipe: Recipe, settings: Settings) -> Passes:
-    """All passes of a run's measurements: of the teacher's pictures once, of the student's at each watched turn."""
+    """All passes of a run's measurements: of the teacher's pictures once, of the student's at each watched turn.
+
+    Of as many prompts as are asked for; with fewer training prompts there are fewer.
+    """
     watch, calls = recipe.watch, calls_of(settings.guidance_scale)
     if not watch.every:
         return Passes()

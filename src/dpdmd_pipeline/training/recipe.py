@@ -100,7 +100,7 @@ class WatchRecipe(BaseModel):
     model_config = STRICT
 
     every: NonNegativeInt  # student turns between measurements; 0: none at all
-    prompts: PositiveInt  # of those that are trained on
+    prompts: PositiveInt  # at most, of those that are trained on
     images_per_prompt: Annotated[int, Field(ge=2)]
     level: Share  # how far up the noise levels of training the teacher corrects; 0 the lowest, 1 the highest
     keep: Literal["last", "best"]  # the student after the last turn, or after the best of those measured

@@ -31,15 +31,13 @@ class Watch:
 
     Args:
         recipe: how often, of how many pictures.
-        prompts: rows that are trained on; some are taken, evenly spread.
+        prompts: rows that are trained on; some are taken, evenly spread, or all where there are no more.
         part: pictures that go through a network at once.
     """
 
     def __init__(self, recipe: Recipe, prompts: Sequence[int], part: int) -> None:
         self.options, self.max_steps, self.part = recipe.watch, recipe.max_steps, part
-        count = self.options.prompts
-        if count > len(prompts):
-            raise ValueError(f"train.watch.prompts={count} is more than the {len(prompts)} training prompts")
+        self._count = count = min(self.options.prompts, len(prompts))
         chosen = [prompts[number * len(prompts) // count] for number in range(count)]
         self._rows = [row for row in chosen for _ in range(self.options.images_per_prompt)]
         self.of_teacher: dict[str, float] = {}
@@ -57,7 +55,7 @@ class Watch:
             drawn = draw(rows, places)
             latents.append(drawn)
             changes.append((correct(rows, places, drawn) - drawn).flatten(1).square().mean(1).sqrt())
-        together = torch.cat(latents).unflatten(0, (self.options.prompts, -1))
+        together = torch.cat(latents).unflatten(0, (self._count, -1))
         return {"latent_diversity": mean_distance(together), "correction": torch.cat(changes).mean()}
 
     def _parts(self) -> Iterator[tuple[Sequence[int], range]]:
