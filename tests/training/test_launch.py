@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -200,6 +201,13 @@ def fail_on_the_second(message, member):
     member.wait_for_all()
 
 
+def fail_and_crash_on_the_way_out(message, member):
+    if member.rank == 1:
+        atexit.register(os.abort)
+        raise ValueError(message)
+    member.wait_for_all()
+
+
 def kill_the_second(_, member):
     member.wait_for_all()
     if member.rank == 1:
@@ -235,6 +243,11 @@ def test_the_error_of_one_process_is_told_alone():
         list(launched(fail_on_the_second, "the second's own words", TWO))
     assert "in fail_on_the_second" in str(told.value.__cause__)
     assert not multiprocessing.active_children()
+
+
+def test_an_error_is_told_though_its_process_crashes_on_the_way_out():
+    with pytest.raises(ValueError, match="^no such prompt$"):
+        list(launched(fail_and_crash_on_the_way_out, "no such prompt", TWO))
 
 
 def test_a_killed_process_is_named():

@@ -293,7 +293,9 @@ def _first_failure(error: ChildFailedError, folder: Path, launch: Launch) -> Bas
     if failure.exitcode in [-number for number in _STOPS]:  # where they are not noted
         return KeyboardInterrupt()
     notes = _notes(folder)
-    if failure.exitcode < 0 or not notes:
+    # one that has told its error may still crash on its way out, where torch's threads outlive the interpreter
+    untold = failure.exitcode < 0 and not any(note["rank"] == rank for note in notes)
+    if untold or not notes:
         end = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         return ChildProcessError(
             f"process {rank} of {launch.processes * launch.machines} was ended by {end}; if memory ran out, lower "
@@ -328,7 +330,7 @@ def _enter(work: Work, job: Any, launch: Launch, folder: Path, parent: int) -> b
             member.wait_for_all()
             dist.destroy_process_group()
         except Exception as error:
-            _leave_note(error, folder / f"error_{rank}.pickle")
+            _leave_note(error, rank, folder / f"error_{rank}.pickle")
             raise
     if os.getppid() != parent:  # nobody waits for an answer
         sys.exit(1)
@@ -397,7 +399,7 @@ def _share_cores(processes: int) -> None:
         torch.set_num_threads(threads)
 
 
-def _leave_note(error: Exception, path: Path) -> None:
+def _leave_note(error: Exception, rank: int, path: Path) -> None:
     """Keep an error for the process that started this one.
 
     What is not a refusal may only be the echo of another process's end: it waits, so that the other is seen first.
@@ -407,7 +409,7 @@ def _leave_note(error: Exception, path: Path) -> None:
         pickle.loads(pickle.dumps(error))
     except Exception:
         told = RuntimeError(f"{type(error).__name__}: {error}")
-    note = {"time": time.time(), "error": told, "traceback": traceback.format_exc()}
+    note = {"time": time.time(), "rank": rank, "error": told, "traceback": traceback.format_exc()}
     path.write_bytes(pickle.dumps(note))
     if isinstance(error, _EchoError) or not isinstance(error, ValueError | OSError):
         time.sleep(10 * _POLL)
