@@ -152,4 +152,7 @@ if __name__ == "__main__":
     asked.add_argument("--library", type=Path, help="of a process that this benchmark starts: the project")
     asked.add_argument("--repeats", type=int, default=3)
     options = asked.parse_args()
-    by_library(options.library) if options.library else main(options.repeats)
+    if options.library:
+        by_library(options.library)
+    else:
+        main(options.repeats)

@@ -44,8 +44,9 @@ ANCHORS = {
 }
 OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
 BASE = Path(__file__).parents[2] / "conf" / "base"
+_TRAIN = yaml.safe_load((BASE / "parameters_train.yml").read_text())["train"]
 TRAIN = {
-    **yaml.safe_load((BASE / "parameters_train.yml").read_text())["train"],
+    **_TRAIN,
     "seed": 0,
     "max_steps": 2,
     "decay": 0.0,
@@ -59,14 +60,7 @@ TRAIN = {
     "checkpoint_every": 1,
     "ratio_every": 2,
     "log_every": 1,
-    "watch": {
-        "every": 0,
-        "prompts": 2,
-        "images_per_prompt": 2,
-        "level": 0.4,
-        "keep": "last",
-        "diversity_floor": 0.95,
-    },
+    "watch": {**_TRAIN["watch"], "every": 0},
 }
 EVALUATE = {
     "judge": "shapes",

@@ -126,9 +126,8 @@ def _gathered(value: DTensor) -> Tensor:
         return value.full_tensor()
     group, own = value.device_mesh.get_group(), value.to_local()
     processes, rows = dist.get_world_size(group), len(value)
-    padded = own.new_zeros(
-        -(-rows // processes), *own.shape[1:]
-    )  # as torch.chunk cuts: only the last parts are shorter
+    # torch.chunk cut the rows: all parts are alike but the last ones, which are shorter or empty
+    padded = own.new_zeros(-(-rows // processes), *own.shape[1:])
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in range(processes)]
     dist.all_gather(parts, padded, group=group)

@@ -73,9 +73,9 @@ class Watch:
         return True
 
     @property
-    def best_step(self) -> float:
+    def best_step(self) -> int:
         """Number of the turn that was the best so far."""
-        return self._best["step"]
+        return int(self._best["step"])
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""

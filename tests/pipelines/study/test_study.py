@@ -40,8 +40,10 @@ def test_a_run_may_have_fewer_seeds_and_the_table_tells_how_many(study):
 
 
 def test_seeds_that_the_baseline_lacks_are_refused():
-    with pytest.raises(ValueError, match=r"runs.dp_dmd.seeds has \[7\], which the baseline dmd is not trained with"):
+    with pytest.raises(ValueError, match=r"runs.dp_dmd.seeds has \[7\]: give seeds of study.seeds=\[0, 1\]"):
         options(dp_dmd={"seeds": [1, 7]})
+    with pytest.raises(ValueError, match=r"runs.dmd.seeds has \[2\]: .* which the baseline dmd is trained with"):
+        StudyOptions(seeds=[0, 1], baseline="dmd", runs={"dmd": {**DMD, "seeds": [2]}, "dp_dmd": {}})
 
 
 def test_a_run_may_have_anchors_of_its_own_and_its_teacher_is_asked_online(study):

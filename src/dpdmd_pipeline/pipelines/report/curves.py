@@ -54,10 +54,9 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
 
 
 def _of_teacher(runs: Mapping[str, list[dict]]) -> list[dict]:
-    """Rows of what was measured of the teacher beside the students, under the students' names of it."""
-    rows = [row for rows in runs.values() for row in rows if any(name.endswith("_teacher") for name in row)]
-    measured = [{name: row[f"{name}_teacher"] for name in CURVES if f"{name}_teacher" in row} for row in rows]
-    return [{"step": row["step"], **of_row} for row, of_row in zip(rows, measured, strict=True)]
+    """Rows of what was measured of the teacher beside the last of the students, under the students' names of it."""
+    measured = ((row["step"], {name: row.get(f"{name}_teacher") for name in CURVES}) for row in [*runs.values()][-1])
+    return [{"step": step, **of_teacher} for step, of_teacher in measured]
 
 
 def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[float, float]]:

@@ -65,18 +65,16 @@ def run_study(
         return _judge(drawn, chosen, evaluate)
 
     found = []
-    for seed in options.seeds:
-        for name, run in runs.items():
-            if seed not in options.seeds_of(name):
-                continue
-            log.info("study: %s, seed %d", name, seed)
-            seeded = run.train.model_copy(update={"seed": seed})
-            write, history = train_student(
-                prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                write(Path(folder))
-                found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
+    for seed, name in options.students:
+        log.info("study: %s, seed %d", name, seed)
+        run = runs[name]
+        seeded = run.train.model_copy(update={"seed": seed})
+        write, history = train_student(
+            prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
     changes = {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()}
     return {"baseline": options.baseline, "runs": changes, "teacher": judged(None), "rows": found}
 

@@ -45,8 +45,12 @@ class StudyOptions(BaseModel):
         """The runs that are not left out."""
         return {name: run for name, run in self.runs.items() if run is not None}
 
-    def seeds_of(self, name: str) -> list[int]:
-        """The training seeds of a run."""
+    @property
+    def students(self) -> list[tuple[int, str]]:
+        """Seed and run of every student, seed after seed."""
+        return [(seed, name) for seed in self.seeds for name in self.kept if seed in self._seeds_of(name)]
+
+    def _seeds_of(self, name: str) -> list[int]:
         own = self.kept[name].seeds
         return self.seeds if own is None else own
 
@@ -59,9 +63,11 @@ class StudyOptions(BaseModel):
     @model_validator(mode="after")
     def _has_the_baseline_at_every_seed(self) -> Self:
         """A share of the gap is of one seed's own gap."""
+        compared = set(self.seeds) & set(self._seeds_of(self.baseline))
         for name in self.kept:
-            if missing := sorted(set(self.seeds_of(name)) - set(self.seeds_of(self.baseline))):
+            if missing := sorted(set(self._seeds_of(name)) - compared):
                 raise ValueError(
-                    f"runs.{name}.seeds has {missing}, which the baseline {self.baseline} is not trained with"
+                    f"runs.{name}.seeds has {missing}: give seeds of study.seeds={self.seeds}, which the baseline "
+                    f"{self.baseline} is trained with"
                 )
         return self
