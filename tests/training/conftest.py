@@ -63,6 +63,7 @@ EXECUTION = {
     "ratio_every": 2,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,
+    "rollout_micro_batch": 2,
     "guidance_batch": "joint",
     "compile": "none",
     "channels_last": False,

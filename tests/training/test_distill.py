@@ -188,7 +188,17 @@ def test_an_interval_of_guidance_changes_the_teacher_of_dmd_and_not_the_anchors(
     assert always["diversity_loss"] == never["diversity_loss"] and always["dmd_loss"] != never["dmd_loss"]
 
 
-@pytest.mark.parametrize("execution", [{"guidance_batch": "apart"}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(
+    "execution",
+    [
+        {"guidance_batch": "apart"},
+        {"fused": True},
+        {"rollout_micro_batch": 1},
+        {"rollout_micro_batch": 3},
+        {"rollout_micro_batch": 64},
+    ],
+    ids=str,
+)
 def test_how_a_turn_is_computed_changes_the_student_by_rounding_only(start, tmp_path, execution):
     plain, records = start(tmp_path / "plain")
     history = list(records)

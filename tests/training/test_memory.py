@@ -26,7 +26,7 @@ from dpdmd_pipeline.training.optimizer import make_optimizer
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import make_roles, trainable
 
-SMALL = Execution(student_micro_batch=2, fake_score_micro_batch=2, gradient_checkpointing=False)
+SMALL = Execution(student_micro_batch=2, fake_score_micro_batch=2, rollout_micro_batch=2, gradient_checkpointing=False)
 
 
 def recipe(**changes) -> Recipe:
@@ -87,7 +87,7 @@ def test_an_average_takes_the_trained_weights_of_another_student(backbone, model
 def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
     asked = recipe(ema=0.9, batch_size=8, **DMD)  # one backward pass a turn: no gradient waits for another
     alone, four = (
-        model.estimate(asked, Execution(2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True)
+        model.estimate(asked, Execution(2, 2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True)
     )
     for part in ("gradients", "optimizer", "average"):
         assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=1e-3)
@@ -98,10 +98,10 @@ def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
 
 @pytest.mark.parametrize("micro_batch, changes", [(1, DMD), (2, {})], ids=["two parts", "two losses"])
 def test_a_gradient_that_waits_for_its_exchange_is_counted_whole(model, micro_batch, changes):
-    execution = Execution(micro_batch, 2, True, processes=4, sharded=True)
+    execution = Execution(micro_batch, 2, 2, True, processes=4, sharded=True)
     once, waiting = (
         model.estimate(recipe(batch_size=8, **given), now).gradients
-        for given, now in ((DMD, Execution(2, 2, True, processes=4, sharded=True)), (changes, execution))
+        for given, now in ((DMD, Execution(2, 2, 2, True, processes=4, sharded=True)), (changes, execution))
     )
     student = 4 * once
     assert waiting == pytest.approx(student + (2 if changes == {} else 1) * once, rel=1e-3)
@@ -217,13 +217,16 @@ def test_counting_leaves_no_network_and_no_number_behind(model):
 
 
 def test_every_remedy_spares_what_it_says(model):
-    asked, execution = recipe(ema=0.5, batch_size=64), Execution(64, 64, False)
+    asked, execution = recipe(ema=0.5, batch_size=64), Execution(64, 64, 64, False)
     found = dict(remedies(model, asked, execution))
     now = model.estimate(asked, execution).total
     less = {
         "train.roles=lora": (recipe(ema=0.5, batch_size=64, roles="lora"), execution),
-        "train.student_micro_batch=32, train.fake_score_micro_batch=32": (asked, Execution(32, 32, False)),
-        "train.gradient_checkpointing=true": (asked, Execution(64, 64, True)),
+        "train.student_micro_batch=32, train.fake_score_micro_batch=32, train.rollout_micro_batch=32": (
+            asked,
+            Execution(32, 32, 32, False),
+        ),
+        "train.gradient_checkpointing=true": (asked, Execution(64, 64, 64, True)),
         "train.graded_steps=random": (recipe(ema=0.5, batch_size=64, graded_steps="random"), execution),
     }
     for text, changed in less.items():
@@ -234,7 +237,7 @@ def test_every_remedy_spares_what_it_says(model):
 
 def test_a_guided_call_in_two_halves_keeps_less(model):
     joint, apart = (
-        model.estimate(recipe(batch_size=64), Execution(64, 64, True, batch)).activations
+        model.estimate(recipe(batch_size=64), Execution(64, 64, 64, True, batch)).activations
         for batch in ("joint", "apart")
     )
     assert apart < joint
@@ -242,10 +245,10 @@ def test_a_guided_call_in_two_halves_keeps_less(model):
 
 def test_sharding_is_named_where_several_processes_could_share_the_networks(model):
     asked, text = recipe(batch_size=8, ema=0.5), "train.launch.sharding=fsdp2"
-    assert dict(remedies(model, asked, Execution(2, 2, True, processes=4)))[text] > 0
-    assert text not in dict(remedies(model, asked, Execution(2, 2, True)))
-    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), Execution(2, 2, True, processes=4)))
-    already = dict(remedies(model, asked, Execution(2, 2, True, processes=4, sharded=True)))
+    assert dict(remedies(model, asked, Execution(2, 2, 2, True, processes=4)))[text] > 0
+    assert text not in dict(remedies(model, asked, Execution(2, 2, 2, True)))
+    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), Execution(2, 2, 2, True, processes=4)))
+    already = dict(remedies(model, asked, Execution(2, 2, 2, True, processes=4, sharded=True)))
     assert text not in already
     assert not any("roles=lora" in found and "sharding=none" not in found for found in already)
 
@@ -257,8 +260,8 @@ def test_where_nothing_helps_the_words_say_so():
 @pytest.mark.parametrize("less, more", [(16, 32), (32, 64)])
 def test_a_larger_part_keeps_more_and_a_checkpointed_one_less(model, less, more):
     asked = recipe(batch_size=64)
-    small, large = (model.estimate(asked, Execution(n, n, False)).activations for n in (less, more))
-    assert model.estimate(asked, Execution(more, more, True)).activations < large and small < large
+    small, large = (model.estimate(asked, Execution(n, n, n, False)).activations for n in (less, more))
+    assert model.estimate(asked, Execution(more, more, more, True)).activations < large and small < large
 
 
 # ---- disk

@@ -71,6 +71,8 @@ class Execution:
         ratio_every: steps between measurements of the two gradients' norms (one more backward pass of each).
         student_micro_batch, fake_score_micro_batch: samples that one backward pass sees; their gradients add up to the
             whole batch's.
+        rollout_micro_batch: samples that the student draws at once for the fake score. It stays as it is between two
+            of its own turns, so more than a batch are drawn for several turns of the fake score together.
         guidance_batch: whether the two halves of a guided call of L_DMD's teacher share a batch, see `guided`.
         compile, channels_last: see `speed_up`.
         fused: see `make_optimizer`.
@@ -81,6 +83,7 @@ class Execution:
     ratio_every: int
     student_micro_batch: int
     fake_score_micro_batch: int
+    rollout_micro_batch: int
     guidance_batch: GuidanceBatch
     compile: Compile
     channels_last: bool
@@ -219,10 +222,9 @@ class _Run:
         """The turns of the fake score, then one of the student."""
         if step == 0:
             for turn in range(self.recipe.fake_score_warmup):
-                self._fake_score_turn("fake_score_warmup", turn, {})
-        turns, pictures = self.recipe.fake_score_turns, {}
-        fake = [self._fake_score_turn("fake_score", step * turns + turn, pictures) for turn in range(turns)]
-        losses, norms = zip(*fake, strict=True)
+                self._fake_score_turns("fake_score_warmup", range(turn, turn + 1))
+        turns = self.recipe.fake_score_turns
+        losses, norms = zip(*self._fake_score_turns("fake_score", range(step * turns, (step + 1) * turns)), strict=True)
         means = {"fake_score_loss": torch.stack(losses).mean(), "fake_score_grad_norm": torch.stack(norms).mean()}
         values, prompts = self._student_turn(step)
         if self.watch is not None and self.watch.due(step):
@@ -241,18 +243,20 @@ class _Run:
         self.history += records
         return records
 
-    def _fake_score_turn(self, stream: str, turn: int, pictures: dict) -> tuple[Tensor, Tensor]:
-        """One update of the fake score; the student's pictures are shared through `pictures` if the recipe says so."""
-        turns = self.recipe.fake_score_turns
-        drawn = turn // turns * turns if self.recipe.fake_rollout == "shared" else turn
+    def _fake_score_turns(self, stream: str, turns: range) -> list[tuple[Tensor, Tensor]]:
+        """Updates of the fake score on what the student draws now: loss and gradient norm of each."""
+        drawn = turns[:1] if self.recipe.fake_rollout == "shared" else turns
+        pictures = self._pictures(stream, drawn)
+        return [self._fake_score_turn(stream, turn, turn if turn in drawn else drawn[0], pictures) for turn in turns]
+
+    def _fake_score_turn(self, stream: str, turn: int, drawn: int, pictures: dict) -> tuple[Tensor, Tensor]:
+        """One update of the fake score on the pictures of turn `drawn`."""
         losses = []
         for places, last in _parts(self.places, self.execution.fake_score_micro_batch):
             draw = partial(self._seeds, stream, turn, places)
-            if (drawn, places.start) not in pictures:
-                pictures[drawn, places.start] = self._pictures(partial(self._seeds, stream, drawn, places))
-            x0, cond = pictures[drawn, places.start]
+            x0 = torch.stack([pictures[drawn, place] for place in places])
             loss = fake_score_turn_loss(
-                conditioned(self.backbone, self.fake_score, cond),
+                conditioned(self.backbone, self.fake_score, self._cond(self._prompts(stream, drawn, places))),
                 x0=x0,
                 renoise=self._noise(draw("renoise")),
                 level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
@@ -264,12 +268,28 @@ class _Run:
         norm = self._update(self.fake_score, self.fake_score_optimizer, self.recipe.fake_score)
         return torch.stack(losses).sum(), norm
 
-    def _pictures(self, draw: Callable[[str], list[int]]) -> tuple[Tensor, Conditioning]:
-        """What the student draws now for some prompts, and these prompts."""
-        prompts = [self.lessons.prompts[seed % len(self.lessons.prompts)] for seed in draw("prompt")]
-        cond = self._cond(prompts)
+    def _pictures(self, stream: str, turns: Sequence[int]) -> dict[tuple[int, int], Tensor]:
+        """What the student draws now for some turns of the fake score: x0 [C, H, W] by turn and place."""
+        wanted = [(turn, place) for turn in turns for place in self.places]
+        drawn: list[Tensor] = []
+        for part, _ in _parts(range(len(wanted)), self.execution.rollout_micro_batch):
+            drawn += self._rollout(stream, wanted[part.start : part.stop])
+        return dict(zip(wanted, drawn, strict=True))
+
+    def _rollout(self, stream: str, samples: Sequence[tuple[int, int]]) -> Tensor:
+        """What the student draws now for some turns and places, [B, C, H, W]."""
+
+        def draw(purpose: str) -> list[int]:
+            return [self._seeds(stream, turn, [place], purpose)[0] for turn, place in samples]
+
+        cond = self._cond([self._prompts(stream, turn, [place])[0] for turn, place in samples])
         student = conditioned(self.backbone, self.student, cond)
-        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw)), cond
+        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw))
+
+    def _prompts(self, stream: str, turn: int, places: Sequence[int]) -> list[int]:
+        """Rows of the embeddings that a turn's pictures are of."""
+        rows = self.lessons.prompts
+        return [rows[seed % len(rows)] for seed in self._seeds(stream, turn, places, "prompt")]
 
     def _student_turn(self, step: int) -> tuple[dict[str, Tensor], list[int]]:
         sums: dict[str, Tensor] = {}

@@ -96,6 +96,7 @@ class Execution:
 
     Attributes:
         student_micro_batch, fake_score_micro_batch: samples that one backward pass of a process sees.
+        rollout_micro_batch: samples that the student draws at once for the fake score.
         gradient_checkpointing: of the trained networks.
         processes: that share the batch.
         sharded: whether they also share the trained networks.
@@ -103,6 +104,7 @@ class Execution:
 
     student_micro_batch: int
     fake_score_micro_batch: int
+    rollout_micro_batch: int
     gradient_checkpointing: bool
     guidance_batch: GuidanceBatch = "joint"
     processes: int = 1
@@ -148,11 +150,18 @@ class MemoryModel:
         )
 
     def _activations(self, recipe: Recipe, execution: Execution) -> int:
-        """The larger of the two turns', and what of shards is whole meanwhile."""
+        """The largest of the two turns' and of the rollout between them, and what of shards is whole meanwhile."""
         student = self._turn(recipe, execution, "student", execution.student_micro_batch, waiting_passes(recipe))
         fake_score = self._turn(recipe, execution, "fake_score", execution.fake_score_micro_batch, 1)
         together = _together(self._roles(_Wanted.by(recipe))[0].student) if execution.sharded else 0
-        return max(student, fake_score) + together
+        return max(student, fake_score, self._rollout(recipe, execution)) + together
+
+    def _rollout(self, recipe: Recipe, execution: Execution) -> int:
+        """The student draws for the fake score without gradient."""
+        turns = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
+        drawn = turns * recipe.batch_size // execution.processes
+        counted = self._pass(_Wanted.by(recipe), "student", min(execution.rollout_micro_batch, drawn))
+        return max(counted.block, 0 if execution.sharded else counted.casts)
 
     def _turn(self, recipe: Recipe, execution: Execution, role: str, batch: int, passes: int) -> int:
         # two whole networks are alike, two adapters may differ in rank
@@ -170,7 +179,7 @@ class MemoryModel:
 
     def checkpoint_bytes(self, recipe: Recipe) -> int:
         """One state on disk: both trained networks, their moments, the average."""
-        memory = self.estimate(recipe, Execution(1, 1, True))
+        memory = self.estimate(recipe, Execution(1, 1, 1, True))
         roles, _ = self._roles(_Wanted.by(recipe))
         networks = [*roles.student.state_dict().values(), *roles.fake_score.state_dict().values()]
         counter = torch.int64.itemsize if recipe.ema else 0  # of turns averaged
@@ -436,7 +445,7 @@ def _can_be_sharded(recipe: Recipe) -> bool:
 
 
 _TRAINED = ("student", "fake_score")
-_MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch")
+_MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
 
 
 def describe_remedies(found: Sequence[tuple[str, int]]) -> str:

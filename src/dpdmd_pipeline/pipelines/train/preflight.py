@@ -167,7 +167,14 @@ def _execution(options: TrainOptions) -> Any:
     share = options.batch_size // options.launch.total  # of each process
     parts = (min(share, size) for size in (options.student_micro_batch, options.fake_score_micro_batch))
     sharded = options.launch.sharding != "none"
-    return Execution(*parts, options.gradient_checkpointing, options.guidance_batch, options.launch.total, sharded)
+    return Execution(
+        *parts,
+        options.rollout_micro_batch,
+        options.gradient_checkpointing,
+        options.guidance_batch,
+        options.launch.total,
+        sharded,
+    )
 
 
 def _free_memory() -> int:
