@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.summary import percentiles, resamples
+
+Correlate = Callable[[Tensor, Tensor], Tensor]
 
 _EXACT = "diversity.shapes.effective_modes"
 
@@ -28,26 +30,38 @@ def rank_correlation(one: Tensor, two: Tensor) -> Tensor:
     return (centred[0] * centred[1]).sum(-1) / spread.sqrt()
 
 
-def correlation_figure(one: Tensor, two: Tensor, seed: int) -> dict[str, float | None]:
-    """Rank correlation with a 95 % bootstrap interval over prompts, all models of a prompt together.
+def pooled(one: Tensor, two: Tensor) -> Tensor:
+    """Rank correlation over all models and prompts together, [...] of [..., models, prompts]."""
+    return rank_correlation(one.flatten(-2), two.flatten(-2))
+
+
+def within(one: Tensor, two: Tensor) -> Tensor:
+    """Mean over the models of the rank correlation over prompts, [...] of [..., models, prompts].
+
+    Differences between models, which may be all that `pooled` sees, do not count. A model that a metric gives one
+    value for all its prompts is left out; NaN where that is each of them.
+    """
+    return rank_correlation(one, two).nanmean(-1)
+
+
+def correlation_figure(one: Tensor, two: Tensor, correlate: Correlate, seed: int) -> dict[str, float | None]:
+    """A correlation with a 95 % bootstrap interval over prompts.
 
     Args:
         one, two: a metric each, [models, prompts].
+        correlate: `pooled` or `within`.
         seed: of the resampling.
 
     Returns:
         value, low, high: None where nothing is ranked, or where a resample in forty has nothing to rank.
     """
-    value = rank_correlation(one.flatten(), two.flatten()).item()
+    value = correlate(one, two).item()
     found: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
     count = one.shape[1]
     if found["value"] is None or count < 2:
         return found
-    # [models, a few, prompts] to [a few, models x prompts]
-    drawn = [
-        rank_correlation(*(side[:, index].transpose(0, 1).flatten(1) for side in (one, two)))
-        for index in resamples(count, seed)
-    ]
+    # [models, a few, prompts] to [a few, models, prompts]
+    drawn = [correlate(*(side[:, index].transpose(0, 1) for side in (one, two))) for index in resamples(count, seed)]
     resampled = torch.cat(drawn)
     ranked = resampled[~resampled.isnan()]
     if len(ranked) > 0.975 * len(resampled):
@@ -63,7 +77,8 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
         seed: of the bootstrap.
 
     Returns:
-        Full name to figure; a prompt counts where all models have both values. {} where the reader has not read.
+        Full name to the pooled figure, and in it to one `within` the models; a prompt counts where all models have both
+        values. {} where the reader has not read.
     """
     names = tables[0] if all(_EXACT in table for table in tables) else {}
     found = {}
@@ -76,5 +91,10 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
             for metric in (_EXACT, name)
         )
         n = {"prompts": len(prompts), "models": len(tables)}
-        found[name] = {**correlation_figure(one, two, seed), "n": n, "preset": f"Spearman's, with {_EXACT}"}
+        found[name] = {
+            **correlation_figure(one, two, pooled, seed),
+            "within": correlation_figure(one, two, within, seed),
+            "n": n,
+            "preset": f"Spearman's, with {_EXACT}",
+        }
     return found

@@ -235,9 +235,12 @@ def test_bars_are_shares_of_each_model_s_right_pictures():
 
 def test_metrics_set_against_the_reader_are_listed():
     metrics = made_metrics()
-    metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
+    within = {"value": 0.123, "low": None, "high": None}
+    metrics["rank_correlation"] = {
+        "diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9, "within": within}
+    }
     html, md = make_report(**made_inputs(metrics=metrics))
-    assert "0.76 (0.50 to 0.90)" in html and "0.76 (0.50 to 0.90)" in md
+    assert "<td>0.76 (0.50 to 0.90)</td><td>0.12</td>" in html and "| 0.76 (0.50 to 0.90) | 0.12 |" in md
 
 
 def test_grids_of_the_first_prompts_only_are_labelled_with_those():
