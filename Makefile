@@ -31,7 +31,7 @@ repro: $(STAMP)  ## the same through DVC: only what changed is run again
 	dvc repro
 
 bench: $(STAMP)  ## what is fast, against what
-	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; python "$$bench"; done
+	@set -e; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; for bench in benchmarks/bench_*.py; do echo "== $$bench"; python "$$bench"; done
 
 clean:  ## remove what runs and tools made (not .venv, not DVC's cache)
 	git clean -qfdX -- data logs

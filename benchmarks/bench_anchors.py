@@ -29,7 +29,7 @@ from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.training.cost import Settings, anchor_passes, cycle_cost
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 from record import record
-from workload import Workload
+from workload import CHEAPER, FAST, Workload
 
 SEEDS_PER_PROMPT = 4
 WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # of the sweep
@@ -44,7 +44,10 @@ def main(asked: argparse.Namespace) -> None:
         work = workload.prepare(asked, Path(folder))
         which = timing.clock(work.device)
         anchors, stage = _stage(work, asked, which)
-        measured = {**stage, **_sweep(work, which, anchors), **_waiting(work)}
+        measured = {**stage, **_sweep(work, which, anchors, {}, "sweep")}
+        measured |= _sweep(work, which, anchors, work.cheaper, f"sweep, {CHEAPER}")
+        measured |= {f"sweep: cached / online, counted, {name}": value for name, value in _counted(work).items()}
+        measured |= _waiting(work)
     record(asked.result or "anchors", {**measured, "settings": work.settings(), **timing.conditions()})
 
 
@@ -101,35 +104,34 @@ def _bare_teacher(
 # ---- a sweep over one cache
 
 
-def _sweep(work: Workload, which: str, seconds_per_anchor: float) -> dict[str, Any]:
+def _sweep(work: Workload, which: str, seconds_per_anchor: float, changes: dict[str, Any], name: str) -> dict[str, Any]:
     """Runs that differ in `diversity_weight`, on one cache that holds each sample of a run once, and without it."""
     taken: dict[str, list[float]] = {"cached": [], "online": []}
     for weight in WEIGHTS:
-        options = work.options(diversity_weight=weight)
+        options = work.options(diversity_weight=weight, **changes)
         with ExitStack() as loops:
             started = {mode: loops.enter_context(closing(work.start(options, mode)[1])) for mode in taken}
             found = timing.alternate({m: r.__next__ for m, r in started.items()}, budget=0, at_least=SWEEP_CYCLES)
         for mode, turns in found.items():
             taken[mode] += timing.of(turns, which)
     cache = SWEEP_CYCLES * work.train.batch_size * seconds_per_anchor
+    cached, online = (sum(seconds) for seconds in taken.values())
     return {
-        "sweep: values of diversity_weight": len(WEIGHTS),
-        "sweep: cycles of each run": SWEEP_CYCLES,
-        "sweep: seconds of the cache": cache,
-        "sweep: seconds of the cached runs": sum(taken["cached"]),
-        "sweep: seconds of the online runs": sum(taken["online"]),
-        "sweep: cached / online, measured": (cache + sum(taken["cached"])) / sum(taken["online"]),
-        **{f"sweep: cached / online, counted, {name}": value for name, value in _counted(work).items()},
+        f"{name}: values of diversity_weight": len(WEIGHTS),
+        f"{name}: cycles of each run": SWEEP_CYCLES,
+        f"{name}: seconds of the cache": cache,
+        f"{name}: seconds of the cached runs": cached,
+        f"{name}: seconds of the online runs": online,
+        f"{name}: cached / online, measured": (cache + cached) / online,
     }
 
 
 def _counted(work: Workload) -> dict[str, float]:
     """The same ratio by passes through the network, for other anchors and faster recipes as well."""
     own, scale = work.anchor_recipe.anchor_levels[0].steps, work.backbone.guidance_scale
-    fast = {"graded_steps": "random", "fake_rollout": "shared"}
     found = {}
     for steps in sorted({own, 5, 10}):
-        for name, changes in {"all steps graded": {}, "random step graded, shared rollout": fast}.items():
+        for name, changes in {"all steps graded": {}, "random step graded, shared rollout": FAST}.items():
             recipe = work.options(**changes).recipe()
             cached, online = (cycle_cost(recipe, Settings(scale, False, k)).cycle.total for k in ((), [steps]))
             made = anchor_passes([steps], False, scale).total

@@ -29,29 +29,35 @@ from dpdmd_pipeline.training import anchors, distill
 from dpdmd_pipeline.training.cost import Settings, cycle_cost
 from record import record
 from timing import Shares, Taken, replaced
-from workload import Workload
+from workload import CHEAPER, FAST, Workload
 
 REFERENCE, PLAIN, OURS = "published loop", "published loop without pictures", "ours, paper-faithful"
 ONLINE = "anchors computed online"
 # Name -> what it changes in the group `train`; options that this version lacks are told as absent
 VARIANTS: dict[str, dict[str, Any]] = {
     ONLINE: {},
+    # What changes the student by rounding only
+    "fused AdamW": {"fused": True},
+    "pictures of a cycle drawn at once": {"rollout_micro_batch": "cycle"},
+    CHEAPER: {"rollout_micro_batch": "cycle", "fused": True},
+    f"{CHEAPER}, blocks compiled": {"rollout_micro_batch": "cycle", "fused": True, "compile": "blocks"},
+    f"{CHEAPER}, compiled whole": {"rollout_micro_batch": "cycle", "fused": True, "compile": "whole"},
+    "blocks compiled": {"compile": "blocks"},
+    "the teacher's two passes apart": {"guidance_batch": "apart"},
+    "channels last": {"channels_last": True},
+    "gradient checkpointing the other way": {"gradient_checkpointing": "other"},
+    "micro-batches of a quarter": {
+        "student_micro_batch": "quarter",
+        "fake_score_micro_batch": "quarter",
+        "rollout_micro_batch": "quarter",
+    },
+    # What changes the mathematics
     "random graded step": {"graded_steps": "random"},
     "last step graded": {"graded_steps": "last"},
     "shared rollout": {"fake_rollout": "shared"},
-    "random graded step, shared rollout": {"graded_steps": "random", "fake_rollout": "shared"},
-    "gradient checkpointing the other way": {"gradient_checkpointing": "other"},
-    "micro-batches of a quarter": {"student_micro_batch": "quarter", "fake_score_micro_batch": "quarter"},
-    "blocks compiled": {"compile": "blocks"},
-    "compiled whole": {"compile": "whole"},
-    "channels last": {"channels_last": True},
-    "both fast options, blocks compiled": {
-        "graded_steps": "random",
-        "fake_rollout": "shared",
-        "compile": "blocks",
-    },
-    "fused AdamW": {"fused": True},
-    "the teacher's two passes apart": {"guidance_batch": "apart"},
+    "random graded step, shared rollout": FAST,
+    "random graded step, shared rollout, fused AdamW": {**FAST, "fused": True},
+    "random graded step, shared rollout, fused AdamW, compiled whole": {**FAST, "fused": True, "compile": "whole"},
 }
 SHARE_CYCLES = 6
 OPTIMIZER = [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.Optimizer, "zero_grad")]
@@ -63,9 +69,9 @@ def main(asked: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = workload.prepare(asked, Path(folder))
         which = timing.clock(work.device)
-        taken, told = _taken(work, asked)
+        first, taken, told = _taken(work, asked)
         counted = {name: _counted(work, name) for name in taken}
-        measured = {name: _row(work, taken, name, which, counted) for name in taken}
+        measured = {name: _row(work, taken, name, which, counted) | _begun(first, taken, name) for name in taken}
         shares = where_time_goes(work)
     ratios = {f"times the published loop, {name}": row["times the published loop"] for name, row in measured.items()}
     record(
@@ -82,12 +88,18 @@ def main(asked: argparse.Namespace) -> None:
     )
 
 
-def _taken(work: Workload, asked: argparse.Namespace) -> tuple[dict[str, list[Taken]], dict[str, str]]:
-    """Times of all contenders, whose networks are gone afterwards, and what is to be told of absent variants."""
+def _taken(
+    work: Workload, asked: argparse.Namespace
+) -> tuple[dict[str, Taken], dict[str, list[Taken]], dict[str, str]]:
+    """Times of all contenders' first cycle and of later ones, and what is to be told of absent variants.
+
+    Their networks are gone afterwards.
+    """
     chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
     with ExitStack() as open_loops:
         contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
-        return timing.alternate(contenders, asked.seconds, at_least=3), told
+        first = {name: timing.seconds(cycle) for name, cycle in contenders.items()}
+        return first, timing.alternate(contenders, asked.seconds, at_least=3), told
 
 
 def _contenders(
@@ -119,9 +131,18 @@ def _contenders(
 
 def _options(work: Workload, name: str) -> TrainOptions:
     """Options of a variant; of the other contenders those of the run."""
-    meant = {"other": not work.train.gradient_checkpointing, "quarter": max(1, work.train.batch_size // 4)}
-    changes = VARIANTS.get(name, {})
-    return work.options(**{key: meant.get(value, value) for key, value in changes.items()})
+    return work.options(**_changes(work, name))
+
+
+def _changes(work: Workload, name: str) -> dict[str, Any]:
+    """What a variant changes, in numbers."""
+    batch = work.train.batch_size
+    meant = {
+        "other": not work.train.gradient_checkpointing,
+        "quarter": max(1, batch // 4),
+        "cycle": work.train.fake_score_turns * batch,
+    }
+    return {key: meant.get(value, value) for key, value in VARIANTS.get(name, {}).items()}
 
 
 def _counted(work: Workload, name: str) -> float:
@@ -149,15 +170,28 @@ def _row(
     }
 
 
+def _begun(first: dict[str, Taken], taken: dict[str, list[Taken]], name: str) -> dict[str, float]:
+    """What compiling takes, which is done in the first cycle, and after how many cycles it is won back."""
+    if "compiled" not in name:
+        return {}
+    plain = name.replace(", blocks compiled", "").replace(", compiled whole", "").replace("blocks compiled", OURS)
+    cycle, before = (timing.spread(timing.of(taken[each], "wall"))["median"] for each in (name, plain))
+    compiling = first[name].wall - cycle
+    return {
+        "seconds of compiling, by the wall": compiling,
+        **({"cycles until that is won back": compiling / (before - cycle)} if before > cycle else {}),
+    }
+
+
 # ---- where time goes
 
 
 def where_time_goes(work: Workload) -> dict[str, float]:
     """Shares of a cycle of ours, paper-faithful and with both fast options, and of the published loop's."""
-    fast = {"graded_steps": "random", "fake_rollout": "shared"}
     found = {
         "share of a cycle": _our_shares(work, {}),
-        "share of a fast cycle": _our_shares(work, fast),
+        f"share of a cycle, {CHEAPER}": _our_shares(work, work.cheaper),
+        "share of a fast cycle": _our_shares(work, FAST),
         "share of the published cycle": _published_shares(work),
     }
     return {f"{whose}: {name}": share for whose, shares in found.items() for name, share in shares.items()}

@@ -1,6 +1,7 @@
 """Bytes that our loop and the published one hold, full and LoRA, and how near the estimate before a run comes.
 
 Counted: every storage once; what autograd keeps is counted as it asks for it. On CUDA the allocator's peak as well.
+SD3.5-Medium at 1024 pixels is counted from its configurations alone, wherever this runs.
 
     python benchmarks/bench_memory.py
     python benchmarks/bench_memory.py --env sd35 --config sd35_medium --device cuda
@@ -20,20 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kedro.config import OmegaConfigLoader
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import timing
 import workload
+from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.preflight import memory_model
+from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.memory import RESERVED, Execution
 from dpdmd_pipeline.training.roles import Roles, make_roles
-from record import record
+from random_teacher import CONFIGS, make_weightless_teacher
+from record import ROOT, record
 from workload import Workload
 
 MIB = 2**20
 BATCHES = (1, 4)
+FULL_SIZE = "sd35_medium"
 
 
 class Held:
@@ -121,6 +127,7 @@ def main(asked: argparse.Namespace) -> None:
         for kind in [asked.roles] if asked.roles else ["full", "lora"]:
             for batch in BATCHES:
                 measured |= _case(work, kind, batch)
+        measured |= at_full_size(Path(folder) / FULL_SIZE)
     told = {
         "bytes are": "MiB; a sum is that of its parts' maxima, which need not come at one time",
         "the estimate": "has a second gradient, for train.ratio_every, and what a pass without gradient holds; "
@@ -132,8 +139,10 @@ def main(asked: argparse.Namespace) -> None:
 
 def _case(work: Workload, kind: str, batch: int) -> dict[str, Any]:
     """Ours, the published loop and the estimate."""
-    options = work.options(roles=kind, batch_size=batch, student_micro_batch=batch, fake_score_micro_batch=batch)
-    execution = Execution(batch, batch, options.gradient_checkpointing)
+    options = work.options(
+        roles=kind, batch_size=batch, student_micro_batch=batch, fake_score_micro_batch=batch, rollout_micro_batch=batch
+    )
+    execution = Execution(batch, batch, batch, options.gradient_checkpointing)
     estimated = memory_model(work.teacher, work.backbone).estimate(options.recipe(), execution)
     parts = ("weights", "gradients", "optimizer", "activations")
     found = {
@@ -193,6 +202,41 @@ def _held(cycle: Callable[[], object], held: list[nn.Module], parts: Callable[[]
         optimizer=sum(optimizers.states.values()),
         activations=autograd.most,
     )
+
+
+# ---- full size
+
+
+def at_full_size(folder: Path) -> dict[str, Any]:
+    """One picture at a time on one card: our adapters, and the published loop, which trains whole networks."""
+    numbers = make_weightless_teacher(folder, CONFIGS[FULL_SIZE])
+    adapters, whole = (_estimated(folder, env) for env in ("sd35_lora_16gb", "sd35"))
+    besides = sum(numbers[name] for name in numbers if name != "transformer")
+    # One gradient, not two: it compares no norms. All steps wait for one backward pass, and nothing is encoded before
+    published_parts = {
+        "weights": whole["weights"],
+        "text_encoders_and_autoencoder": besides * torch.bfloat16.itemsize,
+        "gradients": whole["gradients"] // 2,
+        "optimizer": whole["optimizer"],
+        "activations": whole["activations"],
+    }
+    ours_sum, published_sum = sum(adapters.values()), sum(published_parts.values())
+    return {
+        f"{FULL_SIZE}, batch 1, counted: ours, LoRA": _told(**adapters),
+        f"{FULL_SIZE}, batch 1, counted: published loop, full": _told(**published_parts),
+        f"{FULL_SIZE}, batch 1, counted: published loop, full / ours, LoRA": published_sum / ours_sum,
+    }
+
+
+def _estimated(teacher: Path, env: str) -> dict[str, int]:
+    """Bytes by their kind, with an environment's own options, but one sample at a time."""
+    parameters = OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["parameters"]
+    backbone, options = BackboneOptions(**parameters["backbone"]), TrainOptions(**parameters["train"])
+    recipe, execution = options.recipe(), Execution(1, 1, 1, options.gradient_checkpointing)
+    if recipe.roles == "full":  # the published loop goes back through both losses at once
+        recipe = recipe.model_copy(update={"stop_gradient": False})
+    found = memory_model(teacher, backbone).estimate(recipe, execution)
+    return {part: getattr(found, part) for part in ("weights", "gradients", "optimizer", "activations")}
 
 
 def _told(**parts: int) -> dict[str, float]:

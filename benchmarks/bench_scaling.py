@@ -55,7 +55,7 @@ def _row(taken: list[Taken], which: str, batch: int) -> dict[str, Any]:
 
 
 def _by_batch(work: Workload, asked: argparse.Namespace) -> dict[int, list[Taken]]:
-    sizes = ("batch_size", "student_micro_batch", "fake_score_micro_batch")
+    sizes = ("batch_size", "student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
     with ExitStack() as loops:
         contenders = {}
         for size in asked.batches:
@@ -82,7 +82,7 @@ def _by_processes(work: Workload, asked: argparse.Namespace) -> dict[int, list[T
     for _ in range(STARTS):
         for count in asked.processes:
             share = asked.batch // count
-            options = work.options(student_micro_batch=share, fake_score_micro_batch=share)
+            options = work.options(student_micro_batch=share, fake_score_micro_batch=share, rollout_micro_batch=share)
             where = Launch(count, 1, None, "scaling", work.device.type == "cuda")
             records = launched(_share, replace(work, train=options), where)
             found[count] += [Taken(each["wall"], each["cpu"]) for each in records]

@@ -101,24 +101,58 @@ def make_random_teacher(folder: Path, config: dict[str, dict[str, Any]], dtype: 
     return folder
 
 
+def make_weightless_teacher(folder: Path, config: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Write the configurations of such a pipeline alone; returns the numbers that each of its parts has.
+
+    Args:
+        folder: where to; it is small, and enough to estimate what training needs.
+        config: arguments of each part, as in `CONFIGS`.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+    from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+
+    with torch.device("meta"):
+        networks = {
+            "transformer": SD3Transformer2DModel(**config["transformer"]),
+            "vae": AutoencoderKL(**config["vae"]),
+            **_text_encoders(config),
+        }
+    scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
+    pipeline = StableDiffusion3Pipeline(**networks, **_tokenizers(), scheduler=scheduler)
+    pipeline.save_config(folder)
+    for name, part in {**networks, "scheduler": scheduler}.items():
+        kept = part.config.save_pretrained if hasattr(part.config, "save_pretrained") else part.save_config
+        kept(folder / name)
+    for name, tokenizer in _tokenizers().items():
+        tokenizer.save_pretrained(folder / name)
+    return {name: sum(weight.numel() for weight in part.parameters()) for name, part in networks.items()}
+
+
 def _text_parts(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Three text encoders and their tokenizers."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+    return {**_text_encoders(config), **_tokenizers()}
 
-    from dpdmd_pipeline.shapes.models import make_tokenizer
 
-    tokenizer = make_tokenizer(CLIP_LENGTH)
+def _text_encoders(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    tokenizer = _tokenizers()["tokenizer"]
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     clip = {
         name: CLIPTextModelWithProjection(CLIPTextConfig(**config[name], **ends, max_position_embeddings=CLIP_LENGTH))
         for name in ("text_encoder", "text_encoder_2")
     }
+    return {**clip, "text_encoder_3": T5EncoderModel(T5Config(**config["text_encoder_3"]))}
+
+
+def _tokenizers() -> dict[str, Any]:
+    from transformers import T5TokenizerFast
+
+    from dpdmd_pipeline.shapes.models import make_tokenizer
+
+    tokenizer = make_tokenizer(CLIP_LENGTH)
     letters = [("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters]
-    return {
-        **clip,
-        "tokenizer": tokenizer,
-        "tokenizer_2": tokenizer,
-        "text_encoder_3": T5EncoderModel(T5Config(**config["text_encoder_3"])),
-        "tokenizer_3": T5TokenizerFast(vocab=pieces, extra_ids=0),
-    }
+    tokenizer_3 = T5TokenizerFast(vocab=pieces, extra_ids=0)
+    return {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "tokenizer_3": tokenizer_3}

@@ -4,9 +4,15 @@ import copy
 
 import pytest
 import torch
-from benchmarks.random_teacher import CONFIGS, make_random_teacher
+from benchmarks.random_teacher import CONFIGS, make_random_teacher, make_weightless_teacher
+from safetensors.torch import load_file
+from tests.training.conftest import RECIPE
 
 from dpdmd_pipeline.backbones.base import load_backbone
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.pipelines.train.preflight import memory_model
+from dpdmd_pipeline.training.memory import Execution
+from dpdmd_pipeline.training.recipe import Recipe
 
 # Parameters of the published weights
 SIZES = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
@@ -41,7 +47,7 @@ def test_the_transformer_has_the_bytes_of_the_published_file():
     assert 2 * numbers == pytest.approx(4.94e9, rel=1e-3)
 
 
-def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
+def small() -> dict:
     config = copy.deepcopy(CONFIGS["sd35_medium"])
     config["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
     config["transformer"] |= {"joint_attention_dim": 64, "pooled_projection_dim": 64, "dual_attention_layers": (0,)}
@@ -52,7 +58,11 @@ def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
         config[name] |= {"num_attention_heads": 2, "vocab_size": 1024}
     config["text_encoder_3"] |= {"d_model": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2, "d_kv": 8}
     config["text_encoder_3"] |= {"vocab_size": 64}
-    folder = make_random_teacher(tmp_path / "teacher", config, torch.bfloat16)
+    return config
+
+
+def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
+    folder = make_random_teacher(tmp_path / "teacher", small(), torch.bfloat16)
     family = load_backbone(
         "sd3", folder, resolution=64, max_sequence_length=16, level_range=(0.02, 0.98), dtype=torch.bfloat16
     )
@@ -60,3 +70,22 @@ def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
     assert cond["prompt_embeds"].shape == (1, 77 + 16, 64) and family.shift == 3.0
     denoised = family.denoise(family.load_model(), torch.randn(1, *family.latent_shape), levels[0], cond)
     assert family.decode(denoised).shape == (1, 3, 64, 64)
+
+
+def test_configurations_alone_are_those_of_the_weights_and_enough_for_an_estimate(tmp_path):
+    backbone = BackboneOptions(
+        family="sd3",
+        resolution=64,
+        max_sequence_length=16,
+        num_steps=8,
+        guidance_scale=3.5,
+        level_range=(0.02, 0.98),
+        dtype="bfloat16",
+    )
+    recipe, execution = Recipe(**{**RECIPE, "precision": "bfloat16"}), Execution(1, 1, 1, True)
+    numbers = make_weightless_teacher(tmp_path / "configs", small())
+    make_random_teacher(tmp_path / "weights", small(), torch.bfloat16)
+    estimates = [memory_model(tmp_path / name, backbone).estimate(recipe, execution) for name in ("configs", "weights")]
+    assert estimates[0] == estimates[1] and not list((tmp_path / "configs").rglob("*.safetensors"))
+    weights = load_file(tmp_path / "weights/text_encoder_3/model.safetensors")
+    assert numbers["text_encoder_3"] == sum(tensor.numel() for tensor in weights.values())
