@@ -75,12 +75,16 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(number, f"{reason} ({remedy})", str(getattr(error, "filename", None) or path)) from error
 
 
+class HeldError(ValueError):
+    """Another process is writing the folder."""
+
+
 @contextlib.contextmanager
 def locked(folders: Folders) -> Iterator[None]:
     """Hold the folder for writing; the system lets go of it when the process ends, however it ends.
 
     Raises:
-        ValueError: if another process is writing it.
+        HeldError: if another process is writing it; names that process.
     """
     with writing(folders.lock):
         folders.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ def locked(folders: Folders) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                raise ValueError(
+                raise HeldError(
                     f"{folders.published} is being written by process {file.read().strip() or 'unknown'}: "
                     "wait until it has finished, then run again"
                 ) from error

@@ -50,7 +50,7 @@ class Checkpoints:
         """Keep other processes from training the same run at the same time.
 
         Raises:
-            ValueError: names the process that does.
+            HeldError: names the process that does.
         """
         with locked(Folders.of(self.folder)):
             yield

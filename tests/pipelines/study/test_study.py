@@ -75,3 +75,29 @@ def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp
 def test_the_baseline_cannot_be_left_out():
     with pytest.raises(ValueError, match="baseline=dmd is none of the runs dp_dmd"):
         StudyOptions(seeds=[0], baseline="dmd", runs={"dmd": None, "dp_dmd": {}})
+
+
+def test_a_run_may_be_compared_with_another_baseline(study):
+    longer = {"max_steps": 3}
+    found = study(
+        options(
+            dmd_longer={"train": {**DMD["train"], **longer}},
+            longer={"train": longer, "baseline": "dmd_longer"},
+            same={},
+        )
+    )
+    modes = {(row["run"], row["seed"]): row["diversity"]["effective_modes"] for row in found["rows"]}
+    for number, row in enumerate(found["rows"]):  # an untrained student draws nothing right: numbers of our own
+        modes[row["run"], row["seed"]]["value"] = float(number)
+    found["teacher"]["diversity"]["effective_modes"]["value"] = 20.0
+    # rows: dmd 0, dmd_longer 1, longer 2, same 3, and four more of the other seed
+    assert summarise(found)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
+    assert summarise(found)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
+    assert "`max_steps=3`, gap of dmd_longer" in write_study(found)
+
+
+def test_a_baseline_that_is_no_run_or_lacks_a_seed_is_refused():
+    with pytest.raises(ValueError, match="runs.longer.baseline=dmd_200 is none of the runs dmd, longer"):
+        options(longer={"baseline": "dmd_200"})
+    with pytest.raises(ValueError, match=r"runs.longer.seeds has \[1\]: .* which the baseline short is trained with"):
+        options(longer={"baseline": "short"}, short={**DMD, "seeds": [0]})

@@ -1,9 +1,8 @@
 """Nodes of the study: it repeats the rooms train and evaluate, once per recipe and seed."""
 
 import json
-import logging
-import tempfile
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple, TypeVar
@@ -12,15 +11,14 @@ from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts, sample_model
+from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
+from dpdmd_pipeline.pipelines.study.students import Judge, Student, judged_student, make_all
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
-from dpdmd_pipeline.pipelines.train.nodes import train_student
+from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
-
-log = logging.getLogger(__name__)
 
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
@@ -44,7 +42,9 @@ def run_study(
     evaluate: EvaluateOptions,
     options: StudyOptions,
 ) -> dict[str, Any]:
-    """Train and judge every recipe with every seed; a run that is finished is read from its checkpoint.
+    """Train and judge every recipe with every seed; what is finished is not done again.
+
+    Several of these, started side by side, share the students.
 
     Raises:
         ValueError: where prompts are not of the embedded world, whose reader judges here.
@@ -58,33 +58,24 @@ def run_study(
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     for prepared in runs.values():  # all of them before the first is trained
         check_anchors(prepared.anchors, rows, embeddings, teacher, backbone, prepared.anchor_options, prepared.train)
-    chosen = judged_prompts(prompts, evaluate)
+    judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
 
-    def judged(folder: Path | None) -> dict[str, Any]:
-        drawn = sample_model(folder, chosen, embeddings, teacher, backbone, evaluate)
-        return _judge(drawn, chosen, evaluate)
-
-    found = []
-    for seed, name in options.students:
-        log.info("study: %s, seed %d", name, seed)
+    def make(student: Student) -> dict[str, Any]:
+        seed, name = student
         run = runs[name]
         seeded = run.train.model_copy(update={"seed": seed})
-        write, history = train_student(
-            prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            found.append({"run": name, "seed": seed, **judged(Path(folder)), "last": history[-1]})
+        asked = prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
+        identity = run_identity(seeded.recipe(), backbone, run.anchors, rows)
+        return {"run": name, "seed": seed, **judged_student(partial(train_student, *asked), judge, identity)}
+
+    found = make_all(options.students, make)
     changes = {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()}
-    return {"baseline": options.baseline, "runs": changes, "teacher": judged(None), "rows": found}
-
-
-def _judge(drawn: dict[str, Any], chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
-    """Quality and diversity of one model's pictures."""
-    from dpdmd_pipeline.metrics.shapes import judge
-
-    per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in chosen]
-    return judge(per_prompt, list(chosen.values()), options.seed)
+    return {
+        "baseline": options.baseline,
+        "runs": changes,
+        "teacher": judge.judged(None),
+        "rows": [found[student] for student in options.students],
+    }
 
 
 class _Prepared(NamedTuple):
@@ -137,14 +128,15 @@ def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
     from dpdmd_pipeline.metrics.summary import gap_recovered
 
     value = {name: (lambda row, name=name, kind=kind: row[kind][name]["value"]) for name, kind in SHOWN.items()}
-    baseline = {row["seed"]: row for row in study["rows"] if row["run"] == study["baseline"]}
+    made = {(row["run"], row["seed"]): row for row in study["rows"]}
     teacher = value["effective_modes"](study["teacher"])
     found: dict[str, dict[str, list]] = {}
     for row in study["rows"]:
         of_run = found.setdefault(row["run"], {name: [] for name in [*SHOWN, "gap_recovered"]})
         for name in SHOWN:
             of_run[name].append(value[name](row))
-        lost = value["effective_modes"](baseline[row["seed"]])
+        baseline = study["runs"][row["run"]].get("baseline", study["baseline"])
+        lost = value["effective_modes"](made[baseline, row["seed"]])
         of_run["gap_recovered"].append(gap_recovered(teacher, lost, value["effective_modes"](row)))
     return found
 
@@ -174,12 +166,14 @@ def write_study(study: dict[str, Any]) -> str:
     return "\n".join([*lines, "", spread, ""])
 
 
-def _described(changes: dict[str, dict[str, Any]]) -> list[str]:
-    """`stop_gradient=false`, `anchors.anchor_levels=[{"steps": 4}]`."""
-    prefixes = {"train": "", "anchors": "anchors."}
-    return [
-        f"`{prefixes[group]}{key}={json.dumps(value)}`" for group in changes for key, value in changes[group].items()
+def _described(changes: dict[str, Any]) -> list[str]:
+    """`stop_gradient=false`, `anchors.anchor_levels=[{"steps": 4}]`, and the run it is compared with, if named."""
+    changed = [
+        f"`{prefix}{key}={json.dumps(value)}`"
+        for group, prefix in {"train": "", "anchors": "anchors."}.items()
+        for key, value in changes.get(group, {}).items()
     ]
+    return [*changed, f"gap of {changes['baseline']}"] if "baseline" in changes else changed
 
 
 def draw_study(study: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ class RunOptions(BaseModel):
         train: of the group `train`.
         anchors: of the group `anchors`; the cache has others, so such a run asks the teacher in each student turn.
         seeds: of this run alone; None takes the study's.
+        baseline: the run whose lost diversity is this one's gap, as one of as many turns; None takes the study's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -23,6 +24,7 @@ class RunOptions(BaseModel):
     train: dict[str, Any] = {}
     anchors: dict[str, Any] = {}
     seeds: Seeds | None = None
+    baseline: str | None = None
 
 
 class StudyOptions(BaseModel):
@@ -30,7 +32,7 @@ class StudyOptions(BaseModel):
 
     Attributes:
         seeds: every recipe is trained once per seed, unless it has seeds of its own, which are among these.
-        baseline: the run whose lost diversity is the gap.
+        baseline: the run whose lost diversity is the gap, of all runs that name no other.
         runs: name of a recipe to what it changes; null leaves out a run of conf/base.
     """
 
@@ -54,20 +56,28 @@ class StudyOptions(BaseModel):
         own = self.kept[name].seeds
         return self.seeds if own is None else own
 
+    def baseline_of(self, name: str) -> str:
+        """The run that a run is compared with."""
+        return self.kept[name].baseline or self.baseline
+
     @model_validator(mode="after")
-    def _has_its_baseline(self) -> Self:
+    def _has_its_baselines(self) -> Self:
         if self.baseline not in self.kept:
             raise ValueError(f"baseline={self.baseline} is none of the runs {', '.join(self.kept)}")
+        for name in self.kept:
+            if (baseline := self.baseline_of(name)) not in self.kept:
+                raise ValueError(f"runs.{name}.baseline={baseline} is none of the runs {', '.join(self.kept)}")
         return self
 
     @model_validator(mode="after")
-    def _has_the_baseline_at_every_seed(self) -> Self:
+    def _has_the_baselines_at_every_seed(self) -> Self:
         """A share of the gap is of one seed's own gap."""
-        compared = set(self.seeds) & set(self._seeds_of(self.baseline))
         for name in self.kept:
+            baseline = self.baseline_of(name)
+            compared = set(self.seeds) & set(self._seeds_of(baseline))
             if missing := sorted(set(self._seeds_of(name)) - compared):
                 raise ValueError(
                     f"runs.{name}.seeds has {missing}: give seeds of study.seeds={self.seeds}, which the baseline "
-                    f"{self.baseline} is trained with"
+                    f"{baseline} is trained with"
                 )
         return self
