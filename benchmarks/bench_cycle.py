@@ -98,8 +98,14 @@ def _taken(
     chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
     with ExitStack() as open_loops:
         contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
-        first = {name: timing.seconds(cycle) for name, cycle in contenders.items()}
-        return first, timing.alternate(contenders, asked.seconds, at_least=3), told
+        first = {}
+        for name, cycle in contenders.items():
+            try:
+                first[name] = timing.seconds(cycle)
+            except ValueError as error:  # options that this teacher's network does not take
+                told[name] = _refused(error)
+        running = {name: contenders[name] for name in first}
+        return first, timing.alternate(running, asked.seconds, at_least=3), told
 
 
 def _contenders(
@@ -121,12 +127,17 @@ def _contenders(
             told[name] = f"absent: this version has no train.{absent[0]}"
             continue
         try:
-            _, records = work.start(_options(work, name), "online" if name == ONLINE else "cached")
-        except ValueError as error:
-            told[name] = f"refused: {' '.join(str(error).split())}"
+            options = _options(work, name)
+        except ValueError as error:  # options that do not go together
+            told[name] = _refused(error)
             continue
+        _, records = work.start(options, "online" if name == ONLINE else "cached")
         found[name] = open_loops.enter_context(closing(records)).__next__
     return found, told
+
+
+def _refused(error: ValueError) -> str:
+    return f"refused: {' '.join(str(error).split())}"
 
 
 def _options(work: Workload, name: str) -> TrainOptions:
