@@ -74,7 +74,8 @@ def main(asked: argparse.Namespace) -> None:
         counted = {name: _counted(work, name) for name in taken}
         measured = {name: _row(work, taken, name, which, counted) | _begun(first, taken, name) for name in taken}
         shares = where_time_goes(work)
-    ratios = {f"times the published loop, {name}": row["times the published loop"] for name, row in measured.items()}
+    times = f"times the {_compared(taken)}"
+    ratios = {f"{times}, {name}": row[times] for name, row in measured.items()}
     record(
         asked.result or "cycle",
         {
@@ -117,14 +118,18 @@ def _contenders(
     """One call per cycle of each, and what is to be told of the variants that are not there."""
     roles, records = work.start(work.train)
     open_loops.enter_context(closing(records))
-    published = work.reference(work.train, roles if shared else None)
-    with_pictures, without = published.settings, replace(published.settings, pictures_every=0)
-    found: dict[str, Callable[[], object]] = {
-        REFERENCE: lambda: (setattr(published, "settings", with_pictures), published.cycle()),
-        PLAIN: lambda: (setattr(published, "settings", without), published.cycle()),
-        OURS: records.__next__,
-    }
+    found: dict[str, Callable[[], object]] = {OURS: records.__next__}
     told = {}
+    if work.backbone.family == "sd3":
+        published = work.reference(work.train, roles if shared else None)
+        with_pictures, without = published.settings, replace(published.settings, pictures_every=0)
+        found = {
+            REFERENCE: lambda: (setattr(published, "settings", with_pictures), published.cycle()),
+            PLAIN: lambda: (setattr(published, "settings", without), published.cycle()),
+            **found,
+        }
+    else:
+        told[REFERENCE] = f"is SD3's: with family={work.backbone.family} all are compared with {OURS}"
     for name, changes in variants.items():
         if absent := sorted(set(changes) - set(TrainOptions.model_fields)):
             told[name] = f"absent: this version has no train.{absent[0]}"
@@ -173,23 +178,33 @@ def _row(
 ) -> dict[str, Any]:
     seconds = timing.spread(timing.of(taken[name], which))
     pictures = work.train.batch_size * (work.train.fake_score_turns + 1)
+    against = _compared(taken)
     return {
         "cycles per second": 1 / seconds["median"],
         "pictures per second": pictures / seconds["median"],
         "seconds per cycle": seconds,
         "seconds per cycle by the wall": timing.spread(timing.of(taken[name], "wall")),
-        "times the published loop": timing.ratios(taken[REFERENCE], taken[name], which),
+        f"times the {against}": timing.ratios(taken[against], taken[name], which),
         "counted passes": counted[name],
-        "times the published loop, by counted passes alone": counted[REFERENCE] / counted[name],
+        f"times the {against}, by counted passes alone": counted[against] / counted[name],
     }
 
 
+def _compared(taken: dict[str, list[Taken]]) -> str:
+    """What all are compared with."""
+    return REFERENCE if REFERENCE in taken else OURS
+
+
 def _begun(first: dict[str, Taken], taken: dict[str, list[Taken]], name: str) -> dict[str, float]:
-    """What compiling takes, which is done in the first cycle, and after how many cycles it is won back."""
-    if "compiled" not in name:
+    """What compiling takes, which is done in the first cycle, and after how many cycles it is won back.
+
+    Of the first contender of its kind alone: what it compiled serves the later ones of this process.
+    """
+    if not name.startswith(f"{CHEAPER}, "):
         return {}
-    plain = name.replace(", blocks compiled", "").replace(", compiled whole", "").replace("blocks compiled", OURS)
-    cycle, before = (timing.spread(timing.of(taken[each], "wall"))["median"] for each in (name, plain))
+    cycle, before = (
+        timing.spread(timing.of(taken[each], "wall"))["median"] if each in taken else 0 for each in (name, CHEAPER)
+    )
     compiling = first[name].wall - cycle
     return {
         "seconds of compiling, by the wall": compiling,
@@ -206,7 +221,7 @@ def where_time_goes(work: Workload) -> dict[str, float]:
         "share of a cycle": _our_shares(work, {}),
         f"share of a cycle, {CHEAPER}": _our_shares(work, work.cheaper),
         "share of a fast cycle": _our_shares(work, FAST),
-        "share of the published cycle": _published_shares(work),
+        **({"share of the published cycle": _published_shares(work)} if work.backbone.family == "sd3" else {}),
     }
     return {f"{whose}: {name}": share for whose, shares in found.items() for name, share in shares.items()}
 
