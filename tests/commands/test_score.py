@@ -1,9 +1,14 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 from torchvision.transforms.functional import to_pil_image
 
-from dpdmd_pipeline.commands.score import main
+from dpdmd_pipeline.commands.score import DEFAULT_WEIGHTS, PROJECT, main
+from dpdmd_pipeline.metrics.presets import LEFT_OUT
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
@@ -61,6 +66,125 @@ def test_a_damaged_picture_shows_in_the_exit_code(folders, tmp_path, capsys):
     assert ended.value.code == 3 and "1 x empty file: " in capsys.readouterr().out
 
 
+def run(*arguments):
+    """The exit code."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def copied(folders, tmp_path, *names):
+    """Folders of the same pictures that a test may change."""
+    return [shutil.copytree(folders / name, tmp_path / name) for name in names]
+
+
+def test_the_threshold_of_near_duplicates_is_in_table_and_file(folders, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    options = ["--by", "diversity.clip_shapes", "--json", out]
+    assert run(folders / "ours", *options, "--reference", folders / "teacher") == 0
+    figure = json.loads(out.read_text())["figures"]["diversity.clip_shapes.duplicate_rate"]
+    assert figure["threshold_from"] == "reference"
+    assert f"a cosine of at least {figure['threshold']:.4g}, the 99th percentile of the ref" in capsys.readouterr().out
+    assert run(folders / "ours", *options, "--duplicates-above", "0.9") == 0
+    figure = json.loads(out.read_text())["figures"]["diversity.clip_shapes.duplicate_rate"]
+    assert (figure["threshold"], figure["threshold_from"]) == (0.9, "user")
+
+
+def test_stray_files_and_faults_of_the_reference_are_told_as_such(folders, tmp_path, capsys):
+    (reference,) = copied(folders, tmp_path, "teacher")
+    (reference / "notes.md").write_text("")
+    next(reference.glob("*/0.png")).write_bytes(b"")
+    assert run(folders / "ours", "--by", "diversity.clip_shapes", "--reference", reference) == 3
+    table = capsys.readouterr().out
+    assert f"left out of {reference} (the reference), since no picture that is read: notes.md" in table
+    assert f"1 x empty file, in the reference: {reference}" in table
+
+
+def test_an_empty_folder_of_a_prompt_shows_in_the_exit_code(folders, tmp_path, capsys):
+    (ours,) = copied(folders, tmp_path, "ours")
+    (ours / "a red star").mkdir()
+    assert run(ours, "--by", "diversity.pixels") == 3
+    assert "1 x prompt with no picture: a red star" in capsys.readouterr().out
+
+
+def test_a_gap_counts_its_prompts_and_says_which_are_left_out(folders, tmp_path, capsys):
+    ours, dmd = copied(folders, tmp_path, "ours", "dmd")
+    next(ours.glob("*/0.png")).unlink()
+    shutil.rmtree(dmd / caption(2))
+    by = ["--by", "diversity.pixels,diversity.clip_shapes"]
+    assert run(ours, *by, "--teacher", folders / "teacher", "--baseline", dmd, "--json", tmp_path / "out.json") == 3
+    table, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "the gap recovered is over the 2 of 3 prompts that are in all folders" in table
+    assert record["gap_recovered"]["diversity.pixels.mean_distance"]["prompts"] == 2
+    assert record["gap_recovered"]["diversity.clip_shapes.vendi"]["prompts"] == 1
+    (note,) = record["gap_notes"]
+    assert "diversity.clip_shapes.vendi" in note and "1 of 2 prompts are left out of the gap" in note
+    assert note in table and "(prompts: 2)" in table
+
+
+def test_a_gap_that_cannot_be_is_refused_before_anything_is_measured(folders, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folders / "dmd" / caption(0), other / "something else")
+    gap = ["--teacher", folders / "teacher", "--baseline"]
+    with pytest.raises(ValueError, match=r"no prompt is in all of .*\('something else' ...\): the gap recovered"):
+        run(folders / "ours", "--by", "diversity.pixels", *gap, other)
+    with pytest.raises(ValueError, match="the gap recovered is one of diversity: name a diversity metric"):
+        run(folders / "ours", "--by", "quality.shapes", *gap, folders / "dmd")
+
+
+def test_flat_pictures_without_prompts_have_diversity_and_no_alignment(folders, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for seed in range(4):
+        shutil.copy(folders / "ours" / caption(0) / f"{seed}.png", flat / f"ComfyUI_{seed:05d}_.png")
+    by = ["--by", "diversity.clip_shapes,alignment.clip_shapes,quality.shapes", "--duplicates-above", "0.99"]
+    assert run(flat, *by) == 3
+    table = capsys.readouterr().out
+    assert "diversity.clip_shapes.vendi" in table and "alignment.clip_shapes.score" not in table
+    assert "quality.shapes, alignment.clip_shapes: no prompt has a text: give --prompts FILE" in table
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text(f"id,text\nComfyUI,{caption(0)}\n")
+    assert run(flat, *by, "--prompts", prompts) == 0
+    assert "alignment.clip_shapes.score" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="id 'ComfyUI' is not in .*prompts.txt, which has 0 to 0"):
+        (tmp_path / "prompts.txt").write_text("a red circle\n")
+        run(flat, *by, "--prompts", tmp_path / "prompts.txt")
+
+
+def test_the_reference_needs_no_texts(folders, tmp_path):
+    (tmp_path / "real").mkdir()
+    for seed in range(4):
+        shutil.copy(folders / "teacher" / caption(0) / f"{seed}.png", tmp_path / "real" / f"photo_{seed}.png")
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("id,text\n" + "".join(f"{caption(number)},{caption(number)}\n" for number in range(3)))
+    options = ["--reference", tmp_path / "real", "--prompts", prompts]
+    assert run(folders / "ours", "--by", "diversity.clip_shapes", *options) == 0
+
+
+def test_what_belongs_to_the_project_is_found_from_any_folder(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(folders / "ours", "--by", "alignment.clip_shapes") == 0
+    assert run(folders / "ours", "--by", "diversity.dino_v3") == 3
+    assert f"not in {PROJECT / DEFAULT_WEIGHTS}/dinov3-vitl16" in capsys.readouterr().out
+    monkeypatch.setattr("dpdmd_pipeline.commands.score.PROJECT", tmp_path / "site-packages")
+    assert run(folders / "ours", "--by", "alignment.clip_shapes") == 3
+    assert f"not in {tmp_path}/data/06_models/shapes_clip" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--by", "diversity.pixels,diversity.shapes,quality.shapes"]])
+def test_a_reader_that_goes_away_is_no_error(folders, tmp_path, arguments):
+    reading, writing = os.pipe()
+    os.close(reading)
+    out = ["--json", str(tmp_path / "out.json")]
+    command = [sys.executable, "-m", "dpdmd_pipeline", "score", str(folders / "ours"), *arguments, *out]
+    with os.fdopen(writing, "w") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "out.json").exists() == (arguments != ["--help"])
+
+
 def test_answers_of_people_are_summarised(tmp_path, capsys):
     answer = {"id": "p/0", "question": "quality", "prompt": "a dog", "left": "a", "choice": "a"}
     result = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "participant": "1", "answers": [answer]}
@@ -74,6 +198,11 @@ def test_answers_of_people_are_summarised(tmp_path, capsys):
     ("arguments", "told"),
     [
         (["--by", "beauty"], "beauty is no metric"),
+        (["--by", ""], "--by '' names no metric: name axes or metrics"),
+        (["--by", ","], "--by ',' names no metric"),
+        (["--by", "HPSv3"], "HPSv3 cannot live in this environment"),
+        (["--by", "quality.shapes", "--json", "tests"], "--json tests is a folder: name a file in it"),
+        (["--by", "human", "--json", "tests"], "--json tests is a folder"),
         (["--by", "human,quality"], "ask for it alone"),
         (["--by", "quality", "--teacher", "x"], "needs both --teacher and --baseline"),
         (["--by", "quality", "--processes", "0"], "--processes 0 must be at least 1"),
@@ -89,9 +218,20 @@ def test_what_makes_no_sense_is_refused_in_one_line(arguments, told, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_prompts_that_are_not_there_or_not_utf_8_are_named(folders, tmp_path):
+    with pytest.raises(OSError, match=r"nope.txt: there is no such file"):
+        run(folders / "ours", "--by", "diversity.pixels", "--prompts", tmp_path / "nope.txt")
+    (ours,) = copied(folders, tmp_path, "ours")
+    (ours / caption(0) / "prompt.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{caption(0)}/prompt.txt is not UTF-8"):
+        run(ours, "--by", "diversity.pixels")
+
+
 def test_help_describes_layouts_and_metrics(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     told = capsys.readouterr().out
     for part in ("<prompt-id>_<seed>.png", "manifest.csv", "diversity.dino_v2", "alignment.geneval_vqa", "Exit code"):
         assert part in told
+    for name, reason in LEFT_OUT.items():
+        assert name in told and reason in told

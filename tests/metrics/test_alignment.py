@@ -1,10 +1,15 @@
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from tests.metrics.conftest import TINY_OPEN_CLIP
 
-from dpdmd_pipeline.metrics.alignment import PickScore, clip_score, hps_score
+from dpdmd_pipeline.metrics.alignment import PickScore, clip_score, hps_score, unknown_words
+from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
+
+SHIPPED_CLIP = Path(__file__).parents[2] / "data/06_models/shapes_clip"
 
 
 def test_the_clip_score_is_a_hundred_cosines_and_never_below_zero(open_clip_folder, photos, passes):
@@ -48,3 +53,17 @@ def test_pickscore_is_the_logit_that_clip_gives(clip_hf, photos, passes):
 def test_an_absent_hps_file_is_an_error_not_a_random_model(passes, tmp_path):
     with pytest.raises((ValueError, OSError), match="HPS.pt"):
         hps_score("ViT-B-32", tmp_path / "HPS.pt", passes)
+
+
+def test_a_text_is_known_to_be_cut_where_the_encoder_reads_less_than_it_has(open_clip_folder, clip_hf, passes):
+    for score, word in ((clip_score(open_clip_folder, passes), "cat "), (PickScore(clip_hf, passes), "a ")):
+        assert [score.cut_at(word * count) for count in (1, 75, 76, 200)] == [None, None, 77, 77]
+    shipped = clip_score(SHIPPED_CLIP, passes)
+    assert [shipped.cut_at("red " * count) for count in (1, 15, 16, 40)] == [None, None, 16, 16]
+
+
+def test_words_that_a_tokenizer_does_not_know_are_told_apart_from_those_it_knows(open_clip_folder, passes):
+    shipped = clip_score(SHIPPED_CLIP, passes).tokenizer
+    assert unknown_words(shipped, "A red circle") == [] and unknown_words(shipped, "a Dog, red") == ["Dog", ","]
+    assert unknown_words(clip_score(open_clip_folder, passes).tokenizer, "a dög, 犬") == []
+    assert not any(unknown_words(shipped, caption(number)) for number in range(NUM_PROMPTS))

@@ -1,8 +1,16 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dpdmd_pipeline.metrics.presets import PRESETS, Settings, choose
-from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, DINO_V2, MissingWeightsError, hub_folder
+from dpdmd_pipeline.metrics.weights import (
+    CLIP_SHAPES,
+    DINO_V2,
+    MissingWeightsError,
+    UnavailableError,
+    damage_of,
+    hub_folder,
+)
 
 
 def test_missing_weights_are_named_with_licence_size_and_command(tmp_path):
@@ -52,6 +60,72 @@ def test_weights_may_lie_elsewhere(tmp_path, passes):
         preset.make(settings)
 
 
+def test_all_weights_that_a_metric_lacks_are_named_at_once(settings):
+    (preset,) = choose("quality.arniqa")
+    with pytest.raises(MissingWeightsError) as told:
+        preset.require(settings)
+    first, second = str(told.value).split("; and ")
+    assert first.startswith("quality.arniqa needs ") and "ARNIQA.pth not in" in first
+    assert second.startswith("needs ") and "regressor_koniq10k.pth not in" in second
+    assert "\n" not in str(told.value) and str(told.value).count("fetch with: ") == 2
+
+
+def test_a_page_that_says_not_found_does_not_become_the_weights():
+    assert all("curl -f" in needed.fetch for preset in PRESETS for needed in preset.weights if "curl" in needed.fetch)
+
+
+def test_the_clip_of_clip_iqa_is_one_of_its_weights():
+    (preset,) = choose("quality.clipiqa_plus")
+    folders = {f"{needed.folder}/{needed.files[0]}" for needed in preset.weights}
+    assert folders == {"hub/pyiqa/CLIP-IQA+_learned_prompts-603f3273.pth", "hub/clip/RN50.pt"}
+
+
+def write_good(folder):
+    """A file of each kind as its library writes it."""
+    net = torch.nn.Linear(3, 3)
+    torch.save(net.state_dict(), folder / "a.pth")
+    torch.save(net.state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
+    torch.jit.save(torch.jit.script(net), folder / "script.pt")
+    save_file(net.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+
+
+def page(file):
+    file.write_text("<html>404</html>")
+
+
+def test_whole_files_are_not_called_damaged_and_others_are(tmp_path):
+    for spoil in (cut, page):
+        write_good(tmp_path)
+        for file in sorted(tmp_path.iterdir()):
+            assert damage_of(file) is None, file
+            spoil(file)
+            if file.name != "config.json" or spoil is page:
+                assert damage_of(file), (file, spoil)
+
+
+def test_a_checkpoint_of_which_bytes_were_changed_is_damaged(tmp_path):
+    torch.save({"weight": torch.arange(1000)}, tmp_path / "a.pth")
+    content = bytearray((tmp_path / "a.pth").read_bytes())
+    place = content.index(torch.arange(1000).numpy().tobytes())
+    content[place + 80] ^= 1
+    (tmp_path / "a.pth").write_bytes(content)
+    assert "is not what was written" in damage_of(tmp_path / "a.pth")
+
+
+def test_a_damaged_index_of_shards_spoils_no_digest(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    digests = set()
+    for content in ("{", "[]", '{"weight_map": 1}', "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        digests.add(DINO_V2.digest(tmp_path))
+    assert len(digests) == 4
+
+
 def test_every_preset_that_needs_weights_says_so_before_it_loads_anything(tmp_path, settings):
     for preset in PRESETS:
         if preset.weights:
@@ -65,8 +139,14 @@ def test_an_axis_means_its_defaults_and_a_name_what_it_says():
     assert len({preset.full_name for preset in PRESETS}) == len(PRESETS)
     with pytest.raises(ValueError, match="beauty is no metric: name axes .*diversity"):
         choose("beauty")
-    with pytest.raises(ValueError, match="image_reward cannot live in this environment: its package pins timm"):
-        choose("preference.image_reward")
+
+
+@pytest.mark.parametrize(
+    "name", ["preference.image_reward", "ImageReward", "HPSv3", "hps_v3", "GenEval", "t2v-metrics"]
+)
+def test_what_cannot_be_had_is_known_by_any_spelling(name):
+    with pytest.raises(ValueError, match=f"{name} cannot live in this environment: .*(pins|needs)"):
+        choose(name)
 
 
 def test_torch_hub_looks_elsewhere_only_for_a_while(tmp_path):
@@ -75,3 +155,21 @@ def test_torch_hub_looks_elsewhere_only_for_a_while(tmp_path):
         assert torch.hub.get_dir() == str(tmp_path / "hub")
         raise KeyError
     assert torch.hub.get_dir() == before
+
+
+def test_nothing_is_fetched_while_a_model_is_being_built(tmp_path):
+    import urllib.request
+
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    before = torch.hub.urlopen, urllib.request.urlopen, constants.HF_HUB_OFFLINE
+    address = "https://example.org/weights.pth"
+    with hub_folder(tmp_path):
+        with pytest.raises(UnavailableError, match=f"{address} is not there as published, and nothing is fetched here"):
+            torch.hub.load_state_dict_from_url(address)
+        with pytest.raises(UnavailableError, match="nothing is fetched here"):
+            urllib.request.urlopen(address)
+        with pytest.raises((LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            hf_hub_download("timm/resnet50.a1_in1k", "model.safetensors", cache_dir=tmp_path)
+    assert (torch.hub.urlopen, urllib.request.urlopen, constants.HF_HUB_OFFLINE) == before

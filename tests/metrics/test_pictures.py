@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dpdmd_pipeline.metrics.pictures import FileSet, StoredSet, TensorSet, find_pictures, read_parts, read_texts
+from dpdmd_pipeline.metrics.pictures import (
+    FileSet,
+    StoredSet,
+    TensorSet,
+    find_pictures,
+    read_parts,
+    read_picture,
+    read_texts,
+)
 
 
 def draw(path, size=(8, 8), colour="red", **options):
@@ -16,6 +24,11 @@ def draw(path, size=(8, 8), colour="red", **options):
 
 def described(folder, prompts=None):
     return {found.id: (found.text, [file.name for file in found.files]) for found in find_pictures(folder, prompts)[0]}
+
+
+def without_text(folder, prompts=None):
+    """Why prompts have no text, by id."""
+    return {found.id: found.no_text for found in find_pictures(folder, prompts)[0] if found.no_text}
 
 
 def test_a_folder_per_prompt_is_read_in_the_order_of_seeds(tmp_path):
@@ -30,14 +43,104 @@ def test_a_folder_per_prompt_is_read_in_the_order_of_seeds(tmp_path):
 def test_a_file_per_picture_is_grouped_by_its_id(tmp_path):
     for name in ("0_1.png", "0_12.png", "0_2.png", "my_cat_5.png", "ComfyUI_00001_.png"):
         draw(tmp_path / name)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a dog\n")
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("id,text\n0,a dog\nmy_cat,a cat\nComfyUI,a bird\nmore,a fish\n")
     assert described(tmp_path, prompts) == {
         "0": ("a dog", ["0_1.png", "0_2.png", "0_12.png"]),
-        "ComfyUI": ("ComfyUI", ["ComfyUI_00001_.png"]),
-        "my_cat": ("my_cat", ["my_cat_5.png"]),
+        "ComfyUI": ("a bird", ["ComfyUI_00001_.png"]),
+        "my_cat": ("a cat", ["my_cat_5.png"]),
     }
-    assert find_pictures(tmp_path)[1] == ["prompts.txt"]
+    assert not without_text(tmp_path, prompts)
+    assert find_pictures(tmp_path)[1] == ["prompts.csv"]
+
+
+@pytest.mark.parametrize("name", ["00000_1.png", "00000/1.png", "a dog/1.png"])
+def test_an_id_that_the_file_of_prompts_lacks_is_refused_with_what_the_file_has(tmp_path, name):
+    draw(tmp_path / "pictures" / name)
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\na bird\n")
+    found = name.split("_")[0].split("/")[0]
+    with pytest.raises(ValueError, match=rf"id '{found}' is not in .*prompts.txt, which has 0 to 2: write both alike"):
+        find_pictures(tmp_path / "pictures", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.csv").write_text("id,text\n" + "".join(f"p{number},a dog\n" for number in range(9)))
+    with pytest.raises(ValueError, match="which has p0, p1, p2, p3, p4 and 4 more"):
+        find_pictures(tmp_path / "pictures", tmp_path / "prompts.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_text"),
+    [
+        ("a red circle/1.png", True),
+        ("cat/1.png", True),
+        ("2 dogs/1.png", True),
+        ("00000/1.png", False),
+        ("prompt_12/1.png", False),
+        ("a red circle_1.png", True),
+        ("2 dogs_1.png", True),
+        ("cat_1.png", False),
+        ("ComfyUI_00001_.png", False),
+    ],
+)
+def test_a_name_is_a_text_where_it_reads_like_one_and_else_an_id(tmp_path, name, is_text):
+    draw(tmp_path / name)
+    (found,) = find_pictures(tmp_path)[0]
+    assert found.text == found.id  # for who shows it
+    assert bool(found.no_text) != is_text
+    if not is_text:
+        assert "its name is an id: give --prompts FILE" in found.no_text
+
+
+def test_a_text_beside_the_pictures_makes_up_for_a_name_that_is_an_id_and_an_empty_one_is_none(tmp_path):
+    for name in ("00000", "00001", "a dog"):
+        draw(tmp_path / name / "1.png")
+    (tmp_path / "00000" / "prompt.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    (tmp_path / "a dog" / "prompt.txt").write_text(" \n")
+    assert described(tmp_path)["00000"][0] == "a cat"
+    told = without_text(tmp_path)
+    assert set(told) == {"00001", "a dog"} and "its prompt.txt is empty" in told["a dog"]
+
+
+def test_a_folder_without_pictures_is_a_prompt_and_a_format_that_is_not_read_is_a_fault(tmp_path):
+    draw(tmp_path / "a dog" / "1.png")
+    for name in ("2.gif", "3.TIF"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a dog" / name)
+    (tmp_path / "a cat").mkdir()
+    (tmp_path / "a cat" / "log.json").write_text("{}")
+    sets, rest = find_pictures(tmp_path)
+    assert [(one.id, len(one)) for one in sets] == [("a cat", 0), ("a dog", 1)]
+    assert rest == ["a cat/log.json"]
+    names, _, faults = sets[1].load()
+    assert len(names) == 1
+    assert [fault.kind for fault in faults] == [f"{kind} is not read: convert it to PNG" for kind in (".gif", ".tif")]
+    assert sets[0].load() == ([], [], [])
+
+
+def test_a_picture_is_read_as_a_viewer_shows_it(tmp_path):
+    hidden = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    hidden.putpixel((0, 0), (0, 0, 255, 255))
+    hidden.save(tmp_path / "alpha.png")
+    hidden.convert("LA").save(tmp_path / "grey.png")
+    keyed = Image.new("P", (2, 2), 0)
+    keyed.putpalette([255, 0, 0, 0, 0, 255])
+    keyed.putpixel((0, 0), 1)
+    keyed.save(tmp_path / "palette.png", transparency=0)
+    for name in ("alpha.png", "palette.png"):
+        found = read_picture(tmp_path / name)
+        assert found.mode == "RGB"
+        assert [found.getpixel((x, y)) for y in (0, 1) for x in (0, 1)] == [(0, 0, 255)] + 3 * [(255, 255, 255)]
+    assert read_picture(tmp_path / "grey.png").getpixel((1, 1)) == (255, 255, 255)
+    turned = Image.new("RGB", (4, 2), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (2, 4)
+    turned.save(tmp_path / "odd.jpg", exif=b"Exif\0\0rubbish")  # says nothing, and spoils no picture
+    assert read_picture(tmp_path / "odd.jpg").size == (4, 2)
+
+
+def test_an_opaque_alpha_channel_changes_no_pixel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    Image.fromarray(np.dstack([pixels, np.full((6, 5), 255, np.uint8)])).save(tmp_path / "opaque.png")
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "opaque.png")), pixels)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -90,6 +193,8 @@ def test_pictures_in_memory_are_those_on_disk(tmp_path):
         ({"manifest.jsonl": "{\n"}, "line 1 is not JSON"),
         ({"manifest.jsonl": "[1]\n"}, "line 1 is not a JSON object"),
         ({"manifest.csv": "file,prompt,id\nx.png,a,1\ny.png,b,1\n"}, "id 1 has two prompts, 'a' and 'b'"),
+        ({"manifest.csv": "file,prompt\nx.png,a\nb/../x.png,b\n"}, "record 2 names b/../x.png as record 1 does"),
+        ({"manifest.jsonl": '{"file": "x.png", "prompt": "a", "id": 0}\n' * 2}, "record 2 names x.png as record 1"),
     ],
 )
 def test_a_folder_that_cannot_be_understood_is_refused_with_a_reason(tmp_path, files, told):
@@ -111,6 +216,25 @@ def test_texts_and_parts_are_read_or_refused(tmp_path):
     assert list(read_parts(tmp_path / "m.jsonl")) == ["a dog"]
     with pytest.raises(ValueError, match="not GenEval's"):
         read_parts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.csv", "prompts.jsonl", "prompts/p0/prompt.txt"])
+def test_a_text_file_that_is_not_utf_8_or_not_there_is_named(tmp_path, name):
+    draw(tmp_path / "prompts" / "p0" / "1.png")
+    read = (lambda: find_pictures(tmp_path / "prompts")) if "p0" in name else (lambda: read_texts(tmp_path / name))
+    (tmp_path / name).write_bytes("id,text\n0,café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name} is not UTF-8 \(byte 0xe9 at 13\): save it as UTF-8"):
+        read()
+    if "p0" not in name:
+        (tmp_path / name).unlink()
+        with pytest.raises(OSError, match=f"{name}: there is no such file"):
+            read()
+
+
+def test_what_is_no_csv_is_named(tmp_path):
+    (tmp_path / "p.csv").write_text(f"id,text\n0,{'a' * 200_000}\n")
+    with pytest.raises(ValueError, match=r"p.csv is not CSV: field larger"):
+        read_texts(tmp_path / "p.csv")
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):

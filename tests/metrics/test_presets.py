@@ -1,7 +1,9 @@
 """The presets on tiny models of the real classes, from the folder of weights to the table."""
 
 import shutil
+from pathlib import Path
 
+import pytest
 import torch
 
 from dpdmd_pipeline.metrics import weights as w
@@ -15,6 +17,9 @@ WITH_WEIGHTS = (
     "diversity.clip,diversity.clip_raw_cls,diversity.lpips_squeeze,alignment.clip_score,alignment.vqa_score,"
     "alignment.geneval_vqa,preference.pickscore,distribution.dino_v2"
 )
+
+SHIPPED_CLIP = Path(__file__).parents[2] / "data/06_models/shapes_clip"
+SET = TensorSet("p", "a dog", torch.randint(256, (3, 3, 40, 40), dtype=torch.uint8))
 
 
 def test_all_presets_with_weights_give_figures_and_the_others_say_what_they_lack(tmp_path, passes, request):
@@ -51,3 +56,57 @@ def test_all_presets_with_weights_give_figures_and_the_others_say_what_they_lack
     assert 1 < pooled < 3 and 1 < patches < 3 and pooled != patches
     assert scores.figures["diversity.dino_v2.duplicate_rate"]["value"] is not None
     assert "hf download xswu/HPSv2" in as_table(scores)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),  # cut off
+        ("model.safetensors", b"<html>404</html>"),
+        ("config.json", b'{"model_type": '),
+        ("preprocessor_config.json", b"\xff\xfe"),
+    ],
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_damaged_file_of_weights_is_named_and_costs_its_metric_only(
+    tmp_path, passes, dino_v2, name, content, processes
+):
+    file = shutil.copytree(dino_v2, tmp_path / w.DINO_V2.folder) / name
+    file.write_bytes(file.read_bytes()[:5000] if content is None else content)
+    settings = Settings(tmp_path, passes, processes, seed=0)
+    scores = score([SET], choose("diversity.dino_v2,diversity.pixels"), settings)
+    reason = scores.missing["diversity.dino_v2"]
+    assert reason.startswith(f"{file} is damaged (") and "\n" not in reason
+    assert "): delete it and fetch it again: hf download facebook/dinov2-base" in reason
+    assert list(scores.figures) == ["diversity.pixels.mean_distance"]
+
+
+def test_weights_that_are_whole_but_not_of_the_model_cost_their_metric_only(tmp_path, passes, open_clip_folder):
+    folder = shutil.copytree(open_clip_folder, tmp_path / w.CLIP_L.folder)
+    (folder / "open_clip_config.json").write_text('{"model_cfg": {}}')
+    scores = score([SET], choose("diversity.clip,diversity.pixels"), Settings(tmp_path, passes, 1, seed=0))
+    assert list(scores.missing) == ["diversity.clip"] and list(scores.figures) == ["diversity.pixels.mean_distance"]
+
+
+def test_a_model_that_does_not_answer_in_the_asked_form_is_missing(tmp_path, passes, vision_language, monkeypatch):
+    monkeypatch.setattr("dpdmd_pipeline.metrics.questions._RATING_TOKENS", 4)
+    shutil.copytree(vision_language, tmp_path / w.VISUALQUALITY_R1.folder)
+    scores = score([SET], choose("quality.visualquality_r1"), Settings(tmp_path, passes, 1, seed=0))
+    assert scores.missing["quality.visualquality_r1"].startswith("3 of 3 answers did not parse")
+    assert len(scores.faults["the network's answer did not parse (quality.visualquality_r1)"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "side", "told"),
+    [
+        ("a red dog", 32, "prompt 'a red dog' has words that its tokenizer does not know (dog)"),
+        ("a red circle", 40, "pictures have 40 x 40 pixels, those of its world 32 x 32"),
+    ],
+)
+def test_the_embedded_world_s_clip_judges_no_other_world(tmp_path, passes, text, side, told):
+    settings = Settings(tmp_path, passes, 1, seed=0, elsewhere={w.CLIP_SHAPES.folder: SHIPPED_CLIP})
+    sets = [TensorSet("p", text, torch.randint(256, (3, 3, side, side), dtype=torch.uint8))]
+    scores = score(sets, choose("alignment.clip_shapes,diversity.clip_shapes,diversity.pixels"), settings)
+    assert scores.missing["alignment.clip_shapes"].startswith(told)
+    assert ("diversity.clip_shapes" in scores.missing) == (side != 32)
+    assert "diversity.pixels.mean_distance" in scores.figures

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa
+from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa, backbones_of_checkpoints
 from dpdmd_pipeline.metrics.weights import MissingLibraryError, hub_folder
 
 
@@ -48,3 +48,13 @@ def test_pyiqa_is_asked_for_by_name_where_it_is_not_installed(monkeypatch, tmp_p
     monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
     with pytest.raises(MissingLibraryError, match=r"dpdmd-pipeline\[iqa\]"):
         Pyiqa("topiq_nr", tmp_path, passes)
+
+
+def test_backbones_whose_weights_a_checkpoint_holds_are_built_without_any_and_only_then():
+    import timm
+
+    before = timm.create_model
+    with backbones_of_checkpoints(), hub_folder("/nowhere"):
+        model = timm.create_model("resnet18", pretrained=True, features_only=True)
+        assert sum(value.numel() for value in model.parameters()) > 1e7
+    assert timm.create_model is before

@@ -10,11 +10,18 @@ import torch
 from PIL import Image
 
 from dpdmd_pipeline.metrics.diversity import one_minus_cosine, vendi_score
-from dpdmd_pipeline.metrics.measures import PairDiversity, PictureScores, SetDiversity, SetFeatures, pixel_distances
+from dpdmd_pipeline.metrics.measures import (
+    NO_ANSWER,
+    PairDiversity,
+    PictureScores,
+    SetDiversity,
+    SetFeatures,
+    pixel_distances,
+)
 from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.presets import Preset, Settings
-from dpdmd_pipeline.metrics.score import Reference, Scores, gaps_recovered, score, workers
+from dpdmd_pipeline.metrics.score import Reference, Scores, gap_notes, gaps_recovered, score, workers
 from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.metrics.weights import DINO_V2
 
@@ -43,6 +50,7 @@ DIVERSITY = Preset("diversity", "corners", "corner pixels", partial(corners, Set
 FEATURES = Preset("distribution", "dino_v2", "corner pixels, k = 5", partial(corners, SetFeatures))
 MOMENTS = Preset("distribution", "inception", "corner pixels", partial(corners, SetFeatures))
 QUALITY = Preset("quality", "bright", "mean of corners", brightness)
+FITTING = Preset("alignment", "bright", "mean of corners", brightness)
 ABSENT = Preset("diversity", "dino_v2", "DINO", partial(corners, SetDiversity), (DINO_V2,))
 
 
@@ -109,7 +117,7 @@ def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
     figure = scores.figures["diversity.corners.one_minus_cosine"]
     assert figure["n"] == {"prompts": 2, "pictures": 6, "prompts_not_measured": 2}
     assert scores.figures["quality.bright.score"]["n"]["prompts"] == 3
-    assert any("unequal numbers of pictures" in note for note in scores.notes)
+    assert "unequal numbers of usable pictures a prompt (1 prompts with 2, 1 prompts with 4)" in "".join(scores.notes)
     table = as_table(scores)
     assert "2 x prompt with fewer than 2 usable pictures: alone, nothing" in table and "2 of 4" in table
     assert json.loads(json.dumps(as_record(scores), allow_nan=False))["faults"]["empty file"]["count"] == 1
@@ -128,8 +136,63 @@ def test_a_network_that_breaks_down_costs_its_metric_only(settings, caplog):
 def test_faults_of_the_reference_are_named_too(settings, tmp_path):
     (tmp_path / "gone.png").touch()
     reference = Reference([*make_sets(3, 4, seed=1), FileSet("bad", "bad", (tmp_path / "gone.png",))])
-    scores = score(make_sets(3, 4, seed=0), [DIVERSITY], settings, reference)
-    assert scores.faults["empty file"] == [str(tmp_path / "gone.png")]
+    scores = score([*make_sets(3, 4, seed=0), FileSet("bad", "bad", ())], [DIVERSITY, MOMENTS], settings, reference)
+    assert scores.faults == {
+        "prompt with no picture": ["bad"],
+        "empty file, in the reference": [str(tmp_path / "gone.png")],
+        "prompt with fewer than 2 usable pictures, in the reference": ["bad"],
+        "prompt with no usable picture, in the reference": ["bad"],
+    }
+    judged = score(reference.sets, [DIVERSITY, MOMENTS], settings, Reference(reference.sets))
+    assert not any("reference" in kind for kind in judged.faults)
+
+
+def test_a_prompt_without_a_picture_is_counted(settings):
+    scores = score([*make_sets(2, 3, seed=0), FileSet("empty", "empty", ())], [DIVERSITY, QUALITY], settings)
+    assert scores.faults == {"prompt with no picture": ["empty"]}
+    assert scores.figures["quality.bright.score"]["n"]["prompts_not_measured"] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_asks_for_the_text_leaves_out_prompts_without_one_and_other_metrics_go_on(settings, processes):
+    settings = Settings(settings.weights, settings.passes, processes, settings.seed)
+    sets = make_sets(3, 3, seed=0)
+    nameless = [TensorSet(one.id, one.id, one.images, "prompt without a text (an id)") for one in sets]
+    some = score([nameless[0], *sets[1:]], [DIVERSITY, FITTING], settings)
+    assert some.faults == {"prompt without a text (an id)": ["p0"]} and not some.missing
+    assert some.figures["alignment.bright.score"]["n"]["prompts"] == 2
+    assert some.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
+    none = score(nameless, [DIVERSITY, FITTING], settings)
+    assert none.missing["alignment.bright"].startswith("no prompt has a text: give --prompts FILE")
+    assert none.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
+
+
+def test_prompts_that_the_encoder_cuts_are_counted_in_a_note(settings):
+    def build(settings):
+        cut_at = lambda text: 77 if "1" in text else None  # noqa: E731
+        return PictureScores("score", lambda text, images: Corners()(images).mean(1), cut_at)
+
+    scores = score(make_sets(12, 2, seed=0), [Preset("alignment", "cut", "", build)], settings)
+    assert "3 of 12 prompts are longer than 77 tokens and were cut (alignment.cut)" in scores.notes
+
+
+def rated(answers):
+    """A metric that reads ratings, of which some are no number; the same for each prompt."""
+    build = lambda settings: PictureScores("score", lambda text, images: torch.tensor(answers), why=NO_ANSWER)  # noqa: E731
+    return Preset("quality", "rated", "", build)
+
+
+def test_an_answer_that_does_not_parse_is_called_so(settings):
+    scores = score(make_sets(2, 4, seed=0), [rated([1.0, 2.0, math.nan, math.nan])], settings)
+    assert list(scores.faults) == ["the network's answer did not parse (quality.rated)"]
+    assert scores.figures["quality.rated.score"]["value"] == 1.5
+
+
+def test_a_metric_of_which_most_answers_do_not_parse_is_missing(settings):
+    scores = score(make_sets(2, 4, seed=0), [rated([1.0, math.nan, math.nan, math.nan]), QUALITY], settings)
+    assert scores.missing["quality.rated"].startswith("6 of 8 answers did not parse")
+    assert list(scores.figures) == ["quality.bright.score"]
+    assert len(scores.faults["the network's answer did not parse (quality.rated)"]) == 6
 
 
 def test_two_sets_of_one_prompt_are_refused(settings):
@@ -157,6 +220,9 @@ def test_near_duplicates_are_counted_against_the_reference_at_the_same_number(se
     assert rates[0]["diversity.corners.duplicate_rate"]["value"] < 0.05
     assert rates[1]["diversity.corners.duplicate_rate"]["value"] == 1
     assert list(teacher.duplicates) == ["diversity.corners"]
+    _, threshold = teacher.duplicates["diversity.corners"]
+    told = rates[0]["diversity.corners.duplicate_rate"]
+    assert (told["threshold"], told["threshold_from"]) == (threshold, "reference")
     fewer = score(make_sets(30, 3, seed=0), [DIVERSITY], settings, teacher)
     assert "diversity.corners.duplicate_rate" not in fewer.figures
     assert any("the reference has 4 pictures a prompt, not 3" in note for note in fewer.notes)
@@ -165,7 +231,10 @@ def test_near_duplicates_are_counted_against_the_reference_at_the_same_number(se
 def test_a_cosine_of_one_s_own_counts_near_duplicates_without_a_reference(settings):
     always = Settings(settings.weights, settings.passes, 1, 0, duplicates_above=-1.0)
     scores = score(make_sets(2, 3, seed=0), [DIVERSITY], always)
-    assert scores.figures["diversity.corners.duplicate_rate"]["value"] == 1
+    figure = scores.figures["diversity.corners.duplicate_rate"]
+    assert (figure["value"], figure["threshold"], figure["threshold_from"]) == (1, -1, "user")
+    assert "near-duplicates of diversity.corners have a cosine of at least -1, as given" in as_table(scores)
+    assert as_record(scores)["figures"]["diversity.corners.duplicate_rate"] == figure
 
 
 def test_the_same_distribution_is_near_and_another_far(settings):
@@ -242,6 +311,8 @@ class Counted:
 
     alive = most = 0
 
+    no_text = ""
+
     def __init__(self, number):
         self.id = self.text = str(number)
 
@@ -285,6 +356,39 @@ def test_the_gap_is_recovered_by_what_lies_between(settings):
     assert gaps["diversity.corners.vendi"]["low"] < gaps["diversity.corners.vendi"]["high"]
     assert "diversity.corners.vendi: 0." in as_gap_table(gaps)
     assert gaps_recovered(scores[0], scores[1], scores[0], seed=0)["diversity.corners.vendi"]["value"] == 1
+
+
+def test_a_gap_that_depends_on_the_number_of_pictures_leaves_out_prompts_where_it_differs(settings):
+    teacher = make_sets(4, 5, seed=0)
+    dmd = [TensorSet(one.id, one.text, one.images[[0, 0, 0, 1, 1]]) for one in teacher]
+    ours = [TensorSet(one.id, one.text, one.images[[0, 0, 1, 2, 2]]) for one in teacher]
+    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)  # found, but not usable
+    ours[0] = TensorSet("p0", "prompt 0", torch.cat([ours[0].images[:4], white]))
+
+    def compare(sets):
+        reference = Reference(teacher)
+        scores = [score(some, [DIVERSITY], settings, reference) for some in (teacher, dmd, sets)]
+        return gaps_recovered(*scores, seed=0), gap_notes(*scores)
+
+    gaps, notes = compare(ours)
+    prompts = {name.rsplit(".", 1)[1]: gap["prompts"] for name, gap in gaps.items()}
+    assert prompts == {"one_minus_cosine": 4, "vendi": 3, "duplicate_rate": 3}
+    (note,) = notes
+    assert note.startswith("diversity.corners.vendi, diversity.corners.duplicate_rate: 1 of 4 prompts are left out")
+    assert note in as_gap_table(gaps, notes)
+    fewer = [TensorSet(one.id, one.text, one.images[:4]) for one in ours]
+    gaps, notes = compare(fewer)
+    assert list(gaps) == ["diversity.corners.one_minus_cosine"]
+    assert "4 of 4 prompts are left out" in notes[0]
+
+
+def test_no_gap_where_nothing_was_measured_in_all_three_is_said(settings):
+    teacher, others = make_sets(3, 4, seed=0), make_sets(3, 4, seed=1)
+    lost = [TensorSet(f"q{one.id}", one.text, one.images) for one in others]
+    scores = [score(some, [DIVERSITY], settings) for some in (teacher, others, lost)]
+    gaps, notes = gaps_recovered(*scores, seed=0), gap_notes(*scores)
+    assert gaps == {} and "no gap: no prompt was measured in all three" in notes[0]
+    assert "none: no diversity was measured in all three" in as_gap_table(gaps, notes)
 
 
 def test_pixel_distance_is_that_of_the_embedded_world_s_metric():

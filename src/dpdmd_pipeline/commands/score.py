@@ -4,44 +4,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dpdmd_pipeline.metrics.pictures import FileSet
     from dpdmd_pipeline.metrics.presets import Preset, Settings
     from dpdmd_pipeline.metrics.score import Reference, Scores
 
 INCOMPLETE = 3  # exit code: measured, but not everything that was asked for
 DEFAULT_WEIGHTS = Path("data/06_models/metrics")
 SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # of the embedded world, in the project's git
+PROJECT = Path(__file__).resolve().parents[3]  # where this package is run from a checkout
 DEFAULT_SEED = 0  # of resampling only
 DEFAULT_BATCH = 32  # on a GPU only
+_NAMED = 5  # stray files in a note
 
 _LAYOUTS = """\
 IMAGES is a folder in one of three layouts:
-  a folder per prompt    IMAGES/a red circle/01.png ...     the text is in prompt.txt beside them, else its name
-  a file per picture     IMAGES/<prompt-id>_<seed>.png ...  the texts come from --prompts, else the id is the text
+  a folder per prompt    IMAGES/a red circle/01.png ...     the text is in prompt.txt beside them, else in --prompts,
+                                                            else it is the name, unless that is an id: digits and no
+                                                            space, as in 00000 or prompt_12
+  a file per picture     IMAGES/<prompt-id>_<seed>.png ...  the text is in --prompts, else it is the id if that has a
+                                                            space
   a manifest             IMAGES/manifest.csv or .jsonl      records with file, prompt, and if you like id
 Pictures of one prompt must come from different seeds, and from as many as in what you compare with.
+With --prompts, every id must be in that file. What asks for the text (alignment, preference, the exact reader of the
+embedded world) leaves out prompts without one. Transparent pixels count as white, EXIF turns pictures as a viewer does.
 
 With --by human, IMAGES are the results that an arena page has saved: score results.json --by human
 
 Exit code: 0 all measured, 1 refused, 3 measured but something is missing or was left out; the table says what.
 """
 
+Found = tuple[list["FileSet"], list[str]]  # sets of pictures, and files that are none
+
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    from dpdmd_pipeline.metrics.presets import AXES, PRESETS
+    from dpdmd_pipeline.metrics.presets import AXES
 
-    metrics = "\n".join(
-        f"  {preset.full_name:28}{'*' if preset.by_default else ' '} {preset.protocol}" for preset in PRESETS
-    )
     found = argparse.ArgumentParser(
         prog="python -m dpdmd_pipeline score",
         description="Score any folder of pictures.",
-        epilog=f"{_LAYOUTS}\nMetrics (* those that the axis alone means):\n{metrics}",
+        epilog=f"{_LAYOUTS}\n{_metrics()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="folder of pictures")
@@ -54,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--geneval", type=Path, help="GenEval's evaluation_metadata.jsonl, for alignment.geneval_vqa")
     found.add_argument("--duplicates-above", type=float, metavar="COSINE", help="what counts as a near-duplicate")
-    found.add_argument("--weights", type=Path, default=DEFAULT_WEIGHTS, help="folder of all weights (%(default)s)")
+    found.add_argument(
+        "--weights", type=Path, help=f"folder of all weights ({DEFAULT_WEIGHTS} here, else in the project)"
+    )
     found.add_argument("--json", type=Path, help="write everything, per prompt too, to this file")
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     found.add_argument("--processes", type=int, default=1, help="prompts are spread over them (%(default)s)")
@@ -63,16 +75,30 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _metrics() -> str:
+    """What can be asked for, and what cannot."""
+    from dpdmd_pipeline.metrics.presets import LEFT_OUT, PRESETS
+
+    here = [f"  {preset.full_name:28}{'*' if preset.by_default else ' '} {preset.protocol}" for preset in PRESETS]
+    left_out = [f"  {name:29} {reason}" for name, reason in LEFT_OUT.items()]
+    titles = "Metrics (* those that the axis alone means):", "Not here, since they cannot live in this environment:"
+    return "\n".join([titles[0], *here, "", titles[1], *left_out])
+
+
 def main(arguments: list[str]) -> None:
     """Score, print the table, write the file; exits with 3 if something is missing.
 
     Raises:
         ValueError, OSError: in one line, for what the user can mend.
     """
-    asked = parser().parse_args(arguments)
-    if asked.json and not asked.json.parent.is_dir():
-        raise OSError(f"--json {asked.json}: there is no folder {asked.json.parent}")
+    try:
+        asked = parser().parse_args(arguments)
+    finally:
+        _flush()  # the help may be long
+    _check_file(asked.json)
     wanted = [name.strip() for name in asked.by.split(",") if name.strip()]
+    if not wanted:
+        raise ValueError(f"--by {asked.by!r} names no metric: name axes or metrics, as in --by diversity,quality")
     if "human" in wanted:
         if wanted != ["human"]:
             raise ValueError("--by human reads results of a page, the others read pictures: ask for it alone")
@@ -85,37 +111,55 @@ def _score_people(asked: argparse.Namespace) -> None:
     from dpdmd_pipeline.metrics.human import as_text, load_results, summarise
 
     summary = summarise(load_results(asked.images), asked.seed)
-    print(as_text(summary))
+    _say(as_text(summary))
     _write(asked.json, summary)
 
 
 def _score_pictures(asked: argparse.Namespace) -> None:
     from dpdmd_pipeline.metrics.pictures import find_pictures
     from dpdmd_pipeline.metrics.presets import choose
-    from dpdmd_pipeline.metrics.score import Reference, gaps_recovered
-    from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
+    from dpdmd_pipeline.metrics.score import score
 
     _check(asked)
     presets, settings = choose(asked.by), _settings(asked)
-    compared = asked.reference or asked.teacher
-    reference = Reference(find_pictures(compared, asked.prompts)[0]) if compared else None
-    others = {name: getattr(asked, name) for name in ("teacher", "baseline") if getattr(asked, name)}
-    scored = {
-        name: _scored(folder, presets, settings, reference, asked.prompts)
-        for name, folder in {"images": asked.images[0], **others}.items()
-    }
-    record = {"images": str(asked.images[0]), **as_record(scored["images"])}
-    print(as_table(scored["images"]))
+    folders = _judged(asked)
+    found = {name: find_pictures(folder, asked.prompts) for name, folder in folders.items()}
+    told = _check_gap(folders, found, presets)
+    reference, strays = _reference(asked, found)
+    scored = {}
+    for name, (sets, rest) in found.items():
+        scored[name] = score(sets, presets, settings, reference)
+        for note in filter(None, (_strays(folders[name], rest), strays, told)):
+            scored[name].note(note)
+    record, text = _told(scored, settings.seed)
+    _say(text)
+    _write(asked.json, {"images": str(asked.images[0]), **record})
+    if record.get("gap_notes") or any(scores.missing or scores.faults for scores in scored.values()):
+        sys.exit(INCOMPLETE)
+
+
+def _told(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]:
+    """Scores of the images, and of teacher and baseline where they are there: for a file, and for people."""
+    from dpdmd_pipeline.metrics.score import gap_notes, gaps_recovered
+    from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
+
+    first, *others = scored
+    record, texts = as_record(scored[first]), [as_table(scored[first])]
     for name in others:
         record[name] = as_record(scored[name])
-        print(f"\n{name}: {as_table(scored[name], said=scored['images'].missing)}")
+        texts.append(f"{name}: {as_table(scored[name], said=scored[first].missing)}")
     if others:
-        gaps = gaps_recovered(scored["teacher"], scored["baseline"], scored["images"], settings.seed)
-        record["gap_recovered"] = gaps
-        print(f"\n{as_gap_table(gaps)}")
-    _write(asked.json, record)
-    if any(scores.missing or scores.faults for scores in scored.values()):
-        sys.exit(INCOMPLETE)
+        models = [scored[name] for name in (*others, first)]
+        record["gap_recovered"], record["gap_notes"] = gaps_recovered(*models, seed), gap_notes(*models)
+        texts.append(as_gap_table(record["gap_recovered"], record["gap_notes"]))
+    return record, "\n\n".join(texts)
+
+
+def _check_file(path: Path | None) -> None:
+    if path and path.is_dir():
+        raise OSError(f"--json {path} is a folder: name a file in it")
+    if path and not path.parent.is_dir():
+        raise OSError(f"--json {path}: there is no folder {path.parent}")
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -128,6 +172,52 @@ def _check(asked: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} must be at least {least}")
     if asked.duplicates_above is not None and not -1 <= asked.duplicates_above <= 1:
         raise ValueError(f"--duplicates-above {asked.duplicates_above} must be a cosine, -1 to 1")
+
+
+def _judged(asked: argparse.Namespace) -> dict[str, Path]:
+    """Folders that are scored, by their part in it."""
+    others = {name: getattr(asked, name) for name in ("teacher", "baseline") if getattr(asked, name)}
+    return {"images": asked.images[0], **others}
+
+
+def _check_gap(folders: Mapping[str, Path], found: Mapping[str, Found], presets: Sequence[Preset]) -> str:
+    """What a reader of the gap should know of its prompts, if anything; refuses a gap that cannot be.
+
+    Raises:
+        ValueError: if no diversity is measured, or no prompt is in all folders.
+    """
+    if len(folders) == 1:
+        return ""
+    if not any(preset.axis == "diversity" for preset in presets):
+        raise ValueError("the gap recovered is one of diversity: name a diversity metric with --by")
+    ids = {name: {one.id for one in sets} for name, (sets, _) in found.items()}
+    common = set.intersection(*ids.values())
+    if not common:
+        named = ", ".join(f"{folder} ({min(ids[name])!r} ...)" for name, folder in folders.items())
+        raise ValueError(f"no prompt is in all of {named}: the gap recovered compares the same prompts, by id")
+    every = set.union(*ids.values())
+    if common == every:
+        return ""
+    return f"the gap recovered is over the {len(common)} of {len(every)} prompts that are in all folders"
+
+
+def _reference(asked: argparse.Namespace, found: Mapping[str, Found]) -> tuple[Reference | None, str]:
+    """What pictures are compared with, and a note about its stray files. Nothing asks for the texts of its prompts."""
+    from dpdmd_pipeline.metrics.pictures import find_pictures
+    from dpdmd_pipeline.metrics.score import Reference
+
+    if asked.reference:
+        sets, rest = find_pictures(asked.reference)
+        return Reference(sets), _strays(asked.reference, rest, " (the reference)")
+    return (Reference(found["teacher"][0]), "") if asked.teacher else (None, "")
+
+
+def _strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
+    """One line about files that are no pictures, if there are any."""
+    if not rest:
+        return ""
+    more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
+    return f"left out of {folder}{role}, since no picture that is read: {', '.join(rest[:_NAMED])}{more}"
 
 
 def _settings(asked: argparse.Namespace) -> Settings:
@@ -144,25 +234,34 @@ def _settings(asked: argparse.Namespace) -> Settings:
     device = asked.device if asked.device != "auto" else "cuda" if there else "cpu"
     parts = read_parts(asked.geneval) if asked.geneval else {}
     passes = Passes(device, asked.batch_size)
-    elsewhere = {CLIP_SHAPES.folder: SHIPPED_CLIP} if not (asked.weights / CLIP_SHAPES.folder).is_dir() else {}
-    return Settings(asked.weights, passes, asked.processes, asked.seed, asked.duplicates_above, parts, elsewhere)
+    weights = asked.weights or _of_project(DEFAULT_WEIGHTS)
+    is_own = (weights / CLIP_SHAPES.folder).is_dir()
+    elsewhere = {} if is_own else {CLIP_SHAPES.folder: _of_project(SHIPPED_CLIP)}
+    return Settings(weights, passes, asked.processes, asked.seed, asked.duplicates_above, parts, elsewhere)
 
 
-def _scored(
-    folder: Path,
-    presets: list[Preset],
-    settings: Settings,
-    reference: Reference | None,
-    prompts: Path | None,
-) -> Scores:
-    from dpdmd_pipeline.metrics.pictures import find_pictures
-    from dpdmd_pipeline.metrics.score import score
+def _of_project(place: Path) -> Path:
+    """A folder of the project below the working folder, else in the checkout that this package is run from.
 
-    sets, rest = find_pictures(folder, prompts)
-    scores = score(sets, presets, settings, reference)
-    if rest:
-        scores.note(f"{len(rest)} files in {folder} are no pictures: {', '.join(rest[:5])}")
-    return scores
+    Where neither can be, it is named in full, so that who lacks it sees where it was looked for.
+    """
+    if place.exists() or Path.cwd() == PROJECT:
+        return place
+    return PROJECT / place if (PROJECT / "pyproject.toml").is_file() else place.absolute()
+
+
+def _say(text: str) -> None:
+    with suppress(BrokenPipeError):
+        print(text)
+    _flush()
+
+
+def _flush() -> None:
+    """Hand over what was printed. A reader that has gone, as in `| head`, is no error: the rest goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:

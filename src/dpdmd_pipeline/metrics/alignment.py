@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.embedders import create_open_clip, load_open_clip, load_pretrained
+from dpdmd_pipeline.metrics.embedders import create_open_clip, load_open_clip, load_pretrained, only_of_side
 from dpdmd_pipeline.metrics.passes import Passes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+_PICK_TOKENS = 77  # CLIP's, start and end included
 
 
 class OpenClipScore:
@@ -37,9 +39,25 @@ class OpenClipScore:
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
+        """One number a picture, [n].
+
+        Raises:
+            ValueError: if the tokenizer does not know a word of the text, which would be judged without it.
+        """
+        unknown = unknown_words(self.tokenizer, text)
+        if unknown:
+            told = f"prompt {text!r} has words that its tokenizer does not know ({', '.join(unknown)})"
+            raise ValueError(f"{told}: it judges prompts of its own world only")
         embedded = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
         cosine = self.passes.run(lambda chunk: self._embed(chunk) @ embedded, images)
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
+
+    def cut_at(self, text: str) -> int | None:
+        """Tokens that are read of a text which has more; None where all are read."""
+        limit = self.tokenizer.context_length
+        read, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
+        # The sign of the end stands last in what was cut, one place further in the longer row.
+        return None if torch.equal(read, longer[:limit]) else limit
 
     def _embed(self, images: Sequence[Image]) -> Tensor:
         pixels = torch.stack([self.preprocess(image) for image in images])
@@ -49,9 +67,21 @@ class OpenClipScore:
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
 
 
-def clip_score(folder: Path, passes: Passes) -> OpenClipScore:
-    """100 max(cos, 0) with the model of a folder."""
-    return OpenClipScore(*load_open_clip(folder), factor=100.0, floor=0.0, passes=passes)
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """Words that become a tokenizer's sign for unknown ones; of one that knows all bytes, none."""
+    inner = getattr(tokenizer, "tokenizer", None)  # one of transformers
+    sign = getattr(inner, "unk_token_id", None)
+    if sign is None or sign in (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id):  # CLIP's own: never used
+        return []
+    found = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    return [text[start:end] for token, (start, end) in places if token == sign]
+
+
+def clip_score(folder: Path, passes: Passes, side: int | None = None) -> OpenClipScore:
+    """100 max(cos, 0) with the model of a folder; `side` as in OpenClipVision."""
+    model, preprocess, tokenizer = load_open_clip(folder)
+    return OpenClipScore(model, only_of_side(preprocess, side), tokenizer, factor=100.0, floor=0.0, passes=passes)
 
 
 def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
@@ -81,8 +111,14 @@ class PickScore:
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
         return self.passes.run(lambda chunk: self._score(text, chunk), images)
 
+    def cut_at(self, text: str) -> int | None:
+        """Tokens that are read of a text which has more; None where all are read."""
+        tokens = self.processor.tokenizer(text, truncation=True, max_length=_PICK_TOKENS + 1)["input_ids"]
+        return _PICK_TOKENS if len(tokens) > _PICK_TOKENS else None
+
     def _score(self, text: str, images: Sequence[Image]) -> Tensor:
-        tokens = self.processor(text=[text], padding=True, truncation=True, max_length=77, return_tensors="pt")
+        options = {"padding": True, "truncation": True, "max_length": _PICK_TOKENS, "return_tensors": "pt"}
+        tokens = self.processor(text=[text], **options)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         image = F.normalize(_embedding(self.model.get_image_features(pixels.to(self.passes.device))), dim=-1)
         text_features = self.model.get_text_features(**tokens.to(self.passes.device))

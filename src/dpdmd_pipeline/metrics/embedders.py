@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -102,11 +102,32 @@ class TransformersVision:
         return patches.flatten(1) / patches.shape[1] ** 0.5
 
 
-class OpenClipVision:
-    """Projected image embeddings of an open_clip model, before normalisation."""
+def only_of_side(preprocess: Callable[[Image], Tensor], side: int | None) -> Callable[[Image], Tensor]:
+    """A preprocessing that refuses pictures of another size than its world's; None for a model of any pictures."""
+    if side is None:
+        return preprocess
 
-    def __init__(self, folder: Path, passes: Passes) -> None:
-        model, self.preprocess, _ = load_open_clip(folder)
+    def checked(image: Image) -> Tensor:
+        if image.size != (side, side):
+            width, height = image.size
+            raise ValueError(f"pictures have {width} x {height} pixels, those of its world {side} x {side}")
+        return preprocess(image)
+
+    return checked
+
+
+class OpenClipVision:
+    """Projected image embeddings of an open_clip model, before normalisation.
+
+    Args:
+        folder: of the model.
+        passes: how it is run.
+        side: pixels that pictures must have, of a model that knows one world only.
+    """
+
+    def __init__(self, folder: Path, passes: Passes, side: int | None = None) -> None:
+        model, preprocess, _ = load_open_clip(folder)
+        self.preprocess = only_of_side(preprocess, side)
         self.model, self.passes = model.to(passes.device), passes
 
     def __call__(self, images: Sequence[Image]) -> Tensor:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 
 _BLOCK = 1 << 16  # pixels of each picture that are held in double precision
+# Why a picture has no number: of a network, so that a fault is named after its metric.
+NO_NUMBER = "the network gave no finite number"
+NO_ANSWER = "the network's answer did not parse"
 
 
 class Measured(NamedTuple):
@@ -26,6 +29,8 @@ class Measured(NamedTuple):
     nearest: Tensor | None = None  # [n] cosine of each picture with its nearest other one
     features: Tensor | None = None  # [n, d]
     unusable: tuple[int, ...] = ()  # pictures for which the network gave no number
+    why: str = NO_NUMBER
+    cut_at: int | None = None  # tokens that the network read of a prompt which has more
 
 
 class Measure(Protocol):
@@ -45,18 +50,25 @@ class Row(NamedTuple):
     faults: list[Fault]
 
 
-def measure_set(measure: Measure, pictures: PictureSet) -> Row:
+def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
     """Load one prompt's pictures and measure them; everything left out is a fault with a name."""
+    if needs_text and pictures.no_text:
+        return Row(pictures.id, Measured({}), 0, [Fault(pictures.no_text, pictures.id)])
     names, images, faults = pictures.load()
     faults = list(faults)
     measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
-    faults += [Fault("the network gave no finite number", names[index]) for index in measured.unusable]
+    faults += [Fault(measured.why, names[index]) for index in measured.unusable]
     usable = len(images) - len(measured.unusable)
     if usable < measure.least:
-        number = "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"
-        faults.append(Fault(f"prompt with {number}", pictures.id))
+        faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
     done = bool(measured.values) or measured.features is not None
     return Row(pictures.id, measured, usable if done else 0, faults)
+
+
+def _too_few(measure: Measure, pictures: PictureSet) -> str:
+    if not len(pictures):
+        return "no picture"
+    return "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"
 
 
 class SetDiversity:
@@ -102,18 +114,32 @@ class PairDiversity:
 
 
 class PictureScores:
-    """Mean over a prompt's pictures of one score each."""
+    """Mean over a prompt's pictures of one score each.
+
+    Args:
+        name: of the number.
+        score: from a text and n pictures to [n].
+        cut_at: from a text to the tokens that are read of it, where it has more.
+        why: what is said of a picture without a number.
+    """
 
     least = 1
 
-    def __init__(self, name: str, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
-        self.name, self.score = name, score
+    def __init__(
+        self,
+        name: str,
+        score: Callable[[str, Sequence[Image]], Tensor],
+        cut_at: Callable[[str], int | None] = lambda text: None,
+        why: str = NO_NUMBER,
+    ) -> None:
+        self.name, self.score, self.cut_at, self.why = name, score, cut_at, why
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         scores = self.score(text, images).double()
         finite = scores.isfinite()
         unusable = tuple((~finite).nonzero().flatten().tolist())
-        return Measured({self.name: scores[finite].mean().item()} if finite.any() else {}, unusable=unusable)
+        values = {self.name: scores[finite].mean().item()} if finite.any() else {}
+        return Measured(values, unusable=unusable, why=self.why, cut_at=self.cut_at(text))
 
 
 class PartScores:

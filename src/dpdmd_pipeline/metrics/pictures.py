@@ -2,20 +2,27 @@
 
 A folder is read in one of three layouts:
 
-    one folder per prompt   <folder>/<prompt>/<anything>.png   the text is in prompt.txt inside, else it is the name
-    one file per picture    <folder>/<prompt-id>_<seed>.png    the texts come from a file of prompts, else it is the id
+    one folder per prompt   <folder>/<prompt>/<anything>.png   the text is in prompt.txt inside, else in a file of
+                                                               prompts, else it is the name, unless that is an id
+    one file per picture    <folder>/<prompt-id>_<seed>.png    the text is in a file of prompts, else it is the id, if
+                                                               that has a space
     a manifest              <folder>/manifest.csv or .jsonl    records with file, prompt, and if you like id
+
+A folder's name is an id where it has digits and no space: 00000, p7, prompt_12.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -24,9 +31,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Pictures too, but of several frames, of more than 8 bits, or not for every Pillow.
+_UNREAD = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"}
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
 # 16-bit and float modes: Pillow would clip them to white without a word.
 _READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_NO_TEXT = "prompt without a text"
+_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
+_NO_WORDS = f"{_NO_TEXT} (its prompt.txt is empty: write it there)"
+_FEW = 5  # ids that an error names
+
+TextOf = Callable[[str, bool], tuple[str, str]]
 
 
 class Fault(NamedTuple):
@@ -48,7 +63,8 @@ class PictureSet(Protocol):
     """The pictures of one prompt, from different seeds."""
 
     id: str
-    text: str
+    text: str  # the id where there is none
+    no_text: str  # why there is none; empty where there is one
 
     def __len__(self) -> int: ...  # as found, usable or not
 
@@ -57,18 +73,27 @@ class PictureSet(Protocol):
 
 @dataclass(frozen=True)
 class FileSet:
-    """Pictures of one prompt, on disk."""
+    """Pictures of one prompt, on disk.
+
+    Attributes:
+        id, text, no_text: as in PictureSet.
+        files: that can be read by their ending.
+        unread: pictures whose format is not read.
+    """
 
     id: str
     text: str
     files: tuple[Path, ...]
+    no_text: str = ""
+    unread: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self) -> Loaded:
         """Read all files; what cannot be used becomes a fault."""
-        names, images, faults = [], [], []
+        names, images = [], []
+        faults = [Fault(f"{file.suffix.lower()} is not read: convert it to PNG", str(file)) for file in self.unread]
         for file in self.files:
             try:
                 images.append(read_picture(file))
@@ -85,6 +110,7 @@ class TensorSet:
     id: str
     text: str
     images: Tensor
+    no_text: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,7 +128,7 @@ class StoredSet:
     """Pictures of one prompt, in a cache that is read when they are measured.
 
     Attributes:
-        id, text: of the prompt.
+        id, text, no_text: as in PictureSet.
         rows: of the cache.
         read: from rows to uint8 [n, 3, H, W].
     """
@@ -111,6 +137,7 @@ class StoredSet:
     text: str
     rows: tuple[int, ...]
     read: Callable[[Sequence[int]], Tensor]
+    no_text: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,7 +147,7 @@ class StoredSet:
 
 
 def read_picture(path: Path) -> Image:
-    """Decode one file to RGB; transparency is dropped.
+    """Decode one file to RGB as a viewer shows it: turned as its EXIF says, and what is transparent is white.
 
     Raises:
         OSError: its text is the kind of fault, the same for all files that have it.
@@ -135,13 +162,34 @@ def read_picture(path: Path) -> Image:
         with Image.open(path) as image:
             if image.mode not in _READABLE:
                 raise OSError(f"pixel format {image.mode}: convert it to 8 bits")
-            return image.convert("RGB")
+            image.load()
+            return _on_white(_upright(image))
     except (UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
         raise OSError("not a picture") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in what they raise
         if str(error).startswith("pixel format"):
             raise
         raise OSError("cut off or damaged") from error
+
+
+def _upright(image: Image) -> Image:
+    """Turned or mirrored as its EXIF says."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, SyntaxError, EOFError, struct.error):  # EXIF that cannot be read says nothing
+        return image
+
+
+def _on_white(image: Image) -> Image:
+    """RGB over white: what lies hidden below transparent pixels is no part of the picture."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    covered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", covered.size, "white"), covered).convert("RGB")
 
 
 def of_one_size(names: list[str], images: list[Image], faults: list[Fault]) -> Loaded:
@@ -163,48 +211,82 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileS
         prompts: texts of the prompt ids: .txt (line i is id i, from 0), or .csv or .jsonl with id and text.
 
     Raises:
-        ValueError: if the layout cannot be told, or a name in it says nothing.
+        ValueError: if the layout cannot be told, a name in it says nothing, or `prompts` lacks one of its ids.
         OSError: if there is no such folder, or no picture in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise OSError(f"{folder} is no folder of pictures")
-    texts = read_texts(prompts) if prompts else {}
+    text_of = partial(_text_in, Path(prompts), read_texts(prompts)) if prompts else _text_of_name
     manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
     if manifest:
         return _from_manifest(manifest), []
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     flat = [path for path in entries if _is_picture(path)]
-    rooms = [path for path in entries if path.is_dir() and any(map(_is_picture, path.iterdir()))]
-    if flat and rooms:
+    rooms = [path for path in entries if path.is_dir()]
+    filled = [room for room in rooms if any(map(_is_picture, room.iterdir()))]
+    if flat and filled:
         raise ValueError(
-            f"{folder} has pictures beside folders of pictures ({flat[0].name}, {rooms[0].name}/): use one layout"
+            f"{folder} has pictures beside folders of pictures ({flat[0].name}, {filled[0].name}/): use one layout"
         )
-    if not flat and not rooms:
+    if not flat and not filled:
         raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them")
-    taken = set(flat) | set(rooms)
-    rest = [path.name for path in entries if path not in taken]
     if flat:
-        return _from_names(flat, texts), rest
+        return _from_names(flat, text_of), [path.name for path in entries if path not in set(flat)]
+    rest = [path.name for path in entries if path not in set(rooms)]
     rest += [f"{room.name}/{path.name}" for room in rooms for path in sorted(room.iterdir()) if _is_stray(path)]
-    return [_from_room(room, texts) for room in rooms], rest
+    return [_from_room(room, text_of) for room in rooms], rest
 
 
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
+def _is_unread(path: Path) -> bool:
+    return path.suffix.lower() in _UNREAD and path.is_file()
+
+
 def _is_stray(path: Path) -> bool:
-    return not _is_picture(path) and path.name != "prompt.txt" and not path.name.startswith(".")
+    wanted = _is_picture(path) or _is_unread(path) or path.name == "prompt.txt"
+    return not wanted and not path.name.startswith(".")
 
 
-def _from_room(room: Path, texts: dict[str, str]) -> FileSet:
+def _text_in(file: Path, texts: dict[str, str], name: str, is_text: bool) -> tuple[str, str]:
+    """The text that a file of prompts has for an id. A name that would do as a text is no excuse.
+
+    Raises:
+        ValueError: if the file has none.
+    """
+    if name not in texts:
+        raise ValueError(f"id {name!r} is not in {file}, which has {_described(list(texts))}: write both alike")
+    return texts[name], ""
+
+
+def _described(ids: list[str]) -> str:
+    if not ids:
+        return "none"
+    if ids == [str(number) for number in range(len(ids))]:
+        return f"0 to {len(ids) - 1}"
+    return f"{', '.join(ids[:_FEW])}{f' and {len(ids) - _FEW} more' if len(ids) > _FEW else ''}"
+
+
+def _text_of_name(name: str, is_text: bool) -> tuple[str, str]:
+    """A name as the text, or as an id with the reason why it is no text."""
+    return name, "" if is_text else _AN_ID
+
+
+def _from_room(room: Path, text_of: TextOf) -> FileSet:
     note = room / "prompt.txt"
-    text = note.read_text(encoding="utf-8").strip() if note.is_file() else texts.get(room.name, room.name)
-    return FileSet(room.name, text, tuple(sorted(filter(_is_picture, room.iterdir()), key=_by_number)))
+    if note.is_file():
+        text = _read(note).strip()
+        text, no_text = (text, "") if text else (room.name, _NO_WORDS)
+    else:
+        text, no_text = text_of(room.name, " " in room.name or not re.search(r"\d", room.name))
+    files, unread = (tuple(sorted(filter(kind, room.iterdir()), key=_by_number)) for kind in (_is_picture, _is_unread))
+    return FileSet(room.name, text, files, no_text, unread)
 
 
-def _from_names(files: Sequence[Path], texts: dict[str, str]) -> list[FileSet]:
+def _from_names(files: Sequence[Path], text_of: TextOf) -> list[FileSet]:
     """`<prompt-id>_<seed>.png`; the id may have underscores itself."""
     groups: dict[str, list[Path]] = {}
     for file in files:
@@ -212,9 +294,11 @@ def _from_names(files: Sequence[Path], texts: dict[str, str]) -> list[FileSet]:
         if not found:
             raise ValueError(f"{file} is not named <prompt-id>_<seed>: rename it, or describe it in manifest.csv")
         groups.setdefault(found[1], []).append(file)
-    return [
-        FileSet(name, texts.get(name, name), tuple(sorted(group, key=_by_number))) for name, group in groups.items()
-    ]
+    sets = []
+    for name, group in groups.items():
+        text, no_text = text_of(name, " " in name)
+        sets.append(FileSet(name, text, tuple(sorted(group, key=_by_number)), no_text))
+    return sets
 
 
 def _by_number(path: Path) -> list[int | str]:
@@ -224,35 +308,59 @@ def _by_number(path: Path) -> list[int | str]:
 
 def _from_manifest(manifest: Path) -> list[FileSet]:
     groups: dict[str, tuple[str, list[Path]]] = {}
+    lines: dict[str, int] = {}  # by file
     for line, record in enumerate(_records(manifest), start=1):
         absent = [key for key in ("file", "prompt") if not record.get(key)]
         if absent:
             raise ValueError(f"{manifest}, record {line} has no {' and no '.join(absent)}: give both")
-        text = str(record["prompt"])
-        known, files = groups.setdefault(str(record.get("id") or text), (text, []))
+        text, file = str(record["prompt"]), manifest.parent / str(record["file"])
+        name = text if record.get("id") in (None, "") else str(record["id"])
+        first = lines.setdefault(os.path.normpath(file), line)
+        if first != line:
+            raise ValueError(f"{manifest}, record {line} names {record['file']} as record {first} does: name it once")
+        known, files = groups.setdefault(name, (text, []))
         if known != text:
-            raise ValueError(f"{manifest}, record {line}: id {record['id']} has two prompts, {known!r} and {text!r}")
-        files.append(manifest.parent / str(record["file"]))
+            raise ValueError(f"{manifest}, record {line}: id {name} has two prompts, {known!r} and {text!r}")
+        files.append(file)
     if not groups:
         raise ValueError(f"{manifest} is empty: name one picture per record")
     return [FileSet(name, text, tuple(files)) for name, (text, files) in groups.items()]
 
 
+def _read(path: Path) -> str:
+    """Text of a file of the user's.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it is not UTF-8.
+    """
+    if not path.is_file():
+        raise OSError(f"{path}: there is no such file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{path} is not UTF-8 (byte {byte:#04x} at {error.start}): save it as UTF-8") from error
+
+
 def _records(path: Path) -> Iterable[dict]:
     """Records of a .csv or .jsonl file."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
+    file = io.StringIO(_read(path), newline="")
+    if path.suffix == ".csv":
+        try:
             yield from csv.DictReader(file)
-            return
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-            if isinstance(record, dict):
-                yield record
-            elif record is not None:
-                raise ValueError(f"{path}, line {number} is not a JSON object")
+        except csv.Error as error:
+            raise ValueError(f"{path} is not CSV: {error}") from error
+        return
+    for number, line in enumerate(file, start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if isinstance(record, dict):
+            yield record
+        elif record is not None:
+            raise ValueError(f"{path}, line {number} is not a JSON object")
 
 
 def read_texts(path: Path) -> dict[str, str]:
@@ -260,10 +368,11 @@ def read_texts(path: Path) -> dict[str, str]:
 
     Raises:
         ValueError: for another ending than .txt, .csv, .jsonl, or a record without id and text.
+        OSError: if there is no such file.
     """
     path = Path(path)
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = _read(path).splitlines()
         return {str(number): line.strip() for number, line in enumerate(lines) if line.strip()}
     if path.suffix not in {".csv", ".jsonl"}:
         raise ValueError(f"{path}: prompts are read from .txt, .csv or .jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from dpdmd_pipeline.metrics import weights as w
 from dpdmd_pipeline.metrics.measures import (
+    NO_ANSWER,
     Measure,
     PairDiversity,
     PartScores,
@@ -20,6 +22,7 @@ from dpdmd_pipeline.metrics.measures import (
     pixel_distances,
 )
 from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.shapes.world import RESOLUTION
 
 Axis = Literal["diversity", "quality", "alignment", "preference", "distribution"]
 AXES: tuple[Axis, ...] = ("diversity", "quality", "alignment", "preference", "distribution")
@@ -77,23 +80,57 @@ class Preset:
     def full_name(self) -> str:
         return f"{self.axis}.{self.name}"
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether it asks what the prompt says."""
+        return self.axis in {"alignment", "preference"} or self.name == "shapes"
+
     def require(self, settings: Settings) -> None:
         """Look for the weights.
 
         Raises:
-            MissingWeightsError: with the remedy.
+            MissingWeightsError: with the remedy, of all that are absent.
         """
+        absent = []
         for needed in self.weights:
-            needed.require(settings.folder_of(needed), self.full_name)
+            try:
+                needed.require(settings.folder_of(needed), self.full_name)
+            except w.MissingWeightsError as error:
+                absent.append(str(error))
+        if absent:
+            first, *others = absent
+            raise w.MissingWeightsError(
+                "; and ".join([first, *(other.removeprefix(f"{self.full_name} ") for other in others)])
+            )
 
     def make(self, settings: Settings) -> Measure:
         """The measure, ready to run.
 
         Raises:
-            MissingWeightsError, MissingLibraryError: with the remedy.
+            MissingWeightsError, MissingLibraryError, DamagedWeightsError: with the remedy.
         """
         self.require(settings)
-        return self.build(settings)
+        try:
+            return self.build(settings)
+        except Exception as error:  # every library has its own for a file that is cut off
+            self._blame_weights(settings, error)
+            raise
+
+    def _blame_weights(self, settings: Settings, error: Exception) -> None:
+        """Name the file that made `build` fail, if it is one of the weights.
+
+        Raises:
+            DamagedWeightsError: instead of what a library says of it.
+            RuntimeError: instead of a KeyError and the like, where all files look whole.
+        """
+        for needed in self.weights:
+            damage = needed.damage(settings.folder_of(needed))
+            if damage:
+                raise w.DamagedWeightsError(damage) from error
+        if self.weights and not isinstance(error, (OSError, ValueError, ImportError, RuntimeError, MemoryError)):
+            places = " or ".join(dict.fromkeys(str(settings.folder_of(needed)) for needed in self.weights))
+            told = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"{places} cannot be loaded ({told}): see whether it is what was published") from error
 
 
 def _vision(kind: Callable[[Any], Measure], needed: w.Weights, tokens: Any, settings: Settings) -> Measure:
@@ -102,10 +139,10 @@ def _vision(kind: Callable[[Any], Measure], needed: w.Weights, tokens: Any, sett
     return kind(TransformersVision(settings.folder_of(needed), tokens, settings.passes))
 
 
-def _open_clip(needed: w.Weights, settings: Settings) -> Measure:
+def _open_clip(needed: w.Weights, settings: Settings, side: int | None = None) -> Measure:
     from dpdmd_pipeline.metrics.embedders import OpenClipVision
 
-    return SetDiversity(OpenClipVision(settings.folder_of(needed), settings.passes))
+    return SetDiversity(OpenClipVision(settings.folder_of(needed), settings.passes, side))
 
 
 def _lpips(network: Literal["alex", "squeeze"], settings: Settings) -> Measure:
@@ -125,23 +162,26 @@ def _inception(settings: Settings) -> Measure:
     return SetFeatures(Inception(file, settings.passes))
 
 
-def _clip_score(needed: w.Weights, settings: Settings) -> Measure:
+def _clip_score(needed: w.Weights, settings: Settings, side: int | None = None) -> Measure:
     from dpdmd_pipeline.metrics.alignment import clip_score
 
-    return PictureScores("score", clip_score(settings.folder_of(needed), settings.passes))
+    score = clip_score(settings.folder_of(needed), settings.passes, side)
+    return PictureScores("score", score, score.cut_at)
 
 
 def _pick_score(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.alignment import PickScore
 
-    return PictureScores("score", PickScore(settings.folder_of(w.PICKSCORE), settings.passes))
+    score = PickScore(settings.folder_of(w.PICKSCORE), settings.passes)
+    return PictureScores("score", score, score.cut_at)
 
 
 def _hps(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.alignment import hps_score
 
     file = settings.folder_of(w.HPS_V2_1) / str(w.HPS_V2_1.files[0])
-    return PictureScores("score", hps_score("ViT-H-14", file, settings.passes))
+    score = hps_score("ViT-H-14", file, settings.passes)
+    return PictureScores("score", score, score.cut_at)
 
 
 def _asked(needed: w.Weights, kind: Literal["vqa", "rating", "parts"], settings: Settings) -> Measure:
@@ -155,7 +195,9 @@ def _asked(needed: w.Weights, kind: Literal["vqa", "rating", "parts"], settings:
     model = VisionLanguage(settings.folder_of(needed), settings.passes)
     if kind == "parts":
         return PartScores(PartQuestions(model, settings.parts))
-    return PictureScores("score", VqaScore(model) if kind == "vqa" else RatedQuality(model))
+    if kind == "rating":
+        return PictureScores("score", RatedQuality(model), why=NO_ANSWER)
+    return PictureScores("score", VqaScore(model))
 
 
 def _arniqa(settings: Settings) -> Measure:
@@ -228,7 +270,7 @@ PRESETS = (
         "diversity",
         "clip_shapes",
         f"{_COSINE}the embedded world's own CLIP, projected embedding, open_clip",
-        partial(_open_clip, w.CLIP_SHAPES),
+        partial(_open_clip, w.CLIP_SHAPES, side=RESOLUTION),
         (w.CLIP_SHAPES,),
     ),
     Preset(
@@ -269,7 +311,7 @@ PRESETS = (
     ),
     Preset("quality", "maniqa_pipal", "pyiqa maniqa-pipal, 20 crops", partial(_pyiqa, "maniqa-pipal"), (w.MANIQA,)),
     Preset("quality", "topiq", "pyiqa topiq_nr", partial(_pyiqa, "topiq_nr"), (w.TOPIQ,)),
-    Preset("quality", "clipiqa_plus", "pyiqa clipiqa+", partial(_pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS,)),
+    Preset("quality", "clipiqa_plus", "pyiqa clipiqa+", partial(_pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS, w.CLIP_RN50)),
     Preset(
         "quality",
         "shapes",
@@ -288,7 +330,7 @@ PRESETS = (
         "alignment",
         "clip_shapes",
         "100 max(cos, 0), the embedded world's own CLIP, open_clip",
-        partial(_clip_score, w.CLIP_SHAPES),
+        partial(_clip_score, w.CLIP_SHAPES, side=RESOLUTION),
         (w.CLIP_SHAPES,),
     ),
     Preset(
@@ -335,16 +377,22 @@ LEFT_OUT = {
 }
 
 
+def _plain(name: str) -> str:
+    """A name as people write it, without case and marks: ImageReward is image_reward."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def choose(wanted: str) -> list[Preset]:
     """Presets of a list such as `diversity,quality.visualquality_r1`, in the order of PRESETS.
 
     Raises:
         ValueError: for a name that is not there, with those that are.
     """
+    reasons = {_plain(name): reason for name, reason in LEFT_OUT.items()}
     chosen: set[str] = set()
     for name in filter(None, (part.strip() for part in wanted.split(","))):
         found = [p.full_name for p in PRESETS if name == p.full_name or (name == p.axis and p.by_default)]
-        left_out = LEFT_OUT.get(name.rsplit(".", 1)[-1])
+        left_out = reasons.get(_plain(name.rsplit(".", 1)[-1]))
         if not found and left_out:
             raise ValueError(f"{name} cannot live in this environment: {left_out}")
         if not found:

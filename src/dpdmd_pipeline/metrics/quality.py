@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,23 @@ class Arniqa:
         return self.passes.run(score, images)
 
 
+@contextmanager
+def backbones_of_checkpoints() -> Iterator[None]:
+    """Let timm build its models without weights of their own, for as long as a model around them is being built.
+
+    MANIQA and TOPIQ ask timm for pretrained backbones and overwrite them at once: their published files hold every
+    parameter of the backbone, and are loaded strictly, so that one left at random would be an error.
+    """
+    import timm
+
+    before = timm.create_model
+    timm.create_model = lambda name, *args, **options: before(name, *args, **options | {"pretrained": False})
+    try:
+        yield
+    finally:
+        timm.create_model = before
+
+
 class Pyiqa:
     """A metric of pyiqa, which is licensed for non-commercial use only: the extra `[iqa]` installs it.
 
@@ -47,7 +65,7 @@ class Pyiqa:
     """
 
     def __init__(self, name: str, root: Path, passes: Passes) -> None:
-        with hub_folder(root):
+        with hub_folder(root), backbones_of_checkpoints():
             try:
                 import pyiqa  # looks up the folder when it is imported
             except ImportError as error:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
-from dpdmd_pipeline.metrics.measures import Measure, Row, measure_set
+from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Row, measure_set
 from dpdmd_pipeline.metrics.pictures import PictureSet
 from dpdmd_pipeline.metrics.presets import Preset, Settings
 from dpdmd_pipeline.metrics.summary import figure, gap_figure
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 _IN_FLIGHT = 4  # sets per process that are computed ahead
 _ENOUGH_FOR_FID = 10_000
 _MORE_IS_LESS_DIVERSE = ("duplicate_rate",)
+_OF_ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; all else of diversity depends on how many
+_IN_THE_REFERENCE = ", in the reference"
+_TOO_MANY_UNPARSED = 0.5  # share of a metric's answers
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Scores:
         missing: metrics that were asked for and could not be measured, with the reason.
         faults: what figures leave out: kind to names.
         notes: what a reader should know.
+        usable: pictures that were measured, by metric and id of the prompt.
     """
 
     prompts: int
@@ -68,13 +72,21 @@ class Scores:
     missing: dict[str, str] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    usable: dict[str, dict[str, int]] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
-    def add_faults(self, rows: Sequence[Row], preset: Preset | None = None) -> None:
-        """Take over the rows' faults; those of a network are named after its metric."""
+    def add_faults(self, rows: Sequence[Row], preset: Preset, where: str = "") -> None:
+        """Take over the rows' faults; those of a network are named after its metric.
+
+        Args:
+            rows: of some sets.
+            preset: that measured them.
+            where: the sets are, unless they are those that are judged.
+        """
         for row in rows:
             for kind, name in row.faults:
-                self._add_fault(f"{kind} ({preset.full_name})" if preset and "network" in kind else kind, name)
+                of = f" ({preset.full_name})" if "network" in kind else ""
+                self._add_fault(f"{kind}{of}{where}", name)
 
     def _add_fault(self, kind: str, name: str) -> None:
         if (kind, name) not in self._seen:
@@ -86,6 +98,7 @@ class Scores:
         self.figures |= other.figures
         self.per_prompt |= other.per_prompt
         self.missing |= other.missing
+        self.usable |= other.usable
         for kind, names in other.faults.items():
             for name in names:
                 self._add_fault(kind, name)
@@ -122,7 +135,8 @@ def score(
     if twice:
         raise ValueError(f"prompt id {twice[0]!r} is given to more than one set of pictures: join them")
     scores = Scores(len(sets), sum(map(len, sets)))
-    _note_sizes(scores, sets)
+    if len(sets) == 1:
+        scores.note("one prompt only: a figure without an interval says nothing about other prompts")
     with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
             _add(scores, preset, shared, sets, settings, reference)
@@ -149,15 +163,6 @@ def _add(
         scores.missing[preset.full_name] = " ".join(str(error).split()).removeprefix(f"{preset.full_name} ")
 
 
-def _note_sizes(scores: Scores, sets: Sequence[PictureSet]) -> None:
-    sizes = Counter(map(len, sets))
-    if len(sizes) > 1:
-        spread = ", ".join(f"{count} prompts with {size}" for size, count in sorted(sizes.items()))
-        scores.note(f"unequal numbers of pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
-    if len(sets) == 1:
-        scores.note("one prompt only: a figure without an interval says nothing about other prompts")
-
-
 Measuring = Callable[[Sequence[PictureSet]], Iterator[Row]]
 
 
@@ -169,7 +174,7 @@ def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | No
     """
     if pool is None:
         measure = preset.make(settings)
-        return lambda sets: map(partial(measure_set, measure), sets)
+        return lambda sets: map(partial(measure_set, measure, needs_text=preset.needs_text), sets)
     preset.require(settings)
     return partial(_spread, pool, _IN_FLIGHT * settings.processes, preset)
 
@@ -202,7 +207,7 @@ def _measure_here(preset: Preset, pictures: PictureSet) -> Row:
     if preset.full_name not in _current:
         _current.clear()
         _current[preset.full_name] = preset.make(_settings[0])
-    return measure_set(_current[preset.full_name], pictures)
+    return measure_set(_current[preset.full_name], pictures, preset.needs_text)
 
 
 def _add_metric(
@@ -215,7 +220,9 @@ def _add_metric(
 ) -> None:
     rows = list(rows_of(sets))
     scores.add_faults(rows, preset)
+    _check_answers(rows)
     values = {row.id: dict(row.measured.values) for row in rows}
+    threshold = None
     if any(row.measured.nearest is not None for row in rows):
         own = rows if reference is not None and sets is reference.sets else None
         threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference, own)
@@ -223,12 +230,52 @@ def _add_metric(
             if threshold is not None and row.measured.nearest is not None:
                 values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
     names = dict.fromkeys(name for found in values.values() for name in found)
+    if not names and preset.needs_text and all(one.no_text for one in sets):
+        raise UnavailableError("no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder")
     if not names:
         raise UnavailableError("no prompt could be measured: see what is wrong with the pictures")
     for name in names:
         _add_figure(
             scores, preset, name, {key: found.get(name, math.nan) for key, found in values.items()}, rows, settings
         )
+    _note_rows(scores, preset, rows)
+    if threshold is not None:
+        _note_threshold(scores, preset, threshold, "reference" if settings.duplicates_above is None else "user")
+
+
+def _check_answers(rows: Sequence[Row]) -> None:
+    """Refuse a mean over the few answers that parsed.
+
+    Raises:
+        UnavailableError: if most did not.
+    """
+    unparsed = sum(len(row.measured.unusable) for row in rows if row.measured.why == NO_ANSWER)
+    answers = unparsed + sum(row.pictures for row in rows)
+    if unparsed > _TOO_MANY_UNPARSED * answers:
+        raise UnavailableError(
+            f"{unparsed} of {answers} answers did not parse, and the mean of the others says nothing: "
+            "see whether the weights are those of the model that was asked for"
+        )
+
+
+def _note_rows(scores: Scores, preset: Preset, rows: Sequence[Row]) -> None:
+    """Keep the numbers of usable pictures, and say what they and the lengths of prompts do to the figures."""
+    scores.usable[preset.full_name] = {row.id: row.pictures for row in rows if row.pictures}
+    sizes = Counter(scores.usable[preset.full_name].values())
+    if preset.axis == "diversity" and len(sizes) > 1:
+        spread = ", ".join(f"{count} prompts with {size}" for size, count in sorted(sizes.items()))
+        scores.note(f"unequal numbers of usable pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
+    limits = [row.measured.cut_at for row in rows if row.measured.cut_at is not None]
+    if limits:
+        told = f"{len(limits)} of {len(rows)} prompts are longer than {limits[0]} tokens and were cut"
+        scores.note(f"{told} ({preset.full_name})")
+
+
+def _note_threshold(scores: Scores, preset: Preset, threshold: float, source: str) -> None:
+    """Say above which cosine near-duplicates were counted: a rate means nothing without it."""
+    scores.figures[f"{preset.full_name}.duplicate_rate"] |= {"threshold": threshold, "threshold_from": source}
+    origin = "the 99th percentile of the reference's own" if source == "reference" else "as given"
+    scores.note(f"near-duplicates of {preset.full_name} have a cosine of at least {threshold:.4g}, {origin}")
 
 
 def _add_figure(
@@ -263,8 +310,9 @@ def _duplicates_above(
         )
         return None
     if preset.full_name not in reference.duplicates:
-        rows_there = rows_there or list(rows_of(reference.sets))
-        scores.add_faults(rows_there, preset)
+        if rows_there is None:
+            rows_there = list(rows_of(reference.sets))
+            scores.add_faults(rows_there, preset, _IN_THE_REFERENCE)
         found = [row for row in rows_there if row.pictures]
         nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]
         threshold = duplicate_threshold(torch.cat(nearest)) if nearest else math.nan
@@ -298,9 +346,10 @@ def _add_distribution(
     if reference is None:
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
     sides = [Side(_count(some), settings.seed) for some in (reference.sets, sets)]
+    where = _IN_THE_REFERENCE if reference.sets is not sets else ""
     streams = [
-        side.keep(_followed(scores, preset, rows_of(some)))
-        for side, some in zip(sides, (reference.sets, sets), strict=True)
+        side.keep(_followed(scores, preset, rows_of(some), place))
+        for side, some, place in zip(sides, (reference.sets, sets), (where, ""), strict=True)
     ]
     for name, found in figures_of(preset, sides, streams, settings.seed).items():
         if isinstance(found, str):
@@ -316,10 +365,10 @@ def _count(sets: Sequence[PictureSet]) -> int:
     return sum(map(len, sets))
 
 
-def _followed(scores: Scores, preset: Preset, rows: Iterator[Row]) -> Iterator[Tensor]:
-    """Features of rows that pass by, their faults noted."""
+def _followed(scores: Scores, preset: Preset, rows: Iterator[Row], where: str) -> Iterator[Tensor]:
+    """Features of rows that pass by, their faults noted with where they are."""
     for row in rows:
-        scores.add_faults([row], preset)
+        scores.add_faults([row], preset, where)
         features = row.measured.features
         yield torch.empty(0, 0) if features is None else features
 
@@ -327,15 +376,45 @@ def _followed(scores: Scores, preset: Preset, rows: Iterator[Row]) -> Iterator[T
 def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, float | None]]:
     """Share of DMD's loss that ours gets back, for every diversity metric that all three have.
 
-    Prompts are compared with themselves: those that one of the three could not measure are left out of all.
+    Prompts are compared with themselves: those that one of the three could not measure are left out of all, and of
+    what depends on the number of pictures also those of which the three could not use equally many.
     """
     found = {}
-    for name, values in ours.per_prompt.items():
-        tables = [scores.per_prompt.get(name, {}) for scores in (teacher, dmd)] + [values]
-        prompts = [key for key in values if all(key in table for table in tables)]
-        if not name.startswith("diversity.") or not prompts:
+    for name in _diversity_of(ours):
+        prompts, _ = _compared(name, teacher, dmd, ours)
+        if not prompts:
             continue
         sign = -1 if name.rsplit(".", 1)[1] in _MORE_IS_LESS_DIVERSE else 1
+        tables = [scores.per_prompt[name] for scores in (teacher, dmd, ours)]
         rows = [sign * torch.tensor([table[key] for key in prompts], dtype=torch.float64) for table in tables]
         found[name] = gap_figure(*rows, seed) | {"prompts": len(prompts)}
     return found
+
+
+def gap_notes(teacher: Scores, dmd: Scores, ours: Scores) -> list[str]:
+    """One line a reason why gaps lack prompts, or are not there at all; a gap without a line is over all prompts."""
+    reasons: dict[str, list[str]] = {}
+    for name in _diversity_of(ours):
+        prompts, uneven = _compared(name, teacher, dmd, ours)
+        if uneven:
+            told = f"{uneven} of {len(prompts) + uneven} prompts are left out of the gap, which depends on the number"
+            reasons.setdefault(f"{told} of usable pictures: it is not the same in all three", []).append(name)
+        elif not prompts:
+            reasons.setdefault("no gap: no prompt was measured in all three", []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _diversity_of(scores: Scores) -> list[str]:
+    return [name for name in scores.per_prompt if name.startswith("diversity.")]
+
+
+def _compared(name: str, *models: Scores) -> tuple[list[str], int]:
+    """Prompts over which models are compared by a figure, and how many more would be but for unequal numbers."""
+    tables = [scores.per_prompt.get(name, {}) for scores in models]
+    shared = [key for key in tables[-1] if all(key in table for table in tables)]
+    metric, number = name.rsplit(".", 1)
+    if number in _OF_ANY_NUMBER:
+        return shared, 0
+    usable = [scores.usable.get(metric, {}) for scores in models]
+    equal = [key for key in shared if len({table.get(key) for table in usable}) == 1]
+    return equal, len(shared) - len(equal)

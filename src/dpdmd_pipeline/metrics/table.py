@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.metrics.score import Scores
@@ -71,13 +71,22 @@ def as_record(scores: Scores) -> dict[str, Any]:
         "missing": scores.missing,
         "faults": {kind: {"count": len(names), "names": names} for kind, names in scores.faults.items()},
         "notes": scores.notes,
+        "usable": scores.usable,
     }
 
 
-def as_gap_table(gaps: dict[str, dict[str, float | None]]) -> str:
-    """Share of DMD's loss recovered, one line a metric."""
+def as_gap_table(gaps: dict[str, dict[str, float | None]], notes: Sequence[str] = ()) -> str:
+    """Share of DMD's loss recovered, one line a metric, then what is not in it.
+
+    Args:
+        gaps: by full name of their figures.
+        notes: why some lack prompts, or are not there.
+    """
     lines = ["Gap recovered (0 is the baseline's diversity, 1 the teacher's):"]
     for name, gap in gaps.items():
         spread = "" if gap["low"] is None else f"  {_number(gap['low'])} to {_number(gap['high'])}"
-        lines.append(f"  {name}: {_number(gap['value']) or 'the baseline lost nothing'}{spread}")
-    return "\n".join(lines)
+        found = _number(gap["value"]) or "the baseline lost nothing"
+        lines.append(f"  {name}: {found}{spread}  (prompts: {gap['prompts']})")
+    if not gaps:
+        lines.append("  none: no diversity was measured in all three")
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])

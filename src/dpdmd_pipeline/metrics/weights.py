@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import struct
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
+
+_OLD_CHECKPOINT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, pickled
+_LONGEST = 200  # characters of another library's error
 
 
 class UnavailableError(OSError):
@@ -19,6 +26,10 @@ class UnavailableError(OSError):
 
 class MissingWeightsError(UnavailableError):
     """The weights of a metric are not on this disk."""
+
+
+class DamagedWeightsError(UnavailableError):
+    """The weights of a metric are on this disk, and cannot be read."""
 
 
 class MissingLibraryError(UnavailableError):
@@ -59,7 +70,7 @@ class Weights:
         if absent:
             raise MissingWeightsError(
                 f"{metric} needs {self.source} ({self.licence}, about {self.size_mb} MB): "
-                f"{', '.join(absent)} not in {folder}; fetch with: {self.fetch.format(folder=folder)}"
+                f"{', '.join(absent)} not in {folder}; fetch with: {self.command(folder)}"
             )
         return folder
 
@@ -71,11 +82,22 @@ class Weights:
                 digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return digest.hexdigest()
 
+    def damage(self, folder: Path) -> str | None:
+        """The first file that is cut off or no file of its kind, with the remedy; None where all look whole."""
+        for name in sorted(self._present(folder)):
+            why = damage_of(folder / name)
+            if why:
+                return f"{folder / name} is damaged ({why}): delete it and fetch it again: {self.command(folder)}"
+        return None
+
+    def command(self, folder: Path) -> str:
+        """What brings the files."""
+        return self.fetch.format(folder=folder)
+
     def _present(self, folder: Path) -> set[str]:
         found = {name for names in map(_names, self.files) for name in names if (folder / name).is_file()}
         for index in [name for name in found if name.endswith(".index.json")]:
-            shards = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-            found |= {name for name in shards if (folder / name).is_file()}
+            found |= {name for name in _shards(folder / index) if (folder / name).is_file()}
         return found
 
 
@@ -85,6 +107,49 @@ def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _any_there(folder: Path, names: tuple[str, ...]) -> bool:
     return any((folder / name).is_file() and (folder / name).stat().st_size for name in names)
+
+
+def _shards(index: Path) -> list[str]:
+    """Files that an index names; none of a damaged one, of which its own content must speak."""
+    try:
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def damage_of(file: Path) -> str | None:
+    """Why a file cannot be one of its kind: an unfinished download, a page in its place. Not all damage shows."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in {".pt", ".pth", ".bin"}:
+            return _checkpoint_damage(file)
+    except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _checkpoint_damage(file: Path) -> str | None:
+    """Of a file of torch.save or torch.jit.save: an archive, or in old ones a row of pickles."""
+    import torch
+
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            spoilt = archive.testzip()
+        return spoilt and f"{spoilt} in it is not what was written"
+    with file.open("rb") as opened:
+        if opened.read(len(_OLD_CHECKPOINT)) != _OLD_CHECKPOINT:
+            return "cut off, or no checkpoint of PyTorch"
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, LookupError, RuntimeError, struct.error, pickle.UnpicklingError) as error:
+        return " ".join(str(error).split())[:_LONGEST]
+    return None
 
 
 # Big models come in shards with an index.
@@ -100,7 +165,7 @@ def hub_model(folder: str, source: str, licence: str, size_mb: int, *more: str) 
 def url_file(folder: str, url: str, licence: str, size_mb: int) -> Weights:
     """One file of an address."""
     name = url.rsplit("/", 1)[1]
-    return Weights(folder, (name,), url, licence, size_mb, f"curl -L --create-dirs -o {{folder}}/{name} {url}")
+    return Weights(folder, (name,), url, licence, size_mb, f"curl -fL --create-dirs -o {{folder}}/{name} {url}")
 
 
 DINO_V2 = hub_model("dinov2-base", "facebook/dinov2-base", "Apache-2.0", 346)
@@ -157,16 +222,46 @@ _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
 MANIQA = url_file("hub/pyiqa", f"{_PYIQA}/MANIQA_PIPAL-ae6d356b.pth", "Apache-2.0", 544)
 TOPIQ = url_file("hub/pyiqa", f"{_PYIQA}/cfanet_nr_koniq_res50-9a73138b.pth", "PolyForm-Noncommercial-1.0.0", 140)
 CLIPIQA_PLUS = url_file("hub/pyiqa", f"{_PYIQA}/CLIP-IQA+_learned_prompts-603f3273.pth", "see pyiqa", 1)
+# CLIP-IQA+ learned its prompts for this CLIP, which its own file lacks.
+_OPENAI = "https://openaipublic.azureedge.net/clip/models"
+CLIP_RN50 = url_file(
+    "hub/clip", f"{_OPENAI}/afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762/RN50.pt", "MIT", 256
+)
 
 
 @contextmanager
 def hub_folder(root: Path) -> Iterator[None]:
-    """Let torch.hub find its checkpoints below `root`, for as long as a model is being built."""
+    """Let torch.hub find its checkpoints below `root`, and nothing fetch any, for as long as a model is being built."""
     import torch
 
     before = torch.hub.get_dir()
     torch.hub.set_dir(str(Path(root) / "hub"))
     try:
-        yield
+        with _nothing_fetched():
+            yield
     finally:
         torch.hub.set_dir(before)
+
+
+@contextmanager
+def _nothing_fetched() -> Iterator[None]:
+    """Refuse what torch.hub, pyiqa and the Hub's client would download: of a file that is not as published, too."""
+    import urllib.request
+
+    import torch
+    from huggingface_hub import constants
+
+    doors = ((torch.hub, "urlopen", _refuse), (urllib.request, "urlopen", _refuse), (constants, "HF_HUB_OFFLINE", True))
+    before = [getattr(module, name) for module, name, _ in doors]
+    for module, name, closed in doors:
+        setattr(module, name, closed)
+    try:
+        yield
+    finally:
+        for (module, name, _), opened in zip(doors, before, strict=True):
+            setattr(module, name, opened)
+
+
+def _refuse(request: Any, *args: Any, **options: Any) -> NoReturn:
+    address = getattr(request, "full_url", request)
+    raise UnavailableError(f"{address} is not there as published, and nothing is fetched here: fetch it again")
