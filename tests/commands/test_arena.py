@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,18 @@ from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, " ": 32, "Backspace": 8}
+# In .ci/browser nothing is skipped: without a browser these tests fail.
+REQUIRED = "BROWSER_REQUIRED" in os.environ
+needs_browser = pytest.mark.skipif(
+    BROWSER is None and not REQUIRED, reason="no Chromium here: apt-get install chromium, or run .ci/browser"
+)
 
 
 class Browser:
     """Headless Chromium behind a pipe: commands in, answers out, each ended by a zero byte."""
 
     def __init__(self, profile: Path) -> None:
+        assert BROWSER, "no Chromium on the path: install one, as with apt-get install chromium"
         to_read, self.to_browser = os.pipe()
         self.from_browser, to_write = os.pipe()
         # Chromium's end of the pipe is at 3 and 4, whatever numbers it has here.
@@ -135,10 +142,11 @@ def shown(browser):
     return browser.look("count.textContent")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(launch, page, tmp_path, capsys):
+@needs_browser
+def test_in_a_browser_a_person_answers_by_keys_goes_on_after_a_break_and_saves(launch, page, tmp_path, capsys):
     browser = launch()
     begin(browser, page, "p1")
+    assert browser.look("total.textContent") == "are 4 questions"
     assert shown(browser) == "1 of 4" and browser.look("getComputedStyle(start).display") == "none"
     order = browser.look("order.map(({index, left}) => [page.questions[index].id, left])")
     assert browser.look("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
@@ -173,8 +181,8 @@ def test_a_person_answers_by_keys_goes_on_after_a_break_and_saves(launch, page, 
     assert capsys.readouterr().out.count("2 answers, 2 prompts") == 2  # of each kind
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(launch, page, tmp_path):
+@needs_browser
+def test_in_a_browser_the_saved_file_is_what_was_answered_and_people_see_different_orders(launch, page, tmp_path):
     browser = launch()
     browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
     orders = []
@@ -193,8 +201,10 @@ def test_the_saved_file_is_what_was_answered_and_people_see_different_orders(lau
 
 def test_the_command_says_what_it_has_written(page, capsys):
     assert page.stat().st_size < 100_000
+    capsys.readouterr()
     main([str(page.parent / "ours"), str(page.parent / "dmd"), "--out", str(page), "--singles", "2", "--sets", "0"])
-    assert "4 questions about 2 prompts, 0.0 MB" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.startswith(f"{page}: 4 questions about 2 prompts, ") and re.fullmatch(r".*, [1-9]\d* kB\n", told)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +214,7 @@ def test_the_command_says_what_it_has_written(page, capsys):
         (["--sets", "0", "--singles", "0"], "asks nothing"),
         (["--side", "2"], "at least 16 pixels"),
         (["--out", "nowhere/x.html"], "there is no folder"),
+        (["--out", "."], r"--out \. is a folder: name the page in it, as in arena.html"),
         ([], "is no folder of pictures"),
     ],
 )
@@ -211,3 +222,24 @@ def test_what_makes_no_sense_is_refused(arguments, told, tmp_path):
     given = [str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "x.html"), *arguments]
     with pytest.raises((ValueError, OSError), match=told):
         main(given)
+
+
+def test_one_question_about_one_prompt_is_told_in_the_singular(page, capsys):
+    for side in ("ours", "dmd"):
+        shutil.rmtree(page.parent / side / caption(1))
+    capsys.readouterr()
+    main([str(page.parent / "ours"), str(page.parent / "dmd"), "--out", str(page), "--singles", "1", "--sets", "0"])
+    assert ": 1 question about 1 prompt, " in capsys.readouterr().out
+
+
+def test_a_folder_is_not_compared_with_itself_under_whatever_name(page, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    for other in (tmp_path / "ours", tmp_path / "ours" / ".." / "ours", tmp_path / "link"):
+        with pytest.raises(ValueError, match="are one folder: give the pictures of two models"):
+            main([str(tmp_path / "ours"), str(other), "--out", str(page)])
+
+
+def test_a_folder_to_write_to_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpdmd_pipeline.metrics.pictures.find_pictures", lambda *_: pytest.fail("read before refused"))
+    with pytest.raises(OSError, match="ours is a folder: name the page in it, as in .*ours/arena.html"):
+        main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(tmp_path / "ours")])

@@ -74,7 +74,7 @@ def test_reduced_pictures_keep_their_shape(sides):
     assert Image.open(io.BytesIO(base64.b64decode(found.split(",")[1]))).size == (16, 8)
 
 
-def test_what_cannot_be_compared_is_refused(sides, monkeypatch, tmp_path):
+def test_what_cannot_be_compared_is_refused(sides, monkeypatch):
     a, b = sides
     with pytest.raises(ValueError, match="'p1' is on one side only"):
         make_arena(a, b[:1], ("a", "b"), OPTIONS)
@@ -83,6 +83,15 @@ def test_what_cannot_be_compared_is_refused(sides, monkeypatch, tmp_path):
     monkeypatch.setattr("dpdmd_pipeline.metrics.arena.LARGEST_PAGE_MB", 0.0005)
     with pytest.raises(ValueError, match="the page would be over .* --side 512"):
         make_arena(a, b, ("a", "b"), OPTIONS)
+
+
+def test_all_bad_pictures_are_named_at_once_with_what_to_do(sides):
+    a, b = sides
     a[0].files[0].write_bytes(b"")
-    with pytest.raises(OSError, match=r"secret_a_0_0.png: empty file"):
+    b[1].files[1].write_text("no picture")
+    with pytest.raises(OSError) as refused:
         make_arena(a, b, ("a", "b"), OPTIONS)
+    told = str(refused.value)
+    assert told.startswith("2 pictures cannot be shown: ") and "\n" not in told
+    assert "secret_a_0_0.png (empty file)" in told and "secret_b_1_1.png (not a picture)" in told
+    assert "draw them again, or delete them and the pictures of the same seeds in the other folder" in told

@@ -4,6 +4,8 @@ import math
 import pytest
 
 from dpdmd_pipeline.metrics.human import as_text, load_results, summarise, wilson
+from dpdmd_pipeline.metrics.score import Scores
+from dpdmd_pipeline.metrics.table import as_record
 
 
 def save(folder, name, choices, **changes):
@@ -67,3 +69,44 @@ def test_what_is_no_result_and_what_has_no_answer_is_refused(tmp_path):
         load_results([tmp_path / "x.json"])
     with pytest.raises(ValueError, match="no answer in these results"):
         summarise(load_results([save(tmp_path, "one", [])]), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"arena": None}, "is no result of an arena page, it has no arena: give the files that the page's button"),
+        ({"arena": None, "answers": None}, "it has no arena and no answers"),
+        ({"participant": ["one"]}, "it has no participant"),
+        ({"answers": ["a"]}, "answer 0 is no object"),
+        ({"answers": [{"choice": "a", "prompt": "cat"}]}, "answer 0 has no question"),
+        ({"answers": [{"choice": "a"}]}, "answer 0 has no question and no prompt"),
+        (
+            {"answers": [{"choice": ["a"], "prompt": "cat", "question": "quality"}]},
+            r"choice \['a'\] is none of a, b, tie",
+        ),
+    ],
+)
+def test_a_result_that_lacks_something_is_refused_in_one_line_with_file_and_remedy(tmp_path, changes, told):
+    file = save(tmp_path, "one", [("cat", "a")], **changes)
+    with pytest.raises(ValueError, match=told) as refused:
+        load_results([file])
+    assert str(refused.value).startswith(str(file)) and "the page's button saves" in str(refused.value)
+
+
+def test_a_file_of_score_json_is_no_result_of_a_page_though_of_the_same_format(tmp_path):
+    scores = Scores(prompts=1, pictures=2)
+    (tmp_path / "scores.json").write_text(json.dumps(as_record(scores)))
+    with pytest.raises(ValueError, match="scores.json is no result of an arena page.*: give the files that the page's"):
+        load_results([tmp_path / "scores.json"])
+
+
+@pytest.mark.parametrize(("name", "told"), [("", "Is a directory"), ("gone.json", "No such file")])
+def test_a_folder_and_an_absent_file_are_refused_by_name_with_the_remedy(tmp_path, name, told):
+    with pytest.raises(OSError, match=rf"cannot be read \({told}.*\): give the files that the page's") as refused:
+        load_results([tmp_path / name])
+    assert str(refused.value).startswith(str(tmp_path / name))
+
+
+def test_one_of_a_kind_is_told_in_the_singular(tmp_path):
+    text = as_text(summarise(load_results([save(tmp_path, "one", [("cat", "a")])]), seed=0))
+    assert "; 1 person\n" in text and "(1 answer, 1 prompt)" in text

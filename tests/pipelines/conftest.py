@@ -73,6 +73,7 @@ EVALUATE = {
     "grid_prompts": 12,
     "grid_columns": 2,
     "grid_tile": 32,
+    "save_pictures": False,
     "device": "cpu",
     "launch": ONE,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 _EPILOG = """\
@@ -40,6 +41,7 @@ def main(arguments: list[str]) -> None:
         ValueError, OSError: in one line, for what the user can mend.
     """
     from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
+    from dpdmd_pipeline.metrics.human import counted
     from dpdmd_pipeline.metrics.pictures import find_pictures
     from dpdmd_pipeline.publishing import write_atomically
 
@@ -49,8 +51,13 @@ def main(arguments: list[str]) -> None:
     options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
     html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
     write_atomically(asked.out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
-    questions = len(a) * (asked.singles + bool(asked.sets))
-    print(f"{asked.out}: {questions} questions about {len(a)} prompts, {len(html) / 1e6:.1f} MB")
+    questions = counted(len(a) * (asked.singles + bool(asked.sets)), "question")
+    print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(asked.out.stat().st_size)}")
+
+
+def _size(count: int) -> str:
+    """Bytes in words: `38 kB`, `1.2 MB`."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{math.ceil(count / 1e3)} kB"
 
 
 def _check(asked: argparse.Namespace) -> None:
@@ -61,5 +68,9 @@ def _check(asked: argparse.Namespace) -> None:
         raise ValueError("--singles 0 --sets 0 asks nothing: give at least one of them")
     if asked.side is not None and asked.side < 16:
         raise ValueError(f"--side {asked.side} must be at least 16 pixels")
+    if asked.a.resolve() == asked.b.resolve():
+        raise ValueError(f"{asked.a} and {asked.b} are one folder: give the pictures of two models")
+    if asked.out.is_dir():
+        raise OSError(f"--out {asked.out} is a folder: name the page in it, as in {asked.out / 'arena.html'}")
     if not asked.out.resolve().parent.is_dir():
         raise OSError(f"--out {asked.out}: there is no folder {asked.out.resolve().parent}")

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpdmd_pipeline.metrics.human import FORMAT
+from dpdmd_pipeline.metrics.human import FORMAT, counted
 from dpdmd_pipeline.metrics.pictures import FileSet, read_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LARGEST_PAGE_MB = 200  # browsers take more, people do not wait for it
 _WEBP_QUALITY = 90
@@ -47,23 +50,23 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
 
     Raises:
         ValueError: if prompts or numbers of pictures do not match, or the page would be too large.
+        OSError: if pictures cannot be used; names them all.
     """
     others = {pictures.id: pictures for pictures in b}
     lonely = [pictures.id for pictures in a if pictures.id not in others]
     if lonely or len(a) != len(b):
         extra = lonely or sorted(set(others) - {pictures.id for pictures in a})
         raise ValueError(f"prompt {extra[0]!r} is on one side only ({len(extra)} such): compare the same prompts")
-    pictures: dict[str, str] = {}
-    questions = [
-        question for one in a for question in _questions(one, others[one.id], names, options, pictures)
-    ]  # pictures is filled on the way
+    pictures = _Pictures(options.side)  # filled on the way
+    questions = [question for one in a for question in _questions(one, others[one.id], names, options, pictures)]
+    pictures.refuse_bad()
     page = {"format": FORMAT, "a": names[0], "b": names[1], "seed": options.seed, "questions": questions}
-    identity = hashlib.sha256(json.dumps([page, sorted(pictures)]).encode()).hexdigest()[:16]
-    return _render({"arena": identity, **page, "pictures": pictures})
+    identity = hashlib.sha256(json.dumps([page, sorted(pictures.found)]).encode()).hexdigest()[:16]
+    return _render({"arena": identity, **page, "pictures": pictures.found})
 
 
 def _questions(
-    a: FileSet, b: FileSet, names: tuple[str, str], options: ArenaOptions, pictures: dict[str, str]
+    a: FileSet, b: FileSet, names: tuple[str, str], options: ArenaOptions, pictures: _Pictures
 ) -> list[dict[str, Any]]:
     """Questions about one prompt: both sets, then single pictures of the same place in the order of seeds."""
     needed = max(options.per_prompt, options.set_size)
@@ -72,12 +75,12 @@ def _questions(
             raise ValueError(f"prompt {one.id!r} has {len(one)} pictures in {name}, {needed} are needed: ask for fewer")
     asked = []
     if options.set_size:
-        sides = [[_embed(file, options, pictures) for file in one.files[: options.set_size]] for one in (a, b)]
+        sides = [[pictures.embed(file) for file in one.files[: options.set_size]] for one in (a, b)]
         asked.append(
             {"question": "diversity", "prompt": a.text, "id": f"{a.id}/diversity", "a": sides[0], "b": sides[1]}
         )
     for number in _chosen(a.id, min(len(a), len(b)), options):
-        sides = [[_embed(one.files[number], options, pictures)] for one in (a, b)]
+        sides = [[pictures.embed(one.files[number])] for one in (a, b)]
         asked.append({"question": "quality", "prompt": a.text, "id": f"{a.id}/{number}", "a": sides[0], "b": sides[1]})
     return asked
 
@@ -91,25 +94,63 @@ def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
     return sorted(sorted(range(available), key=rank)[: options.per_prompt])
 
 
-def _embed(file: Path, options: ArenaOptions, pictures: dict[str, str]) -> str:
-    """Put a picture into the page, once, under the hash of its content; the name of its file is not in the page."""
-    try:
-        image = read_picture(file)  # a broken one must be found now, not by the people
-    except OSError as error:
-        raise OSError(f"{file}: {error}") from error
-    if options.side is None:
-        content, kind = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
-    else:
-        image.thumbnail((options.side, options.side))
+class _Pictures:
+    """What lies in the page: each picture once, under the hash of its content; names of files do not get in.
+
+    Args:
+        side: pixels to which the longer side is reduced; None leaves the files as they are.
+
+    Attributes:
+        found: data URIs by hash.
+        bad: kinds of fault by file.
+    """
+
+    def __init__(self, side: int | None) -> None:
+        self.side = side
+        self.found: dict[str, str] = {}
+        self.bad: dict[Path, str] = {}
+        self._size = 0
+
+    def embed(self, file: Path) -> str:
+        """Put a picture into the page; returns its hash, which is empty for a bad one.
+
+        Raises:
+            ValueError: if the page would be too large.
+        """
+        try:
+            image = read_picture(file)  # a broken one must be found now, not by the people
+        except OSError as error:
+            self.bad[file] = str(error)
+            return ""
+        content, kind = self._encoded(file, image)
+        key = hashlib.sha256(content).hexdigest()[:16]
+        if key not in self.found:
+            self.found[key] = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+            self._size += len(self.found[key])
+        if self._size > LARGEST_PAGE_MB * 1e6:
+            raise ValueError(f"the page would be over {LARGEST_PAGE_MB} MB: reduce the pictures with --side 512")
+        return key
+
+    def _encoded(self, file: Path, image: Image) -> tuple[bytes, str]:
+        """Content and media type."""
+        if self.side is None:
+            return file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
+        image.thumbnail((self.side, self.side))
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
-        content, kind = buffer.getvalue(), "image/webp"
-    key = hashlib.sha256(content).hexdigest()[:16]
-    pictures[key] = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    size = sum(map(len, pictures.values())) / 1e6
-    if size > LARGEST_PAGE_MB:
-        raise ValueError(f"the page would be over {LARGEST_PAGE_MB} MB: reduce the pictures with --side 512")
-    return key
+        return buffer.getvalue(), "image/webp"
+
+    def refuse_bad(self) -> None:
+        """Name every bad picture at once.
+
+        Raises:
+            OSError: if there is one.
+        """
+        if self.bad:
+            named = ", ".join(f"{file} ({fault})" for file, fault in self.bad.items())
+            # pairs are told by place: one file less on one side would pair all later ones anew
+            remedy = "draw them again, or delete them and the pictures of the same seeds in the other folder"
+            raise OSError(f"{counted(len(self.bad), 'picture')} cannot be shown: {named}: {remedy}")
 
 
 def _render(page: dict[str, Any]) -> str:

@@ -13,6 +13,9 @@ from dpdmd_pipeline.metrics.summary import ratio_interval
 
 FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+_RESULT = {"arena": str, "a": str, "b": str, "participant": str, "answers": list}
+_ANSWER = {"question": str, "prompt": str}
+_REMEDY = "give the files that the page's button saves"
 _Z = 1.959964  # 97.5 % point of the normal distribution
 
 
@@ -29,6 +32,7 @@ def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: for what is no such file, for files of different pages, or a person counted twice.
+        OSError: for what cannot be read.
     """
     results = [_load(Path(file)) for file in files]
     seen: dict[tuple, Path] = {}
@@ -45,17 +49,41 @@ def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        version = result["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of an arena page: save it with the page's button") from error
-    if version != FORMAT:
-        raise ValueError(f"{file} has format {version}, this version reads {FORMAT}: make the page anew")
+    """One person's results, with all that is read of them."""
+    result = _read(file)
+    if not isinstance(result, dict) or "format" not in result:
+        raise ValueError(f"{file} is no result of an arena page: {_REMEDY}")
+    if result["format"] != FORMAT:
+        raise ValueError(f"{file} has format {result['format']}, this version reads {FORMAT}: make the page anew")
+    if wrong := _wrong_keys(result, _RESULT):  # `score --json` writes files of format 1 as well
+        raise ValueError(f"{file} is no result of an arena page, it has no {wrong}: {_REMEDY}")
     for number, answer in enumerate(result["answers"]):
-        if answer.get("choice") not in CHOICES:
-            raise ValueError(f"{file}, answer {number}: choice {answer.get('choice')!r} is none of a, b, tie")
+        _check_answer(f"{file}, answer {number}", answer)
     return result
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:  # it is a folder, or not there
+        raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f"{file} is no result of an arena page: {_REMEDY}") from error
+
+
+def _check_answer(place: str, answer: Any) -> None:
+    if not isinstance(answer, dict):
+        raise ValueError(f"{place} is no object: {_REMEDY}, as it was saved")
+    choice = answer.get("choice")
+    if not isinstance(choice, str) or choice not in CHOICES:
+        raise ValueError(f"{place}: choice {choice!r} is none of {', '.join(CHOICES)}: {_REMEDY}, as it was saved")
+    if wrong := _wrong_keys(answer, _ANSWER):
+        raise ValueError(f"{place} has no {wrong}: {_REMEDY}, as it was saved")
+
+
+def _wrong_keys(record: dict[str, Any], kinds: dict[str, type]) -> str:
+    """What is absent or of another kind: `arena and no answers`."""
+    return " and no ".join(name for name, kind in kinds.items() if not isinstance(record.get(name), kind))
 
 
 def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -101,15 +129,20 @@ def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
 
 def as_text(summary: dict[str, Any]) -> str:
     """The summary as a person reads it."""
-    lines = [f"A is {summary['a']}, B is {summary['b']}; {summary['people']} people"]
+    lines = [f"A is {summary['a']}, B is {summary['b']}; {counted(summary['people'], 'person', 'people')}"]
     for question, found in summary["questions"].items():
         counts, share, decided = found["counts"], found["for_a"], found["for_a_decided"]
         lines.append(
             f"  {question}: A {counts['a']}, B {counts['b']}, no difference {counts['tie']} "
-            f"({found['n']['answers']} answers, {found['n']['prompts']} prompts)"
+            f"({counted(found['n']['answers'], 'answer')}, {counted(found['n']['prompts'], 'prompt')})"
         )
         lines.append(f"    for A {_share(share)} ({share['preset']}); {_share(decided)} ({decided['preset']})")
     return "\n".join(lines)
+
+
+def counted(number: int, one: str, more: str = "") -> str:
+    """`1 answer`, `2 answers`."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def _share(found: dict[str, Any]) -> str:

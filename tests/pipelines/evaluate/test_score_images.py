@@ -7,12 +7,23 @@ import pytest
 import torch
 from tests.pipelines.conftest import cached
 from tests.pipelines.conftest import evaluate_options as evaluate_options_of
+from torchvision.transforms.functional import pil_to_tensor
 
+from dpdmd_pipeline.commands.arena import main as arena_command
+from dpdmd_pipeline.commands.score import main as score_command
+from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.datasets.sharded import LazyShards
+from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.shapes import judge
 from dpdmd_pipeline.pipelines.evaluate import scoring
-from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, say_what_is_missing, score_images, summarise
+from dpdmd_pipeline.pipelines.evaluate.nodes import (
+    draw_grids,
+    lay_out_pictures,
+    say_what_is_missing,
+    score_images,
+    summarise,
+)
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption, gallery
 
 SHIPPED = Path(__file__).parents[3] / "data/06_models/shapes_clip"
@@ -88,6 +99,13 @@ def test_the_exact_reader_s_figures_are_those_of_its_own_function(score, images)
         assert metrics[name]["n"] == {"prompts": 3, "per_prompt": PER_PROMPT}
         assert metrics[name]["nfe"] == images.manifest["nfe"][name]
         assert not metrics[name]["figures"] and not metrics[name]["missing"]
+
+
+def test_the_presets_of_the_exact_figures_are_told_once_a_model(score, images):
+    metrics = summarise(images, score(), evaluate_options())
+    protocols = {preset.full_name: preset.protocol for preset in scoring.asked_presets(evaluate_options())}
+    assert protocols.keys() == {"quality.shapes", "diversity.shapes", "diversity.pixels"}
+    assert all(metrics[name]["exact_presets"] == protocols for name in ("teacher", "dmd", "dp_dmd"))
 
 
 def test_a_metric_more_comes_under_its_full_name_with_count_interval_and_protocol(score, images):
@@ -209,6 +227,7 @@ def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(s
             "preference.pickscore",
         }
         assert not metrics[name]["quality"] and not metrics[name]["diversity"]
+        assert not metrics[name]["exact_presets"]
     assert metrics["rank_correlation"] == {} and scores["attributes"] == {}
     assert {path.name.split("-")[0] for path in (tmp_path / "state").iterdir()} == {"diversity.pixels"}
     pixels = metrics["dmd"]["figures"]["diversity.pixels.mean_distance"]["value"]
@@ -240,3 +259,39 @@ def test_grids_have_only_so_many_rows_and_pixels_as_asked(images):
     for grid in grids:
         scale = grid.width // (3 * 17)
         assert grid.size == (3 * 17 * scale, 2 * 17 * scale)
+
+
+# ---- pictures
+
+
+def saved(folder, images, **changes):
+    dataset = PictureFolderDataset(filepath=str(folder / "pictures"))
+    dataset.save(lay_out_pictures(images, CHOSEN, evaluate_options(**changes)))
+    return dataset.load()
+
+
+def test_the_line_s_pictures_are_read_by_score_with_their_prompts_counts_and_pixels(images, tmp_path):
+    folder = saved(tmp_path, images, save_pictures=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["dmd", "dp_dmd", "teacher"]
+    for number, name in enumerate(("teacher", "dmd", "dp_dmd")):
+        sets, rest = find_pictures(folder / name)
+        assert not rest and {one.text: len(one) for one in sets} == dict.fromkeys(TEXTS, PER_PROMPT)
+        for one in sets:
+            pixels = torch.stack([pil_to_tensor(image) for image in one.load().images])
+            assert torch.equal(pixels, pictures_of(number)[TEXTS.index(one.text)])
+
+
+def test_the_line_s_pictures_give_the_line_s_figures_and_an_arena(score, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(SHIPPED.parents[2])  # where the command looks for the CLIP
+    expected = score(by=CLIP[1:])["models"]["dmd"]["figures"]
+    folder = saved(tmp_path, images, save_pictures=True)
+    command = [str(folder / "dmd"), "--by", "quality.shapes,alignment.clip_shapes", "--json", str(tmp_path / "x.json")]
+    score_command([*command, "--weights", str(tmp_path)])
+    found = json.loads((tmp_path / "x.json").read_text())["figures"]
+    assert found and all(figure["value"] == pytest.approx(expected[name]["value"]) for name, figure in found.items())
+    arena_command([str(folder / "dmd"), str(folder / "dp_dmd"), "--out", str(tmp_path / "arena.html")])
+    assert "9 questions about 3 prompts" in capsys.readouterr().out
+
+
+def test_pictures_are_saved_only_on_request(images, tmp_path):
+    assert [path.name for path in saved(tmp_path, images).iterdir()] == ["empty.txt"]

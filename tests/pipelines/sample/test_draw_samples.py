@@ -6,7 +6,9 @@ from tests.pipelines.conftest import backbone_options
 
 import dpdmd_pipeline
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.exporting.folder import Export, read_student
+from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
 from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 
@@ -46,27 +48,37 @@ def draw(export, teacher, **changes):
     return draw_samples(export, teacher, SampleOptions(**OPTIONS | changes))
 
 
-def test_pictures_are_named_by_prompt_and_seed_and_the_grid_shows_them_in_order(export, tiny_teacher):
-    pictures = draw(export, tiny_teacher)
-    grid = np.asarray(pictures.pop("grid"))
-    assert list(pictures) == [
-        *(f"00_a-red-circle_{seed}" for seed in (5, 6, 7)),
-        *(f"01_a-blue-green-square_{seed}" for seed in (5, 6, 7)),
-    ]
+def saved(folder, pictures):
+    """Sets of the folder that the catalog leaves, as `score` finds them, and what is in it besides."""
+    dataset = PictureFolderDataset(filepath=str(folder / "samples"))
+    dataset.save(pictures)
+    return find_pictures(dataset.load())
+
+
+def test_score_finds_the_prompts_and_seeds_in_what_the_stage_leaves_and_nothing_else(export, tiny_teacher, tmp_path):
+    sets, rest = saved(tmp_path, draw(export, tiny_teacher)[0])
+    assert not rest and {one.text for one in sets} == set(OPTIONS["prompts"])
+    assert [[file.name for file in one.files] for one in sets] == 2 * [["5.png", "6.png", "7.png"]]
+    assert all(not one.load().faults for one in sets)
+
+
+def test_the_grid_shows_a_row_per_prompt_and_a_column_per_seed(export, tiny_teacher):
+    pictures, grid = draw(export, tiny_teacher)
+    grid = np.asarray(grid)
     assert grid.shape == (2 * 32, 3 * 32, 3)
-    for place, picture in enumerate(pictures.values()):
-        top, left = 32 * (place // 3), 32 * (place % 3)
-        assert np.array_equal(grid[top : top + 32, left : left + 32], np.asarray(picture))
+    for top, drawn in zip((0, 32), pictures.values(), strict=True):
+        for left, picture in zip((0, 32, 64), drawn().values(), strict=True):
+            assert np.array_equal(grid[top : top + 32, left : left + 32], np.asarray(picture))
 
 
 def test_a_picture_is_that_of_the_packages_own_function(export, tiny_teacher):
     image = dpdmd_pipeline.sample(export / "diffusers", ["a red circle"], [6], device="cpu")[0]
-    drawn = np.asarray(draw(export, tiny_teacher)["00_a-red-circle_6"])
+    drawn = np.asarray(draw(export, tiny_teacher)[0]["a red circle"]()[6])
     assert np.abs(drawn.astype(int) - (image * 255).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
 def test_every_form_gives_the_same_pictures(export, tiny_teacher):
-    first, second = (np.asarray(draw(export, tiny_teacher, form=form)["grid"]) for form in ("diffusers", "comfyui"))
+    first, second = (np.asarray(draw(export, tiny_teacher, form=form)[1]) for form in ("diffusers", "comfyui"))
     assert np.abs(first.astype(int) - second).max() <= 1
 
 

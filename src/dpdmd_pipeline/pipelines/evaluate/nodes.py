@@ -10,7 +10,14 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.lineage import check_embeddings
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, draw_grid, picture_sets, read_pictures, rows_of
+from dpdmd_pipeline.pipelines.evaluate.pictures import (
+    MODELS,
+    draw_grid,
+    picture_sets,
+    pictures_by_seed,
+    read_pictures,
+    rows_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -238,16 +245,17 @@ def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> 
 
 
 def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
-    """One model's figures: the exact reader's under its old names, the others by their full ones."""
+    """One model's figures: the exact ones by short names, their presets told once; the others by their full names."""
     from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
 
     figures = dict(record["figures"])
-    found: dict[str, Any] = {"nfe": 0, "n": {"prompts": record["prompts"], "per_prompt": options.images_per_prompt}}
+    n = {"prompts": record["prompts"], "per_prompt": options.images_per_prompt}
+    found: dict[str, Any] = {"nfe": 0, "n": n, "exact_presets": {}}
     for kind, names in EXACT.items():
-        taken = {name: figures.pop(full, None) for name, full in names.items()} if options.judge == "shapes" else {}
-        found[kind] = {
-            name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items() if figure
-        }
+        known = names if options.judge == "shapes" else {}
+        taken = {name: figures.pop(full) for name, full in known.items() if full in figures}
+        found[kind] = {name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items()}
+        found["exact_presets"] |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in taken.items()}
     faults = {kind: fault["count"] for kind, fault in record["faults"].items()}
     return {**found, "figures": figures, "missing": record["missing"], "faults": faults}
 
@@ -259,3 +267,14 @@ def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) ->
         draw_grid(images, [rows[number, prompt][: options.grid_columns] for prompt in shown], options.grid_tile)
         for number in range(len(MODELS))
     )
+
+
+def lay_out_pictures(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
+    """By model and prompt, what reads the pictures by their seeds; nothing where they are not to be saved."""
+    if not options.save_pictures:
+        return {}
+    rows = rows_of(images)
+    return {
+        name: {text: partial(pictures_by_seed, images, rows[number, row]) for row, text in chosen.items()}
+        for number, name in enumerate(MODELS)
+    }

@@ -23,6 +23,7 @@ class EvaluateOptions(BaseModel):
         grid_prompts: rows of the grids, the first so many prompts.
         grid_columns: pictures of each prompt in the grids.
         grid_tile: largest side of a picture in the grids, in pixels.
+        save_pictures: whether every drawn picture is also written as a file, for `score`, `arena`, and to look at.
         device: where models and metrics run.
         launch: processes that share the drawing.
     """
@@ -39,6 +40,7 @@ class EvaluateOptions(BaseModel):
     grid_prompts: PositiveInt
     grid_columns: PositiveInt
     grid_tile: PositiveInt
+    save_pictures: bool
     device: Literal["auto", "cpu", "cuda"]
     launch: LaunchOptions
 

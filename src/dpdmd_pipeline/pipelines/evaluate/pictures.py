@@ -35,6 +35,15 @@ def read_pictures(images: Any, rows: Sequence[int]) -> Any:
     return images.rows(rows)["image"]
 
 
+def pictures_by_seed(images: Any, rows: Sequence[int]) -> dict[int, Any]:
+    """Pillow's pictures of some rows of one prompt and model, by seed."""
+    from PIL import Image
+
+    found = images.rows(rows)
+    pixels = found["image"].permute(0, 2, 3, 1).contiguous().numpy()
+    return dict(zip(found["seed"].tolist(), map(Image.fromarray, pixels), strict=True))
+
+
 def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
     """Pictures side by side with a hairline between them, a line for each of `rows`.
 

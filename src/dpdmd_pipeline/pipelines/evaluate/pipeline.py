@@ -5,6 +5,7 @@ from kedro.pipeline import Node, Pipeline
 from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
     judged_prompts,
+    lay_out_pictures,
     sample_images,
     say_what_is_missing,
     score_images,
@@ -13,7 +14,7 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import (
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """students and teacher to images, to scores, to metrics and grids."""
+    """students and teacher to images, to scores, to metrics, grids and pictures."""
     models = ["prompts", "embeddings", "teacher", "student_dmd", "student", "params:backbone", "params:evaluate"]
     measured = ["metric_weights", "shapes_clip", "params:evaluate"]
     drawn = ["images", "judged_prompts"]
@@ -26,5 +27,6 @@ def create_pipeline(**kwargs) -> Pipeline:
             Node(score_images, [*drawn, "score_state", *measured], "scores", name="score_images"),
             Node(summarise, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
             Node(draw_grids, [*drawn, "params:evaluate"], grids, name="draw_grids"),
+            Node(lay_out_pictures, [*drawn, "params:evaluate"], "pictures", name="lay_out_pictures"),
         ]
     )

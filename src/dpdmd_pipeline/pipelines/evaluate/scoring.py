@@ -175,5 +175,5 @@ def _scored(
 
 
 def _as_record(scores: Scores, reference: Reference) -> dict[str, Any]:
-    kept = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes")
+    kept = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable")
     return {**{name: getattr(scores, name) for name in kept}, "duplicates": reference.duplicates}

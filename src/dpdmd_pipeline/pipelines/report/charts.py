@@ -17,18 +17,10 @@ BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in a picture
 
 def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     """A point per prompt and model, diversity to the right and quality up; None where not both are measured."""
-    tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
-    x_name, y_name = (_first_common(tables, wanted) for wanted in (_DIVERSITY, _QUALITY))
-    if x_name is None or y_name is None:
+    found = scatter_points(scores)
+    if found is None:
         return None
-    points = [
-        (model, table[x_name][key], table[y_name][key], scores["prompts"][key])
-        for model, table in tables.items()
-        for key in table[x_name]
-        if key in table[y_name]
-    ]
-    if not points:
-        return None
+    x_name, y_name, points = found
     x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
     x = partial(_between, x_marks, PLOT["left"], PLOT["right"])
     y = partial(_between, y_marks, PLOT["bottom"], PLOT["top"])
@@ -42,6 +34,21 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
             model: [(x(right), y(up), text) for owner, right, up, text in points if owner == model] for model in MODELS
         },
     }
+
+
+def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]] | None:
+    """A diversity and a quality that all models have, and each prompt of each: (model, diversity, quality, text)."""
+    tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
+    x_name, y_name = (_first_common(tables, wanted) for wanted in (_DIVERSITY, _QUALITY))
+    if x_name is None or y_name is None:
+        return None
+    points = [
+        (model, table[x_name][key], table[y_name][key], scores["prompts"][key])
+        for model, table in tables.items()
+        for key in table[x_name]
+        if key in table[y_name]
+    ]
+    return (x_name, y_name, points) if points else None
 
 
 def _between(marks: Sequence[float], start: float, end: float, value: float) -> float:

@@ -8,6 +8,7 @@ from dpdmd_pipeline.pipelines.report.curves import make_curves
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
+from dpdmd_pipeline.pipelines.report.plots import prompt_rows, turn_rows
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
 from dpdmd_pipeline.pipelines.report.tables import figure_rows, gaps_missing, missing_metrics, result_words
 from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, gap_text, make_verdict, metric_named
@@ -59,6 +60,14 @@ def make_report(
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)
+
+
+def make_plots(
+    scores: dict[str, Any], train_history: list[dict], train_history_dmd: list[dict]
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Some of the page's drawings as rows for `dvc plots`: the DMD loss, diversity while training, prompt by prompt."""
+    runs = {"dmd": train_history_dmd, "dp_dmd": train_history}
+    return turn_rows(runs, "dmd_loss"), turn_rows(runs, "latent_diversity"), prompt_rows(scores)
 
 
 def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> None:

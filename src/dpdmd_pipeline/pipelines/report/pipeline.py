@@ -2,7 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
+from dpdmd_pipeline.pipelines.report.nodes import make_plots, make_report, show_result
 
 STAGES = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
 RESULTS = (
@@ -18,13 +18,16 @@ RESULTS = (
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """metrics, grids and histories to a page, and to a table in the terminal."""
+    """metrics, grids and histories to a page, to rows for `dvc plots`, and to a table in the terminal."""
     given = {f"{stage}_options": f"params:{stage}" for stage in STAGES}
     inputs = {**{name: name for name in RESULTS}, "options": "params:report", **given}
     reports = ["report_html", "report_md"]
+    rows = ["scores", "train_history", "train_history_dmd"]
+    plots = ["plot_losses", "plot_watched", "plot_prompts"]
     return Pipeline(
         [
             Node(make_report, inputs, reports, name="make_report"),
+            Node(make_plots, rows, plots, name="make_plots"),
             Node(show_result, ["metrics", *reports], None, name="show_result"),
         ]
     )

@@ -1,15 +1,16 @@
 """Nodes of the sample stage."""
 
 import json
-import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 
 
-def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> dict[str, Any]:
-    """Pictures by name, and a grid of them: a row per prompt, a column per seed."""
+def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[dict[str, Any], Any]:
+    """What gives each prompt's pictures by their seeds, and a grid of all: a row per prompt, a column per seed."""
     import torch
     from PIL import Image
 
@@ -26,13 +27,16 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> dict[st
         dtype=options.dtype,
     )
     rows = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(options.prompts), len(seeds)))
-    pictures = {
-        f"{number:02d}_{_slug(prompt)}_{seed}": Image.fromarray(picture.numpy())
-        for number, (prompt, row) in enumerate(zip(options.prompts, rows, strict=True))
-        for seed, picture in zip(seeds, row, strict=True)
-    }
+    pictures = {prompt: partial(_by_seed, seeds, row) for prompt, row in zip(options.prompts, rows, strict=True)}
     sheet = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [prompts * H, seeds * W, 3]
-    return {"grid": Image.fromarray(sheet.numpy()), **pictures}
+    return pictures, Image.fromarray(sheet.numpy())
+
+
+def _by_seed(seeds: Sequence[int], pictures: Any) -> dict[int, Any]:
+    """Pillow's pictures of one prompt, uint8 [n, H, W, 3], by seed."""
+    from PIL import Image
+
+    return dict(zip(seeds, map(Image.fromarray, pictures.numpy()), strict=True))
 
 
 def exported(export: Path, form: str) -> Path:
@@ -45,8 +49,3 @@ def exported(export: Path, form: str) -> Path:
     if form not in files:
         raise ValueError(f"sample.form={form}: {export} holds {', '.join(files)}; choose one, or export it too")
     return export / files[form]
-
-
-def _slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"

@@ -44,7 +44,7 @@ def train_student(
     """Distil one student: DP-DMD, or DMD where no step is anchored.
 
     Returns:
-        What writes the student into a folder, and the history, one row per step.
+        What writes the student into a folder, and the history, one row per step; all have the same keys.
     """
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     check_embeddings(embeddings, prompts, teacher)
@@ -67,7 +67,13 @@ def train_student(
         model, roles, records = start(*run, resumed)
         new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
         history = [*(resumed[1]["history"] if resumed else []), *new]
-    return _writer(model, roles.student, backbone, recipe), history
+    return _writer(model, roles.student, backbone, recipe), _of_the_same_keys(history)
+
+
+def _of_the_same_keys(history: list[dict]) -> list[dict]:
+    """Rows with None for what was not measured in their turn: `dvc plots` reads no rows whose keys differ."""
+    keys = dict.fromkeys(key for row in history for key in row)
+    return [{**keys, **row} for row in history]
 
 
 @contextmanager
@@ -228,7 +234,7 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
             points = [(row["step"], row[key]) for row in rows if row.get(key)]
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, color=color)
-        if teacher := [row[f"{key}_teacher"] for row in history if f"{key}_teacher" in row]:
+        if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
             axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
         axis.set(title=title, xlabel="student turns", yscale="linear" if teacher else "log")
         axis.legend()
