@@ -27,6 +27,7 @@ OUTPUTS = [
         f"data/08_reporting/{name}.json"
         for name in ("metrics", "scores", "prompts_report", "train_history", "train_history_dmd")
     ),
+    *(f"data/08_reporting/plot_{name}.json" for name in ("losses", "watched", "prompts")),
     *(f"data/08_reporting/{name}" for name in ("train_curve.png", "report.html", "report.md")),
 ]
 
@@ -149,6 +150,7 @@ def test_histories_have_a_row_a_step(finished):
         rows = json.loads((finished[0] / f"data/08_reporting/{name}.json").read_text())
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert all((row["diversity_loss"] > 0) == diverse for row in rows)
+        assert len({tuple(row) for row in rows}) == 1  # dvc plots reads no others
 
 
 def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):

@@ -15,6 +15,7 @@ from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.memory import (
     Execution,
     MemoryModel,
+    _Wanted,
     anchor_bytes,
     conditioning_like,
     describe_remedies,
@@ -299,3 +300,14 @@ def tensors_in(value):
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(inner)
+
+
+def test_a_large_rollout_is_what_a_run_of_small_parts_needs(model):
+    asked = recipe(batch_size=64, fake_score_turns=5, anchored_steps=0, diversity_weight=0.0, stop_gradient=False)
+    small, large, more = (
+        model.estimate(asked, Execution(1, 1, rollout, False)).activations for rollout in (1, 320, 1000)
+    )
+    assert small < large == more  # no more than a cycle's pictures are drawn
+    assert large == model._pass(_Wanted.by(asked), "student", 320).block
+    shared = asked.model_copy(update={"fake_rollout": "shared"})
+    assert model.estimate(shared, Execution(1, 1, 320, False)).activations < large

@@ -33,8 +33,9 @@ IMAGES is a folder in one of three layouts:
                                                             space
   a manifest             IMAGES/manifest.csv or .jsonl      records with file, prompt, and if you like id
 Pictures of one prompt must come from different seeds, and from as many as in what you compare with.
-With --prompts, every id must be in that file. What asks for the text (alignment, preference, the exact reader of the
-embedded world) leaves out prompts without one. Transparent pixels count as white, EXIF turns pictures as a viewer does.
+With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. What asks for the
+text (alignment, preference, the exact reader of the embedded world) leaves out prompts without one. Transparent
+pixels count as white, EXIF turns pictures as a viewer does.
 
 With --by human, IMAGES are the results that an arena page has saved: score results.json --by human
 

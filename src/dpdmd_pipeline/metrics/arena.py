@@ -57,12 +57,21 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
     if lonely or len(a) != len(b):
         extra = lonely or sorted(set(others) - {pictures.id for pictures in a})
         raise ValueError(f"prompt {extra[0]!r} is on one side only ({len(extra)} such): compare the same prompts")
+    for one, name in [(one, name) for some, name in zip((a, b), names, strict=True) for one in some]:
+        _refuse_unread(one, name)
     pictures = _Pictures(options.side)  # filled on the way
     questions = [question for one in a for question in _questions(one, others[one.id], names, options, pictures)]
     pictures.refuse_bad()
     page = {"format": FORMAT, "a": names[0], "b": names[1], "seed": options.seed, "questions": questions}
     identity = hashlib.sha256(json.dumps([page, sorted(pictures.found)]).encode()).hexdigest()[:16]
     return _render({"arena": identity, **page, "pictures": pictures.found})
+
+
+def _refuse_unread(one: FileSet, name: str) -> None:
+    """Pairs are told by the place of a picture in its folder: one that is passed over would shift all after it."""
+    if one.unread:
+        files = ", ".join(path.name for path in one.unread[:3])
+        raise ValueError(f"prompt {one.id!r} in {name} has pictures that are not read ({files}): convert them to PNG")
 
 
 def _questions(

@@ -10,6 +10,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def damage_of(file: Path) -> str | None:
                 pass
         elif file.suffix in {".pt", ".pth", ".bin"}:
             return _checkpoint_damage(file)
-    except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, RuntimeError, zlib.error, SafetensorError, zipfile.BadZipFile) as error:
         return " ".join(str(error).split())
     return None
 
@@ -147,7 +148,15 @@ def _checkpoint_damage(file: Path) -> str | None:
             return "cut off, or no checkpoint of PyTorch"
     try:
         torch.load(file, map_location="cpu", weights_only=True)
-    except (EOFError, LookupError, RuntimeError, struct.error, pickle.UnpicklingError) as error:
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        struct.error,
+        pickle.UnpicklingError,
+    ) as error:
         return " ".join(str(error).split())[:_LONGEST]
     return None
 

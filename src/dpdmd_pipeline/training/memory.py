@@ -7,7 +7,8 @@ One process holds, in bytes:
                   three times where L_div's are held apart (train.weighting=balanced)
     optimizer     two moments of every trained weight, and a counter
     average       a copy of the student's trained weights, where train.ema or train.watch.keep=best asks for one
-    activations   passes * kept + max(calls * block, casts), at least what AdamW needs to compute with
+    activations   passes * kept + max(calls * block, casts), at least what AdamW needs to compute with, or what the
+                  student's rollout for the fake score takes (a block of train.rollout_micro_batch samples)
     reserved      RESERVED
 
 `passes` is how many graded passes wait for one backward pass, `kept` what each keeps for it, `block` what the largest

@@ -15,7 +15,8 @@ from dpdmd_pipeline.training.roles import Roles
 Compile = Literal["none", "blocks", "whole"]
 
 # Compiled code is kept per function and the same blocks serve up to three networks: with gradient and without, under
-# each adapter, in two sizes of batch. Beyond the limit torch quietly stops compiling; its own is 8.
+# each adapter, in a few sizes of batch (two, and those of the rollouts' parts). Beyond the limit torch quietly stops
+# compiling; its own is 8.
 _VERSIONS = 64
 
 

@@ -62,6 +62,13 @@ def test_what_was_judged_is_neither_drawn_nor_trained_again_unless_it_is_asked_o
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("step_*")} == trained
 
 
+def test_a_judgement_that_is_not_whole_is_made_again(study, tmp_path):
+    first = study()
+    for record in tmp_path.glob("judged_*.json"):
+        record.write_text(record.read_text()[:30])
+    assert study() == first
+
+
 def test_the_code_that_a_judgement_is_known_by_is_all_that_reads_the_pictures():
     package = Path(students.__file__).parents[2]
     todo, found = [package / "metrics/shapes.py"], set()

@@ -14,7 +14,7 @@ from dpdmd_pipeline.datasets.model_folder import folder_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.evaluate.nodes import sample_model
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.publishing import HeldError, write_atomically
+from dpdmd_pipeline.publishing import Folders, HeldError, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ Student = tuple[int, str]  # seed and run
 
 # A judgement is only taken up by the code that made it.
 CODE = (
+    "backbones/lora.py",
+    "backbones/student_file.py",
     "exporting/sample.py",
     "metrics/modes.py",
     "metrics/pixels.py",
@@ -75,17 +77,27 @@ def judged_student(train: Callable[[], Made], judge: Judge, identity: str) -> di
     """Quality, diversity and last record of a student, which is trained and judged unless that is done.
 
     Raises:
-        HeldError: if another process is training it.
+        HeldError: if another process is training or judging it.
     """
     path = judge.record(identity)
-    if path.exists():
-        return json.loads(path.read_bytes())
-    write, history = train()
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
-        found = {**judge.judged(Path(folder)), "last": history[-1]}
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
+    with locked(Folders.of(path)):
+        known = _known(path)
+        if known is not None:
+            return known
+        write, history = train()
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            found = {**judge.judged(Path(folder)), "last": history[-1]}
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
     return found
+
+
+def _known(path: Path) -> dict[str, Any] | None:
+    """A judgement that was kept; None if there is none, or not a whole one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, Any]]) -> dict[Student, dict[str, Any]]:
