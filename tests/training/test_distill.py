@@ -193,7 +193,6 @@ def test_an_interval_of_guidance_changes_the_teacher_of_dmd_and_not_the_anchors(
     [
         {"guidance_batch": "apart"},
         {"fused": True},
-        {"rollout_micro_batch": 1},
         {"rollout_micro_batch": 3},
         {"rollout_micro_batch": 64},
     ],

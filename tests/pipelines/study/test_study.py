@@ -77,23 +77,19 @@ def test_the_baseline_cannot_be_left_out():
         StudyOptions(seeds=[0], baseline="dmd", runs={"dmd": None, "dp_dmd": {}})
 
 
-def test_a_run_may_be_compared_with_another_baseline(study):
-    longer = {"max_steps": 3}
-    found = study(
-        options(
-            dmd_longer={"train": {**DMD["train"], **longer}},
-            longer={"train": longer, "baseline": "dmd_longer"},
-            same={},
-        )
-    )
-    modes = {(row["run"], row["seed"]): row["diversity"]["effective_modes"] for row in found["rows"]}
-    for number, row in enumerate(found["rows"]):  # an untrained student draws nothing right: numbers of our own
-        modes[row["run"], row["seed"]]["value"] = float(number)
-    found["teacher"]["diversity"]["effective_modes"]["value"] = 20.0
-    # rows: dmd 0, dmd_longer 1, longer 2, same 3, and four more of the other seed
+def test_a_run_may_be_compared_with_another_baseline():
+    def judged(modes):
+        numbers = {name: {"value": modes} for name in ("aligned", "effective_modes", "coverage", "pairwise_distance")}
+        return {"quality": numbers, "diversity": numbers}
+
+    modes = {"dmd": (0.0, 4.0), "dmd_longer": (1.0, 5.0), "longer": (2.0, 6.0), "same": (3.0, 7.0)}
+    longer = {"train": {"max_steps": 200}, "baseline": "dmd_longer"}
+    runs = {"dmd": DMD, "dmd_longer": DMD, "longer": longer, "same": {}}
+    rows = [{"run": run, "seed": seed, **judged(modes[run][seed])} for seed in (0, 1) for run in runs]
+    found = {"baseline": "dmd", "runs": runs, "teacher": judged(20.0), "rows": rows}
     assert summarise(found)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
     assert summarise(found)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
-    assert "`max_steps=3`, gap of dmd_longer" in write_study(found)
+    assert "| longer | `max_steps=200`, gap of dmd_longer | 2 |" in write_study(found)
 
 
 def test_a_baseline_that_is_no_run_or_lacks_a_seed_is_refused():
