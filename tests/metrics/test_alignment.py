@@ -32,7 +32,7 @@ def test_hps_is_a_plain_cosine_of_the_padded_picture(open_clip_folder, photos, p
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "HPS.pt")
     score = hps_score("tiny-h", tmp_path / "HPS.pt", passes)
     wide = photos[0].resize((96, 48))
-    pixels = score.preprocess(wide)
+    pixels = score.embed.preprocess(wide)
     assert pixels.shape == (3, 32, 32)
     black = (0 - torch.tensor(open_clip.OPENAI_DATASET_MEAN)) / torch.tensor(open_clip.OPENAI_DATASET_STD)
     torch.testing.assert_close(pixels[:, :8], black[:, None, None].expand(3, 8, 32))  # nothing is cropped

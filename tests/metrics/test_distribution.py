@@ -5,7 +5,14 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from dpdmd_pipeline.metrics.distribution import frechet_distance, kernel_distance, prdc
+from dpdmd_pipeline.metrics.distribution import (
+    frechet_distance,
+    frechet_influence,
+    kernel_distance,
+    kernel_influence,
+    prdc,
+)
+from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.metrics.weights import UnavailableError
 
 
@@ -42,6 +49,66 @@ def test_kid_is_the_unbiased_estimate_where_there_are_few_pictures(clouds):
     state = torch.get_rng_state()
     kernel_distance(real, fake, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def weighted_fid(real, fake, weights):
+    """FID with a mean and covariance over weighted pictures."""
+    mean = weights @ fake
+    covariance = (fake - mean).T @ ((fake - mean) * weights[:, None])
+    other = np.cov(real, rowvar=False)
+    return np.square(real.mean(0) - mean).sum() + np.trace(covariance + other - 2 * sqrtm(other @ covariance).real)
+
+
+def test_the_influence_on_fid_is_its_derivative_by_a_picture_s_weight(clouds):
+    real, fake = (cloud.double().numpy() for cloud in clouds)
+    found, count = frechet_influence(*clouds), len(fake)
+    step, even = 1e-5, np.full(count, 1 / count)
+    for index in (0, 17, 89):
+        more, less = ((1 - sign * step) * even + sign * step * np.eye(count)[index] for sign in (1, -1))
+        slope = (weighted_fid(real, fake, more) - weighted_fid(real, fake, less)) / (2 * step)
+        assert math.isclose(found[index].item(), slope, rel_tol=0.03, abs_tol=0.02)  # covariances over n - 1 and n
+    assert abs(found.mean().item()) < 1e-9
+
+
+def test_the_influence_on_kid_is_that_of_leaving_a_picture_out(clouds):
+    real = clouds[0].double()
+    fake = torch.randn(400, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.4 + 0.5
+
+    def kernel(x, y):
+        return (x @ y.T / 6 + 1) ** 3
+
+    def kid(some):
+        n, own = len(some), kernel(some, some)
+        return (own.sum() - own.trace()) / (n * (n - 1)) - 2 * kernel(some, real).mean()
+
+    count = len(fake)
+    left_out = torch.stack([kid(torch.cat([fake[:index], fake[index + 1 :]])) for index in range(count)])
+    found = kernel_influence(real, fake)
+    torch.testing.assert_close((count - 1) * (left_out.mean() - left_out), found, rtol=0.01, atol=0.02)
+
+
+@pytest.mark.parametrize("influence", [frechet_influence, kernel_influence])
+def test_the_intervals_of_fid_and_kid_are_as_wide_as_other_prompts_make_them(influence):
+    """Pictures of one prompt are alike: an interval over pictures would be a third of this one."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(800, 3, generator=generator, dtype=torch.float64)
+    prompts, pictures = 40, 12
+    owners = torch.arange(prompts).repeat_interleave(pictures)
+    values, widths = [], []
+    for seed in range(120):
+        centres = torch.randn(prompts, 1, 3, generator=generator, dtype=torch.float64)
+        noise = torch.randn(prompts, pictures, 3, generator=generator, dtype=torch.float64)
+        fake = (1.0 + 0.8 * centres + 0.6 * noise).flatten(0, 1)
+        if influence is frechet_influence:
+            values.append(frechet_distance([real], [fake]))
+        else:
+            own = (fake @ fake.T / 3 + 1) ** 3
+            far = (fake @ real.T / 3 + 1) ** 3
+            values.append((own.mean() - 2 * far.mean()).item())
+        found = ratio_interval(influence(real, fake), owners, seed)
+        widths.append(found["high"] - found["low"])
+    spread = torch.tensor(values).std().item()
+    assert math.isclose(np.mean(widths) / (2 * 1.96), spread, rel_tol=0.15)
 
 
 def test_precision_recall_density_and_coverage_are_what_their_papers_say(clouds):

@@ -60,7 +60,7 @@ def test_open_clip_is_its_projected_embedding(open_clip_folder, photos, passes):
     model.eval()
     with torch.no_grad():
         expected = model.encode_image(torch.stack([preprocess(photo) for photo in photos]))
-    torch.testing.assert_close(OpenClipVision(open_clip_folder, passes)(photos), expected)
+    torch.testing.assert_close(OpenClipVision.of(open_clip_folder, passes)(photos), expected)
 
 
 @pytest.mark.parametrize("family", ["dino_v2", "open_clip_folder"])
@@ -69,7 +69,9 @@ def test_features_are_bit_identical_whatever_the_batch(family, photos, request):
 
     def embed(batch_size, pictures):
         passes = Passes("cpu", batch_size)
-        embedder = OpenClipVision(folder, passes) if "clip" in family else TransformersVision(folder, "pooled", passes)
+        embedder = (
+            OpenClipVision.of(folder, passes) if "clip" in family else TransformersVision(folder, "pooled", passes)
+        )
         return embedder(pictures)
 
     whole = embed(5, photos)
@@ -90,7 +92,7 @@ def test_a_file_without_some_of_the_weights_is_refused(dino_v2, tmp_path, passes
 def test_an_open_clip_folder_without_weights_is_refused(open_clip_folder, tmp_path, passes):
     (tmp_path / "open_clip_config.json").write_text((open_clip_folder / "open_clip_config.json").read_text())
     with pytest.raises((ValueError, OSError), match="weights"):
-        OpenClipVision(tmp_path, passes)
+        OpenClipVision.of(tmp_path, passes)
 
 
 def test_an_open_clip_file_that_does_not_fit_is_refused(open_clip_folder, tmp_path, passes):
@@ -99,7 +101,7 @@ def test_an_open_clip_file_that_does_not_fit_is_refused(open_clip_folder, tmp_pa
     config["model_cfg"]["embed_dim"] = 8
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not fit"):
-        OpenClipVision(folder, passes)
+        OpenClipVision.of(folder, passes)
 
 
 def test_inception_is_torch_fidelity_s(tmp_path, photos, passes):

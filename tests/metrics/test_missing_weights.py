@@ -77,7 +77,7 @@ def test_a_page_that_says_not_found_does_not_become_the_weights():
 def test_the_clip_of_clip_iqa_is_one_of_its_weights():
     (preset,) = choose("quality.clipiqa_plus")
     folders = {f"{needed.folder}/{needed.files[0]}" for needed in preset.weights}
-    assert folders == {"hub/pyiqa/CLIP-IQA+_learned_prompts-603f3273.pth", "hub/clip/RN50.pt"}
+    assert folders == {"hub/pyiqa/CLIP-IQA%2B_learned_prompts-603f3273.pth", "hub/clip/RN50.pt"}
 
 
 def write_good(folder):

@@ -8,7 +8,7 @@ import torch
 
 from dpdmd_pipeline.metrics import weights as w
 from dpdmd_pipeline.metrics.pictures import TensorSet
-from dpdmd_pipeline.metrics.presets import Settings, choose
+from dpdmd_pipeline.metrics.presets import AXES, PRESETS, Settings, choose
 from dpdmd_pipeline.metrics.score import Reference, score
 from dpdmd_pipeline.metrics.table import as_table
 
@@ -18,6 +18,7 @@ WITH_WEIGHTS = (
     "alignment.geneval_vqa,preference.pickscore,distribution.dino_v2"
 )
 
+DOCUMENTED = Path(__file__).parents[2] / "docs/metrics.md"
 SHIPPED_CLIP = Path(__file__).parents[2] / "data/06_models/shapes_clip"
 SET = TensorSet("p", "a dog", torch.randint(256, (3, 3, 40, 40), dtype=torch.uint8))
 
@@ -59,15 +60,15 @@ def test_all_presets_with_weights_give_figures_and_the_others_say_what_they_lack
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "processes"),
     [
-        ("model.safetensors", None),  # cut off
-        ("model.safetensors", b"<html>404</html>"),
-        ("config.json", b'{"model_type": '),
-        ("preprocessor_config.json", b"\xff\xfe"),
+        ("model.safetensors", None, 1),  # cut off
+        ("model.safetensors", None, 2),
+        ("model.safetensors", b"<html>404</html>", 1),
+        ("config.json", b'{"model_type": ', 1),
+        ("preprocessor_config.json", b"\xff\xfe", 1),
     ],
 )
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_damaged_file_of_weights_is_named_and_costs_its_metric_only(
     tmp_path, passes, dino_v2, name, content, processes
 ):
@@ -110,3 +111,12 @@ def test_the_embedded_world_s_clip_judges_no_other_world(tmp_path, passes, text,
     assert scores.missing["alignment.clip_shapes"].startswith(told)
     assert ("diversity.clip_shapes" in scores.missing) == (side != 32)
     assert "diversity.pixels.mean_distance" in scores.figures
+
+
+def test_every_metric_is_listed_with_what_it_is_held_to_and_a_test_that_is_there():
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in DOCUMENTED.read_text().splitlines()]
+    listed = {row[0]: row[2] for row in rows if len(row) == 3 and row[0].split(".")[0] in AXES}
+    assert list(listed) == [preset.full_name for preset in PRESETS]
+    for name, shown in listed.items():
+        file, test = shown.split("::")
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text(), name

@@ -249,6 +249,8 @@ def test_the_same_distribution_is_near_and_another_far(settings):
     }
     for name in ("fid", "kid"):
         assert near[f"distribution.inception.{name}"]["value"] < 0.2 * far[f"distribution.inception.{name}"]["value"]
+        for figure in (near[f"distribution.inception.{name}"], far[f"distribution.inception.{name}"]):
+            assert figure["low"] < figure["value"] < figure["high"]
     assert near["distribution.inception.kid"]["n"]["subset"] == 180
     for name in ("recall", "coverage"):
         figures = near[f"distribution.dino_v2.{name}"], far[f"distribution.dino_v2.{name}"]

@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +130,11 @@ def _score_pictures(asked: argparse.Namespace) -> None:
     told = _check_gap(folders, found, presets)
     reference, strays = _reference(asked, found)
     scored = {}
-    for name, (sets, rest) in found.items():
-        scored[name] = score(sets, presets, settings, reference)
+    with tempfile.TemporaryDirectory() as features:
+        shared = replace(settings, features=Path(features))
+        for name, (sets, _) in found.items():
+            scored[name] = score(sets, presets, shared, reference)
+    for name, (_, rest) in found.items():
         for note in filter(None, (_strays(folders[name], rest), strays, told)):
             scored[name].note(note)
     record, text = _told(scored, settings.seed)

@@ -5,7 +5,7 @@ Each is called with the text of a prompt and its pictures, and returns one numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.embedders import create_open_clip, load_open_clip, load_pretrained, only_of_side
+from dpdmd_pipeline.metrics.embedders import (
+    Embedder,
+    OpenClipVision,
+    create_open_clip,
+    load_open_clip,
+    load_pretrained,
+)
 from dpdmd_pipeline.metrics.passes import Passes
 
 if TYPE_CHECKING:
@@ -26,16 +32,17 @@ class OpenClipScore:
     """Cosine of picture and prompt in an open_clip model, times a factor.
 
     Args:
-        model, preprocess, tokenizer: as open_clip gives them.
+        model, tokenizer: as open_clip gives them.
+        embed: the model's image side; its features may be shared with metrics of diversity.
         factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
         floor: least value, 0 for the CLIP score (arXiv:2104.08718).
         passes: how it is run.
     """
 
     def __init__(
-        self, model: nn.Module, preprocess: Any, tokenizer: Any, factor: float, floor: float | None, passes: Passes
+        self, model: nn.Module, embed: Embedder, tokenizer: Any, factor: float, floor: float | None, passes: Passes
     ) -> None:
-        self.model, self.preprocess, self.tokenizer = model.to(passes.device), preprocess, tokenizer
+        self.model, self.embed, self.tokenizer = model.to(passes.device), embed, tokenizer
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
@@ -49,7 +56,7 @@ class OpenClipScore:
             told = f"prompt {text!r} has words that its tokenizer does not know ({', '.join(unknown)})"
             raise ValueError(f"{told}: it judges prompts of its own world only")
         embedded = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(lambda chunk: self._embed(chunk) @ embedded, images)
+        cosine = self.passes.run(lambda rows: _unit(rows.to(embedded.device)) @ embedded, self.embed(images))
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
@@ -58,10 +65,6 @@ class OpenClipScore:
         read, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
         # The sign of the end stands last in what was cut, one place further in the longer row.
         return None if torch.equal(read, longer[:limit]) else limit
-
-    def _embed(self, images: Sequence[Image]) -> Tensor:
-        pixels = torch.stack([self.preprocess(image) for image in images])
-        return self.model.encode_image(pixels.to(self.passes.device), normalize=True)
 
     def _embed_text(self, texts: Sequence[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
@@ -78,10 +81,23 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
     return [text[start:end] for token, (start, end) in places if token == sign]
 
 
-def clip_score(folder: Path, passes: Passes, side: int | None = None) -> OpenClipScore:
-    """100 max(cos, 0) with the model of a folder; `side` as in OpenClipVision."""
+def clip_score(
+    folder: Path,
+    passes: Passes,
+    side: int | None = None,
+    share: Callable[[Embedder], Embedder] = lambda embed: embed,
+) -> OpenClipScore:
+    """100 max(cos, 0) with the model of a folder.
+
+    Args:
+        folder: of the model.
+        passes: how it is run.
+        side: as in OpenClipVision.
+        share: what makes the image side one that other metrics look through too.
+    """
     model, preprocess, tokenizer = load_open_clip(folder)
-    return OpenClipScore(model, only_of_side(preprocess, side), tokenizer, factor=100.0, floor=0.0, passes=passes)
+    embed = share(OpenClipVision(model, preprocess, passes, side))
+    return OpenClipScore(model, embed, tokenizer, factor=100.0, floor=0.0, passes=passes)
 
 
 def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
@@ -95,7 +111,8 @@ def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
     import open_clip
 
     model, preprocess = create_open_clip(architecture, pretrained=str(file), image_resize_mode="longest")
-    return OpenClipScore(model, preprocess, open_clip.get_tokenizer(architecture), 1.0, None, passes)
+    embed = OpenClipVision(model, preprocess, passes)
+    return OpenClipScore(model, embed, open_clip.get_tokenizer(architecture), 1.0, None, passes)
 
 
 class PickScore:
@@ -120,11 +137,16 @@ class PickScore:
         options = {"padding": True, "truncation": True, "max_length": _PICK_TOKENS, "return_tensors": "pt"}
         tokens = self.processor(text=[text], **options)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        image = F.normalize(_embedding(self.model.get_image_features(pixels.to(self.passes.device))), dim=-1)
+        image = _unit(_embedding(self.model.get_image_features(pixels.to(self.passes.device))))
         text_features = self.model.get_text_features(**tokens.to(self.passes.device))
-        return self.model.logit_scale.exp() * (image @ F.normalize(_embedding(text_features), dim=-1)[0])
+        return self.model.logit_scale.exp() * (image @ _unit(_embedding(text_features))[0])
 
 
 def _embedding(found: Any) -> Tensor:
     """transformers 5 wraps what 4 returned as it was."""
     return found if torch.is_tensor(found) else found.pooler_output
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows [n, d], each of length 1."""
+    return F.normalize(rows, dim=-1)

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.metrics.distribution import KID_SUBSET_SIZE, LARGEST, frechet_distance, kernel_distance, prdc
+from dpdmd_pipeline.metrics.distribution import (
+    KID_SUBSET_SIZE,
+    LARGEST,
+    frechet_distance,
+    frechet_influence,
+    kernel_distance,
+    kernel_influence,
+    prdc,
+)
 from dpdmd_pipeline.metrics.presets import Preset
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnavailableError
@@ -82,6 +90,7 @@ def figures_of(
 
 
 def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
+    """FID and KID; their intervals are of the judged prompts to first order, with the reference as it is."""
     fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
 
     def kid() -> dict[str, Any]:
@@ -93,7 +102,17 @@ def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
         n = {"compared": compared, "subset": min(KID_SUBSET_SIZE, compared)}
         return {"value": value, "subset_std": spread, "n": n}
 
-    return {"fid": fid, "kid": _or_reason(kid)}
+    found = {"fid": (fid, frechet_influence), "kid": (_or_reason(kid), kernel_influence)}
+    return {name: _with_interval(figure, influence, sides, seed) for name, (figure, influence) in found.items()}
+
+
+def _with_interval(
+    figure: dict[str, Any] | str, influence: Callable[[Tensor, Tensor], Tensor], sides: Sequence[Side], seed: int
+) -> dict[str, Any] | str:
+    if isinstance(figure, str):
+        return figure
+    (real, _), (fake, owners) = (side.sample(LARGEST) for side in sides)
+    return {**ratio_interval(figure["value"] + influence(real, fake), owners, seed), **figure}
 
 
 def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:

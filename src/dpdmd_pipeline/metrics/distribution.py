@@ -54,6 +54,53 @@ def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
     return metric.compute().item()
 
 
+def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
+    """How much each of the fake pictures moves FID, to first order: its influence function at the two samples.
+
+    A picture c from its mean adds 2 (mean_fake - mean_real) . c + c' (I - T) c, less the mean of that over all, where
+    T is the map that carries the one Gaussian onto the other: the derivative of FID by the fake covariance is I - T.
+
+    Args:
+        real, fake: [n, d], [m, d].
+
+    Returns:
+        [m], of mean 0.
+    """
+    real, fake = real.double(), fake.double()
+    centred = fake - fake.mean(0)
+    root = _root(real.T.cov(correction=1))
+    carried = root @ _root(root @ fake.T.cov(correction=1) @ root, inverse=True) @ root
+    linear = 2 * centred @ (fake.mean(0) - real.mean(0))
+    moved = linear + (centred * (centred - centred @ carried)).sum(1)
+    return moved - moved.mean()
+
+
+def _root(covariance: Tensor, inverse: bool = False) -> Tensor:
+    """Square root of a covariance [d, d], or the inverse of that in the directions that it has."""
+    values, directions = torch.linalg.eigh(covariance)
+    there = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.where(there, torch.zeros_like(values)).sqrt()
+    if inverse:
+        roots = torch.where(there, 1 / roots, 0.0)
+    return directions * roots @ directions.T
+
+
+def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
+    """The same of KID, whose kernel is (x . y / d + 1)^3: [m], of mean 0."""
+    real, fake = real.double(), fake.double()
+    near, far = [], []
+    for rows in fake.split(_ROWS):
+        own = _kernel(rows, rows).diagonal()
+        near.append((_kernel(rows, fake).sum(1) - own) / (len(fake) - 1))
+        far.append(_kernel(rows, real).mean(1))
+    moved = 2 * (torch.cat(near) - torch.cat(far))
+    return moved - moved.mean()
+
+
+def _kernel(one: Tensor, two: Tensor) -> Tensor:
+    return (one @ two.T / one.shape[1] + 1) ** 3
+
+
 def kernel_distance(real: Tensor, fake: Tensor, seed: int) -> tuple[float, float]:
     """KID by torchmetrics: mean and standard deviation over subsets, of all pictures where there are fewer than 1000.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -120,15 +120,20 @@ class OpenClipVision:
     """Projected image embeddings of an open_clip model, before normalisation.
 
     Args:
-        folder: of the model.
+        model, preprocess: as open_clip gives them.
         passes: how it is run.
         side: pixels that pictures must have, of a model that knows one world only.
     """
 
-    def __init__(self, folder: Path, passes: Passes, side: int | None = None) -> None:
-        model, preprocess, _ = load_open_clip(folder)
+    def __init__(self, model: nn.Module, preprocess: Any, passes: Passes, side: int | None = None) -> None:
         self.preprocess = only_of_side(preprocess, side)
         self.model, self.passes = model.to(passes.device), passes
+
+    @classmethod
+    def of(cls, folder: Path, passes: Passes, side: int | None = None) -> Self:
+        """Those of a folder's model."""
+        model, preprocess, _ = load_open_clip(folder)
+        return cls(model, preprocess, passes, side)
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
         return self.passes.run(self._embed, images)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpdmd_pipeline.metrics import weights as w
+from dpdmd_pipeline.metrics.embedders import Embedder
+from dpdmd_pipeline.metrics.features import KeptFeatures
 from dpdmd_pipeline.metrics.measures import (
     NO_ANSWER,
     Measure,
@@ -42,6 +44,7 @@ class Settings:
         duplicates_above: cosine from which two pictures are near-duplicates; None takes it from the reference.
         parts: GenEval's records by text of the prompt.
         elsewhere: name of a folder of weights to its place, of those that do not lie below `weights`.
+        features: folder of features that metrics share; None computes them for each.
     """
 
     weights: Path
@@ -51,10 +54,24 @@ class Settings:
     duplicates_above: float | None = None
     parts: Mapping[str, dict] = field(default_factory=dict)
     elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    features: Path | None = None
 
     def folder_of(self, needed: w.Weights) -> Path:
         """Where these weights belong."""
         return self.elsewhere.get(needed.folder, Path(self.weights) / needed.folder)
+
+    def shared(self, embed: Embedder, needed: w.Weights, output: str) -> Embedder:
+        """The embedder, for all metrics that look through it.
+
+        Args:
+            embed: of a network.
+            needed: its weights.
+            output: which of its outputs are the features.
+        """
+        if self.features is None:
+            return embed
+        network = (type(embed).__name__, output, needed.digest(self.folder_of(needed)), self.passes.device)
+        return KeptFeatures(embed, self.features, "/".join(network))
 
 
 @dataclass(frozen=True)
@@ -136,13 +153,16 @@ class Preset:
 def _vision(kind: Callable[[Any], Measure], needed: w.Weights, tokens: Any, settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.embedders import TransformersVision
 
-    return kind(TransformersVision(settings.folder_of(needed), tokens, settings.passes))
+    embed = TransformersVision(settings.folder_of(needed), tokens, settings.passes)
+    # Those of all patches of a picture would be larger than the picture.
+    return kind(embed if tokens == "patches" else settings.shared(embed, needed, tokens))
 
 
 def _open_clip(needed: w.Weights, settings: Settings, side: int | None = None) -> Measure:
     from dpdmd_pipeline.metrics.embedders import OpenClipVision
 
-    return SetDiversity(OpenClipVision(settings.folder_of(needed), settings.passes, side))
+    embed = OpenClipVision.of(settings.folder_of(needed), settings.passes, side)
+    return SetDiversity(settings.shared(embed, needed, "projected"))
 
 
 def _lpips(network: Literal["alex", "squeeze"], settings: Settings) -> Measure:
@@ -159,13 +179,14 @@ def _inception(settings: Settings) -> Measure:
     from dpdmd_pipeline.metrics.embedders import Inception
 
     file = settings.folder_of(w.INCEPTION) / str(w.INCEPTION.files[0])
-    return SetFeatures(Inception(file, settings.passes))
+    return SetFeatures(settings.shared(Inception(file, settings.passes), w.INCEPTION, "2048"))
 
 
 def _clip_score(needed: w.Weights, settings: Settings, side: int | None = None) -> Measure:
     from dpdmd_pipeline.metrics.alignment import clip_score
 
-    score = clip_score(settings.folder_of(needed), settings.passes, side)
+    share = partial(settings.shared, needed=needed, output="projected")
+    score = clip_score(settings.folder_of(needed), settings.passes, side, share)
     return PictureScores("score", score, score.cut_at)
 
 

@@ -14,8 +14,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
+
+from dpdmd_pipeline.publishing import sha256
 
 _OLD_CHECKPOINT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, pickled
 _LONGEST = 200  # characters of another library's error
@@ -79,8 +82,8 @@ class Weights:
         """SHA-256 of the contents of the files that are there, and of the shards that an index names; hexadecimal."""
         digest = hashlib.sha256()
         for name in sorted(self._present(folder)):
-            with (folder / name).open("rb") as file:
-                digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            state = (folder / name).stat()
+            digest.update(f"{name}\0{_sha256(folder / name, state.st_size, state.st_mtime_ns)}\n".encode())
         return digest.hexdigest()
 
     def damage(self, folder: Path) -> str | None:
@@ -100,6 +103,12 @@ class Weights:
         for index in [name for name in found if name.endswith(".index.json")]:
             found |= {name for name in _shards(folder / index) if (folder / name).is_file()}
         return found
+
+
+@cache
+def _sha256(file: Path, size: int, changed: int) -> str:
+    """Of a file in this state: gigabytes are read once, however many metrics and models ask."""
+    return sha256(file)
 
 
 def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -230,7 +239,7 @@ ARNIQA_KONIQ = url_file(HUB, f"{_ARNIQA}/regressor_koniq10k.pth", "Apache-2.0", 
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
 MANIQA = url_file("hub/pyiqa", f"{_PYIQA}/MANIQA_PIPAL-ae6d356b.pth", "Apache-2.0", 544)
 TOPIQ = url_file("hub/pyiqa", f"{_PYIQA}/cfanet_nr_koniq_res50-9a73138b.pth", "PolyForm-Noncommercial-1.0.0", 140)
-CLIPIQA_PLUS = url_file("hub/pyiqa", f"{_PYIQA}/CLIP-IQA+_learned_prompts-603f3273.pth", "see pyiqa", 1)
+CLIPIQA_PLUS = url_file("hub/pyiqa", f"{_PYIQA}/CLIP-IQA%2B_learned_prompts-603f3273.pth", "see pyiqa", 1)
 # CLIP-IQA+ learned its prompts for this CLIP, which its own file lacks.
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 CLIP_RN50 = url_file(

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ CODE = (
             "distribution",
             "diversity",
             "embedders",
+            "features",
             "measures",
             "modes",
             "passes",
@@ -43,6 +45,9 @@ CODE = (
     "shapes/reader.py",
     "shapes/world.py",
 )
+
+# The same of the features that metrics share.
+FEATURES = ("metrics/embedders.py", "metrics/passes.py")
 
 # What the exact reader of the embedded world measures: names in metrics.json to full names.
 EXACT = {
@@ -103,13 +108,14 @@ class KnownScores:
     """Scores of earlier runs, a file each.
 
     Args:
-        folder: of the files.
+        folder: of the files, and of features that metrics share.
         pictures: fingerprint of the drawn pictures.
         settings: how they are judged.
     """
 
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = replace(settings, features=folder / f"features_{code_hash(*FEATURES)[:16]}")
         self._common = (SCHEMA, code_hash(*CODE), pictures, settings.seed, settings.passes.device)
         self._weights: dict[str, list[str]] = {}  # by preset: gigabytes are read once for all models
 

@@ -1,0 +1,112 @@
+"""Metrics that look through the same network look once."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpdmd_pipeline.metrics.features import KeptFeatures
+from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.metrics.pictures import TensorSet
+from dpdmd_pipeline.metrics.presets import Settings, choose
+from dpdmd_pipeline.metrics.score import Reference, score
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Pictures that went through any network."""
+    found = []
+    before = Passes.run
+
+    def run(self, network, images):
+        if not torch.is_tensor(images) and not isinstance(images[0], str):
+            found.extend(images)
+        return before(self, network, images)
+
+    monkeypatch.setattr(Passes, "run", run)
+    return found
+
+
+@pytest.fixture
+def weights(tmp_path, dino_v2, open_clip_folder):
+    root = tmp_path / "weights"
+    shutil.copytree(dino_v2, root / "dinov2-base")
+    shutil.copytree(open_clip_folder, root / "clip-vit-large-patch14-openclip")
+    return root
+
+
+def make_sets(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(256, (3, 4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return [TensorSet(f"p{number}", "a red circle", images) for number, images in enumerate(pixels)]
+
+
+@pytest.fixture
+def settings(weights, passes):
+    return Settings(weights=weights, passes=passes, processes=1, seed=0)
+
+
+PRESETS = "diversity.clip,alignment.clip_score,diversity.dino_v2,distribution.dino_v2"
+
+
+def test_shared_features_give_the_same_bits_with_half_the_passes(settings, seen, tmp_path):
+    presets, sets, reference = choose(PRESETS), make_sets(0), make_sets(1)
+    apart = score(sets, presets, settings, Reference(reference))
+    assert not apart.missing
+    passed = len(seen)
+    seen.clear()
+    shared = score(sets, presets, replace(settings, features=tmp_path / "features"), Reference(reference))
+    assert shared == apart
+    # of 12 pictures and 12 of the reference: diversity looks at both in two spaces, alignment and distribution at none
+    assert (passed, len(seen)) == (12 * 4 + 12 * 3, 12 * 2 + 12 * 2)
+
+
+def test_processes_share_the_same_features(settings, tmp_path):
+    presets, sets = choose("diversity.clip,alignment.clip_score"), make_sets(0)
+    alone = score(sets, presets, settings)
+    together = score(sets, presets, replace(settings, processes=2, features=tmp_path / "features"))
+    assert together == alone
+    assert len(list((tmp_path / "features").iterdir())) == len(sets)
+
+
+def test_other_weights_and_other_outputs_are_not_taken_for_known(settings, weights, tmp_path, seen):
+    settings = replace(settings, features=tmp_path / "features")
+    sets, clip = make_sets(0), choose("diversity.clip")
+    first = score(sets, clip, settings)
+    model = weights / "clip-vit-large-patch14-openclip" / "open_clip_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(model)
+    state["visual.proj"] = state["visual.proj"].flip(1) + 0.5
+    save_file(state, model, {"format": "pt"})
+    seen.clear()
+    second = score(sets, clip, settings)
+    assert len(seen) == 12 and second.figures != first.figures
+
+
+def test_a_file_that_was_cut_off_is_computed_again(tmp_path, photos):
+    calls = []
+
+    def embed(images):
+        calls.append(len(images))
+        return torch.arange(len(images) * 2.0).view(-1, 2)
+
+    kept = KeptFeatures(embed, tmp_path, "net")
+    first = kept(photos)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    assert torch.equal(kept(photos), first) and torch.equal(kept(photos), first)
+    assert calls == [5, 5]
+
+
+def test_features_belong_to_pictures_in_their_order_and_to_one_network(tmp_path, photos):
+    def embed(images):
+        return torch.tensor([[float(sum(image.getpixel((0, 0))))] for image in images])
+
+    kept = KeptFeatures(embed, tmp_path, "net")
+    assert torch.equal(kept(photos).flip(0), kept(photos[::-1]))
+    turned = [image.resize((24, 96)) for image in photos]  # as many pixels, in another shape
+    KeptFeatures(embed, tmp_path, "other")(photos)
+    kept(turned)
+    assert len(list(tmp_path.iterdir())) == 4
