@@ -2,121 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from tests.commands.browser import needs_browser
 from torchvision.transforms.functional import to_pil_image
 
 from dpdmd_pipeline.commands.arena import main
 from dpdmd_pipeline.commands.score import main as score
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, " ": 32, "Backspace": 8}
-# In .ci/browser nothing is skipped: without a browser these tests fail.
-REQUIRED = "BROWSER_REQUIRED" in os.environ
-needs_browser = pytest.mark.skipif(
-    BROWSER is None and not REQUIRED, reason="no Chromium here: apt-get install chromium, or run .ci/browser"
-)
-
-
-class Browser:
-    """Headless Chromium behind a pipe: commands in, answers out, each ended by a zero byte."""
-
-    def __init__(self, profile: Path) -> None:
-        assert BROWSER, "no Chromium on the path: install one, as with apt-get install chromium"
-        to_read, self.to_browser = os.pipe()
-        self.from_browser, to_write = os.pipe()
-        # Chromium's end of the pipe is at 3 and 4, whatever numbers it has here.
-        moved = "os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
-        launch = f"import os, sys; {moved}; os.execv(sys.argv[3], sys.argv[3:])"
-        options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
-        ends = [str(to_read), str(to_write)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", launch, *ends, BROWSER, *options.split(), f"--user-data-dir={profile}"],
-            pass_fds=(to_read, to_write),
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_read)
-        os.close(to_write)
-        self.number, self.rest, self.session = 0, b"", None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        self.call("Page.enable")
-
-    def call(self, method: str, **params) -> dict:
-        """Run one command and wait for its answer."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        if self.session:
-            message["sessionId"] = self.session
-        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
-        answer = next(found for found in iter(self.read, None) if found.get("id") == self.number)
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def read(self) -> dict:
-        while b"\0" not in self.rest:
-            part = os.read(self.from_browser, 1 << 20)
-            assert part, "the browser has closed its pipe"
-            self.rest += part
-        line, self.rest = self.rest.split(b"\0", 1)
-        return json.loads(line)
-
-    def open(self, page: Path) -> None:
-        self.call("Page.navigate", url=page.as_uri())
-        self.wait_for(lambda: self.look("document.readyState") == "complete")
-
-    def wait_for(self, happened: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 60
-        while not happened():
-            assert time.monotonic() < deadline, "the browser did not do it within a minute"
-
-    def look(self, expression: str):
-        """The value of an expression in the page."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def press(self, key: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
-
-    def picture(self) -> bytes:
-        """What is seen, as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
-
-    def close(self) -> None:
-        """As a person closes it, so that what the page has stored gets to the disk."""
-        os.write(self.to_browser, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
-        self.process.wait(60)
-        os.close(self.to_browser)
-        os.close(self.from_browser)
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Starts the browser of one person; one at a time."""
-    running = []
-
-    def start() -> Browser:
-        while running:
-            running.pop().close()
-        running.append(Browser(tmp_path / "profile"))
-        return running[0]
-
-    yield start
-    for browser in running:
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import pytest
+from tests.commands.browser import Browser
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the browser of one person; one at a time."""
+    running = []
+
+    def start() -> Browser:
+        while running:
+            running.pop().close()
+        running.append(Browser(tmp_path / "profile"))
+        return running[0]
+
+    yield start
+    for browser in running:
+        browser.close()
