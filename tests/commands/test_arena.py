@@ -103,6 +103,18 @@ def test_the_command_says_what_it_has_written(page, capsys):
     assert told.startswith(f"{page}: 4 questions about 2 prompts, ") and re.fullmatch(r".*, [1-9]\d* kB\n", told)
 
 
+def test_stray_files_and_ids_without_a_text_are_told(page, capsys):
+    for side in ("ours", "dmd"):
+        (page.parent / side / caption(0)).rename(page.parent / side / "00000")
+    (page.parent / "dmd" / "notes.txt").touch()
+    capsys.readouterr()
+    main([str(page.parent / "ours"), str(page.parent / "dmd"), "--out", str(page)])
+    written, strays, ids = capsys.readouterr().out.splitlines()
+    assert written.startswith(str(page))
+    assert strays == f"left out of {page.parent / 'dmd'}, since no picture that is read: notes.txt"
+    assert ids == "1 of 2 prompts has no text: people are shown its id (00000): give the texts with --prompts"
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpdmd_pipeline.metrics.pictures import FileSet
 
 _EPILOG = """\
 Folders are laid out as for `score` (see `score --help`); prompts are matched by folder name or id.
@@ -42,17 +47,28 @@ def main(arguments: list[str]) -> None:
     """
     from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
     from dpdmd_pipeline.metrics.human import counted
-    from dpdmd_pipeline.metrics.pictures import find_pictures
+    from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
     from dpdmd_pipeline.publishing import write_atomically
 
     asked = parser().parse_args(arguments)
     _check(asked)
-    (a, _), (b, _) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
+    (a, *rest), (b, *rest_of_b) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
     options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
     html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
     write_atomically(asked.out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     questions = counted(len(a) * (asked.singles + bool(asked.sets)), "question")
     print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(asked.out.stat().st_size)}")
+    notes = [about_strays(asked.a, *rest), about_strays(asked.b, *rest_of_b), _about_ids(a)]
+    print("".join(f"{note}\n" for note in filter(None, notes)), end="")
+
+
+def _about_ids(pictures: Sequence[FileSet]) -> str:
+    """One line about prompts of which people see the id; empty where all have a text."""
+    nameless = [one.id for one in pictures if one.no_text]
+    if not nameless:
+        return ""
+    verb = "has no text: people are shown its id" if len(nameless) == 1 else "have no text: people are shown their ids"
+    return f"{len(nameless)} of {len(pictures)} prompts {verb} ({nameless[0]}): give the texts with --prompts"
 
 
 def _size(count: int) -> str:

@@ -24,7 +24,6 @@ SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # of the embedded world, in t
 PROJECT = Path(__file__).resolve().parents[3]  # where this package is run from a checkout
 DEFAULT_SEED = 0  # of resampling only
 DEFAULT_BATCH = 32  # on a GPU only
-_NAMED = 5  # stray files in a note
 
 _LAYOUTS = """\
 IMAGES is a folder in one of three layouts:
@@ -119,7 +118,7 @@ def _score_people(asked: argparse.Namespace) -> None:
 
 
 def _score_pictures(asked: argparse.Namespace) -> None:
-    from dpdmd_pipeline.metrics.pictures import find_pictures
+    from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
     from dpdmd_pipeline.metrics.presets import choose
     from dpdmd_pipeline.metrics.score import score
 
@@ -135,7 +134,7 @@ def _score_pictures(asked: argparse.Namespace) -> None:
         for name, (sets, _) in found.items():
             scored[name] = score(sets, presets, shared, reference)
     for name, (_, rest) in found.items():
-        for note in filter(None, (_strays(folders[name], rest), strays, told)):
+        for note in filter(None, (about_strays(folders[name], rest), strays, told)):
             scored[name].note(note)
     record, text = _told(scored, settings.seed)
     _say(text)
@@ -209,21 +208,13 @@ def _check_gap(folders: Mapping[str, Path], found: Mapping[str, Found], presets:
 
 def _reference(asked: argparse.Namespace, found: Mapping[str, Found]) -> tuple[Reference | None, str]:
     """What pictures are compared with, and a note about its stray files. Nothing asks for the texts of its prompts."""
-    from dpdmd_pipeline.metrics.pictures import find_pictures
+    from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
     from dpdmd_pipeline.metrics.score import Reference
 
     if asked.reference:
         sets, rest = find_pictures(asked.reference)
-        return Reference(sets), _strays(asked.reference, rest, " (the reference)")
+        return Reference(sets), about_strays(asked.reference, rest, " (the reference)")
     return (Reference(found["teacher"][0]), "") if asked.teacher else (None, "")
-
-
-def _strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
-    """One line about files that are no pictures, if there are any."""
-    if not rest:
-        return ""
-    more = f" and {len(rest) - _NAMED} more" if len(rest) > _NAMED else ""
-    return f"left out of {folder}{role}, since no picture that is read: {', '.join(rest[:_NAMED])}{more}"
 
 
 def _settings(asked: argparse.Namespace) -> Settings:

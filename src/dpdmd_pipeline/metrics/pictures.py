@@ -238,6 +238,20 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileS
     return [_from_room(room, text_of) for room in rooms], rest
 
 
+def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
+    """One line about files that are no pictures; empty where there are none.
+
+    Args:
+        folder: where they lie.
+        rest: their names, as `find_pictures` returns them.
+        role: of the folder.
+    """
+    if not rest:
+        return ""
+    more = f" and {len(rest) - _FEW} more" if len(rest) > _FEW else ""
+    return f"left out of {folder}{role}, since no picture that is read: {', '.join(rest[:_FEW])}{more}"
+
+
 def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
