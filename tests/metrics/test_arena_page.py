@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -65,6 +66,17 @@ def test_the_same_page_comes_out_again_and_another_seed_asks_otherwise(sides):
     assert pages[0] == pages[1]
     assert len({page["arena"] for page in pages}) == 3
     assert len({str(page["questions"]) for page in pages}) > 1
+
+
+def test_the_text_is_that_of_the_side_which_has_one_and_two_texts_are_refused(sides):
+    a, b = ([replace(one) for one in side] for side in sides)
+    a[0] = replace(a[0], text="p0", no_text="a name is no text")
+    b[0] = replace(b[0], text="a red dog")
+    page = page_of(make_arena(a, b, ("a", "b"), OPTIONS))
+    assert {q["prompt"] for q in page["questions"] if q["id"].startswith("p0/")} == {"a red dog"}
+    a[0] = replace(a[0], text="a red cat", no_text="")
+    with pytest.raises(ValueError, match="prompt 'p0' is 'a red cat' in a and 'a red dog' in b: give both the same"):
+        make_arena(a, b, ("a", "b"), OPTIONS)
 
 
 def test_reduced_pictures_keep_their_shape(sides):

@@ -87,28 +87,29 @@ def test_the_influence_on_kid_is_that_of_leaving_a_picture_out(clouds):
     torch.testing.assert_close((count - 1) * (left_out.mean() - left_out), found, rtol=0.01, atol=0.02)
 
 
+@pytest.mark.parametrize("width", [3, 24])  # features; at 24 there are 20 pictures for each
 @pytest.mark.parametrize("influence", [frechet_influence, kernel_influence])
-def test_the_intervals_of_fid_and_kid_are_as_wide_as_other_prompts_make_them(influence):
+def test_the_intervals_of_fid_and_kid_are_as_wide_as_other_prompts_make_them(influence, width):
     """Pictures of one prompt are alike: an interval over pictures would be a third of this one."""
     generator = torch.Generator().manual_seed(0)
-    real = torch.randn(800, 3, generator=generator, dtype=torch.float64)
+    real = torch.randn(800, width, generator=generator, dtype=torch.float64)
     prompts, pictures = 40, 12
     owners = torch.arange(prompts).repeat_interleave(pictures)
     values, widths = [], []
     for seed in range(120):
-        centres = torch.randn(prompts, 1, 3, generator=generator, dtype=torch.float64)
-        noise = torch.randn(prompts, pictures, 3, generator=generator, dtype=torch.float64)
+        centres = torch.randn(prompts, 1, width, generator=generator, dtype=torch.float64)
+        noise = torch.randn(prompts, pictures, width, generator=generator, dtype=torch.float64)
         fake = (1.0 + 0.8 * centres + 0.6 * noise).flatten(0, 1)
         if influence is frechet_influence:
             values.append(frechet_distance([real], [fake]))
         else:
-            own = (fake @ fake.T / 3 + 1) ** 3
-            far = (fake @ real.T / 3 + 1) ** 3
+            own = (fake @ fake.T / width + 1) ** 3
+            far = (fake @ real.T / width + 1) ** 3
             values.append((own.mean() - 2 * far.mean()).item())
         found = ratio_interval(influence(real, fake), owners, seed)
         widths.append(found["high"] - found["low"])
     spread = torch.tensor(values).std().item()
-    assert math.isclose(np.mean(widths) / (2 * 1.96), spread, rel_tol=0.15)
+    assert math.isclose(np.mean(widths) / (2 * 1.96), spread, rel_tol=0.2)
 
 
 def test_precision_recall_density_and_coverage_are_what_their_papers_say(clouds):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dpdmd_pipeline.metrics.embedders import Inception, Lpips, OpenClipVision, TransformersVision
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import hub_folder
+from dpdmd_pipeline.metrics.weights import ALEXNET, SQUEEZENET, hub_folder
 
 
 def hidden_states(kind, folder, photos):
@@ -21,9 +21,11 @@ def hidden_states(kind, folder, photos):
         return model(**processor(images=photos, return_tensors="pt")), model
 
 
-def test_dino_pooled_is_the_normalised_class_token(dino_v2, photos, passes):
-    found = TransformersVision(dino_v2, "pooled", passes)(photos)
-    expected = hidden_states("AutoModel", dino_v2, photos)[0].last_hidden_state[:, 0]
+@pytest.mark.parametrize("family", ["dino_v2", "dino_v3"])
+def test_dino_pooled_is_the_normalised_class_token(family, photos, passes, request):
+    folder = request.getfixturevalue(family)
+    found = TransformersVision(folder, "pooled", passes)(photos)
+    expected = hidden_states("AutoModel", folder, photos)[0].last_hidden_state[:, 0]
     torch.testing.assert_close(found, expected)
 
 
@@ -133,22 +135,25 @@ def random_inception() -> dict[str, torch.Tensor]:
     }
 
 
-def test_lpips_is_torchmetrics_of_every_pair(tmp_path, photos, passes):
+@pytest.mark.parametrize(
+    ("network", "model", "needed"), [("alex", "alexnet", ALEXNET), ("squeeze", "squeezenet1_1", SQUEEZENET)]
+)
+def test_lpips_is_torchmetrics_of_every_pair(network, model, needed, tmp_path, photos, passes):
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
-    from torchvision.models import squeezenet1_1
+    from torchvision import models
     from torchvision.transforms.functional import to_tensor
 
     checkpoints = tmp_path / "hub" / "checkpoints"
     checkpoints.mkdir(parents=True)
     torch.manual_seed(0)
-    torch.save(squeezenet1_1().state_dict(), checkpoints / "squeezenet1_1-b8a52dc0.pth")
+    torch.save(getattr(models, model)().state_dict(), checkpoints / str(needed.files[0]))
     before = torch.hub.get_dir()
-    found = Lpips("squeeze", tmp_path, 48, passes)(photos[:3])
+    found = Lpips(network, tmp_path, 48, passes)(photos[:3])
     assert torch.hub.get_dir() == before
     pixels = [to_tensor(photo)[None] for photo in photos]
     with hub_folder(tmp_path), torch.no_grad():
         expected = [
-            reference(pixels[j], pixels[i], net_type="squeeze", normalize=True) for i, j in ((1, 0), (2, 0), (2, 1))
+            reference(pixels[j], pixels[i], net_type=network, normalize=True) for i, j in ((1, 0), (2, 0), (2, 1))
         ]
     torch.testing.assert_close(found, torch.stack(expected))
-    assert Lpips("squeeze", tmp_path, 48, passes)([photos[0], photos[0]]).item() == 0
+    assert Lpips(network, tmp_path, 48, passes)([photos[0], photos[0]]).item() == 0

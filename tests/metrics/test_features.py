@@ -5,7 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from dpdmd_pipeline.metrics import weights as w
 from dpdmd_pipeline.metrics.features import KeptFeatures
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.metrics.pictures import TensorSet
@@ -62,12 +65,16 @@ def test_shared_features_give_the_same_bits_with_half_the_passes(settings, seen,
     assert (passed, len(seen)) == (12 * 4 + 12 * 3, 12 * 2 + 12 * 2)
 
 
-def test_processes_share_the_same_features(settings, tmp_path):
-    presets, sets = choose("diversity.clip,alignment.clip_score"), make_sets(0)
-    alone = score(sets, presets, settings)
-    together = score(sets, presets, replace(settings, processes=2, features=tmp_path / "features"))
-    assert together == alone
-    assert len(list((tmp_path / "features").iterdir())) == len(sets)
+def test_what_one_process_has_kept_no_other_computes(settings, tmp_path):
+    presets, sets = choose("diversity.clip"), make_sets(0)
+    settings = replace(settings, features=tmp_path / "features")
+
+    def kept():
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "features").iterdir()}
+
+    alone, before = score(sets, presets, settings), kept()
+    assert len(before) == 3
+    assert score(sets, presets, replace(settings, processes=2)) == alone and kept() == before
 
 
 def test_other_weights_and_other_outputs_are_not_taken_for_known(settings, weights, tmp_path, seen):
@@ -75,14 +82,33 @@ def test_other_weights_and_other_outputs_are_not_taken_for_known(settings, weigh
     sets, clip = make_sets(0), choose("diversity.clip")
     first = score(sets, clip, settings)
     model = weights / "clip-vit-large-patch14-openclip" / "open_clip_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     state = load_file(model)
     state["visual.proj"] = state["visual.proj"].flip(1) + 0.5
     save_file(state, model, {"format": "pt"})
     seen.clear()
     second = score(sets, clip, settings)
     assert len(seen) == 12 and second.figures != first.figures
+    one, other = (settings.shared(lambda images: torch.ones(len(images), 1), w.CLIP_L, output) for output in "ab")
+    images = sets[0].load().images
+    one(images)
+    other.embed = lambda images: torch.zeros(len(images), 1)
+    assert not other(images).any()
+
+
+def test_identical_pictures_in_two_processes_cost_no_metric(settings, tmp_path):
+    (one,) = make_sets(0)[:1]
+    sets = [TensorSet(f"p{number}", one.text, one.images) for number in range(60)]
+    together = replace(settings, processes=2, features=tmp_path / "features")
+    scores = score(sets, choose("diversity.clip"), together)
+    assert not scores.missing and scores.figures["diversity.clip.vendi"]["n"]["prompts"] == 60
+    assert len(list((tmp_path / "features").iterdir())) == 1
+
+
+def test_a_disk_that_takes_no_file_costs_no_metric(settings, tmp_path, caplog):
+    (tmp_path / "features").touch()  # a file in the folder's place
+    presets, sets = choose("diversity.clip,alignment.clip_score"), make_sets(0)
+    assert score(sets, presets, replace(settings, features=tmp_path / "features")) == score(sets, presets, settings)
+    assert caplog.text.count("features cannot be kept in") == 2  # once a metric
 
 
 def test_a_file_that_was_cut_off_is_computed_again(tmp_path, photos):
@@ -106,7 +132,7 @@ def test_features_belong_to_pictures_in_their_order_and_to_one_network(tmp_path,
 
     kept = KeptFeatures(embed, tmp_path, "net")
     assert torch.equal(kept(photos).flip(0), kept(photos[::-1]))
-    turned = [image.resize((24, 96)) for image in photos]  # as many pixels, in another shape
+    turned = [Image.frombytes("RGB", (24, 96), image.tobytes()) for image in photos]  # the same bytes, another shape
     KeptFeatures(embed, tmp_path, "other")(photos)
     kept(turned)
     assert len(list(tmp_path.iterdir())) == 4

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dpdmd_pipeline.metrics.distribution import frechet_influence, kernel_influence
 from dpdmd_pipeline.metrics.diversity import one_minus_cosine, vendi_score
 from dpdmd_pipeline.metrics.measures import (
     NO_ANSWER,
@@ -22,6 +23,7 @@ from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.presets import Preset, Settings
 from dpdmd_pipeline.metrics.score import Reference, Scores, gap_notes, gaps_recovered, score, workers
+from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.metrics.weights import DINO_V2
 
@@ -258,6 +260,33 @@ def test_the_same_distribution_is_near_and_another_far(settings):
         assert figures[0]["n"] == {"prompts": 30, "pictures": 180, "reference_pictures": 180, "compared": 180}
 
 
+def test_fid_and_kid_have_the_intervals_of_their_own_influence(settings):
+    ours, theirs = make_sets(20, 6, seed=1, low=40), make_sets(30, 5, seed=0)
+    figures = score(ours, [MOMENTS], settings, Reference(theirs)).figures
+    fake, real = (torch.cat([Corners()(one.load().images) for one in sets]) for sets in (ours, theirs))
+    owners = torch.arange(20).repeat_interleave(6)
+    for name, influence in (("fid", frechet_influence), ("kid", kernel_influence)):
+        found = figures[f"distribution.inception.{name}"]
+        expected = ratio_interval(found["value"] + influence(real, fake), owners, settings.seed)
+        assert (found["low"], found["high"]) == pytest.approx((expected["low"], expected["high"]), rel=1e-6)
+        assert expected["low"] > 0
+
+
+def test_fid_s_interval_ends_at_zero_and_one_that_cannot_be_computed_costs_no_figure(settings, monkeypatch):
+    reference, alike = Reference(make_sets(8, 4, seed=0)), make_sets(8, 4, seed=1)
+    figures = score(alike, [MOMENTS], settings, reference).figures
+    assert figures["distribution.inception.fid"]["low"] >= 0 > figures["distribution.inception.kid"]["low"]
+
+    def breaks_down(real, fake):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr("dpdmd_pipeline.metrics.compare.frechet_influence", breaks_down)
+    without = score(alike, [MOMENTS], settings, reference).figures
+    fid = without["distribution.inception.fid"]
+    assert fid == {**figures["distribution.inception.fid"], "low": None, "high": None}
+    assert without["distribution.inception.kid"] == figures["distribution.inception.kid"]
+
+
 def test_too_few_pictures_for_fid_leave_kid_and_say_why(settings):
     scores = score(make_sets(2, 4, seed=0), [MOMENTS], settings, Reference(make_sets(2, 4, seed=1)))
     assert list(scores.figures) == ["distribution.inception.kid"]
@@ -342,6 +371,8 @@ def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(sett
     assert Counted.most <= 18  # of one prompt, and of the one before until it is let go
     found = score(sets[:500], [MOMENTS, FEATURES], settings, Reference(sets[:500]))
     assert found.figures["distribution.dino_v2.precision"]["n"]["compared"] == 500
+    fid, kid = (found.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
+    assert fid["low"] is None and kid["low"] < kid["high"]  # KID is of the kept alone, FID of all
     assert Counted.most <= 18
 
 

@@ -52,23 +52,24 @@ def main(arguments: list[str]) -> None:
 
     asked = parser().parse_args(arguments)
     _check(asked)
-    (a, *rest), (b, *rest_of_b) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
+    (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
     options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
     html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
     write_atomically(asked.out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     questions = counted(len(a) * (asked.singles + bool(asked.sets)), "question")
     print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(asked.out.stat().st_size)}")
-    notes = [about_strays(asked.a, *rest), about_strays(asked.b, *rest_of_b), _about_ids(a)]
+    notes = [about_strays(asked.a, strays_of_a), about_strays(asked.b, strays_of_b), _about_ids(a, b)]
     print("".join(f"{note}\n" for note in filter(None, notes)), end="")
 
 
-def _about_ids(pictures: Sequence[FileSet]) -> str:
-    """One line about prompts of which people see the id; empty where all have a text."""
-    nameless = [one.id for one in pictures if one.no_text]
+def _about_ids(a: Sequence[FileSet], b: Sequence[FileSet]) -> str:
+    """One line about prompts of which people see the id; empty where all have a text on one side at least."""
+    named = {one.id for one in b if not one.no_text}
+    nameless = [one.id for one in a if one.no_text and one.id not in named]
     if not nameless:
         return ""
     verb = "has no text: people are shown its id" if len(nameless) == 1 else "have no text: people are shown their ids"
-    return f"{len(nameless)} of {len(pictures)} prompts {verb} ({nameless[0]}): give the texts with --prompts"
+    return f"{len(nameless)} of {len(a)} prompts {verb} ({nameless[0]}): give the texts with --prompts"
 
 
 def _size(count: int) -> str:

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ Pictures of one prompt must come from different seeds, and from as many as in wh
 With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. What asks for the
 text (alignment, preference, the exact reader of the embedded world) leaves out prompts without one. Transparent
 pixels count as white, EXIF turns pictures as a viewer does.
+
+Features of networks that several metrics look through are kept in the temporary folder (TMPDIR) while this runs,
+3 to 8 kB a picture and network.
 
 With --by human, IMAGES are the results that an arena page has saved: score results.json --by human
 
@@ -128,11 +132,8 @@ def _score_pictures(asked: argparse.Namespace) -> None:
     found = {name: find_pictures(folder, asked.prompts) for name, folder in folders.items()}
     told = _check_gap(folders, found, presets)
     reference, strays = _reference(asked, found)
-    scored = {}
-    with tempfile.TemporaryDirectory() as features:
-        shared = replace(settings, features=Path(features))
-        for name, (sets, _) in found.items():
-            scored[name] = score(sets, presets, shared, reference)
+    with _shared_features(settings, presets, len(found)) as shared:
+        scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in found.items()}
     for name, (_, rest) in found.items():
         for note in filter(None, (about_strays(folders[name], rest), strays, told)):
             scored[name].note(note)
@@ -141,6 +142,17 @@ def _score_pictures(asked: argparse.Namespace) -> None:
     _write(asked.json, {"images": str(asked.images[0]), **record})
     if record.get("gap_notes") or any(scores.missing or scores.faults for scores in scored.values()):
         sys.exit(INCOMPLETE)
+
+
+@contextmanager
+def _shared_features(settings: Settings, presets: Sequence[Preset], folders: int) -> Iterator[Settings]:
+    """With a temporary folder for features, where a network is asked for the same pictures twice."""
+    networks = Counter(needed.folder for preset in presets for needed in preset.weights)
+    if folders == 1 and max(networks.values(), default=0) < 2:
+        yield settings
+        return
+    with tempfile.TemporaryDirectory() as features:
+        yield replace(settings, features=Path(features))
 
 
 def _told(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]:

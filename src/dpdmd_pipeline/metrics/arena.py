@@ -49,7 +49,7 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
         options: what is asked.
 
     Raises:
-        ValueError: if prompts or numbers of pictures do not match, or the page would be too large.
+        ValueError: if prompts, their texts or numbers of pictures do not match, or the page would be too large.
         OSError: if pictures cannot be used; names them all.
     """
     others = {pictures.id: pictures for pictures in b}
@@ -82,16 +82,27 @@ def _questions(
     for one, name in ((a, names[0]), (b, names[1])):
         if len(one) < needed:
             raise ValueError(f"prompt {one.id!r} has {len(one)} pictures in {name}, {needed} are needed: ask for fewer")
-    asked = []
+    asked, text = [], _text_of(a, b, names)
     if options.set_size:
         sides = [[pictures.embed(file) for file in one.files[: options.set_size]] for one in (a, b)]
-        asked.append(
-            {"question": "diversity", "prompt": a.text, "id": f"{a.id}/diversity", "a": sides[0], "b": sides[1]}
-        )
+        asked.append({"question": "diversity", "prompt": text, "id": f"{a.id}/diversity", "a": sides[0], "b": sides[1]})
     for number in _chosen(a.id, min(len(a), len(b)), options):
         sides = [[pictures.embed(one.files[number])] for one in (a, b)]
-        asked.append({"question": "quality", "prompt": a.text, "id": f"{a.id}/{number}", "a": sides[0], "b": sides[1]})
+        asked.append({"question": "quality", "prompt": text, "id": f"{a.id}/{number}", "a": sides[0], "b": sides[1]})
     return asked
+
+
+def _text_of(a: FileSet, b: FileSet, names: tuple[str, str]) -> str:
+    """What people read above the pictures: the text of the side that has one, else the id.
+
+    Raises:
+        ValueError: if the sides have two texts.
+    """
+    texts = [one.text for one in (a, b) if not one.no_text]
+    if len(set(texts)) > 1:
+        told = " and ".join(f"{text!r} in {name}" for text, name in zip(texts, names, strict=True))
+        raise ValueError(f"prompt {a.id!r} is {told}: give both the same text")
+    return texts[0] if texts else a.text
 
 
 def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:

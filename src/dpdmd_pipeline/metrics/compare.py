@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +22,8 @@ from dpdmd_pipeline.metrics.distribution import (
 from dpdmd_pipeline.metrics.presets import Preset
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnavailableError
+
+log = logging.getLogger(__name__)
 
 _ROWS = 1024  # features that torchmetrics sees at once, however many a prompt has
 
@@ -90,7 +94,7 @@ def figures_of(
 
 
 def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
-    """FID and KID; their intervals are of the judged prompts to first order, with the reference as it is."""
+    """FID and KID. Their intervals resample the judged prompts; the reference is held fixed."""
     fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
 
     def kid() -> dict[str, Any]:
@@ -102,17 +106,31 @@ def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
         n = {"compared": compared, "subset": min(KID_SUBSET_SIZE, compared)}
         return {"value": value, "subset_std": spread, "n": n}
 
-    found = {"fid": (fid, frechet_influence), "kid": (_or_reason(kid), kernel_influence)}
-    return {name: _with_interval(figure, influence, sides, seed) for name, (figure, influence) in found.items()}
+    # FID is of all pictures: an interval of those that were kept would be too wide.
+    if all(side.pictures <= LARGEST for side in sides):
+        fid = _with_interval(fid, frechet_influence, sides, seed, least=0.0)
+    return {"fid": fid, "kid": _with_interval(_or_reason(kid), kernel_influence, sides, seed)}
 
 
 def _with_interval(
-    figure: dict[str, Any] | str, influence: Callable[[Tensor, Tensor], Tensor], sides: Sequence[Side], seed: int
+    figure: dict[str, Any] | str,
+    influence: Callable[[Tensor, Tensor], Tensor],
+    sides: Sequence[Side],
+    seed: int,
+    least: float = -math.inf,
 ) -> dict[str, Any] | str:
+    """The figure with the ends of its interval, which it has if that can be computed, and not below `least`."""
     if isinstance(figure, str):
         return figure
     (real, _), (fake, owners) = (side.sample(LARGEST) for side in sides)
-    return {**ratio_interval(figure["value"] + influence(real, fake), owners, seed), **figure}
+    try:
+        marks = figure["value"] + influence(real, fake)
+    except RuntimeError as error:  # of torch's decompositions
+        log.warning("no interval: %s", error)
+        return figure
+    found = ratio_interval(marks, owners, seed)
+    low = None if found["low"] is None else max(found["low"], least)
+    return {**found, "low": low, **figure}
 
 
 def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:

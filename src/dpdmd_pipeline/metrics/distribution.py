@@ -57,14 +57,18 @@ def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
 def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
     """How much each of the fake pictures moves FID, to first order: its influence function at the two samples.
 
-    A picture c from its mean adds 2 (mean_fake - mean_real) . c + c' (I - T) c, less the mean of that over all, where
-    T is the map that carries the one Gaussian onto the other: the derivative of FID by the fake covariance is I - T.
+    A picture whose features lie c from the fake mean adds 2 (fake mean - real mean) . c + c' (I - T) c, less the mean
+    of that over all. T carries the fake Gaussian onto the real one: I - T is the derivative of FID by the fake
+    covariance.
 
     Args:
         real, fake: [n, d], [m, d].
 
     Returns:
         [m], of mean 0.
+
+    Raises:
+        RuntimeError: of torch, where a covariance has no decomposition.
     """
     real, fake = real.double(), fake.double()
     centred = fake - fake.mean(0)
@@ -86,7 +90,17 @@ def _root(covariance: Tensor, inverse: bool = False) -> Tensor:
 
 
 def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """The same of KID, whose kernel is (x . y / d + 1)^3: [m], of mean 0."""
+    """How much each of the fake pictures moves KID, to first order.
+
+    A picture adds twice the difference of its mean kernel with the other fake pictures and with the real ones, less
+    the mean of that over all. The kernel is (x . y / d + 1)^3.
+
+    Args:
+        real, fake: [n, d], [m, d].
+
+    Returns:
+        [m], of mean 0.
+    """
     real, fake = real.double(), fake.double()
     near, far = [], []
     for rows in fake.split(_ROWS):

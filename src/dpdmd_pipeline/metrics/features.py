@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import mkstemp
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import Embedder
-from dpdmd_pipeline.publishing import write_atomically
+from dpdmd_pipeline.publishing import sync
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 
 class KeptFeatures:
     """An embedder whose features of a prompt are kept, a file each, and known again by the pictures' own pixels.
 
-    So they do not depend on where the pictures lie, nor on which metric or process came first.
+    So they do not depend on where the pictures lie, nor on which metric or process came first. A disk that is full
+    costs time, never a metric: what cannot be kept is computed again.
 
     Args:
         embed: computes those that are not known.
@@ -30,18 +37,24 @@ class KeptFeatures:
 
     def __init__(self, embed: Embedder, folder: Path, network: str) -> None:
         self.embed, self.folder, self.network = embed, folder, network
+        self._keeps = True
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
         path = self.folder / f"{_digest(self.network, images)}.safetensors"
         known = _load(path)
-        return self._keep(path, self.embed(images)) if known is None else known
-
-    def _keep(self, path: Path, features: Tensor) -> Tensor:
-        from safetensors.torch import save_file
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: save_file({"features": features.contiguous()}, temporary))
+        if known is not None:
+            return known
+        features = self.embed(images)
+        if self._keeps:
+            self._keep(path, features)
         return features
+
+    def _keep(self, path: Path, features: Tensor) -> None:
+        try:
+            _write(path, features)
+        except (OSError, SafetensorError) as error:
+            self._keeps = False
+            log.warning("features cannot be kept in %s (%s): every metric computes its own", self.folder, error)
 
 
 def _digest(network: str, images: Sequence[Image]) -> str:
@@ -59,5 +72,22 @@ def _load(path: Path) -> Tensor | None:
 
     try:
         return load_file(path)["features"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (OSError, SafetensorError, KeyError):
         return None
+
+
+def _write(path: Path, features: Tensor) -> None:
+    """A file that is there whole or not at all, though two processes at once may have the same pictures."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = mkstemp(suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    try:
+        save_file({"features": features.contiguous()}, name)
+        sync(Path(name))
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise

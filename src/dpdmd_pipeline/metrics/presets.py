@@ -30,6 +30,7 @@ Axis = Literal["diversity", "quality", "alignment", "preference", "distribution"
 AXES: tuple[Axis, ...] = ("diversity", "quality", "alignment", "preference", "distribution")
 GENEVAL = "geneval"  # folder of evaluation_metadata.jsonl, beside the weights
 _LPIPS_SIDE = 256
+_PROJECTED = "projected"  # output of a CLIP that diversity and alignment share
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _open_clip(needed: w.Weights, settings: Settings, side: int | None = None) -
     from dpdmd_pipeline.metrics.embedders import OpenClipVision
 
     embed = OpenClipVision.of(settings.folder_of(needed), settings.passes, side)
-    return SetDiversity(settings.shared(embed, needed, "projected"))
+    return SetDiversity(settings.shared(embed, needed, _PROJECTED))
 
 
 def _lpips(network: Literal["alex", "squeeze"], settings: Settings) -> Measure:
@@ -185,7 +186,7 @@ def _inception(settings: Settings) -> Measure:
 def _clip_score(needed: w.Weights, settings: Settings, side: int | None = None) -> Measure:
     from dpdmd_pipeline.metrics.alignment import clip_score
 
-    share = partial(settings.shared, needed=needed, output="projected")
+    share = partial(settings.shared, needed=needed, output=_PROJECTED)
     score = clip_score(settings.folder_of(needed), settings.passes, side, share)
     return PictureScores("score", score, score.cut_at)
 

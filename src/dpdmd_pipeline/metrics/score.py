@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.metrics.distribution import LARGEST
 from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
 from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Row, measure_set
 from dpdmd_pipeline.metrics.pictures import PictureSet
@@ -31,7 +32,6 @@ from dpdmd_pipeline.metrics.weights import UnavailableError
 log = logging.getLogger(__name__)
 
 _IN_FLIGHT = 4  # sets per process that are computed ahead
-_ENOUGH_FOR_FID = 10_000
 _MORE_IS_LESS_DIVERSE = ("duplicate_rate",)
 _OF_ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; all else of diversity depends on how many
 _IN_THE_REFERENCE = ", in the reference"
@@ -356,8 +356,17 @@ def _add_distribution(
             scores.missing[f"{preset.full_name}.{name}"] = found
         else:
             scores.figures[f"{preset.full_name}.{name}"] = found
-            if name == "fid" and min(found["n"]["pictures"], found["n"]["reference_pictures"]) < _ENOUGH_FOR_FID:
-                scores.note(f"FID of fewer than {_ENOUGH_FOR_FID} pictures is too high: compare at equal numbers only")
+            if name == "fid":
+                _note_fid(scores, found["n"])
+
+
+def _note_fid(scores: Scores, n: dict[str, int]) -> None:
+    """Say what FID of so many pictures means."""
+    fewer, more = sorted((n["pictures"], n["reference_pictures"]))
+    if fewer < LARGEST:
+        scores.note(f"FID of fewer than {LARGEST} pictures is too high: compare at equal numbers only")
+    if more > LARGEST:
+        scores.note(f"FID of more than {LARGEST} pictures has no interval: the features of so many are not kept")
 
 
 def _count(sets: Sequence[PictureSet]) -> int:

@@ -106,7 +106,7 @@ class Weights:
 
 
 @cache
-def _sha256(file: Path, size: int, changed: int) -> str:
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
     """Of a file in this state: gigabytes are read once, however many metrics and models ask."""
     return sha256(file)
 

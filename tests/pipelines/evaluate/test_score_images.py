@@ -80,7 +80,7 @@ def score(images, tmp_path):
 
 
 def files(tmp_path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "state").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.json")}
 
 
 # ---- what is measured
@@ -166,6 +166,15 @@ def test_one_metric_more_measures_no_other_again(score, tmp_path, caplog):
     assert scores == score(state="fresh", by=CLIP)
 
 
+def test_features_are_kept_for_the_next_metric_and_those_of_other_pictures_are_dropped(score, tmp_path):
+    (tmp_path / "state/features_of_before").mkdir(parents=True)
+    score(by=CLIP[:1])
+    (folder,) = (tmp_path / "state").glob("features_*")
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    score(by=CLIP)  # one more metric of the same network
+    assert before and {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
 def test_a_student_s_near_duplicates_are_judged_by_the_kept_teacher(score, tmp_path):
     whole = score(by=CLIP)
     for path in (tmp_path / "state").glob("diversity.clip_shapes-d*"):
@@ -229,7 +238,7 @@ def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(s
         assert not metrics[name]["quality"] and not metrics[name]["diversity"]
         assert not metrics[name]["exact_presets"]
     assert metrics["rank_correlation"] == {} and scores["attributes"] == {}
-    assert {path.name.split("-")[0] for path in (tmp_path / "state").iterdir()} == {"diversity.pixels"}
+    assert {path.name.split("-")[0] for path in (tmp_path / "state").glob("*.json")} == {"diversity.pixels"}
     pixels = metrics["dmd"]["figures"]["diversity.pixels.mean_distance"]["value"]
     distances = [pairwise_distance(pictures / 255) for pictures in pictures_of(1)]
     assert pixels == pytest.approx(sum(distances) / 3, rel=1e-6)

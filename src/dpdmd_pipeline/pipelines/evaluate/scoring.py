@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,10 @@ CODE = (
     "shapes/world.py",
 )
 
-# The same of the features that metrics share.
-FEATURES = ("metrics/embedders.py", "metrics/passes.py")
+# Shared features are only taken up by the code that computes them ...
+FEATURES = ("metrics/alignment.py", "metrics/embedders.py", "metrics/features.py", "metrics/passes.py")
+# ... and all by the same libraries: another preprocessing in one of two models would pass for their difference.
+LIBRARIES = ("open_clip_torch", "pillow", "timm", "torch", "torchmetrics", "torchvision", "transformers")
 
 # What the exact reader of the embedded world measures: names in metrics.json to full names.
 EXACT = {
@@ -115,8 +119,10 @@ class KnownScores:
 
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
         self.folder = folder
-        self.settings = replace(settings, features=folder / f"features_{code_hash(*FEATURES)[:16]}")
-        self._common = (SCHEMA, code_hash(*CODE), pictures, settings.seed, settings.passes.device)
+        libraries = [_version(name) for name in LIBRARIES]
+        features = fingerprint(code_hash(*FEATURES), libraries, pictures)
+        self.settings = replace(settings, features=folder / f"features_{features[:16]}")
+        self._common = (SCHEMA, code_hash(*CODE), libraries, pictures, settings.seed, settings.passes.device)
         self._weights: dict[str, list[str]] = {}  # by preset: gigabytes are read once for all models
 
     def path(self, model: str, preset: Preset) -> Path:
@@ -137,8 +143,22 @@ class KnownScores:
         except (FileNotFoundError, ValueError):
             return None
 
+    def drop_other_features(self) -> None:
+        """Delete the features of earlier pictures, code and libraries: they are large, and nothing asks for them."""
+        for other in self.folder.glob("features_*"):
+            if other != self.settings.features:
+                shutil.rmtree(other, ignore_errors=True)
+
     def keep(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record)))
+
+
+def _version(library: str) -> str:
+    """Empty where it is not installed: some are extras."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], known: KnownScores) -> dict[str, Scores]:
@@ -149,6 +169,7 @@ def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], k
         presets: what to measure.
         known: earlier scores, and how to measure.
     """
+    known.drop_other_features()
     teacher = next(iter(sets))
     found = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
     with workers(known.settings) as pool:
