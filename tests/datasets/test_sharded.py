@@ -665,7 +665,9 @@ def test_two_processes_share_the_shards_and_leave_the_bytes_of_one(tmp_path, dat
     makers = dict(sorted(path.name.split(" by ") for path in (tmp_path / "notes").iterdir()))
     first, second, *others = makers.values()
     assert first != second and others == [first, second] * 2 and str(os.getpid()) not in (first, second)
-    assert caplog.messages == [f"anchors: shard {n + 1} of 6 written ({ROWS[n]} rows)" for n in range(NUM_SHARDS)]
+    # an earlier test in this process may have let torchelastic's own lines through
+    told = [record.getMessage() for record in caplog.records if record.name == "dpdmd_pipeline.datasets.sharded"]
+    assert told == [f"anchors: shard {n + 1} of 6 written ({ROWS[n]} rows)" for n in range(NUM_SHARDS)]
     assert contents(folder) == whole
     assert sorted(path.name for path in folder.parent.iterdir()) == [".anchors.lock", "anchors"]
 
