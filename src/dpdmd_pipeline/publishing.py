@@ -132,6 +132,27 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             raise
 
 
+@contextlib.contextmanager
+def replacing(folders: Folders) -> Iterator[Path]:
+    """A new folder to be filled, which then takes the old one's place; killed at any moment, one of the two is whole.
+
+    Raises:
+        HeldError: if another process is writing it.
+        OSError: naming the path, if it cannot be written.
+    """
+    with locked(folders):
+        recover(folders)
+        with writing(folders.partial):
+            delete(folders.partial)
+            folders.partial.mkdir()
+            try:
+                yield folders.partial
+            except Exception:  # half of it only fills the disk
+                shutil.rmtree(folders.partial, ignore_errors=True)
+                raise
+        publish(folders)
+
+
 def publish(folders: Folders) -> None:
     """Put the partial folder, now whole, in the place of the published one.
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.publishing import Folders, load_published, locked, publish, recover, sync, writing
+from dpdmd_pipeline.publishing import Folders, load_published, replacing, sync, writing
 
 log = logging.getLogger(__name__)
 
@@ -81,18 +80,11 @@ class ModelFolderDataset(AbstractDataset[Any, Path]):
         """
         write = _writer(data)
         folders = Folders.of(self._filepath)
-        with locked(folders):
-            recover(folders)
-            with writing(folders.partial):
-                if folders.partial.exists():
-                    shutil.rmtree(folders.partial)
-                folders.partial.mkdir()
-                _write(write, folders.partial)
-            if not _is_model(folders.partial):
-                raise ValueError(f"{data!r:.100} wrote no {' or '.join(_CONFIGS)} into {folders.partial}")
-            with writing(folders.partial):
-                _sync_tree(folders.partial)
-            publish(folders)
+        with replacing(folders) as folder:
+            write(folder)
+            if not _is_model(folder):
+                raise ValueError(f"{data!r:.100} wrote no {' or '.join(_CONFIGS)} into {folder}")
+            _sync_tree(folder)
         log.info("%s: saved", folders.published.name)
 
     def _exists(self) -> bool:
@@ -140,15 +132,6 @@ def _writer(data: Any) -> Callable[[Path], Any]:
     if callable(data):
         return data
     raise ValueError(f"a model folder saves a model or a function of a folder, it was given {type(data).__name__}")
-
-
-def _write(write: Callable[[Path], Any], folder: Path) -> None:
-    """Call `write`; if it fails, delete what it wrote, since half a model only fills the disk."""
-    try:
-        write(folder)
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _sync_tree(folder: Path) -> None:

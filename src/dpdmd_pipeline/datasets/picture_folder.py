@@ -18,7 +18,7 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.publishing import Folders, delete, load_published, locked, publish, recover, sync, writing
+from dpdmd_pipeline.publishing import Folders, load_published, replacing, sync
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +65,8 @@ class PictureFolderDataset(AbstractDataset[Mapping[str, Any], Path]):
             OSError: naming the path, if it cannot be written.
         """
         folders = Folders.of(self._filepath)
-        with locked(folders):
-            recover(folders)
-            with writing(folders.partial):
-                delete(folders.partial)
-                try:
-                    count = _write(folders.partial, data)
-                except Exception:  # half of it only fills the disk
-                    delete(folders.partial)
-                    raise
-            publish(folders)
+        with replacing(folders) as folder:
+            count = _write(folder, data)
         if count:
             log.info("%s: %d pictures saved", folders.published.name, count)
 
@@ -112,14 +104,14 @@ def _slug(prompt: str) -> str:
 
 
 def _write(folder: Path, data: Mapping[str, Any]) -> int:
-    """Fill a new folder; returns the number of pictures."""
-    folder.mkdir()
+    """Fill an empty folder; returns the number of pictures."""
     names = folder_names(name for name, found in data.items() if callable(found))
     count = 0
     for name, found in data.items():
         if callable(found):
             count += _write_prompt(folder / names[name], name, found)
         else:
+            (folder / name).mkdir()
             count += _write(folder / name, found)
     if not data:
         _write_text(folder / EMPTY, "No pictures were asked for.")
