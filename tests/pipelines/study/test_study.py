@@ -32,17 +32,23 @@ def test_every_run_is_trained_once_per_seed_and_finished_ones_are_kept(study, tm
     assert study(options(dp_dmd={})) == first and {path.name for path in tmp_path.iterdir()} == states
 
 
-def test_a_run_may_have_fewer_seeds_and_the_table_tells_how_many(study):
+def test_a_run_may_have_other_seeds_and_the_table_tells_which(study):
     found = study(options(dp_dmd={"seeds": [1]}))
     assert [(row["run"], row["seed"]) for row in found["rows"]] == [("dmd", 0), ("dmd", 1), ("dp_dmd", 1)]
     table = write_study(found)
-    assert "| dp_dmd |  | 1 |" in table and "| 2 |" in table
+    assert "| dp_dmd |  | 1 |" in table and "| 0, 1 |" in table
+
+
+def test_a_run_and_its_baseline_may_have_more_seeds_than_the_study():
+    more = {"seeds": [0, 1, 2], "baseline": "longer"}
+    chosen = options(longer={**DMD, **more}, dp_dmd={}, two_anchors=more)
+    assert chosen.students[-2:] == [(2, "longer"), (2, "two_anchors")] and len(chosen.students) == 10
 
 
 def test_seeds_that_the_baseline_lacks_are_refused():
-    with pytest.raises(ValueError, match=r"runs.dp_dmd.seeds has \[7\]: give seeds of study.seeds=\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"runs.dp_dmd has the seeds \[7\]: give it seeds of \[0, 1\],"):
         options(dp_dmd={"seeds": [1, 7]})
-    with pytest.raises(ValueError, match=r"runs.dmd.seeds has \[2\]: .* which the baseline dmd is trained with"):
+    with pytest.raises(ValueError, match=r"runs.dp_dmd has the seeds \[0, 1\]: give it seeds of \[2\]"):
         StudyOptions(seeds=[0, 1], baseline="dmd", runs={"dmd": {**DMD, "seeds": [2]}, "dp_dmd": {}})
 
 
@@ -89,11 +95,11 @@ def test_a_run_may_be_compared_with_another_baseline():
     found = {"baseline": "dmd", "runs": runs, "teacher": judged(20.0), "rows": rows}
     assert summarise(found)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
     assert summarise(found)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
-    assert "| longer | `max_steps=200`, gap of dmd_longer | 2 |" in write_study(found)
+    assert "| longer | `max_steps=200`, gap of dmd_longer | 0, 1 |" in write_study(found)
 
 
 def test_a_baseline_that_is_no_run_or_lacks_a_seed_is_refused():
     with pytest.raises(ValueError, match="runs.longer.baseline=dmd_200 is none of the runs dmd, longer"):
         options(longer={"baseline": "dmd_200"})
-    with pytest.raises(ValueError, match=r"runs.longer.seeds has \[1\]: .* which the baseline short is trained with"):
+    with pytest.raises(ValueError, match=r"runs.longer has the seeds \[1\]: .* which its baseline short"):
         options(longer={"baseline": "short"}, short={**DMD, "seeds": [0]})

@@ -158,11 +158,11 @@ def write_study(study: dict[str, Any]) -> str:
     teacher = [f"{study['teacher'][SHOWN[name]][name]['value']:.{digits[name]}f}" for name in SHOWN]
     lines.append("| teacher | | | " + " | ".join([*teacher, ""]) + " |")
     for run, values in summarise(study).items():
+        seeds = ", ".join(str(row["seed"]) for row in study["rows"] if row["run"] == run)
         changes = ", ".join(_described(study["runs"][run]))
         cells = [_spread(values[name], places) for name, places in digits.items()]
-        lines.append(f"| {run} | {changes} | {len(values['aligned'])} | " + " | ".join(cells) + " |")
-    seeds = sorted({row["seed"] for row in study["rows"]})
-    spread = f"Mean ± standard deviation over the training seeds {seeds}; a row of fewer has the first of them."
+        lines.append(f"| {run} | {changes} | {seeds} | " + " | ".join(cells) + " |")
+    spread = "Mean ± standard deviation over the training seeds; gaps are seed by seed."
     return "\n".join([*lines, "", spread, ""])
 
 

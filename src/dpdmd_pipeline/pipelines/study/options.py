@@ -31,7 +31,7 @@ class StudyOptions(BaseModel):
     """Which recipes are compared.
 
     Attributes:
-        seeds: every recipe is trained once per seed, unless it has seeds of its own, which are among these.
+        seeds: every recipe is trained once per seed, unless it has seeds of its own.
         baseline: the run whose lost diversity is the gap, of all runs that name no other.
         runs: name of a recipe to what it changes; null leaves out a run of conf/base.
     """
@@ -49,8 +49,9 @@ class StudyOptions(BaseModel):
 
     @property
     def students(self) -> list[tuple[int, str]]:
-        """Seed and run of every student, seed after seed."""
-        return [(seed, name) for seed in self.seeds for name in self.kept if seed in self._seeds_of(name)]
+        """Seed and run of every student, seed after seed: the study's, then those that only some runs have."""
+        every = dict.fromkeys([*self.seeds, *(seed for name in self.kept for seed in self._seeds_of(name))])
+        return [(seed, name) for seed in every for name in self.kept if seed in self._seeds_of(name)]
 
     def _seeds_of(self, name: str) -> list[int]:
         own = self.kept[name].seeds
@@ -74,10 +75,10 @@ class StudyOptions(BaseModel):
         """A share of the gap is of one seed's own gap."""
         for name in self.kept:
             baseline = self.baseline_of(name)
-            compared = set(self.seeds) & set(self._seeds_of(baseline))
-            if missing := sorted(set(self._seeds_of(name)) - compared):
+            compared = self._seeds_of(baseline)
+            if missing := sorted(set(self._seeds_of(name)) - set(compared)):
                 raise ValueError(
-                    f"runs.{name}.seeds has {missing}: give seeds of study.seeds={self.seeds}, which the baseline "
-                    f"{baseline} is trained with"
+                    f"runs.{name} has the seeds {missing}: give it seeds of {compared}, which its baseline {baseline} "
+                    "is trained with"
                 )
         return self
