@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.forked import ForkedKedro
 
 PROJECT = Path(__file__).parents[1]
 MODELS = ("teacher", "dmd", "dp_dmd")
@@ -35,17 +36,16 @@ OUTPUTS = [
 class Run:
     """A `kedro run` in the ci environment; what it prints is read line by line."""
 
-    def __init__(self, project: Path, *args: str) -> None:
+    def __init__(self, project: Path, *args: str, forked: bool = True) -> None:
         self.lines: list[str] = []
         more = {"DO_NOT_TRACK": "1", "COLUMNS": "250", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "kedro", "run", "--env", "ci", *args],
-            cwd=project,
-            env=os.environ | more,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        command, environment = ["run", "--env", "ci", *args], os.environ | more
+        if forked:
+            self.process = ForkedKedro(command, project, environment)
+        else:
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            whole = [sys.executable, "-m", "kedro", *command]
+            self.process = subprocess.Popen(whole, cwd=project, env=environment, **streams)
 
     def wait_for(self, words: str) -> None:
         for line in self.process.stdout:
@@ -59,9 +59,9 @@ class Run:
         return "".join(self.lines)
 
 
-def run(project: Path, *args: str) -> str:
+def run(project: Path, *args: str, forked: bool = True) -> str:
     """The output of a run that ends well."""
-    running = Run(project, *args)
+    running = Run(project, *args, forked=forked)
     output = running.end()
     assert running.process.returncode == 0, output
     return output
@@ -98,7 +98,7 @@ def project(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(project) -> tuple[Path, str]:
     """The project after one uninterrupted run, and what that printed."""
-    return project, run(project, "--pipeline=distill")
+    return project, run(project, "--pipeline=distill", forked=False)
 
 
 @pytest.fixture

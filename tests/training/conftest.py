@@ -97,15 +97,13 @@ def embeddings(backbone) -> InMemory:
 
 @pytest.fixture(scope="session")
 def ask_teacher(backbone, embeddings) -> TeacherAnchors:
-    return TeacherAnchors(
-        backbone,
-        backbone.load_model(),
-        embeddings,
-        num_steps=NUM_STEPS,
-        guidance_scale=GUIDANCE,
-        anchor_steps=ANCHOR_STEPS,
-        with_denoised=True,
-    )
+    return asked(backbone, embeddings)
+
+
+def asked(backbone, embeddings: InMemory) -> TeacherAnchors:
+    """A teacher that gives the anchors."""
+    settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS}
+    return TeacherAnchors(backbone, backbone.load_model(), embeddings, with_denoised=True, **settings)
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from dpdmd_pipeline.training.launch import Launch, _join, launched
 TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
 BEST = {"every": 1, "prompts": 2, "images_per_prompt": 2, "level": 0.4, "keep": "best", "diversity_floor": 0.9}
 RUNS = {
-    "full": {"max_steps": 20, "fake_score_turns": 1},
+    "full": {"max_steps": 10, "fake_score_turns": 1},
     "lora": {"max_steps": 3, "roles": "lora"},
     "balanced": {"max_steps": 2, "weighting": "balanced", "balance_every": 1},
     "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
     "best_turn": {"max_steps": 2, "watch": BEST},
     "broken_off": {"max_steps": 4},
-    "sharded": {"max_steps": 20, "fake_score_turns": 1},
+    "sharded": {"max_steps": 10, "fake_score_turns": 1},
     "sharded_in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
     "sharded_best_turn": {"max_steps": 2, "watch": BEST},
     "sharded_broken_off": {"max_steps": 4, "ema": 0.5},

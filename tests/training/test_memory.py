@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from tests.training.conftest import DMD, GUIDANCE, RECIPE
+from tests.training.conftest import DMD, GUIDANCE, RECIPE, asked
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,18 +34,29 @@ def recipe(**changes) -> Recipe:
     return Recipe(**{**RECIPE, **changes})
 
 
-@pytest.fixture(scope="module")
-def model(backbone, tiny_teacher) -> MemoryModel:
-    return MemoryModel(backbone, tiny_teacher, conditioning_like(tiny_teacher, 0, torch.float32), GUIDANCE)
+@pytest.fixture(scope="session")
+def backbone(world_teacher):
+    """Of the sizes that are counted: in a smaller network what the counts leave out would weigh more."""
+    return load_backbone("sd3", world_teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
+
+
+@pytest.fixture(scope="session")
+def ask_teacher(backbone, embeddings):
+    return asked(backbone, embeddings)
 
 
 @pytest.fixture(scope="module")
-def half(tiny_teacher):
+def model(backbone, world_teacher) -> MemoryModel:
+    return MemoryModel(backbone, world_teacher, conditioning_like(world_teacher, 0, torch.float32), GUIDANCE)
+
+
+@pytest.fixture(scope="module")
+def half(world_teacher):
     """The same teacher in bfloat16, and its estimates."""
     options = {"resolution": 32, "max_sequence_length": 0, "level_range": (0.02, 0.98), "dtype": torch.bfloat16}
-    backbone = load_backbone("sd3", tiny_teacher, **options)
-    like = conditioning_like(tiny_teacher, 0, torch.bfloat16)
-    return backbone, MemoryModel(backbone, tiny_teacher, like, GUIDANCE)
+    backbone = load_backbone("sd3", world_teacher, **options)
+    like = conditioning_like(world_teacher, 0, torch.bfloat16)
+    return backbone, MemoryModel(backbone, world_teacher, like, GUIDANCE)
 
 
 def size(tensors) -> int:
@@ -268,9 +279,9 @@ def test_a_larger_part_keeps_more_and_a_checkpointed_one_less(model, less, more)
 # ---- disk
 
 
-def test_caches_on_disk_have_the_bytes_that_are_estimated(backbone, tiny_teacher, tmp_path):
+def test_caches_on_disk_have_the_bytes_that_are_estimated(backbone, world_teacher, tmp_path):
     cond = backbone.encode(["a red circle", "a blue square", ""])
-    like = conditioning_like(tiny_teacher, 0, torch.float32)
+    like = conditioning_like(world_teacher, 0, torch.float32)
     anchors = {"prompt": torch.zeros(6, dtype=torch.int64), "seed": torch.zeros(6, dtype=torch.int64)}
     anchors |= {f"anchor_{number}": torch.zeros(6, *backbone.latent_shape).half() for number in range(2)}
     shape = backbone.latent_shape

@@ -71,14 +71,14 @@ def merged(parameters: dict, changes: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def t5_teacher(tiny_teacher, tmp_path_factory) -> Path:
+def t5_teacher(world_teacher, tmp_path_factory) -> Path:
     """The tiny SD3 with SD3.5's shift of 3 and a tiny T5 as its third encoder."""
     from diffusers import StableDiffusion3Pipeline
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
     letters = [("▁", -2.0), *((letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz")]
     tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], extra_ids=0)
-    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_teacher, text_encoder_3=None, tokenizer_3=None)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(world_teacher, text_encoder_3=None, tokenizer_3=None)
     width = pipeline.transformer.config.joint_attention_dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -18,21 +18,21 @@ DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
 
 @pytest.fixture
-def plan(tiny_teacher):
+def plan(world_teacher):
     """A run that goes well, with some of it changed."""
 
     def make(teacher=None, backbone=None, anchors=None, prompts=None, folders=None, **changes) -> Planned:
         options = train_options(**changes)
         given = backbone_options(**(backbone or {})), anchor_options(**(anchors or {}))
-        return Planned(teacher or tiny_teacher, *given, {"train": options}, prompts, folders or {})
+        return Planned(teacher or world_teacher, *given, {"train": options}, prompts, folders or {})
 
     return make
 
 
 @pytest.fixture
-def weightless(tiny_teacher, tmp_path):
+def weightless(world_teacher, tmp_path):
     """The teacher's configs without a single weight, as they are before a download."""
-    return shutil.copytree(tiny_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    return shutil.copytree(world_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def test_a_run_that_can_go_well_is_not_refused(plan):
@@ -77,8 +77,8 @@ def test_a_gpu_that_is_asked_for_and_absent_is_refused(plan):
         ]
 
 
-def test_a_teacher_of_another_family_is_refused(plan, tmp_path, tiny_teacher):
-    copy = shutil.copytree(tiny_teacher, tmp_path / "teacher")
+def test_a_teacher_of_another_family_is_refused(plan, tmp_path, world_teacher):
+    copy = shutil.copytree(world_teacher, tmp_path / "teacher")
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
     (line,) = refusals(plan(copy))
