@@ -27,7 +27,6 @@ from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
 from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.metrics.pictures import TensorSet
-from dpdmd_pipeline.metrics.presets import choose
 from dpdmd_pipeline.metrics.score import Reference, score
 from dpdmd_pipeline.pipelines.evaluate.nodes import SHARD, sample_images, score_images
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
@@ -38,8 +37,6 @@ from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_
 from record import ROOT, record
 
 TEACHER, STUDENT, SCORING = "teacher", "student", "scoring"
-CLIP = "one pass of the CLIP"
-SHARED = ("diversity.clip_shapes", "alignment.clip_shapes")  # both see the same pictures with the same network
 FOLDERS = ROOT / "data/06_models"
 
 
@@ -70,9 +67,8 @@ class Evaluation:
     @property
     def a_turn(self) -> dict[str, int]:
         """Pictures of each contender's turn."""
-        one = self.options.images_per_prompt
         presets = {preset.full_name: self.pictures for preset in asked_presets(self.options)}
-        return {TEACHER: SHARD, STUDENT: SHARD, SCORING: len(MODELS) * self.pictures, CLIP: one, **presets}
+        return {TEACHER: SHARD, STUDENT: SHARD, SCORING: len(MODELS) * self.pictures, **presets}
 
     def sampling(self, model: str) -> Callable[[], Any]:
         """Draws the first shard of one model, which stays loaded."""
@@ -89,13 +85,11 @@ class Evaluation:
         score_images(self.drawn, dict(enumerate(self.prompts)), *places, self.options)
 
     def presets(self) -> dict[str, Callable[[], Any]]:
-        """Each preset alone, on one model's pictures; and a pass of the network that two of them share."""
+        """Each preset alone, on one model's pictures; none finds features that another has kept."""
         settings = make_settings(self.folder / "no_weights", FOLDERS / "shapes_clip", self.options)
         shards = [*self.drawn.shards()][: len(self.prompts)]  # of the first model
         sets = [TensorSet(text, text, shard["image"]) for text, shard in zip(self.prompts, shards, strict=True)]
-        embed = choose(SHARED[0])[0].make(settings).embed
-        alone = {p.full_name: partial(_score_anew, sets, p, settings) for p in asked_presets(self.options)}
-        return {CLIP: partial(embed, sets[0].load().images), **alone}
+        return {p.full_name: partial(_score_anew, sets, p, settings) for p in asked_presets(self.options)}
 
 
 def _score_anew(sets: list[TensorSet], preset: Any, settings: Any) -> None:
@@ -125,9 +119,6 @@ def _told(found: Evaluation, taken: dict[str, list[timing.Taken]], which: str) -
         **{f"{name}, seconds per picture": timing.spread(values) for name, values in seconds.items()},
         "scoring over sampling, mean of teacher and both students (wanted: at most .1)": timing.spread(
             [s / ((t + 2 * u) / 3) for s, t, u in zip(*map(seconds.get, (SCORING, TEACHER, STUDENT)), strict=True)]
-        ),
-        "scoring with one pass of the CLIP for both its metrics, share of scoring spared": timing.spread(
-            [c / s for c, s in zip(seconds[CLIP], seconds[SCORING], strict=True)]
         ),
         "whole evaluation, pictures": found.pictures * len(MODELS),
         "whole evaluation, seconds of processor time (told from these)": timing.spread(whole["cpu"]),

@@ -243,6 +243,13 @@ def test_metrics_set_against_the_reader_are_listed():
     assert "<td>0.76 (0.50 to 0.90)</td><td>0.12</td>" in html and "| 0.76 (0.50 to 0.90) | 0.12 |" in md
 
 
+def test_metrics_of_an_older_version_are_refused_with_what_measures_them_again():
+    metrics = made_metrics()
+    metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
+    with pytest.raises(ValueError, match=r"older version \(.*shapes.vendi.*: `kedro run --pipelines evaluate,report`"):
+        make_report(**made_inputs(metrics=metrics))
+
+
 def test_grids_of_the_first_prompts_only_are_labelled_with_those():
     inputs = made_inputs()
     inputs["evaluate_options"] = {**inputs["evaluate_options"], "grid_prompts": 2}

@@ -108,7 +108,17 @@ def left_out(metrics: dict[str, Any]) -> list[str]:
 
 
 def correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """The metrics that were set against the exact reader: name, and correlations with their intervals."""
+    """The metrics that were set against the exact reader: name, and correlations with their intervals.
+
+    Raises:
+        ValueError: where an older version of this package has measured.
+    """
+    for name, figure in metrics["rank_correlation"].items():
+        if "within" not in figure:
+            raise ValueError(
+                f"the metrics are of an older version (rank_correlation of {name} within a model is not there): "
+                "`kedro run --pipelines evaluate,report` measures again what has changed, and draws no picture again"
+            )
     return [
         {"name": name, "pooled": _correlation(figure), "within": _correlation(figure["within"])}
         for name, figure in metrics["rank_correlation"].items()
