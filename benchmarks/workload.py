@@ -15,8 +15,8 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.train.nodes import start
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.recipe import AnchorRecipe
@@ -112,8 +112,8 @@ class Workload:
         """
         checkpoints = KeepsNothing(self.folder / "state")
         rows = list(range(len(self.prompts)))
-        parts = (rows, self.embeddings, self.anchors[mode], self.teacher, self.backbone, options, checkpoints)
-        _, roles, records = start(*parts, None)
+        job = Job(rows, self.embeddings, self.anchors[mode], self.teacher, self.backbone, options, checkpoints)
+        _, roles, records = start(job, resumed=None)
         return roles, records
 
     def reference(self, options: TrainOptions, roles: Roles | None = None, pictures_every: int = 1) -> PublishedLoop:

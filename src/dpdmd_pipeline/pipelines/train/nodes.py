@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_guidance, check_precision, check_speed
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.progress import follow
+from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ def train_student(
     with held, _out_of_memory_explained(teacher, backbone, options):
         resumed = checkpoints.load_latest()
         done = _tell(resumed, recipe, checkpoints.folder)
-        run = rows, embeddings, anchors, teacher, backbone, options, checkpoints
+        job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
         if many and done < recipe.max_steps:
-            done, _ = resumed = _train_in_processes(*run, done)
-        model, roles, records = start(*run, resumed)
+            done, _ = resumed = _train_in_processes(job, done)
+        model, roles, records = start(job, resumed)
         new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
         history = [*(resumed[1]["history"] if resumed else []), *new]
     return _writer(model, roles.student, backbone, recipe), _of_the_same_keys(history)
@@ -136,83 +136,12 @@ def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int
     return done
 
 
-def _train_in_processes(
-    rows: list[int],
-    embeddings: Any,
-    anchors: Any,
-    teacher: Path,
-    backbone: BackboneOptions,
-    options: TrainOptions,
-    checkpoints: Any,
-    done: int,
-) -> tuple[int, dict]:
+def _train_in_processes(job: Job, done: int) -> tuple[int, dict]:
     """Train on in other processes; returns the finished state that they leave."""
-    from dpdmd_pipeline.pipelines.train.worker import Job, train_in_processes
+    from dpdmd_pipeline.pipelines.train.worker import train_in_processes
 
-    job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
-    follow(train_in_processes(job), done, options.recipe(), options.log_every)
-    return checkpoints.load_latest()
-
-
-def start(
-    rows: list[int],
-    embeddings: Any,
-    anchors: Any,
-    teacher: Path,
-    backbone: BackboneOptions,
-    options: TrainOptions,
-    checkpoints: Any,
-    resumed: tuple[int, dict] | None,
-) -> tuple[Any, Any, Iterator[dict]]:
-    """Load the networks and set up the loop; nothing is trained until its records are asked for."""
-    from torch.distributed import is_initialized
-
-    from dpdmd_pipeline.training.distill import Execution, Lessons, distill
-    from dpdmd_pipeline.training.roles import make_roles
-
-    model, recipe = backbone.load(teacher, options.device), options.recipe()
-    # The process that starts the others only takes up what they leave, whole.
-    sharded = options.launch.sharding == "fsdp2" and is_initialized()
-    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=sharded)
-    levels = model.schedule(backbone.num_steps)
-    lessons = Lessons(
-        embeddings=embeddings,
-        prompts=rows,
-        draw_anchors=_draw_anchors(rows, embeddings, anchors, model, roles.teacher, backbone, options),
-        anchor_levels=[levels[steps] for steps in anchors.manifest["anchor_steps"][: options.anchored_steps]],
-        teacher_levels=levels,
-        guidance_scale=backbone.guidance_scale,
-    )
-    execution = Execution(**options.model_dump(include={field.name for field in fields(Execution)}))
-    return model, roles, distill(model, roles, lessons, recipe, checkpoints, resumed, execution)
-
-
-def _draw_anchors(
-    rows: list[int],
-    embeddings: Any,
-    anchors: Any,
-    model: Any,
-    teacher: Any,
-    backbone: BackboneOptions,
-    options: TrainOptions,
-) -> Callable:
-    """The student turn's samples: from the cache, or from the teacher as they are needed."""
-    from dpdmd_pipeline.training.anchors import CachedAnchors, OnlineAnchors, TeacherAnchors
-
-    drawing = {"seed": options.seed, "anchored_steps": options.anchored_steps}
-    if anchors.manifest["options"]["mode"] == "cached":
-        return CachedAnchors(anchors, model.latent_shape, batch_size=options.batch_size, **drawing)
-    asked = TeacherAnchors(
-        model,
-        teacher,
-        embeddings,
-        num_steps=backbone.num_steps,
-        guidance_scale=backbone.guidance_scale,
-        anchor_steps=anchors.manifest["anchor_steps"][: max(1, options.anchored_steps)],
-        with_denoised=anchors.manifest["options"]["with_denoised"],
-        guidance_batch=options.guidance_batch,
-    )
-    return OnlineAnchors(asked, rows, **drawing)
+    follow(train_in_processes(job), done, job.options.recipe(), job.options.log_every)
+    return job.checkpoints.load_latest()
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:

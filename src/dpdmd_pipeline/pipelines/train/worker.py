@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.pipelines.train.nodes import start
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.backbones.options import resolve_device
+from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.training.launch import Launch, Member, launched
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a process needs to set up the run by itself; pickled, so files are given by their place."""
-
-    rows: list[int]
-    embeddings: Any
-    anchors: Any
-    teacher: Path
-    backbone: BackboneOptions
-    options: TrainOptions
-    checkpoints: Checkpoints
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
@@ -42,9 +24,7 @@ def train_share(job: Job, member: Member) -> bool:
     with job.checkpoints.held() if member.rank == 0 else nullcontext():
         member.wait_for_all()
         resumed = job.checkpoints.load_latest()
-        *_, records = start(
-            job.rows, job.embeddings, job.anchors, job.teacher, job.backbone, job.options, job.checkpoints, resumed
-        )
+        *_, records = start(job, resumed)
         with closing(records):  # broken off, it saves
             if member.asked_to_stop():
                 return False
