@@ -28,6 +28,8 @@ def main(*args, **kwargs) -> Any:
 
 def _command(name: str, arguments: list[str]) -> None:
     """Run one command; what its user can mend is told in one line."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal's encoding lacks
+        stream.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(f"dpdmd_pipeline.commands.{name.replace('-', '_')}").main(arguments)
     except (ValueError, OSError) as error:

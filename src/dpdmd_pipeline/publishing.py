@@ -114,13 +114,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
     """Write a file that is there whole or not at all, also after a power cut.
 
     Args:
         write: writes the file at the path it is given.
+        temporary: that path, beside the file; None adds an ending, so that a killed process leaves one at the most.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary or path.with_name(path.name + ".tmp")
     with writing(path):
         try:
             write(temporary)
@@ -130,6 +131,21 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()  # on a full disk, every byte counts
             raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a user has named, where other files are not ours to touch.
+
+    A link stays a link, and what is no file, as a pipe or a device, is written to as it is.
+    """
+    is_stream = path.exists() and not path.is_file()
+    if is_stream or any(path.absolute().is_relative_to(system) for system in ("/dev", "/proc")):
+        with writing(path), path.open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    path = path.resolve()
+    own = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), own)
 
 
 @contextlib.contextmanager

@@ -185,6 +185,32 @@ def test_a_reader_that_goes_away_is_no_error(folders, tmp_path, arguments):
     assert (tmp_path / "out.json").exists() == (arguments != ["--help"])
 
 
+def test_a_file_that_the_user_names_is_all_that_is_written(folders, tmp_path, capsys):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "deep" / "o.json")
+    (tmp_path / "deep" / "o.json.tmp").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link.json", "pipe"):
+        main([str(folders / "ours"), "--by", "quality.shapes", "--json", str(tmp_path / name)])
+    record = json.loads((tmp_path / "deep" / "o.json").read_text())
+    assert (tmp_path / "link.json").is_symlink() and json.loads(os.read(reading, 1 << 16)) == record
+    os.close(reading)
+    assert {path.name for path in tmp_path.rglob("*")} == {"deep", "link.json", "o.json", "o.json.tmp", "pipe"}
+    assert (tmp_path / "deep" / "o.json.tmp").read_text() == "precious"
+
+
+def test_a_file_name_that_no_encoding_has_costs_neither_table_nor_file(folders, tmp_path):
+    (ours,) = copied(folders, tmp_path, "ours")
+    (ours / caption(0) / os.fsdecode(b"x\xff.png")).touch()
+    command = [sys.executable, "-m", "dpdmd_pipeline", "score", str(ours), "--by", "quality.shapes"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    more = {"capture_output": True, "text": True, "timeout": 120}
+    ended = subprocess.run([*command, "--json", str(tmp_path / "o.json")], env=strict, **more)
+    assert ended.returncode == 3 and "x\\udcff.png" in ended.stdout and not ended.stderr
+    assert json.loads((tmp_path / "o.json").read_text())["faults"]["empty file"]["count"] == 1
+
+
 def test_answers_of_people_are_summarised(tmp_path, capsys):
     answer = {"id": "p/0", "question": "quality", "prompt": "a dog", "left": "a", "choice": "a"}
     result = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "participant": "1", "answers": [answer]}
@@ -206,6 +232,7 @@ def test_answers_of_people_are_summarised(tmp_path, capsys):
         (["--by", "human,quality"], "ask for it alone"),
         (["--by", "quality", "--teacher", "x"], "needs both --teacher and --baseline"),
         (["--by", "quality", "--processes", "0"], "--processes 0 must be at least 1"),
+        (["--by", "quality", "--seed", "9" * 20], "--seed 9{20} must be below 2\\^63"),
         (["--by", "quality", "--duplicates-above", "2"], "must be a cosine"),
         (["--by", "quality", "--json", "nowhere/x.json"], "there is no folder nowhere"),
         (["more", "--by", "quality"], "2 folders given"),

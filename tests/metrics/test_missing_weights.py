@@ -1,3 +1,6 @@
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +29,17 @@ def test_missing_weights_are_named_with_licence_size_and_command(tmp_path):
         assert part in message
     assert f"hf download facebook/dinov2-base --local-dir {folder}" in message
     assert "preprocessor_config.json or processor_config.json" in message
+
+
+@pytest.mark.parametrize("weights", list(dict.fromkeys(needed for preset in PRESETS for needed in preset.weights)))
+def test_a_command_can_be_pasted_though_the_folder_has_a_space(weights):
+    words = shlex.split(weights.command(Path("/my weights/x")))
+    if words[0] == "hf":  # a word that no option takes would be a file's name, and patterns would not be read
+        options = {word: words[place + 1] for place, word in enumerate(words) if word.startswith("--")}
+        files = [word for place, word in enumerate(words[3:], 3) if not {word, words[place - 1]} & options.keys()]
+        assert options["--local-dir"] == "/my weights/x" and bool(files) != bool({"--include", "--exclude"} & {*words})
+    elif "curl" in words:
+        assert words[words.index("-o") + 1] == f"/my weights/x/{weights.files[0]}"
 
 
 def test_weights_that_are_there_are_found_whole_or_in_shards(tmp_path):

@@ -9,6 +9,7 @@ from dpdmd_pipeline.metrics.pictures import (
     FileSet,
     StoredSet,
     TensorSet,
+    about_strays,
     find_pictures,
     read_parts,
     read_picture,
@@ -154,6 +155,62 @@ def test_a_manifest_names_files_and_prompts(tmp_path, kind):
     assert described(tmp_path) == {"7": ("a dog", ["x.png", "y.png"]), "a cat": ("a cat", ["z.png"])}
 
 
+def test_pictures_that_a_manifest_does_not_name_are_told(tmp_path):
+    for name in ("x.png", "y.png", "sub/z.jpg", "old.gif", ".hidden.png"):
+        draw(tmp_path / name)
+    (tmp_path / "manifest.csv").write_text("file,prompt\nx.png,a dog\n")
+    sets, rest = find_pictures(tmp_path)
+    assert len(sets) == 1 and rest == ["old.gif", "sub/z.jpg", "y.png"]
+    assert about_strays(tmp_path, rest) == (
+        f"left out of {tmp_path}, since its manifest does not name them: old.gif, sub/z.jpg, y.png"
+    )
+
+
+def test_geneval_s_own_layout_is_read_without_its_grids(tmp_path):
+    for number, prompt in enumerate(("a photo of a dog", "a photo of two cats")):
+        room = tmp_path / f"{number:05d}"
+        for name in ("samples/0000.png", "samples/0001.png", "grid.png"):
+            draw(room / name)
+        (room / "metadata.jsonl").write_text(json.dumps({"tag": "counting", "prompt": prompt}) + "\n")
+    pictures = ["0000.png", "0001.png"]
+    assert described(tmp_path) == {"00000": ("a photo of a dog", pictures), "00001": ("a photo of two cats", pictures)}
+    assert not without_text(tmp_path) and find_pictures(tmp_path)[1] == []
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"tag": "counting"}\n')
+    with pytest.raises(ValueError, match=r"00000/metadata.jsonl has not one record with a prompt, .* write prompt.txt"):
+        find_pictures(tmp_path)
+
+
+def test_pictures_that_lie_a_folder_deeper_are_pointed_at(tmp_path):
+    draw(tmp_path / "run 1" / "a dog" / "1.png")
+    with pytest.raises(OSError, match=r"no folder of them; there are pictures in .*run 1/a dog: give .*run 1$"):
+        find_pictures(tmp_path)
+
+
+def test_a_format_that_is_not_read_is_a_fault_of_its_prompt_in_either_layout(tmp_path):
+    for name in ("a dog_1.png", "a dog_2.gif", "a cat_1.tif", "logo.gif"):
+        draw(tmp_path / name)
+    sets, rest = find_pictures(tmp_path)
+    assert {one.id: [fault.kind for fault in one.load().faults] for one in sets} == {
+        "a dog": [".gif is not read: convert it to PNG"],
+        "a cat": [".tif is not read: convert it to PNG"],
+    }
+    assert rest == ["logo.gif"]
+
+
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_a_picture_of_several_frames_is_a_fault(tmp_path, ending):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:])
+    with pytest.raises(OSError, match="animated: save the frame that is meant"):
+        read_picture(tmp_path / f"x.{ending}")
+
+
+def test_a_picture_beyond_pillow_s_limit_is_told_from_what_is_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    with pytest.raises(OSError, match="more than 4 million pixels: scale it down"):
+        read_picture(draw(tmp_path / "x.png", (2100, 2000)))
+
+
 def test_every_kind_of_bad_picture_is_a_fault_with_its_name(tmp_path):
     good = [draw(tmp_path / f"{number}.png") for number in range(3)]
     odd, cut, empty = draw(tmp_path / "odd.png", (4, 8)), draw(tmp_path / "cut.jpg", (200, 200)), tmp_path / "empty.png"
@@ -195,6 +252,7 @@ def test_pictures_in_memory_are_those_on_disk(tmp_path):
         ({"manifest.csv": "file,prompt,id\nx.png,a,1\ny.png,b,1\n"}, "id 1 has two prompts, 'a' and 'b'"),
         ({"manifest.csv": "file,prompt\nx.png,a\nb/../x.png,b\n"}, "record 2 names b/../x.png as record 1 does"),
         ({"manifest.jsonl": '{"file": "x.png", "prompt": "a", "id": 0}\n' * 2}, "record 2 names x.png as record 1"),
+        ({"manifest.csv": "", "manifest.jsonl": ""}, "has manifest.csv and manifest.jsonl: keep the one that is meant"),
     ],
 )
 def test_a_folder_that_cannot_be_understood_is_refused_with_a_reason(tmp_path, files, told):
@@ -208,6 +266,9 @@ def test_texts_and_parts_are_read_or_refused(tmp_path):
     (tmp_path / "p.csv").write_text("id,text\n3,a dog\n")
     assert read_texts(tmp_path / "p.csv") == {"3": "a dog"}
     (tmp_path / "p.jsonl").write_text('{"id": 0}\n')
+    (tmp_path / "two.csv").write_text("id,text\n0,a dog\n1,a cat\n0,a dog\n0,a bird\n")
+    with pytest.raises(ValueError, match="two.csv, record 4: id 0 has two texts, 'a dog' and 'a bird'"):
+        read_texts(tmp_path / "two.csv")
     with pytest.raises(ValueError, match="lacks id or text"):
         read_texts(tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match=r"read from .txt, .csv or .jsonl"):

@@ -101,7 +101,7 @@ def test_a_model_that_does_not_answer_in_the_asked_form_is_missing(tmp_path, pas
 @pytest.mark.parametrize(
     ("text", "side", "told"),
     [
-        ("a red dog", 32, "prompt 'a red dog' has words that its tokenizer does not know (dog)"),
+        ("a red dog", 32, "prompt 'a red dog' has words that the network's tokenizer does not know (dog)"),
         ("a red circle", 40, "pictures have 40 x 40 pixels, those of its world 32 x 32"),
     ],
 )

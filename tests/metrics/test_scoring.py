@@ -21,11 +21,12 @@ from dpdmd_pipeline.metrics.measures import (
 )
 from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
-from dpdmd_pipeline.metrics.presets import Preset, Settings
+from dpdmd_pipeline.metrics.presets import Preset, Settings, choose
 from dpdmd_pipeline.metrics.score import Reference, Scores, gap_notes, gaps_recovered, score, workers
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.metrics.weights import DINO_V2
+from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
 class Corners:
@@ -119,10 +120,32 @@ def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
     figure = scores.figures["diversity.corners.one_minus_cosine"]
     assert figure["n"] == {"prompts": 2, "pictures": 6, "prompts_not_measured": 2}
     assert scores.figures["quality.bright.score"]["n"]["prompts"] == 3
-    assert "unequal numbers of usable pictures a prompt (1 prompts with 2, 1 prompts with 4)" in "".join(scores.notes)
+    assert "unequal numbers of usable pictures a prompt (1 prompt with 2, 1 prompt with 4)" in "".join(scores.notes)
     table = as_table(scores)
     assert "2 x prompt with fewer than 2 usable pictures: alone, nothing" in table and "2 of 4" in table
     assert json.loads(json.dumps(as_record(scores), allow_nan=False))["faults"]["empty file"]["count"] == 1
+
+
+def test_a_prompt_that_a_metric_cannot_judge_costs_no_other_prompt(settings):
+    (reader,) = choose("quality.shapes")
+    known = [TensorSet(caption(row), caption(row), (gallery()[[row * NUM_MODES]] * 255).byte()) for row in (0, 1)]
+    cat = TensorSet("p2", "a photo of a cat", known[0].images)
+    small = TensorSet("p3", caption(3), known[0].images[:, :, :16, :16])
+    scores = score([*known, cat, small], [reader], settings)
+    n = scores.figures["quality.shapes.aligned"]["n"]
+    assert n == {"prompts": 2, "pictures": 2, "prompts_not_measured": 2} and not scores.missing
+    told = {names[0]: kind for kind, names in scores.faults.items()}
+    assert "the exact reader: prompt 'a photo of a cat' is not of the shapes world" in told["p2"]
+    assert "the exact reader: images have shape [1, 3, 16, 16]" in told["p3"]
+    alone = score([cat], [reader], settings)
+    assert not alone.figures and "is not of the shapes world" in alone.missing["quality.shapes"]
+
+
+def test_what_a_file_is_called_neither_breaks_a_line_nor_commands_the_terminal(settings, tmp_path):
+    empty = tmp_path / "x\ny\x1b[31m.png"
+    empty.touch()
+    table = as_table(score([FileSet("p", "p", (empty,))], [QUALITY], settings))
+    assert "x\\ny\\x1b[31m.png" in table and "\x1b" not in table
 
 
 def test_a_network_that_breaks_down_costs_its_metric_only(settings, caplog):

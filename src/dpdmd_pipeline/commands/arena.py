@@ -46,18 +46,18 @@ def main(arguments: list[str]) -> None:
         ValueError, OSError: in one line, for what the user can mend.
     """
     from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
-    from dpdmd_pipeline.metrics.human import counted
     from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
-    from dpdmd_pipeline.publishing import write_atomically
+    from dpdmd_pipeline.metrics.summary import counted
+    from dpdmd_pipeline.publishing import write_text
 
     asked = parser().parse_args(arguments)
     _check(asked)
     (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
     options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
     html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
-    write_atomically(asked.out, lambda temporary: temporary.write_text(html, encoding="utf-8"))
+    write_text(asked.out, html)
     questions = counted(len(a) * (asked.singles + bool(asked.sets)), "question")
-    print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(asked.out.stat().st_size)}")
+    print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(len(html.encode()))}")
     notes = [about_strays(asked.a, strays_of_a), about_strays(asked.b, strays_of_b), _about_ids(a, b)]
     print("".join(f"{note}\n" for note in filter(None, notes)), end="")
 

@@ -34,6 +34,7 @@ IMAGES is a folder in one of three layouts:
   a file per picture     IMAGES/<prompt-id>_<seed>.png ...  the text is in --prompts, else it is the id if that has a
                                                             space
   a manifest             IMAGES/manifest.csv or .jsonl      records with file, prompt, and if you like id
+A folder per prompt may also be GenEval's own: IMAGES/00000/samples/0000.png, the text in IMAGES/00000/metadata.jsonl.
 Pictures of one prompt must come from different seeds, and from as many as in what you compare with.
 With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. What asks for the
 text (alignment, preference, the exact reader of the embedded world) leaves out prompts without one. Transparent
@@ -44,7 +45,7 @@ Features of networks that several metrics look through are kept in the temporary
 
 With --by human, IMAGES are the results that an arena page has saved: score results.json --by human
 
-Exit code: 0 all measured, 1 refused, 3 measured but something is missing or was left out; the table says what.
+Exit code: 0 all measured, 1 or 2 refused, 3 measured but something is missing or was left out; the table says what.
 """
 
 Found = tuple[list["FileSet"], list[str]]  # sets of pictures, and files that are none
@@ -187,6 +188,8 @@ def _check(asked: argparse.Namespace) -> None:
     for name, least in (("processes", 1), ("batch_size", 1), ("seed", 0)):
         if getattr(asked, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(asked, name)} must be at least {least}")
+    if asked.seed >= 2**63:
+        raise ValueError(f"--seed {asked.seed} must be below 2^63")
     if asked.duplicates_above is not None and not -1 <= asked.duplicates_above <= 1:
         raise ValueError(f"--duplicates-above {asked.duplicates_above} must be a cosine, -1 to 1")
 
@@ -274,8 +277,7 @@ def _flush() -> None:
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
-    from dpdmd_pipeline.publishing import write_atomically
+    from dpdmd_pipeline.publishing import write_text
 
     if path:
-        content = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(content))
+        write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

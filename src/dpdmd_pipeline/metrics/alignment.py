@@ -21,6 +21,7 @@ from dpdmd_pipeline.metrics.embedders import (
     load_pretrained,
 )
 from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,12 +50,12 @@ class OpenClipScore:
         """One number a picture, [n].
 
         Raises:
-            ValueError: if the tokenizer does not know a word of the text, which would be judged without it.
+            UnfitError: if the tokenizer does not know a word of the text, which would be judged without it.
         """
         unknown = unknown_words(self.tokenizer, text)
         if unknown:
-            told = f"prompt {text!r} has words that its tokenizer does not know ({', '.join(unknown)})"
-            raise ValueError(f"{told}: it judges prompts of its own world only")
+            told = f"prompt {text!r} has words that the network's tokenizer does not know ({', '.join(unknown)})"
+            raise UnfitError(f"{told}: it judges prompts of its own world only")
         embedded = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
         cosine = self.passes.run(lambda rows: _unit(rows.to(embedded.device)) @ embedded, self.embed(images))
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))

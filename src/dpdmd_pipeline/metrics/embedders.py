@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import MissingLibraryError
+from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,7 +110,7 @@ def only_of_side(preprocess: Callable[[Image], Tensor], side: int | None) -> Cal
     def checked(image: Image) -> Tensor:
         if image.size != (side, side):
             width, height = image.size
-            raise ValueError(f"pictures have {width} x {height} pixels, those of its world {side} x {side}")
+            raise UnfitError(f"pictures have {width} x {height} pixels, those of its world {side} x {side}")
         return preprocess(image)
 
     return checked

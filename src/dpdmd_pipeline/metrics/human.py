@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.metrics.summary import ratio_interval
+from dpdmd_pipeline.metrics.summary import counted, ratio_interval
 
 FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -138,11 +138,6 @@ def as_text(summary: dict[str, Any]) -> str:
         )
         lines.append(f"    for A {_share(share)} ({share['preset']}); {_share(decided)} ({decided['preset']})")
     return "\n".join(lines)
-
-
-def counted(number: int, one: str, more: str = "") -> str:
-    """`1 answer`, `2 answers`."""
-    return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def _share(found: dict[str, Any]) -> str:

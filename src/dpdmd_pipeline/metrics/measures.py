@@ -11,6 +11,7 @@ from torch import Tensor
 from dpdmd_pipeline.metrics.diversity import nearest_similarity, one_minus_cosine, vendi_score
 from dpdmd_pipeline.metrics.embedders import Embedder
 from dpdmd_pipeline.metrics.pictures import Fault, PictureSet
+from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,6 +49,7 @@ class Row(NamedTuple):
     measured: Measured
     pictures: int  # that were measured
     faults: list[Fault]
+    unfit: str = ""  # why the metric cannot judge it, if it cannot
 
 
 def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
@@ -56,7 +58,10 @@ def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False
         return Row(pictures.id, Measured({}), 0, [Fault(pictures.no_text, pictures.id)])
     names, images, faults = pictures.load()
     faults = list(faults)
-    measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
+    try:
+        measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
+    except UnfitError as error:
+        return Row(pictures.id, Measured({}), 0, [*faults, Fault(str(error), pictures.id)], str(error))
     faults += [Fault(measured.why, names[index]) for index in measured.unusable]
     usable = len(images) - len(measured.unusable)
     if usable < measure.least:
@@ -192,7 +197,10 @@ class ShapesReader:
 
         from dpdmd_pipeline.metrics.shapes import judge_prompt
 
-        found = judge_prompt(torch.stack([to_tensor(image) for image in images]), text)
+        try:
+            found = judge_prompt(torch.stack([to_tensor(image) for image in images]), text)
+        except ValueError as error:
+            raise UnfitError(f"the exact reader: {error}") from error
         return Measured({name: found[name].item() for name in self.names})
 
 

@@ -8,6 +8,8 @@ A folder is read in one of three layouts:
                                                                that has a space
     a manifest              <folder>/manifest.csv or .jsonl    records with file, prompt, and if you like id
 
+A folder per prompt may also be GenEval's: <folder>/00000/samples/0000.png, the text in 00000/metadata.jsonl.
+
 A folder's name is an id where it has digits and no space: 00000, p7, prompt_12.
 """
 
@@ -34,14 +36,21 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 # Pictures too, but of several frames, of more than 8 bits, or not for every Pillow.
 _UNREAD = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"}
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
+_GENEVAL = "metadata.jsonl"
+_ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
 # 16-bit and float modes: Pillow would clip them to white without a word.
 _READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_MOVING = {"PNG", "WEBP"}  # and not a telephone's JPEG, whose second frame is a preview
 _NO_TEXT = "prompt without a text"
 _AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
 _NO_WORDS = f"{_NO_TEXT} (its prompt.txt is empty: write it there)"
 _FEW = 5  # ids that an error names
 
 TextOf = Callable[[str, bool], tuple[str, str]]
+
+
+class _UnreadError(OSError):
+    """A picture of a kind that is not read."""
 
 
 class Fault(NamedTuple):
@@ -161,14 +170,20 @@ def read_picture(path: Path) -> Image:
     try:
         with Image.open(path) as image:
             if image.mode not in _READABLE:
-                raise OSError(f"pixel format {image.mode}: convert it to 8 bits")
+                raise _UnreadError(f"pixel format {image.mode}: convert it to 8 bits")
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format in _MOVING:
+                raise _UnreadError("animated: save the frame that is meant")
             image.load()
             return _on_white(_upright(image))
-    except (UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+    except _UnreadError:
+        raise
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise OSError(f"more than {most} million pixels: scale it down") from error
+    except (UnidentifiedImageError, ValueError) as error:
         raise OSError("not a picture") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in what they raise
-        if str(error).startswith("pixel format"):
-            raise
         raise OSError("cut off or damaged") from error
 
 
@@ -218,24 +233,50 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileS
     if not folder.is_dir():
         raise OSError(f"{folder} is no folder of pictures")
     text_of = partial(_text_in, Path(prompts), read_texts(prompts)) if prompts else _text_of_name
-    manifest = next((folder / name for name in _MANIFESTS if (folder / name).is_file()), None)
-    if manifest:
-        return _from_manifest(manifest), []
+    manifests = [folder / name for name in _MANIFESTS if (folder / name).is_file()]
+    if len(manifests) > 1:
+        raise ValueError(f"{folder} has {' and '.join(_MANIFESTS)}: keep the one that is meant")
+    if manifests:
+        sets = _from_manifest(manifests[0])
+        return sets, _not_named(folder, sets)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     flat = [path for path in entries if _is_picture(path)]
     rooms = [path for path in entries if path.is_dir()]
-    filled = [room for room in rooms if any(map(_is_picture, room.iterdir()))]
+    filled = [room for room in rooms if any(map(_is_picture, _in_room(room)))]
     if flat and filled:
         raise ValueError(
             f"{folder} has pictures beside folders of pictures ({flat[0].name}, {filled[0].name}/): use one layout"
         )
     if not flat and not filled:
-        raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them")
+        raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them{_deeper(rooms)}")
     if flat:
-        return _from_names(flat, text_of), [path.name for path in entries if path not in set(flat)]
+        unread = [path for path in entries if _is_unread(path) and _ID_AND_SEED.fullmatch(path.stem)]
+        read = {*flat, *unread}
+        return _from_names(flat, unread, text_of), [path.name for path in entries if path not in read]
     rest = [path.name for path in entries if path not in set(rooms)]
-    rest += [f"{room.name}/{path.name}" for room in rooms for path in sorted(room.iterdir()) if _is_stray(path)]
+    rest += [str(path.relative_to(folder)) for room in rooms for path in _in_room(room) if _is_stray(path)]
     return [_from_room(room, text_of) for room in rooms], rest
+
+
+def _in_room(room: Path) -> list[Path]:
+    """What lies in a prompt's folder; of GenEval's, whose grid.png shows the pictures once more, in its samples/."""
+    is_geneval = (room / _GENEVAL).is_file() and (room / "samples").is_dir()
+    return sorted((room / "samples" if is_geneval else room).iterdir())
+
+
+def _deeper(rooms: Sequence[Path]) -> str:
+    """Where pictures lie that are not found, if a folder deeper."""
+    inner = (path for room in rooms for path in sorted(room.iterdir()) if path.is_dir())
+    found = next((path for path in inner if any(map(_is_picture, path.iterdir()))), None)
+    return f"; there are pictures in {found}: give {found.parent}" if found else ""
+
+
+def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
+    """Pictures beside a manifest that it does not name."""
+    named = {os.path.normpath(file) for one in sets for file in one.files}
+    found = (path for path in folder.rglob("*") if not path.name.startswith("."))
+    there = sorted(path for path in found if _is_picture(path) or _is_unread(path))
+    return [str(path.relative_to(folder)) for path in there if os.path.normpath(path) not in named]
 
 
 def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
@@ -249,7 +290,9 @@ def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
     if not rest:
         return ""
     more = f" and {len(rest) - _FEW} more" if len(rest) > _FEW else ""
-    return f"left out of {folder}{role}, since no picture that is read: {', '.join(rest[:_FEW])}{more}"
+    by_manifest = any((folder / name).is_file() for name in _MANIFESTS)
+    why = "since its manifest does not name them" if by_manifest else "since no picture that is read"
+    return f"left out of {folder}{role}, {why}: {', '.join(rest[:_FEW])}{more}"
 
 
 def _is_picture(path: Path) -> bool:
@@ -294,24 +337,40 @@ def _from_room(room: Path, text_of: TextOf) -> FileSet:
     if note.is_file():
         text = _read(note).strip()
         text, no_text = (text, "") if text else (room.name, _NO_WORDS)
+    elif (room / _GENEVAL).is_file():
+        text, no_text = _prompt_of(room / _GENEVAL), ""
     else:
         text, no_text = text_of(room.name, " " in room.name or not re.search(r"\d", room.name))
-    files, unread = (tuple(sorted(filter(kind, room.iterdir()), key=_by_number)) for kind in (_is_picture, _is_unread))
+    found = _in_room(room)
+    files, unread = (tuple(sorted(filter(kind, found), key=_by_number)) for kind in (_is_picture, _is_unread))
     return FileSet(room.name, text, files, no_text, unread)
 
 
-def _from_names(files: Sequence[Path], text_of: TextOf) -> list[FileSet]:
+def _prompt_of(record: Path) -> str:
+    """The prompt of GenEval's record of one folder.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    prompts = [line.get("prompt") for line in _records(record)]
+    if len(prompts) != 1 or not prompts[0]:
+        raise ValueError(f"{record} has not one record with a prompt, as GenEval writes it: write prompt.txt beside it")
+    return str(prompts[0])
+
+
+def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: TextOf) -> list[FileSet]:
     """`<prompt-id>_<seed>.png`; the id may have underscores itself."""
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        found = re.fullmatch(r"(.+)_(\d+)_?", file.stem)
+    groups: dict[str, tuple[list[Path], list[Path]]] = {}
+    for file in [*files, *unread]:
+        found = _ID_AND_SEED.fullmatch(file.stem)
         if not found:
             raise ValueError(f"{file} is not named <prompt-id>_<seed>: rename it, or describe it in manifest.csv")
-        groups.setdefault(found[1], []).append(file)
+        groups.setdefault(found[1], ([], []))[_is_unread(file)].append(file)
     sets = []
     for name, group in groups.items():
         text, no_text = text_of(name, " " in name)
-        sets.append(FileSet(name, text, tuple(sorted(group, key=_by_number)), no_text))
+        read, others = (tuple(sorted(part, key=_by_number)) for part in group)
+        sets.append(FileSet(name, text, read, no_text, others))
     return sets
 
 
@@ -381,7 +440,7 @@ def read_texts(path: Path) -> dict[str, str]:
     """Prompt ids to texts.
 
     Raises:
-        ValueError: for another ending than .txt, .csv, .jsonl, or a record without id and text.
+        ValueError: for another ending than .txt, .csv, .jsonl, a record without id and text, or an id with two texts.
         OSError: if there is no such file.
     """
     path = Path(path)
@@ -394,7 +453,9 @@ def read_texts(path: Path) -> dict[str, str]:
     for line, record in enumerate(_records(path), start=1):
         if record.get("id") in (None, "") or not record.get("text"):
             raise ValueError(f"{path}, record {line} lacks id or text: give both")
-        texts[str(record["id"])] = str(record["text"])
+        name, text = str(record["id"]), str(record["text"])
+        if texts.setdefault(name, text) != text:
+            raise ValueError(f"{path}, record {line}: id {name} has two texts, {texts[name]!r} and {text!r}")
     return texts
 
 

@@ -26,7 +26,7 @@ from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
 from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Row, measure_set
 from dpdmd_pipeline.metrics.pictures import PictureSet
 from dpdmd_pipeline.metrics.presets import Preset, Settings
-from dpdmd_pipeline.metrics.summary import figure, gap_figure
+from dpdmd_pipeline.metrics.summary import counted, figure, gap_figure
 from dpdmd_pipeline.metrics.weights import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -219,6 +219,8 @@ def _add_metric(
     reference: Reference | None,
 ) -> None:
     rows = list(rows_of(sets))
+    if rows and all(row.unfit for row in rows):
+        raise UnavailableError(rows[0].unfit)
     scores.add_faults(rows, preset)
     _check_answers(rows)
     values = {row.id: dict(row.measured.values) for row in rows}
@@ -263,7 +265,7 @@ def _note_rows(scores: Scores, preset: Preset, rows: Sequence[Row]) -> None:
     scores.usable[preset.full_name] = {row.id: row.pictures for row in rows if row.pictures}
     sizes = Counter(scores.usable[preset.full_name].values())
     if preset.axis == "diversity" and len(sizes) > 1:
-        spread = ", ".join(f"{count} prompts with {size}" for size, count in sorted(sizes.items()))
+        spread = ", ".join(f"{counted(count, 'prompt')} with {size}" for size, count in sorted(sizes.items()))
         scores.note(f"unequal numbers of usable pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
     limits = [row.measured.cut_at for row in rows if row.measured.cut_at is not None]
     if limits:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.metrics.score import Scores
+from dpdmd_pipeline.metrics.summary import counted
 
 _NAMED = 5  # names of faulty pictures in the table; the file has all
 
@@ -17,7 +18,7 @@ def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
         scores: to show.
         said: missing metrics that another table has named already.
     """
-    lines = [f"{scores.pictures} pictures of {scores.prompts} prompts", ""]
+    lines = [f"{counted(scores.pictures, 'picture')} of {counted(scores.prompts, 'prompt')}", ""]
     rows = [("metric", "value", "95 % interval", "prompts", "pictures", "protocol")]
     rows += [_row(name, figure) for name, figure in scores.figures.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -30,8 +31,13 @@ def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
     )
     for title, entries in sections:
         if entries:
-            lines += ["", f"{title}:", *(f"  {entry}" for entry in entries)]
+            lines += ["", f"{title}:", *(f"  {_printable(entry)}" for entry in entries)]
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """With what would break the line or command the terminal written out: file names may hold anything."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _missing(missing: Mapping[str, str], said: Mapping[str, str]) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shlex
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +39,10 @@ class DamagedWeightsError(UnavailableError):
 
 class MissingLibraryError(UnavailableError):
     """The library of a metric is not installed."""
+
+
+class UnfitError(ValueError):
+    """A prompt, or pictures, that a metric's network or reader cannot judge; it can others."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class Weights:
         return None
 
     def command(self, folder: Path) -> str:
-        """What brings the files."""
-        return self.fetch.format(folder=folder)
+        """What brings the files, to be pasted into a shell."""
+        return self.fetch.format(folder=shlex.quote(str(folder)))
 
     def _present(self, folder: Path) -> set[str]:
         found = {name for names in map(_names, self.files) for name in names if (folder / name).is_file()}
@@ -175,15 +180,17 @@ MODEL_FILE = ("model.safetensors", "model.safetensors.index.json")
 
 
 def hub_model(folder: str, source: str, licence: str, size_mb: int, *more: str) -> Weights:
-    """A transformers model with its preprocessing, as the Hub has it."""
+    """A transformers model with its preprocessing, as the Hub has it; not its weights in other formats."""
     files = ("config.json", ("preprocessor_config.json", "processor_config.json"), MODEL_FILE, *more)
-    return Weights(folder, files, source, licence, size_mb, f"hf download {source} --local-dir {{folder}}")
+    others = " ".join(f"--exclude '{ending}'" for ending in ("*.bin", "*.h5", "*.msgpack", "*.onnx"))
+    fetch = f"hf download {source} --local-dir {{folder}} {others}"
+    return Weights(folder, files, source, licence, size_mb, fetch)
 
 
-def url_file(folder: str, url: str, licence: str, size_mb: int) -> Weights:
-    """One file of an address."""
+def url_file(folder: str, url: str, licence: str, size_mb: int, before: str = "") -> Weights:
+    """One file of an address, and what else its reader needs `before`."""
     name = url.rsplit("/", 1)[1]
-    return Weights(folder, (name,), url, licence, size_mb, f"curl -fL --create-dirs -o {{folder}}/{name} {url}")
+    return Weights(folder, (name,), url, licence, size_mb, f"{before}curl -fL --create-dirs -o {{folder}}/{name} {url}")
 
 
 DINO_V2 = hub_model("dinov2-base", "facebook/dinov2-base", "Apache-2.0", 346)
@@ -196,8 +203,8 @@ CLIP_L = Weights(
     "timm/vit_large_patch14_clip_224.openai",
     "MIT",
     1710,
-    "hf download timm/vit_large_patch14_clip_224.openai --include 'open_clip*' '*token*' 'vocab.json' 'merges.txt' "
-    "--local-dir {folder}",
+    "hf download timm/vit_large_patch14_clip_224.openai --local-dir {folder} --include 'open_clip*' "
+    "--include '*token*' --include vocab.json --include merges.txt --exclude '*.bin'",
 )
 CLIP_L_HF = hub_model("clip-vit-large-patch14", "openai/clip-vit-large-patch14", "MIT", 1710)
 CLIP_SHAPES = Weights(
@@ -206,7 +213,7 @@ CLIP_SHAPES = Weights(
     "the embedded world",
     "Apache-2.0",
     1,
-    "kedro run --pipelines clip (a minute of one core; it is in the project's git)",
+    "kedro run --pipelines clip  # a minute of one core; git has it too",
 )
 PICKSCORE = hub_model("pickscore", "yuvalkirstain/PickScore_v1", "see its model card", 3945, "tokenizer_config.json")
 HPS_V2_1 = Weights(
@@ -237,9 +244,10 @@ ARNIQA_KONIQ = url_file(HUB, f"{_ARNIQA}/regressor_koniq10k.pth", "Apache-2.0", 
 
 # pyiqa keeps its files beside torch.hub's.
 _PYIQA = "https://huggingface.co/chaofengc/IQA-PyTorch-Weights/resolve/main"
-MANIQA = url_file("hub/pyiqa", f"{_PYIQA}/MANIQA_PIPAL-ae6d356b.pth", "Apache-2.0", 544)
-TOPIQ = url_file("hub/pyiqa", f"{_PYIQA}/cfanet_nr_koniq_res50-9a73138b.pth", "PolyForm-Noncommercial-1.0.0", 140)
-CLIPIQA_PLUS = url_file("hub/pyiqa", f"{_PYIQA}/CLIP-IQA%2B_learned_prompts-603f3273.pth", "see pyiqa", 1)
+_pyiqa_file = partial(url_file, "hub/pyiqa", before="pip install 'dpdmd-pipeline[iqa]' && ")
+MANIQA = _pyiqa_file(f"{_PYIQA}/MANIQA_PIPAL-ae6d356b.pth", "Apache-2.0", 544)
+TOPIQ = _pyiqa_file(f"{_PYIQA}/cfanet_nr_koniq_res50-9a73138b.pth", "PolyForm-Noncommercial-1.0.0", 140)
+CLIPIQA_PLUS = _pyiqa_file(f"{_PYIQA}/CLIP-IQA%2B_learned_prompts-603f3273.pth", "see pyiqa", 1)
 # CLIP-IQA+ learned its prompts for this CLIP, which its own file lacks.
 _OPENAI = "https://openaipublic.azureedge.net/clip/models"
 CLIP_RN50 = url_file(

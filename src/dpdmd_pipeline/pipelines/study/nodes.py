@@ -73,6 +73,7 @@ def run_study(
     return {
         "baseline": options.baseline,
         "runs": changes,
+        "defaults": train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
         "teacher": judge.judged(None),
         "rows": [found[student] for student in options.students],
     }
@@ -174,27 +175,3 @@ def _described(changes: dict[str, Any]) -> list[str]:
         for key, value in changes.get(group, {}).items()
     ]
     return [*changed, f"gap of {changes['baseline']}"] if "baseline" in changes else changed
-
-
-def draw_study(study: dict[str, Any]) -> Any:
-    """Quality against diversity, one point per student."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
-    axis = figure.subplots()
-    for number, (name, values) in enumerate(summarise(study).items()):
-        # ten colours, and another shape for the next ten runs
-        look = {"color": f"C{number % 10}", "marker": "os^"[number // 10 % 3]}
-        axis.scatter(values["effective_modes"], values["aligned"], label=name, **look)
-    teacher = study["teacher"]
-    axis.scatter(
-        teacher["diversity"]["effective_modes"]["value"],
-        teacher["quality"]["aligned"]["value"],
-        marker="*",
-        s=160,
-        color="black",
-        label="teacher",
-    )
-    axis.set(xlabel="effective modes (diversity)", ylabel="aligned (quality)", title="One point per training seed")
-    figure.legend(loc="outside right upper")
-    return figure

@@ -2,7 +2,8 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from dpdmd_pipeline.pipelines.study.nodes import draw_study, run_study, write_study
+from dpdmd_pipeline.pipelines.study.figure import draw_study
+from dpdmd_pipeline.pipelines.study.nodes import run_study, write_study
 
 
 def create_pipeline(**kwargs) -> Pipeline:
