@@ -243,6 +243,14 @@ def test_metrics_set_against_the_reader_are_listed():
     assert "<td>0.76 (0.50 to 0.90)</td><td>0.12</td>" in html and "| 0.76 (0.50 to 0.90) | 0.12 |" in md
 
 
+def test_the_page_says_which_turn_each_student_is_of():
+    for page in make_report(**made_inputs()):
+        assert "Both students are those of their last turn." in page
+    history = [row | {"best_step": 80 if row["step"] >= 80 else 25} for row in made_inputs()["train_history"]]
+    for page in make_report(**made_inputs(train_history=history)):
+        assert "DMD is that of turn 120, DP-DMD is that of turn 80." in page and "diversity_floor" in page
+
+
 def test_metrics_of_an_older_version_are_refused_with_what_measures_them_again():
     metrics = made_metrics()
     metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}

@@ -53,6 +53,22 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
     }
 
 
+def kept_turns(runs: Mapping[str, list[dict]]) -> str:
+    """Which turn each student is of: where one was chosen by what was watched, that one."""
+    best = {name: int(turns[-1]) for name, rows in runs.items() if (turns := _chosen(rows))}
+    if not best:
+        return "Both students are those of their last turn."
+    kept = [f"{name} is that of turn {best.get(name, rows[-1]['step'])}" for name, rows in runs.items()]
+    return (
+        f"{', '.join(kept)}. Where it is not the last: of the measured turns whose diversity is at least "
+        "train.watch.diversity_floor of the teacher's, the one whose pictures the teacher corrects least."
+    )
+
+
+def _chosen(rows: Sequence[dict]) -> list[float]:
+    return [row["best_step"] for row in rows if row.get("best_step")]
+
+
 def _of_teacher(runs: Mapping[str, list[dict]]) -> list[dict]:
     """Rows of what was measured of the teacher beside the last of the students, under the students' names of it."""
     measured = ((row["step"], {name: row.get(f"{name}_teacher") for name in CURVES}) for row in [*runs.values()][-1])

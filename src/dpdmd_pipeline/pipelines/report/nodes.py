@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter
-from dpdmd_pipeline.pipelines.report.curves import make_curves
+from dpdmd_pipeline.pipelines.report.curves import kept_turns, make_curves
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
@@ -55,6 +55,7 @@ def make_report(
         "pictures": picture_rows(grids, shown, options),
         "scatter": make_scatter(scores),
         "bars": make_bars(scores["attributes"]),
+        "kept": kept_turns({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
         "options": option_tables({**groups, "report": plain_options(options)}),
         "versions": versions(),
