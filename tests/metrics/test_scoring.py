@@ -126,6 +126,24 @@ def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
     assert json.loads(json.dumps(as_record(scores), allow_nan=False))["faults"]["empty file"]["count"] == 1
 
 
+def test_pictures_of_several_sizes_are_told(settings):
+    def sized(side, count=12):
+        return [TensorSet(f"{side}_{n}", "", _noise(side, n)) for n in range(count)]
+
+    told = "pictures of several sizes{} (12 prompts at 4 x 4, 2 prompts at 8 x 8)"
+    mixed, small = [*sized(4), *sized(8, 2)], sized(4)
+    assert any(told.format("") in note for note in score(mixed, [QUALITY], settings).notes)
+    both = score(small, [FEATURES], settings, Reference(mixed)).notes
+    assert any(told.format(", in the reference") in note for note in both) and not any(
+        "sizes (" in note for note in both
+    )
+    assert not any("several sizes" in note for note in score(small, [DIVERSITY], settings).notes)
+
+
+def _noise(side, seed):
+    return torch.randint(256, (2, 3, side, side), generator=torch.Generator().manual_seed(seed)).byte()
+
+
 def test_a_prompt_that_a_metric_cannot_judge_costs_no_other_prompt(settings):
     (reader,) = choose("quality.shapes")
     known = [TensorSet(caption(row), caption(row), (gallery()[[row * NUM_MODES]] * 255).byte()) for row in (0, 1)]
@@ -408,7 +426,7 @@ def test_the_gap_is_recovered_by_what_lies_between(settings):
     gaps = gaps_recovered(*scores, seed=0)
     assert set(gaps) == {f"diversity.corners.{name}" for name in ("one_minus_cosine", "vendi", "duplicate_rate")}
     for gap in gaps.values():
-        assert 0 < gap["value"] < 1 and gap["prompts"] == 8
+        assert 0 < gap["value"] < 1 and gap["prompts"] == 8 and gap["preset"] == "corner pixels"
     assert gaps["diversity.corners.vendi"]["low"] < gaps["diversity.corners.vendi"]["high"]
     assert "diversity.corners.vendi: 0." in as_gap_table(gaps)
     assert gaps_recovered(scores[0], scores[1], scores[0], seed=0)["diversity.corners.vendi"]["value"] == 1

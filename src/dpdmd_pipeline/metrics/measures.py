@@ -50,6 +50,7 @@ class Row(NamedTuple):
     pictures: int  # that were measured
     faults: list[Fault]
     unfit: str = ""  # why the metric cannot judge it, if it cannot
+    size: tuple[int, int] | None = None  # of the pictures, width and height
 
 
 def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
@@ -67,7 +68,7 @@ def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False
     if usable < measure.least:
         faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
     done = bool(measured.values) or measured.features is not None
-    return Row(pictures.id, measured, usable if done else 0, faults)
+    return Row(pictures.id, measured, usable if done else 0, faults, size=images[0].size if done else None)
 
 
 def _too_few(measure: Measure, pictures: PictureSet) -> str:

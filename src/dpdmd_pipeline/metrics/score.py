@@ -267,10 +267,18 @@ def _note_rows(scores: Scores, preset: Preset, rows: Sequence[Row]) -> None:
     if preset.axis == "diversity" and len(sizes) > 1:
         spread = ", ".join(f"{counted(count, 'prompt')} with {size}" for size, count in sorted(sizes.items()))
         scores.note(f"unequal numbers of usable pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
+    _note_sizes(scores, Counter(row.size for row in rows if row.size), "")
     limits = [row.measured.cut_at for row in rows if row.measured.cut_at is not None]
     if limits:
         told = f"{len(limits)} of {len(rows)} prompts are longer than {limits[0]} tokens and were cut"
         scores.note(f"{told} ({preset.full_name})")
+
+
+def _note_sizes(scores: Scores, found: Counter[tuple[int, int]], where: str) -> None:
+    """Say that pictures are not all of one size: a metric that resizes them sees each size in another detail."""
+    if len(found) > 1:
+        sizes = ", ".join(f"{counted(count, 'prompt')} at {w} x {h}" for (w, h), count in sorted(found.items()))
+        scores.note(f"pictures of several sizes{where} ({sizes}): what a metric sees of them differs")
 
 
 def _note_threshold(scores: Scores, preset: Preset, threshold: float, source: str) -> None:
@@ -378,17 +386,23 @@ def _count(sets: Sequence[PictureSet]) -> int:
 
 def _followed(scores: Scores, preset: Preset, rows: Iterator[Row], where: str) -> Iterator[Tensor]:
     """Features of rows that pass by, their faults noted with where they are."""
+    found: Counter[tuple[int, int]] = Counter()
     for row in rows:
         scores.add_faults([row], preset, where)
+        found.update([row.size] if row.size else [])
         features = row.measured.features
         yield torch.empty(0, 0) if features is None else features
+    _note_sizes(scores, found, where)
 
 
-def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, float | None]]:
+def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, Any]]:
     """Share of DMD's loss that ours gets back, for every diversity metric that all three have.
 
     Prompts are compared with themselves: those that one of the three could not measure are left out of all, and of
     what depends on the number of pictures also those of which the three could not use equally many.
+
+    Returns:
+        by full name of the figure: value, low, high, prompts, preset.
     """
     found = {}
     for name in _diversity_of(ours):
@@ -398,7 +412,7 @@ def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dic
         sign = -1 if name.rsplit(".", 1)[1] in _MORE_IS_LESS_DIVERSE else 1
         tables = [scores.per_prompt[name] for scores in (teacher, dmd, ours)]
         rows = [sign * torch.tensor([table[key] for key in prompts], dtype=torch.float64) for table in tables]
-        found[name] = gap_figure(*rows, seed) | {"prompts": len(prompts)}
+        found[name] = gap_figure(*rows, seed) | {"prompts": len(prompts), "preset": ours.figures[name]["preset"]}
     return found
 
 

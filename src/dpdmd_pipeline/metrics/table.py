@@ -81,7 +81,7 @@ def as_record(scores: Scores) -> dict[str, Any]:
     }
 
 
-def as_gap_table(gaps: dict[str, dict[str, float | None]], notes: Sequence[str] = ()) -> str:
+def as_gap_table(gaps: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> str:
     """Share of DMD's loss recovered, one line a metric, then what is not in it.
 
     Args:

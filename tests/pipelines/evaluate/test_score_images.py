@@ -101,6 +101,17 @@ def test_the_exact_reader_s_figures_are_those_of_its_own_function(score, images)
         assert not metrics[name]["figures"] and not metrics[name]["missing"]
 
 
+def test_every_gap_has_an_interval_its_prompts_and_its_protocol(score, images):
+    scores = score(by=CLIP)
+    ours = summarise(images, scores, evaluate_options(by=CLIP))["dp_dmd"]
+    assert ours["gap_recovered"].keys() == ours["diversity"].keys()
+    assert ours["gap_recovered"]["effective_modes"] == scores["gaps"]["diversity.shapes.effective_modes"]
+    assert ours["gaps"].keys() == {name for name in ours["figures"] if name.startswith("diversity.")}
+    for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values()):
+        assert gap["prompts"] == 3 and gap["preset"]
+        assert gap["value"] is None or gap["low"] is None or gap["low"] <= gap["value"] <= gap["high"]
+
+
 def test_the_presets_of_the_exact_figures_are_told_once_a_model(score, images):
     metrics = summarise(images, score(), evaluate_options())
     protocols = {preset.full_name: preset.protocol for preset in scoring.asked_presets(evaluate_options())}

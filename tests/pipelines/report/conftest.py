@@ -17,6 +17,11 @@ def measured(value, spread):
     return {"value": value, "low": value - spread, "high": value + spread}
 
 
+def made_gap(value, spread=0.05):
+    ends = dict.fromkeys(("low", "high")) if value is None else {"low": value - spread, "high": value + spread}
+    return {"value": value, **ends, "prompts": 3, "preset": "a protocol"}
+
+
 def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02):
     """Metrics of three models; `spread` is the half width of every interval, relative for the modes."""
     metrics = {}
@@ -41,8 +46,8 @@ def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02)
         }
     teacher, dmd, ours = modes
     gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
-    others = {"coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
-    metrics["dp_dmd"]["gap_recovered"] = {"effective_modes": gap, **others}
+    gaps = {"effective_modes": gap, "coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
+    metrics["dp_dmd"]["gap_recovered"] = {name: made_gap(value) for name, value in gaps.items()}
     metrics["dp_dmd"]["gaps"] = {}
     return {**metrics, "rank_correlation": {}}
 
@@ -62,7 +67,7 @@ def without_reader(figures=((0.3, 0.1, 0.25), (21.0, 22.0, 22.5)), spread=0.02):
     teacher, dmd, ours = figures[0]
     gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
     metrics["dp_dmd"]["gap_recovered"] = {}
-    metrics["dp_dmd"]["gaps"] = {names[0]: {"value": gap, "low": gap, "high": gap, "prompts": 3}}
+    metrics["dp_dmd"]["gaps"] = {names[0]: made_gap(gap)}
     return metrics
 
 

@@ -19,6 +19,7 @@ from tests.pipelines.report.conftest import (
     COLOURS,
     HOSTILE,
     ROOT,
+    made_gap,
     made_inputs,
     made_metrics,
     made_scores,
@@ -117,9 +118,15 @@ def test_a_gap_that_is_not_there_is_a_dash_that_is_explained():
     for page in make_report(**made_inputs()):
         assert page.count("\N{EM DASH}") >= 2 and "DMD lost nothing in this metric" in page
     complete = made_metrics()
-    complete["dp_dmd"]["gap_recovered"]["pairwise_distance"] = 1.0
+    complete["dp_dmd"]["gap_recovered"]["pairwise_distance"] = made_gap(1.0)
     for page in make_report(**made_inputs(metrics=complete)):
         assert "DMD lost nothing in this metric" not in page
+
+
+def test_a_gap_of_the_exact_reader_has_its_interval_too():
+    html, md = make_report(**made_inputs())
+    for page in (Tags(html).text, md):
+        assert "90 % (85 to 95)" in page
 
 
 def test_an_unknown_metric_is_shown_under_its_own_name():
@@ -176,7 +183,7 @@ def test_any_metric_is_a_row_with_its_protocol_its_count_and_its_gap():
     html, md = make_report(**made_inputs(metrics=without_reader()))
     for page in (Tags(html).text, md.replace("\\", "")):
         assert "diversity.dino_v2.one_minus_cosine" in page and "protocol of preference.pickscore.score" in page
-        assert "27 pictures of 3 prompts" in page and "75 % (75 to 75)" in page and "0.25" in page
+        assert "27 pictures of 3 prompts" in page and "75 % (70 to 80)" in page and "0.25" in page
     assert "effective modes" not in Tags(html).text
 
 
@@ -256,6 +263,10 @@ def test_metrics_of_an_older_version_are_refused_with_what_measures_them_again()
     metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
     with pytest.raises(ValueError, match=r"older version \(.*shapes.vendi.*: `kedro run --pipelines evaluate,report`"):
         make_report(**made_inputs(metrics=metrics))
+    metrics = made_metrics()
+    metrics["dp_dmd"]["gap_recovered"]["coverage"] = 0.5
+    with pytest.raises(ValueError, match=r"older version \(the interval of gap_recovered.coverage is not there\)"):
+        make_report(**made_inputs(metrics=metrics))
 
 
 def test_grids_of_the_first_prompts_only_are_labelled_with_those():
@@ -275,7 +286,7 @@ def test_the_terminal_shows_any_metric_and_what_is_missing(capsys):
     metrics["dmd"]["missing"] = {"distribution.inception": "pip install 'dpdmd-pipeline[metrics]'"}
     show_result(metrics, "", "")
     shown = capsys.readouterr().out
-    assert "preference.pickscore.score" in shown and "75 (75 to 75)" in shown and shown.isascii()
+    assert "preference.pickscore.score" in shown and "75 (70 to 80)" in shown and shown.isascii()
     assert "not measured: distribution.inception: pip install 'dpdmd-pipeline[metrics]'" in shown
     assert shown.splitlines()[-1] == make_verdict(metrics)
 
@@ -286,6 +297,7 @@ def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(ca
     lines = shown.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["teacher", "DMD", "DP-DMD"]
     assert lines[4].startswith("gap recovered") and "90 %" in lines[4]
+    assert lines[5].split()[:5] == ["95", "%", "interval", "85", "to"]
     assert lines[-1] == make_verdict(made_metrics())
     assert shown.isascii() and "\x1b" not in shown
 

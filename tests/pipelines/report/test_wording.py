@@ -1,7 +1,7 @@
 """The verdict says what the numbers say, whichever way they went."""
 
 import pytest
-from tests.pipelines.report.conftest import made_metrics, without_reader
+from tests.pipelines.report.conftest import made_gap, made_metrics, without_reader
 
 from dpdmd_pipeline.pipelines.report.wording import make_verdict
 
@@ -55,7 +55,7 @@ def test_pixels_are_taken_for_a_verdict_only_where_there_is_nothing_else():
         figures = metrics[model]["figures"]
         figures |= {"diversity.pixels.mean_distance": figures["diversity.dino_v2.one_minus_cosine"]}
         metrics[model]["figures"] = dict(reversed(figures.items()))
-    metrics["dp_dmd"]["gaps"] |= {"diversity.pixels.mean_distance": {"value": 0.1, "low": 0.1, "high": 0.1}}
+    metrics["dp_dmd"]["gaps"] |= {"diversity.pixels.mean_distance": made_gap(0.1)}
     assert "by diversity.dino_v2" in make_verdict(metrics)
     for model in ("teacher", "dmd", "dp_dmd"):
         del metrics[model]["figures"]["diversity.dino_v2.one_minus_cosine"]

@@ -229,18 +229,16 @@ def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, in
 
 
 def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
-    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back."""
-    from dpdmd_pipeline.metrics.summary import gap_recovered
+    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back, under the same names."""
+    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
 
     results = {name: _figures_of(scores["models"][name], options) for name in MODELS}
     for name, found in results.items():
         found["nfe"] = images.manifest["nfe"][name]
-    diversity = [results[name]["diversity"] for name in MODELS]
-    common = [metric for metric in diversity[0] if all(metric in found for found in diversity)]
-    results["dp_dmd"]["gap_recovered"] = {
-        metric: gap_recovered(*(found[metric]["value"] for found in diversity)) for metric in common
-    }
-    results["dp_dmd"]["gaps"] = scores["gaps"]
+    gaps = dict(scores["gaps"])
+    exact = EXACT["diversity"] if options.judge == "shapes" else {}
+    recovered = {name: gaps.pop(full) for name, full in exact.items() if full in gaps}
+    results["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps}
     return {**results, "rank_correlation": scores["rank_correlation"]}
 
 

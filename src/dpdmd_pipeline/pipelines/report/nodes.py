@@ -10,8 +10,8 @@ from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
 from dpdmd_pipeline.pipelines.report.plots import prompt_rows, turn_rows
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
-from dpdmd_pipeline.pipelines.report.tables import figure_rows, gaps_missing, missing_metrics, result_words
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, gap_text, make_verdict, metric_named
+from dpdmd_pipeline.pipelines.report.tables import figure_rows, gap_cell, gaps_missing, missing_metrics, result_words
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, make_verdict, metric_named
 
 
 def make_report(
@@ -109,7 +109,9 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in measured]
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
-    table.add_row("gap recovered", *(gap_text(gaps[name], "-") if name in gaps else "" for _, name in measured), "")
+    cells = [gap_cell(gaps[name]) if name in gaps else ("", "") for _, name in measured]
+    table.add_row("gap recovered", *(share.replace(DASH, "-") for share, _ in cells), "")
+    table.add_row("  95 % interval", *(spread for _, spread in cells), "")
     return table
 
 

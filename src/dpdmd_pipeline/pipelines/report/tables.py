@@ -15,7 +15,12 @@ from dpdmd_pipeline.pipelines.report.wording import (
 
 
 def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What the page says of the metrics, under the names that its templates use."""
+    """What the page says of the metrics, under the names that its templates use.
+
+    Raises:
+        ValueError: where an older version of this package has measured.
+    """
+    _refuse_older(metrics)
     return {
         "verdict": make_verdict(metrics),
         "captions": make_captions(metrics),
@@ -30,6 +35,21 @@ def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _refuse_older(metrics: dict[str, Any]) -> None:
+    lacks = [
+        f"rank_correlation of {name} within a model"
+        for name, figure in metrics["rank_correlation"].items()
+        if "within" not in figure
+    ]
+    gaps = metrics["dp_dmd"]["gap_recovered"]
+    lacks += [f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)]
+    if lacks:
+        raise ValueError(
+            f"the metrics are of an older version ({lacks[0]} is not there): `kedro run --pipelines evaluate,report` "
+            "measures again what has changed, and draws no picture again"
+        )
+
+
 def table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """A row per metric: title, explanation, a (value, interval) per model, and the gap recovered where it has one."""
     gaps = metrics["dp_dmd"]["gap_recovered"]
@@ -38,7 +58,7 @@ def table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             "title": metric_named(name).title,
             "explanation": metric_named(name).explanation,
             "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in MODELS],
-            "gap": gap_text(gaps[name]) if name in gaps else None,
+            "gap": certain_gap(gaps[name]) if name in gaps else None,
         }
         for kind in ("quality", "diversity")
         for name in metrics["teacher"][kind]
@@ -82,11 +102,17 @@ def _counted(found: Mapping[str, Mapping[str, Any] | None]) -> str:
     return texts[0] if len(texts) == 1 else "; ".join(f"{title}: {text}" for title, text in counts.items())
 
 
-def certain_gap(gap: Mapping[str, float | None]) -> str:
+def certain_gap(gap: Mapping[str, Any]) -> str:
     """`96 % (94 to 98)`; a dash where DMD's loss cannot be told from chance."""
+    share, spread = gap_cell(gap)
+    return f"{share} ({spread})" if spread else share
+
+
+def gap_cell(gap: Mapping[str, Any]) -> tuple[str, str]:
+    """The share and its interval, `96 %` and `94 to 98`."""
     if gap["low"] is None or gap["high"] is None:
-        return DASH
-    return f"{gap_text(gap['value'])} ({100 * gap['low']:.0f} to {100 * gap['high']:.0f})"
+        return DASH, ""
+    return gap_text(gap["value"]), f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
 
 
 def missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -108,17 +134,7 @@ def left_out(metrics: dict[str, Any]) -> list[str]:
 
 
 def correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """The metrics that were set against the exact reader: name, and correlations with their intervals.
-
-    Raises:
-        ValueError: where an older version of this package has measured.
-    """
-    for name, figure in metrics["rank_correlation"].items():
-        if "within" not in figure:
-            raise ValueError(
-                f"the metrics are of an older version (rank_correlation of {name} within a model is not there): "
-                "`kedro run --pipelines evaluate,report` measures again what has changed, and draws no picture again"
-            )
+    """The metrics that were set against the exact reader: name, and correlations with their intervals."""
     return [
         {"name": name, "pooled": _correlation(figure), "within": _correlation(figure["within"])}
         for name, figure in metrics["rank_correlation"].items()
@@ -135,7 +151,6 @@ def _correlation(figure: dict[str, Any]) -> str:
 
 
 def gaps_missing(metrics: dict[str, Any]) -> bool:
-    """Whether DMD lost nothing in some metric, so that the share of it that DP-DMD recovers is not defined."""
+    """Whether some metric has a dash for the share that DP-DMD recovers."""
     ours = metrics["dp_dmd"]
-    shown = [gap for name, gap in ours["gaps"].items() if name in ours["figures"]]
-    return None in ours["gap_recovered"].values() or any(gap["low"] is None for gap in shown)
+    return any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values()))

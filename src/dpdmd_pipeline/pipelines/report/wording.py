@@ -90,7 +90,7 @@ def make_verdict(metrics: dict[str, Any]) -> str:
 def _diversity_clause(metrics: dict[str, Any]) -> str:
     if all("effective_modes" in metrics[model]["diversity"] for model in MODELS):
         measured = [metrics[model]["diversity"]["effective_modes"] for model in MODELS]
-        gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]
+        gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]["value"]
         words = "{} effective modes a prompt against DMD's {} and the teacher's {}"
         return _compared(measured, gap, words, METRICS["effective_modes"].text)
     name = headline(metrics, ("diversity.",))
@@ -177,6 +177,6 @@ def metric_named(name: str) -> Metric:
     return METRICS.get(name) or Metric(name.replace("_", " "), "")
 
 
-def gap_text(value: float | None, missing: str = DASH) -> str:
+def gap_text(value: float) -> str:
     """`90 %`."""
-    return missing if value is None else f"{100 * value:.0f} %"
+    return f"{100 * value:.0f} %"
