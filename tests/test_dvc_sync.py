@@ -18,8 +18,8 @@ from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
 PROJECT = Path(__file__).parents[1]
 PACKAGE = Path("src/dpdmd_pipeline")
-STAGES = ["prompts", "teacher", "clip", "anchors", "train", "evaluate", "report", "export", "sample", "study"]
-FROZEN = {"teacher", "clip", "study"}  # long, not in the main job, and their results are in git
+STAGES = ["prompts", "teacher", "clip", "anchors", "train", "evaluate", "report", "export", "sample", "study", "beyond"]
+FROZEN = {"teacher", "clip", "study", "beyond"}  # long, not in the main job, and their results are in git
 APART = {"sample"}  # draws what its user asks for; no part of the main job
 DVC = yaml.safe_load((PROJECT / "dvc.yaml").read_text())
 CATALOG = OmegaConfigLoader(str(PROJECT / "conf"), env="base", **CONFIG_LOADER_ARGS)["catalog"]

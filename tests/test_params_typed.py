@@ -8,7 +8,7 @@ from kedro.pipeline import Pipeline
 from kedro.validation.type_extractor import TypeExtractor
 from pydantic import BaseModel
 
-STAGES = ["prompts", "teacher", "clip", "anchors", "train", "evaluate", "report", "study"]
+STAGES = ["prompts", "teacher", "clip", "anchors", "train", "evaluate", "report", "study", "beyond"]
 
 # The report prints the other stages' options as they were given; alone, it must not refuse what those stages would.
 # In one run with them (distill), their own nodes give these groups a type.
@@ -41,6 +41,11 @@ def models_in(model: type[BaseModel]) -> set[type[BaseModel]]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_option_group_of_a_stage_has_a_model(stage):
     assert asked(stage) - set(typed(stage)) == UNTYPED.get(stage, set())
+
+
+def test_kedro_reads_the_annotations_of_every_node(caplog):
+    typed(*STAGES, "export", "sample", "distill")
+    assert not caplog.messages  # it warns, at every run, of a type that only a checker imports
 
 
 def test_in_the_main_job_no_group_is_without_a_model():

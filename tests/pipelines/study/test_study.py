@@ -68,10 +68,11 @@ def test_the_table_names_what_each_run_changes(study):
     table = write_study(found)
     assert '| later | `anchors.anchor_levels=[{"steps": 4}]` |' in table
     assert "`stop_gradient=false`" in table and "left_out" not in table
+    assert "for each of 2 prompts (" in table and "; quality.shapes: exact reader of the embedded world)." in table
 
 
 def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp_path):
-    with pytest.raises(ValueError, match=r"study\.runs\.wrong: anchored_steps=9"):
+    with pytest.raises(ValueError, match=r"^runs\.wrong: anchored_steps=9"):
         study(options(wrong={"train": {"anchored_steps": 9}}))
     with pytest.raises(ValueError, match="steps=6 must be below the teacher's backbone.num_steps=6"):
         study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}))
@@ -92,10 +93,13 @@ def test_a_run_may_be_compared_with_another_baseline():
     longer = {"train": {"max_steps": 200}, "baseline": "dmd_longer"}
     runs = {"dmd": DMD, "dmd_longer": DMD, "longer": longer, "same": {}}
     rows = [{"run": run, "seed": seed, **judged(modes[run][seed])} for seed in (0, 1) for run in runs]
-    found = {"baseline": "dmd", "runs": runs, "teacher": judged(20.0), "rows": rows}
+    count = {"prompts": 12, "per_prompt": 64, "exact_presets": {"diversity.shapes": "exact reader"}}
+    found = {"baseline": "dmd", "runs": runs, "judged": count, "teacher": judged(20.0), "rows": rows}
     assert summarise(found)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
     assert summarise(found)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
-    assert "| longer | `max_steps=200`, gap of dmd_longer | 0, 1 |" in write_study(found)
+    table = write_study(found)
+    assert "| longer | `max_steps=200`, gap of dmd_longer | 0, 1 |" in table
+    assert "64 pictures a student for each of 12 prompts (diversity.shapes: exact reader)." in table
 
 
 def test_a_baseline_that_is_no_run_or_lacks_a_seed_is_refused():

@@ -70,8 +70,17 @@ def asked_presets(options: EvaluateOptions) -> list[Preset]:
     Raises:
         ValueError: for a name that is not there.
     """
-    exact = choose(",".join(_EXACT_PRESETS)) if options.judge == "shapes" else []
+    exact = _exact(options)
     return [*exact, *(preset for preset in choose(",".join(options.by)) if preset not in exact)]
+
+
+def exact_presets(options: EvaluateOptions) -> dict[str, str]:
+    """Full name to protocol of the judge's own metrics."""
+    return {preset.full_name: preset.protocol for preset in _exact(options)}
+
+
+def _exact(options: EvaluateOptions) -> list[Preset]:
+    return choose(",".join(_EXACT_PRESETS)) if options.judge == "shapes" else []
 
 
 def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> Settings:

@@ -10,7 +10,6 @@ from dpdmd_pipeline.pipelines.study.nodes import SHOWN, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 WeightLines = dict[bool, dict[float, dict[str, list]]]  # by stop-gradient and weight, the values by metric
 
@@ -44,8 +43,8 @@ class Row(NamedTuple):
     colour: str
 
 
-def draw_study(study: dict[str, Any]) -> Figure:
-    """Diversity and quality of every run in the table's order, and over the diversity weight where it was varied."""
+def draw_study(study: dict[str, Any]) -> Any:
+    """A figure: diversity and quality of every run in the table's order, and over the weight where it was varied."""
     from matplotlib.figure import Figure
 
     rows, lines = rows_of(study), weight_lines(study)

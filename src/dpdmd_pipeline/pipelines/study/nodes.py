@@ -49,6 +49,8 @@ def run_study(
     Raises:
         ValueError: where prompts are not of the embedded world, whose reader judges here.
     """
+    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_presets
+
     if evaluate.judge != "shapes":
         raise ValueError(f"evaluate.judge={evaluate.judge}: the study is judged by the exact reader, give it shapes")
     runs = {
@@ -74,6 +76,7 @@ def run_study(
         "baseline": options.baseline,
         "runs": changes,
         "defaults": train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
+        "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
         "teacher": judge.judged(None),
         "rows": [found[student] for student in options.students],
     }
@@ -115,7 +118,7 @@ def _changed(name: str, options: Options, changes: dict[str, Any]) -> Options:
     try:
         return type(options)(**{**options.model_dump(), **changes})
     except ValidationError as error:
-        raise ValueError(f"study.runs.{name}: {'; '.join(map(_reason, error.errors()))}") from error
+        raise ValueError(f"runs.{name}: {'; '.join(map(_reason, error.errors()))}") from error
 
 
 def _reason(fault: dict[str, Any]) -> str:
@@ -142,7 +145,8 @@ def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
     return found
 
 
-def _spread(values: list, digits: int) -> str:
+def mean_and_spread(values: list, digits: int) -> str:
+    """`0.95 ± 0.04`, the standard deviation over the seeds; of one seed its value alone."""
     if None in values:  # a seed whose baseline lost nothing has no gap
         return "no gap"
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -160,14 +164,16 @@ def write_study(study: dict[str, Any]) -> str:
     lines.append("| teacher | | | " + " | ".join([*teacher, ""]) + " |")
     for run, values in summarise(study).items():
         seeds = ", ".join(str(row["seed"]) for row in study["rows"] if row["run"] == run)
-        changes = ", ".join(_described(study["runs"][run]))
-        cells = [_spread(values[name], places) for name, places in digits.items()]
+        changes = ", ".join(describe(study["runs"][run]))
+        cells = [mean_and_spread(values[name], places) for name, places in digits.items()]
         lines.append(f"| {run} | {changes} | {seeds} | " + " | ".join(cells) + " |")
-    spread = "Mean ± standard deviation over the training seeds; gaps are seed by seed."
-    return "\n".join([*lines, "", spread, ""])
+    judged = "{per_prompt} pictures a student for each of {prompts} prompts".format(**study["judged"])
+    protocols = "; ".join(f"{name}: {protocol}" for name, protocol in study["judged"]["exact_presets"].items())
+    told = "Mean ± standard deviation over the training seeds; gaps are of effective modes, seed by seed."
+    return "\n".join([*lines, "", f"{told} {judged} ({protocols}).", ""])
 
 
-def _described(changes: dict[str, Any]) -> list[str]:
+def describe(changes: dict[str, Any]) -> list[str]:
     """`stop_gradient=false`, `anchors.anchor_levels=[{"steps": 4}]`, and the run it is compared with, if named."""
     changed = [
         f"`{prefix}{key}={json.dumps(value)}`"

@@ -59,6 +59,10 @@ class Judge(NamedTuple):
         per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in self.chosen]
         return judge(per_prompt, list(self.chosen.values()), self.options.seed)
 
+    def count(self) -> dict[str, int]:
+        """Over how much each model is judged."""
+        return {"prompts": len(self.chosen), "per_prompt": self.options.images_per_prompt}
+
     def record(self, identity: str) -> Path:
         """Where what is known of a student is kept; its name tells all that decides it.
 

@@ -1,0 +1,5 @@
+"""Stage `beyond`: the study of what the paper does not vary."""
+
+from dpdmd_pipeline.pipelines.beyond.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]
