@@ -28,6 +28,8 @@ def test_the_stage_writes_a_folder_that_open_clip_loads_and_finds_it_finished_th
 
 
 def test_the_shipped_clip_finds_every_caption_and_is_small():
-    found = judge_clip(SHIPPED)["retrieval"]
+    judged = judge_clip(SHIPPED)
+    found = judged["retrieval"]
+    assert judged["n"] == {"pictures": 864, "full_captions": 864, "prompts": 12}
     assert found["full_captions"] > 0.98 and found["prompts"] > 0.98
     assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 3e6

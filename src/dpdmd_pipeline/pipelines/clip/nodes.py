@@ -38,8 +38,14 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
 
 
 def judge_clip(shapes_clip: Path) -> dict[str, dict[str, float]]:
-    """Share of legal pictures whose nearest caption is their own; by chance it is 1 in 864, and 1 in 12 prompts."""
+    """Share of legal pictures whose nearest caption is their own; by chance it is 1 in 864, and 1 in 12 prompts.
+
+    It is over all legal pictures, not some of them, so it has a count and no interval.
+    """
     from dpdmd_pipeline.metrics.embedders import load_open_clip
+    from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS
     from dpdmd_pipeline.training.clip import retrieval
 
-    return {"retrieval": retrieval(load_open_clip(shapes_clip)[0], shapes_clip)}
+    pictures = NUM_PROMPTS * NUM_MODES
+    n = {"pictures": pictures, "full_captions": pictures, "prompts": NUM_PROMPTS}
+    return {"retrieval": retrieval(load_open_clip(shapes_clip)[0], shapes_clip), "n": n}

@@ -1,7 +1,7 @@
 """Nodes of the study: it repeats the rooms train and evaluate, once per recipe and seed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -53,33 +53,34 @@ def run_study(
 
     if evaluate.judge != "shapes":
         raise ValueError(f"evaluate.judge={evaluate.judge}: the study is judged by the exact reader, give it shapes")
-    runs = {
-        name: _prepare(name, run, prompts, embeddings, anchors, teacher, backbone, anchor_options, train)
-        for name, run in options.kept.items()
-    }
-    rows = [row for row, record in enumerate(prompts) if record["train"]]
-    for prepared in runs.values():  # all of them before the first is trained
-        check_anchors(prepared.anchors, rows, embeddings, teacher, backbone, prepared.anchor_options, prepared.train)
+    line = _Line(prompts, embeddings, anchors, teacher, train_state, backbone)
+    runs = {name: _prepare(name, run, line, anchor_options, train) for name, run in options.kept.items()}
+    _check(runs.values(), line)  # all of them before the first is trained
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
-
-    def make(student: Student) -> dict[str, Any]:
-        seed, name = student
-        run = runs[name]
-        seeded = run.train.model_copy(update={"seed": seed})
-        asked = prompts, embeddings, run.anchors, teacher, train_state, backbone, run.anchor_options, seeded
-        identity = run_identity(seeded.recipe(), backbone, run.anchors, rows)
-        return {"run": name, "seed": seed, **judged_student(partial(train_student, *asked), judge, identity)}
-
-    found = make_all(options.students, make)
-    changes = {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()}
+    found = make_all(options.students, partial(_make, line, runs, judge))
     return {
         "baseline": options.baseline,
-        "runs": changes,
+        "runs": {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()},
         "defaults": train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
         "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
         "teacher": judge.judged(None),
         "rows": [found[student] for student in options.students],
     }
+
+
+class _Line(NamedTuple):
+    """What every student is made from, whatever its recipe."""
+
+    prompts: Iterable[dict]
+    embeddings: Any
+    anchors: Any
+    teacher: Path
+    train_state: Path
+    backbone: BackboneOptions
+
+    def rows(self) -> list[int]:
+        """Of the prompts that are trained on."""
+        return [row for row, record in enumerate(self.prompts) if record["train"]]
 
 
 class _Prepared(NamedTuple):
@@ -90,23 +91,30 @@ class _Prepared(NamedTuple):
     anchors: Any
 
 
-def _prepare(
-    name: str,
-    run: RunOptions,
-    prompts: Iterable[dict],
-    embeddings: Any,
-    anchors: Any,
-    teacher: Path,
-    backbone: BackboneOptions,
-    anchor_options: AnchorRecipe,
-    train: TrainOptions,
-) -> _Prepared:
+def _prepare(name: str, run: RunOptions, line: _Line, anchor_options: AnchorRecipe, train: TrainOptions) -> _Prepared:
     """Other anchors than the cache's are computed in each student turn."""
     changed = _changed(name, train, run.train)
     if not run.anchors:
-        return _Prepared(changed, anchor_options, anchors)
+        return _Prepared(changed, anchor_options, line.anchors)
     asked = _changed(name, anchor_options, {"mode": "online", **run.anchors})
-    return _Prepared(changed, asked, make_anchors(prompts, embeddings, teacher, backbone, asked))
+    return _Prepared(changed, asked, make_anchors(line.prompts, line.embeddings, line.teacher, line.backbone, asked))
+
+
+def _check(runs: Iterable[_Prepared], line: _Line) -> None:
+    """Refuse anchors that a recipe cannot learn from."""
+    rows = line.rows()
+    for run in runs:
+        check_anchors(run.anchors, rows, line.embeddings, line.teacher, line.backbone, run.anchor_options, run.train)
+
+
+def _make(line: _Line, runs: Mapping[str, _Prepared], judge: Judge, student: Student) -> dict[str, Any]:
+    """Train and judge one student."""
+    seed, name = student
+    run = runs[name]
+    seeded = run.train.model_copy(update={"seed": seed})
+    train = partial(train_student, **line._replace(anchors=run.anchors)._asdict(), anchor_options=run.anchor_options)
+    identity = run_identity(seeded.recipe(), line.backbone, run.anchors, line.rows())
+    return {"run": name, "seed": seed, **judged_student(partial(train, options=seeded), judge, identity)}
 
 
 def _changed(name: str, options: Options, changes: dict[str, Any]) -> Options:
