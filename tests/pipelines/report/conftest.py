@@ -43,12 +43,13 @@ def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02)
             "figures": {},
             "missing": {},
             "faults": {},
+            "notes": [],
         }
     teacher, dmd, ours = modes
     gap = (ours - dmd) / (teacher - dmd) if teacher > dmd else None
     gaps = {"effective_modes": gap, "coverage": 0.5, "entropy": 0.5, "pairwise_distance": None}
     metrics["dp_dmd"]["gap_recovered"] = {name: made_gap(value) for name, value in gaps.items()}
-    metrics["dp_dmd"]["gaps"] = {}
+    metrics["dp_dmd"] |= {"gaps": {}, "gap_notes": []}
     return {**metrics, "rank_correlation": {}}
 
 

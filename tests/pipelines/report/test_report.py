@@ -18,6 +18,7 @@ from PIL import Image
 from tests.pipelines.report.conftest import (
     COLOURS,
     HOSTILE,
+    OPTIONS,
     ROOT,
     made_gap,
     made_inputs,
@@ -197,6 +198,27 @@ def test_what_is_missing_is_said_once_with_its_remedy():
     for page in (Tags(html).text, md.replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")):
         assert page.count(reason) == 1 and "diversity.dino_v2, diversity.dino_v2_patch" in page
         assert "DMD: 2 x the network gave no finite number" in page
+
+
+def test_what_limits_the_figures_is_told_once_with_the_models_it_is_true_of(capsys):
+    metrics = without_reader()
+    for model in COLOURS:
+        metrics[model]["notes"] = ["3 of 9 prompts are longer than 77 tokens and were cut (alignment.clip_score)"]
+    metrics["dmd"]["notes"] = [*metrics["dmd"]["notes"], "FID of fewer than 10000 pictures is too high"]
+    metrics["dp_dmd"]["gap_notes"] = ["diversity.dino_v2.vendi: 2 of 9 prompts are left out of the gap"]
+    told = ["3 of 9 prompts", "DMD: FID of fewer than 10000", "diversity.dino_v2.vendi: 2 of 9 prompts"]
+    html, md = make_report(**made_inputs(metrics=metrics))
+    show_result(metrics, "", "")
+    for page in (Tags(html).text, md.replace("\\", ""), capsys.readouterr().out):
+        assert [page.count(line) for line in told] == [1, 1, 1]
+
+
+def test_the_markdown_has_the_drawings_numbers():
+    _, md = make_report(**made_inputs())
+    assert "| a red circle | 0 / 0 | 10 / 10 | 20 / 20 |" in md and "of 3 prompts." in md
+    assert "| radius | small | 50 % | 75.0 % | 75.0 % | 75.0 % |" in md
+    few = OPTIONS.model_copy(update={"max_prompts": 2})
+    assert "of the first 2 of 3 prompts." in make_report(**made_inputs(options=few))[1]
 
 
 def test_a_figure_of_one_prompt_has_no_interval_and_no_verdict_is_made_of_it(capsys):

@@ -2,12 +2,12 @@ import io
 
 import pytest
 
-from dpdmd_pipeline.pipelines.study.figure import draw_study, rows_of, weight_lines
+from dpdmd_pipeline.pipelines.study.figure import draw_study, rows_of, steps_sweep, weight_sweep
 from dpdmd_pipeline.pipelines.study.nodes import summarise
 
 DMD = {"train": {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}}
 LONG = {"train": {**DMD["train"], "max_steps": 200}, "baseline": "dmd_200"}
-DEFAULTS = {"diversity_weight": 2.0, "max_steps": 100, "stop_gradient": True}
+DEFAULTS = {"diversity_weight": 2.0, "max_steps": 100, "stop_gradient": True, "steps": 8}
 RUNS = {
     "dmd": DMD,
     "lambda_3": {"train": {"diversity_weight": 3.0}},
@@ -15,24 +15,32 @@ RUNS = {
     "lambda_1": {"train": {"diversity_weight": 1.0}},
     "open_1": {"train": {"diversity_weight": 1.0, "stop_gradient": False}},
     "balanced": {"train": {"diversity_weight": 4.0, "weighting": "balanced"}},
-    "later": {"anchors": {"anchor_levels": [{"steps": 4}]}},
+    "online": {"anchors": {"mode": "online"}},
+    "later": {"anchors": {"mode": "online", "anchor_levels": [{"steps": 15}]}},
+    "nearer": {"anchors": {"mode": "online", "anchor_levels": [{"sigma": 0.7}]}},
     "dmd_200": LONG,
     "lambda_3_200": {"train": {"diversity_weight": 3.0, "max_steps": 200}, "baseline": "dmd_200"},
 }
 
 
 def judged(aligned, modes):
-    numbers = {"aligned": aligned, "effective_modes": modes, "coverage": 0.5, "pairwise_distance": 0.3}
+    numbers = {
+        "valid": aligned,
+        "aligned": aligned,
+        "effective_modes": modes,
+        "coverage": 0.5,
+        "pairwise_distance": 0.3,
+    }
     values = {name: {"value": value} for name, value in numbers.items()}
     return {"quality": values, "diversity": values}
 
 
-def made_study(names=tuple(RUNS), **extra):
+def made_study(names=tuple(RUNS)):
     """Two seeds per run, every number another one."""
     found = [(name, seed, place + 10 * seed) for seed in (0, 1) for place, name in enumerate(names, 1)]
     rows = [{"run": name, "seed": seed, **judged(0.9 + value / 1000, float(value))} for name, seed, value in found]
     runs = {name: RUNS[name] for name in names}
-    return {"baseline": "dmd", "runs": runs, "teacher": judged(0.97, 30.0), "rows": rows, **extra}
+    return {"baseline": "dmd", "runs": runs, "defaults": DEFAULTS, "teacher": judged(0.97, 30.0), "rows": rows}
 
 
 def drawn(study):
@@ -63,39 +71,41 @@ def test_every_seed_is_a_dot_in_the_row_of_its_run(panel, metric):
 
 
 def test_the_teacher_is_a_line_in_every_panel():
-    modes, aligned, modes_by_weight, aligned_by_weight = drawn(made_study(defaults=DEFAULTS))
+    modes, aligned, *sweeps = drawn(made_study())
     assert [line.get_xdata()[0] for line in (modes.lines[-1], aligned.lines[-1])] == [30.0, 0.97]
-    assert [axis.lines[-1].get_ydata()[0] for axis in (modes_by_weight, aligned_by_weight)] == [30.0, 0.97]
+    assert [axis.lines[-1].get_ydata()[0] for axis in sweeps] == [30.0, 0.97] * 2
 
 
 def test_a_row_shows_the_mean_of_the_baseline_that_the_run_names():
     modes, *_ = drawn(made_study())
     (baselines,) = (marks for marks in modes.collections if marks.get_label() == "mean of the run's baseline")
     assert {place: value for value, place in baselines.get_offsets().tolist()} == {
-        **dict.fromkeys(range(1, 7), 1 + 5.0), 8: 8 + 5.0
+        **dict.fromkeys(range(1, 9), 1 + 5.0), 10: 10 + 5.0
     }  # fmt: skip
 
 
 def test_runs_of_as_many_turns_have_one_colour_and_one_label():
-    figure = draw_study(made_study(defaults=DEFAULTS))
+    figure = draw_study(made_study())
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["100 turns", "200 turns", "teacher", "mean of the run's baseline"]
-    colours = [row.colour for row in rows_of(made_study(defaults=DEFAULTS))]
-    assert len(set(colours[:7])) == 1 and len(set(colours[7:])) == 1 and colours[0] != colours[7]
+    colours = [row.colour for row in rows_of(made_study())]
+    assert len(set(colours[:9])) == 1 and len(set(colours[9:])) == 1 and colours[0] != colours[9]
 
 
 def test_the_lines_over_the_weight_are_of_the_runs_that_change_nothing_else():
-    lines = weight_lines(made_study(defaults=DEFAULTS))
-    assert {kept: sorted(line) for kept, line in lines.items()} == {True: [1.0, 2.0, 3.0], False: [1.0]}
-    assert lines[True][2.0]["effective_modes"] == [3.0, 13.0]
+    lines = weight_sweep(made_study()).lines
+    assert {label: sorted(line) for label, line in lines.items()} == {
+        "stop-gradient": [1.0, 2.0, 3.0], "no stop-gradient": [1.0]
+    }  # fmt: skip
+    assert lines["stop-gradient"][2.0]["effective_modes"] == [3.0, 13.0]
 
 
-def test_an_older_study_without_defaults_is_drawn_without_the_default_weight():
-    study = made_study()
-    assert len(drawn(study)) == 4
-    assert {kept: sorted(line) for kept, line in weight_lines(study).items()} == {True: [1.0, 3.0], False: [1.0]}
-    assert draw_study(study).legends[0].get_texts()[0].get_text() == "default turns"
+def test_k_is_varied_among_anchors_that_are_drawn_online():
+    (line,) = steps_sweep(made_study()).lines.values()
+    assert {steps: values["effective_modes"] for steps, values in line.items()} == {8: [7.0, 17.0], 15: [8.0, 18.0]}
+    *_, modes, aligned = drawn(made_study())
+    assert list(modes.get_xticks()) == [8, 15] and aligned.get_xlabel() == "K, anchors online"
 
 
-def test_a_study_of_two_runs_has_no_panels_of_the_weight():
-    assert len(drawn(made_study(("dmd", "dp_dmd"), defaults=DEFAULTS))) == 2
+def test_a_study_of_two_runs_has_no_panels_of_what_was_varied():
+    assert len(drawn(made_study(("dmd", "dp_dmd")))) == 2

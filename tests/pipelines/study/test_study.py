@@ -1,7 +1,7 @@
 import pytest
 from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, evaluate_options, train_options
 
-from dpdmd_pipeline.pipelines.study.nodes import run_study, summarise, write_study
+from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, write_study
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
 
 DMD = {"train": {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}}
@@ -66,7 +66,7 @@ def test_the_table_names_what_each_run_changes(study):
     found = study(options(dp_dmd={}, later=later(), left_out=None))
     assert list(summarise(found)) == ["dmd", "dp_dmd", "later"]
     table = write_study(found)
-    assert '| later | `anchors.anchor_levels=[{"steps": 4}]` |' in table
+    assert '| later | `anchors.mode="online"`, `anchors.anchor_levels=[{"steps": 4}]` |' in table
     assert "`stop_gradient=false`" in table and "left_out" not in table
     assert "for each of 2 prompts (" in table and "; quality.shapes: exact reader of the embedded world)." in table
 
@@ -86,7 +86,7 @@ def test_the_baseline_cannot_be_left_out():
 
 def test_a_run_may_be_compared_with_another_baseline():
     def judged(modes):
-        numbers = {name: {"value": modes} for name in ("aligned", "effective_modes", "coverage", "pairwise_distance")}
+        numbers = {name: {"value": modes} for name in SHOWN}
         return {"quality": numbers, "diversity": numbers}
 
     modes = {"dmd": (0.0, 4.0), "dmd_longer": (1.0, 5.0), "longer": (2.0, 6.0), "same": (3.0, 7.0)}

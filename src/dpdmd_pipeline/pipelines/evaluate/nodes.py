@@ -202,7 +202,7 @@ def score_images(
 ) -> dict[str, Any]:
     """Everything that is measured of the three models, prompt by prompt too, and everything that is not."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
-    from dpdmd_pipeline.metrics.score import gaps_recovered
+    from dpdmd_pipeline.metrics.score import gap_notes, gaps_recovered
     from dpdmd_pipeline.metrics.table import as_record
     from dpdmd_pipeline.pipelines.evaluate.scoring import KnownScores, asked_presets, make_settings, score_models
 
@@ -216,6 +216,7 @@ def score_images(
         "prompts": {str(row): text for row, text in chosen.items()},
         "models": {name: as_record(found) for name, found in scores.items()},
         "gaps": gaps_recovered(*(scores[name] for name in MODELS), options.seed),
+        "gap_notes": gap_notes(*(scores[name] for name in MODELS)),
         "rank_correlation": rank_correlations([scores[name].per_prompt for name in MODELS], options.seed),
         "attributes": attributes,
     }
@@ -238,7 +239,7 @@ def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> 
     gaps = dict(scores["gaps"])
     exact = EXACT["diversity"] if options.judge == "shapes" else {}
     recovered = {name: gaps.pop(full) for name, full in exact.items() if full in gaps}
-    results["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps}
+    results["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
     return {**results, "rank_correlation": scores["rank_correlation"]}
 
 
@@ -255,7 +256,7 @@ def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, A
         found[kind] = {name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items()}
         found["exact_presets"] |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in taken.items()}
     faults = {kind: fault["count"] for kind, fault in record["faults"].items()}
-    return {**found, "figures": figures, "missing": record["missing"], "faults": faults}
+    return {**found, "figures": figures, "missing": record["missing"], "faults": faults, "notes": record["notes"]}
 
 
 def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> tuple[Any, Any, Any]:

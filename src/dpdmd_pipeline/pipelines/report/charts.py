@@ -51,6 +51,18 @@ def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str,
     return (x_name, y_name, points) if points else None
 
 
+def prompt_table(scores: Mapping[str, Any], most: int) -> dict[str, Any] | None:
+    """The scatter for a page without drawings: of the first prompts, quality and diversity by model."""
+    found = scatter_points(scores)
+    if found is None:
+        return None
+    x_name, y_name, points = found
+    rows: dict[str, dict[str, str]] = {}
+    for model, x, y, text in points:
+        rows.setdefault(text, {})[model] = f"{y:.3g} / {x:.3g}"
+    return {"x_name": x_name, "y_name": y_name, "rows": list(rows.items())[:most], "of": len(rows)}
+
+
 def _between(marks: Sequence[float], start: float, end: float, value: float) -> float:
     """Place of a value on an axis whose first and last marks lie at `start` and `end`."""
     return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)

@@ -3,14 +3,21 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter
+from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter, prompt_table
 from dpdmd_pipeline.pipelines.report.curves import kept_turns, make_curves
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
 from dpdmd_pipeline.pipelines.report.plots import prompt_rows, turn_rows
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
-from dpdmd_pipeline.pipelines.report.tables import figure_rows, gap_cell, gaps_missing, missing_metrics, result_words
+from dpdmd_pipeline.pipelines.report.tables import (
+    figure_rows,
+    gap_cell,
+    gaps_missing,
+    missing_metrics,
+    result_words,
+    to_know,
+)
 from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, make_verdict, metric_named
 
 
@@ -54,6 +61,7 @@ def make_report(
         "num_prompts": len(texts),
         "pictures": picture_rows(grids, shown, options),
         "scatter": make_scatter(scores),
+        "prompt_table": prompt_table(scores, options.max_prompts),
         "bars": make_bars(scores["attributes"]),
         "kept": kept_turns({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
@@ -84,6 +92,8 @@ def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> No
         console.print(_figure_table(metrics, box.SIMPLE if console.is_terminal else None))
     for names, reason in missing_metrics(metrics):
         console.print(f"not measured: {names}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for note in to_know(metrics):
+        console.print(f"to know: {note}", markup=False, highlight=False, soft_wrap=True)
     if gaps_missing(metrics):
         console.print(
             "-: DMD lost nothing in this, or no more than by chance: there is no gap to recover", soft_wrap=True

@@ -30,6 +30,7 @@ def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
         "gaps_missing": gaps_missing(metrics),
         "missing": missing_metrics(metrics),
         "left_out": left_out(metrics),
+        "notes": to_know(metrics),
         "correlations": correlation_rows(metrics),
         "dash": DASH,
     }
@@ -43,6 +44,7 @@ def _refuse_older(metrics: dict[str, Any]) -> None:
     ]
     gaps = metrics["dp_dmd"]["gap_recovered"]
     lacks += [f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)]
+    lacks += [f"notes of {model}" for model in MODELS if "notes" not in metrics[model]]
     if lacks:
         raise ValueError(
             f"the metrics are of an older version ({lacks[0]} is not there): `kedro run --pipelines evaluate,report` "
@@ -131,6 +133,16 @@ def left_out(metrics: dict[str, Any]) -> list[str]:
         for model, title in MODELS.items()
         for kind, count in metrics[model]["faults"].items()
     ]
+
+
+def to_know(metrics: dict[str, Any]) -> list[str]:
+    """What limits the figures: `DMD: FID of fewer than ...`, without the models where it is true of all."""
+    found: dict[str, list[str]] = {}
+    for model, title in MODELS.items():
+        for note in metrics[model]["notes"]:
+            found.setdefault(note, []).append(title)
+    told = [note if len(titles) == len(MODELS) else f"{', '.join(titles)}: {note}" for note, titles in found.items()]
+    return [*told, *metrics["dp_dmd"]["gap_notes"]]
 
 
 def correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:

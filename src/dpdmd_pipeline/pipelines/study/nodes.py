@@ -23,6 +23,7 @@ from dpdmd_pipeline.training.recipe import AnchorRecipe
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 SHOWN = {
+    "valid": "quality",
     "aligned": "quality",
     "effective_modes": "diversity",
     "coverage": "diversity",
@@ -60,8 +61,11 @@ def run_study(
     found = make_all(options.students, partial(_make, line, runs, judge))
     return {
         "baseline": options.baseline,
-        "runs": {name: run.model_dump(exclude_defaults=True, exclude={"seeds"}) for name, run in options.kept.items()},
-        "defaults": train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
+        "runs": {name: _recorded(run) for name, run in options.kept.items()},
+        "defaults": {
+            **train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
+            "steps": anchor_options.anchor_levels[0].steps,
+        },
         "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
         "teacher": judge.judged(None),
         "rows": [found[student] for student in options.students],
@@ -96,8 +100,19 @@ def _prepare(name: str, run: RunOptions, line: _Line, anchor_options: AnchorReci
     changed = _changed(name, train, run.train)
     if not run.anchors:
         return _Prepared(changed, anchor_options, line.anchors)
-    asked = _changed(name, anchor_options, {"mode": "online", **run.anchors})
+    asked = _changed(name, anchor_options, _anchors_of(run))
     return _Prepared(changed, asked, make_anchors(line.prompts, line.embeddings, line.teacher, line.backbone, asked))
+
+
+def _anchors_of(run: RunOptions) -> dict[str, Any]:
+    """What it changes of the anchors: those of its own are drawn online, which by itself changes a student."""
+    return {"mode": "online", **run.anchors} if run.anchors else {}
+
+
+def _recorded(run: RunOptions) -> dict[str, Any]:
+    """What the run changes, as it was trained."""
+    recorded = {"train": run.train, "anchors": _anchors_of(run), "baseline": run.baseline}
+    return {name: value for name, value in recorded.items() if value}
 
 
 def _check(runs: Iterable[_Prepared], line: _Line) -> None:
@@ -163,7 +178,7 @@ def mean_and_spread(values: list, digits: int) -> str:
 
 def write_study(study: dict[str, Any]) -> str:
     """The study as a Markdown table: mean and standard deviation over the seeds."""
-    digits = {"aligned": 3, "effective_modes": 1, "coverage": 3, "pairwise_distance": 3, "gap_recovered": 2}
+    digits = {"valid": 3, "aligned": 3, "effective_modes": 1, "coverage": 3, "pairwise_distance": 3, "gap_recovered": 2}
     lines = [
         "| run | changes | seeds | " + " | ".join(name.replace("_", " ") for name in digits) + " |",
         "|---" * (len(digits) + 3) + "|",
