@@ -11,6 +11,7 @@ from dpdmd_pipeline.metrics.pictures import (
     TensorSet,
     about_strays,
     find_pictures,
+    of_one_size,
     read_parts,
     read_picture,
     read_texts,
@@ -220,7 +221,7 @@ def test_every_kind_of_bad_picture_is_a_fault_with_its_name(tmp_path):
     text.write_text("no picture")
     Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(deep)
     files = (odd, good[0], cut, empty, good[1], text, deep, tmp_path / "gone.png", good[2])
-    names, images, faults = FileSet("p", "p", files).load()
+    names, images, faults = of_one_size(FileSet("p", "p", files).load())
     assert names == list(map(str, good)) and all(image.size == (8, 8) for image in images)
     assert {tmp_path.joinpath(fault.name).name: fault.kind for fault in faults} == {
         "odd.png": "another size than the prompt's other pictures",
@@ -230,6 +231,20 @@ def test_every_kind_of_bad_picture_is_a_fault_with_its_name(tmp_path):
         "deep.png": "pixel format I;16: convert it to 8 bits",
         "gone.png": "no such file",
     }
+
+
+@pytest.mark.parametrize("name", ["{}.png", "COCO_val2014_{:012}.png", "real picture {}.png"])
+def test_a_reference_may_be_a_folder_of_real_pictures_by_any_name(tmp_path, name):
+    files = [draw(tmp_path / name.format(number)) for number in range(101)]
+    (tmp_path / "readme.md").touch()
+    sets, rest = find_pictures(tmp_path, any_name=True)
+    assert {one.files for one in sets} == {(file,) for file in files} and rest == ["readme.md"]
+
+
+def test_a_reference_named_by_prompt_and_seed_is_read_as_such(tmp_path):
+    for number in range(4):
+        draw(tmp_path / f"{number % 2}_{number}.png")
+    assert find_pictures(tmp_path, any_name=True) == find_pictures(tmp_path)
 
 
 def test_pictures_in_memory_are_those_on_disk(tmp_path):

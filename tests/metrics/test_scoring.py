@@ -126,18 +126,26 @@ def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
     assert json.loads(json.dumps(as_record(scores), allow_nan=False))["faults"]["empty file"]["count"] == 1
 
 
-def test_pictures_of_several_sizes_are_told(settings):
-    def sized(side, count=12):
+def test_prompts_whose_pictures_have_another_size_are_named_on_either_side(settings):
+    def sized(side, count):
         return [TensorSet(f"{side}_{n}", "", _noise(side, n)) for n in range(count)]
 
-    told = "pictures of several sizes{} (12 prompts at 4 x 4, 2 prompts at 8 x 8)"
-    mixed, small = [*sized(4), *sized(8, 2)], sized(4)
-    assert any(told.format("") in note for note in score(mixed, [QUALITY], settings).notes)
-    both = score(small, [FEATURES], settings, Reference(mixed)).notes
-    assert any(told.format(", in the reference") in note for note in both) and not any(
-        "sizes (" in note for note in both
-    )
-    assert not any("several sizes" in note for note in score(small, [DIVERSITY], settings).notes)
+    told = "5 prompts with pictures of another size than most (4 x 4){}: 8_0, 8_1, 8_2 and 2 more"
+    mixed, small = [*sized(4, 12), *sized(8, 5)], sized(4, 12)
+    assert told.format("") in score(mixed, [QUALITY], settings).notes
+    assert told.format(", in the reference") in score(small, [FEATURES], settings, Reference(mixed)).notes
+    assert not any("size" in note for note in score(small, [QUALITY, FEATURES], settings, Reference(small)).notes)
+    other = score(small, [FEATURES], settings, Reference(sized(8, 12))).notes
+    assert "most pictures are 4 x 4, the reference's 8 x 8: resizing is part of the distance" in other
+
+
+def test_real_pictures_of_any_size_are_all_compared_with(settings, tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(12)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (4 + number, 5), (20 * number, 9, 200 - number)).save(file)
+    real = Reference([FileSet("real", "", tuple(files))])
+    found = score(make_sets(4, 3, seed=0), [FEATURES], settings, real)
+    assert not found.faults and found.figures["distribution.dino_v2.coverage"]["n"]["compared"] == 12
 
 
 def _noise(side, seed):
@@ -407,10 +415,11 @@ class Counted:
 def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(settings, monkeypatch):
     monkeypatch.setattr("dpdmd_pipeline.metrics.compare.LARGEST", 500)
     sets = [Counted(number) for number in range(10_000)]
-    scores = score(sets, [QUALITY], settings)
-    assert scores.figures["quality.bright.score"]["n"]["pictures"] == 90_000
+    scores = score(sets, [QUALITY, DIVERSITY], settings)
+    for name in ("quality.bright.score", "diversity.corners.vendi"):
+        assert scores.figures[name]["n"]["pictures"] == 90_000
     assert Counted.most <= 18  # of one prompt, and of the one before until it is let go
-    found = score(sets[:500], [MOMENTS, FEATURES], settings, Reference(sets[:500]))
+    found = score(sets, [MOMENTS, FEATURES], settings, Reference(sets[:500]))
     assert found.figures["distribution.dino_v2.precision"]["n"]["compared"] == 500
     fid, kid = (found.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
     assert fid["low"] is None and kid["low"] < kid["high"]  # KID is of the kept alone, FID of all

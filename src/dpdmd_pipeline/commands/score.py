@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="folder of pictures")
     found.add_argument("--by", required=True, help=f"axes ({', '.join(AXES)}) or metrics below, or human")
-    found.add_argument("--reference", type=Path, help="folder to compare with: the teacher's pictures, or real ones")
+    found.add_argument("--reference", type=Path, help="folder to compare with: the teacher's, or real ones of any name")
     found.add_argument("--teacher", type=Path, help="the teacher's pictures; with --baseline, for the gap recovered")
     found.add_argument("--baseline", type=Path, help="pictures of plain DMD, of the same prompts")
     found.add_argument(
@@ -227,7 +227,7 @@ def _reference(asked: argparse.Namespace, found: Mapping[str, Found]) -> tuple[R
     from dpdmd_pipeline.metrics.score import Reference
 
     if asked.reference:
-        sets, rest = find_pictures(asked.reference)
+        sets, rest = find_pictures(asked.reference, any_name=True)
         return Reference(sets), about_strays(asked.reference, rest, " (the reference)")
     return (Reference(found["teacher"][0]), "") if asked.teacher else (None, "")
 

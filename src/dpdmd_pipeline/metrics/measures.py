@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpdmd_pipeline.metrics.diversity import nearest_similarity, one_minus_cosine, vendi_score
 from dpdmd_pipeline.metrics.embedders import Embedder
-from dpdmd_pipeline.metrics.pictures import Fault, PictureSet
+from dpdmd_pipeline.metrics.pictures import Fault, PictureSet, of_one_size
 from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Measure(Protocol):
     """One metric, or several from the same pass."""
 
     least: int  # pictures a prompt needs
+    any_size: bool  # whether they may be of several sizes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
 
@@ -50,14 +51,15 @@ class Row(NamedTuple):
     pictures: int  # that were measured
     faults: list[Fault]
     unfit: str = ""  # why the metric cannot judge it, if it cannot
-    size: tuple[int, int] | None = None  # of the pictures, width and height
+    sizes: frozenset[tuple[int, int]] = frozenset()  # of the pictures, width and height
 
 
 def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
     """Load one prompt's pictures and measure them; everything left out is a fault with a name."""
     if needs_text and pictures.no_text:
         return Row(pictures.id, Measured({}), 0, [Fault(pictures.no_text, pictures.id)])
-    names, images, faults = pictures.load()
+    loaded = pictures.load()
+    names, images, faults = loaded if measure.any_size else of_one_size(loaded)
     faults = list(faults)
     try:
         measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
@@ -68,7 +70,9 @@ def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False
     if usable < measure.least:
         faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
     done = bool(measured.values) or measured.features is not None
-    return Row(pictures.id, measured, usable if done else 0, faults, size=images[0].size if done else None)
+    return Row(
+        pictures.id, measured, usable if done else 0, faults, sizes=frozenset(image.size for image in images if done)
+    )
 
 
 def _too_few(measure: Measure, pictures: PictureSet) -> str:
@@ -81,6 +85,7 @@ class SetDiversity:
     """1 - mean cosine, Vendi score and nearest similarities in the space of one embedder."""
 
     least = 2
+    any_size = False
 
     def __init__(self, embed: Embedder) -> None:
         self.embed = embed
@@ -102,6 +107,7 @@ class PairDiversity:
     """
 
     least = 2
+    any_size = False
 
     def __init__(self, name: str, distances: Callable[[Sequence[Image]], Tensor]) -> None:
         self.name, self.distances = name, distances
@@ -130,6 +136,7 @@ class PictureScores:
     """
 
     least = 1
+    any_size = False
 
     def __init__(
         self,
@@ -152,6 +159,7 @@ class PartScores:
     """Answers about the parts of a prompt: their mean, their geometric mean, and how often all are right."""
 
     least = 1
+    any_size = False
 
     def __init__(self, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
         self.score = score
@@ -173,6 +181,7 @@ class SetFeatures:
     """The features themselves, for what compares two distributions."""
 
     least = 1
+    any_size = True  # as FID is measured of real pictures
 
     def __init__(self, embed: Embedder) -> None:
         self.embed = embed
@@ -189,6 +198,8 @@ class ShapesReader:
         names: which of its numbers.
         least: pictures they need.
     """
+
+    any_size = False
 
     def __init__(self, names: tuple[str, ...], least: int) -> None:
         self.names, self.least = names, least

@@ -38,6 +38,7 @@ _UNREAD = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"}
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
 _GENEVAL = "metadata.jsonl"
 _ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
+_SEEDS_AT_MOST = 100  # of one prompt alone, in a folder that may be of real pictures
 # 16-bit and float modes: Pillow would clip them to white without a word.
 _READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _MOVING = {"PNG", "WEBP"}  # and not a telephone's JPEG, whose second frame is a preview
@@ -61,7 +62,7 @@ class Fault(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The usable pictures of one prompt, RGB and of one size, and what was wrong with the others."""
+    """The usable pictures of one prompt, RGB, and what was wrong with the others."""
 
     names: list[str]
     images: list[Image]
@@ -109,7 +110,7 @@ class FileSet:
                 names.append(str(file))
             except OSError as error:
                 faults.append(Fault(str(error), str(file)))
-        return of_one_size(names, images, faults)
+        return Loaded(names, images, faults)
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,11 @@ def _on_white(image: Image) -> Image:
     return Image.alpha_composite(Image.new("RGBA", covered.size, "white"), covered).convert("RGB")
 
 
-def of_one_size(names: list[str], images: list[Image], faults: list[Fault]) -> Loaded:
+def of_one_size(loaded: Loaded) -> Loaded:
     """Keep the pictures of the size that most have (of a draw, the first); the others are faults."""
+    names, images, faults = loaded
     if not images:
-        return Loaded([], [], faults)
+        return loaded
     common = Counter(image.size for image in images).most_common(1)[0][0]
     kept = [(name, image) for name, image in zip(names, images, strict=True) if image.size == common]
     kind = "another size than the prompt's other pictures"
@@ -218,12 +220,13 @@ def of_one_size(names: list[str], images: list[Image], faults: list[Fault]) -> L
     return Loaded([name for name, _ in kept], [image for _, image in kept], [*faults, *other])
 
 
-def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileSet], list[str]]:
+def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = False) -> tuple[list[FileSet], list[str]]:
     """The sets of a folder in one of the three layouts, and the files that are no pictures.
 
     Args:
         folder: of pictures.
         prompts: texts of the prompt ids: .txt (line i is id i, from 0), or .csv or .jsonl with id and text.
+        any_name: whether a flat folder may be of real pictures, whose names tell no prompt: each is a set of its own.
 
     Raises:
         ValueError: if the layout cannot be told, a name in it says nothing, or `prompts` lacks one of its ids.
@@ -249,6 +252,9 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileS
         )
     if not flat and not filled:
         raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them{_deeper(rooms)}")
+    if flat and any_name and not _tell_prompts(flat):
+        alone = [FileSet(path.name, "", (path,), _AN_ID) for path in flat]
+        return alone, [path.name for path in entries if not _is_picture(path)]
     if flat:
         unread = [path for path in entries if _is_unread(path) and _ID_AND_SEED.fullmatch(path.stem)]
         read = {*flat, *unread}
@@ -256,6 +262,12 @@ def find_pictures(folder: Path, prompts: Path | None = None) -> tuple[list[FileS
     rest = [path.name for path in entries if path not in set(rooms)]
     rest += [str(path.relative_to(folder)) for room in rooms for path in _in_room(room) if _is_stray(path)]
     return [_from_room(room, text_of) for room in rooms], rest
+
+
+def _tell_prompts(files: Sequence[Path]) -> bool:
+    """Whether names are of prompts and seeds; COCO_val2014_000000000042.jpg and thousands like it are of none."""
+    found = [_ID_AND_SEED.fullmatch(file.stem) for file in files]
+    return all(found) and (len(found) <= _SEEDS_AT_MOST or len({match[1] for match in found if match}) > 1)
 
 
 def _in_room(room: Path) -> list[Path]:

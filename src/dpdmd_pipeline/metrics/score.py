@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dpdmd_pipeline.metrics.distribution import LARGEST
 from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
-from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Row, measure_set
+from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Measured, Row, measure_set
 from dpdmd_pipeline.metrics.pictures import PictureSet
 from dpdmd_pipeline.metrics.presets import Preset, Settings
 from dpdmd_pipeline.metrics.summary import counted, figure, gap_figure
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _IN_FLIGHT = 4  # sets per process that are computed ahead
 _MORE_IS_LESS_DIVERSE = ("duplicate_rate",)
 _OF_ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; all else of diversity depends on how many
+_NAMED = 3  # prompts in a note
 _IN_THE_REFERENCE = ", in the reference"
 _TOO_MANY_UNPARSED = 0.5  # share of a metric's answers
 
@@ -267,18 +268,30 @@ def _note_rows(scores: Scores, preset: Preset, rows: Sequence[Row]) -> None:
     if preset.axis == "diversity" and len(sizes) > 1:
         spread = ", ".join(f"{counted(count, 'prompt')} with {size}" for size, count in sorted(sizes.items()))
         scores.note(f"unequal numbers of usable pictures a prompt ({spread}): Vendi and near-duplicates depend on them")
-    _note_sizes(scores, Counter(row.size for row in rows if row.size), "")
+    _note_sizes(scores, rows, "")
     limits = [row.measured.cut_at for row in rows if row.measured.cut_at is not None]
     if limits:
         told = f"{len(limits)} of {len(rows)} prompts are longer than {limits[0]} tokens and were cut"
         scores.note(f"{told} ({preset.full_name})")
 
 
-def _note_sizes(scores: Scores, found: Counter[tuple[int, int]], where: str) -> None:
-    """Say that pictures are not all of one size: a metric that resizes them sees each size in another detail."""
-    if len(found) > 1:
-        sizes = ", ".join(f"{counted(count, 'prompt')} at {w} x {h}" for (w, h), count in sorted(found.items()))
-        scores.note(f"pictures of several sizes{where} ({sizes}): what a metric sees of them differs")
+def _note_sizes(scores: Scores, rows: Sequence[Row], where: str) -> tuple[int, int] | None:
+    """Name prompts whose pictures are not of the size that most have, which is returned: a metric sees less of some."""
+    counts = Counter(size for row in rows for size in row.sizes)
+    if not counts:
+        return None
+    most = counts.most_common(1)[0][0]
+    others = [row.id for row in rows if row.sizes - {most}]
+    if others:
+        named = f"{', '.join(others[:_NAMED])}{f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''}"
+        scores.note(
+            f"{counted(len(others), 'prompt')} with pictures of another size than most ({_text(most)}){where}: {named}"
+        )
+    return most
+
+
+def _text(size: tuple[int, int]) -> str:
+    return "{} x {}".format(*size)
 
 
 def _note_threshold(scores: Scores, preset: Preset, threshold: float, source: str) -> None:
@@ -357,9 +370,10 @@ def _add_distribution(
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
     sides = [Side(_count(some), settings.seed) for some in (reference.sets, sets)]
     where = _IN_THE_REFERENCE if reference.sets is not sets else ""
+    seen: list[list[Row]] = [[], []]  # without their features
     streams = [
-        side.keep(_followed(scores, preset, rows_of(some), place))
-        for side, some, place in zip(sides, (reference.sets, sets), (where, ""), strict=True)
+        side.keep(_followed(scores, preset, rows_of(some), place, rows))
+        for side, some, place, rows in zip(sides, (reference.sets, sets), (where, ""), seen, strict=True)
     ]
     for name, found in figures_of(preset, sides, streams, settings.seed).items():
         if isinstance(found, str):
@@ -368,6 +382,11 @@ def _add_distribution(
             scores.figures[f"{preset.full_name}.{name}"] = found
             if name == "fid":
                 _note_fid(scores, found["n"])
+    theirs, ours = (_note_sizes(scores, rows, place) for rows, place in zip(seen, (where, ""), strict=True))
+    if theirs != ours and theirs and ours:
+        scores.note(
+            f"most pictures are {_text(ours)}, the reference's {_text(theirs)}: resizing is part of the distance"
+        )
 
 
 def _note_fid(scores: Scores, n: dict[str, int]) -> None:
@@ -384,15 +403,13 @@ def _count(sets: Sequence[PictureSet]) -> int:
     return sum(map(len, sets))
 
 
-def _followed(scores: Scores, preset: Preset, rows: Iterator[Row], where: str) -> Iterator[Tensor]:
-    """Features of rows that pass by, their faults noted with where they are."""
-    found: Counter[tuple[int, int]] = Counter()
+def _followed(scores: Scores, preset: Preset, rows: Iterator[Row], where: str, seen: list[Row]) -> Iterator[Tensor]:
+    """Features of rows that pass by, their faults noted with where they are; the rows are kept without them."""
     for row in rows:
         scores.add_faults([row], preset, where)
-        found.update([row.size] if row.size else [])
         features = row.measured.features
+        seen.append(row._replace(measured=Measured({})))
         yield torch.empty(0, 0) if features is None else features
-    _note_sizes(scores, found, where)
 
 
 def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, Any]]:
