@@ -90,7 +90,8 @@ def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOpti
     return {
         **judge(images, prompts, options.judge_seed),
         "rarest_mode": {"drawn": min(drawn), "drawn_clean": min(clean)},
-        "per_prompt": options.judged_per_prompt,
+        "n": {"prompts": NUM_PROMPTS, "per_prompt": options.judged_per_prompt},
+        "preset": "exact reader of the embedded world",
     }
 
 
