@@ -26,10 +26,13 @@ def table(studies: dict[str, dict]) -> str:
     titles = [f"{world}: {name.replace('_', ' ')}" for world in studies for name in DIGITS]
     rows = [["run", "changes", *titles], ["---"] * (len(titles) + 2), ["teacher", "", *_teacher(studies)]]
     found = {world: summarise(study) for world, study in studies.items()}
+    seeds = max(len(found[world][study["baseline"]]["aligned"]) for world, study in studies.items())
     for run in dict.fromkeys(run for runs in found.values() for run in runs):
-        changes = next(study["runs"][run] for study in studies.values() if run in study["runs"])
-        cells = [cell for world in studies for cell in _cells(found[world].get(run))]
-        rows.append([run, ", ".join(describe(changes)), *cells])
+        changes = {", ".join(describe(study["runs"][run])) for study in studies.values() if run in study["runs"]}
+        if len(changes) > 1:
+            raise SystemExit(f"Error: {run} is not the same run in both worlds: {' and '.join(sorted(changes))}")
+        cells = [cell for world in studies for cell in _cells(found[world].get(run), seeds)]
+        rows.append([run, *changes, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -42,13 +45,13 @@ def _teacher(studies: dict[str, dict]) -> list[str]:
     ]
 
 
-def _cells(values: dict[str, list] | None) -> list[str]:
-    """Means and spreads over the seeds; how many there are where that is not three."""
+def _cells(values: dict[str, list] | None, usual: int) -> list[str]:
+    """Means and spreads over the seeds; how many there are where they are not as many as usual."""
     if values is None:
         return [""] * len(DIGITS)
     seeds = len(values["aligned"])
     cells = [mean_and_spread(values[name], digits) for name, digits in DIGITS.items()]
-    return cells if seeds == 3 else [*cells[:-1], f"{cells[-1]} ({seeds} seed{'s' * (seeds > 1)})"]
+    return cells if seeds == usual else [*cells[:-1], f"{cells[-1]} ({seeds} seed{'s' * (seeds > 1)})"]
 
 
 def filled(text: str) -> str:

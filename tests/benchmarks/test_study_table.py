@@ -1,7 +1,8 @@
 """The README shows the study that is committed."""
 
 import pytest
-from benchmarks.study_table import ROOT, filled, load, table
+from benchmarks.study_table import ROOT, filled, table
+from tests.pipelines.study.test_figure import made_study
 
 
 def test_the_tables_of_the_readme_are_those_of_the_committed_study():
@@ -10,10 +11,20 @@ def test_the_tables_of_the_readme_are_those_of_the_committed_study():
 
 
 def test_a_run_that_a_world_lacks_has_empty_cells_and_another_number_of_seeds_is_told():
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table(load("beyond")).splitlines()}
-    assert rows["two_anchors_lambda_3_200"].endswith("(5 seeds) |  |  |  |")
-    assert rows["secant"].split(" | ")[2:5] == ["", "", ""]
+    flow, eps = made_study(("dmd", "dp_dmd")), made_study(("dmd", "lambda_1"))
+    flow["rows"] = [row for row in flow["rows"] if (row["run"], row["seed"]) != ("dp_dmd", 1)]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table({"flow": flow, "eps": eps}).splitlines()}
+    assert list(rows) == ["run", "---", "teacher", "dmd", "dp_dmd", "lambda_1"]
+    assert rows["dp_dmd"].endswith("(1 seed) |  |  |  |") and "seed" not in rows["dmd"]
+    assert rows["lambda_1"].split(" | ")[2:5] == ["", "", ""] and "`diversity_weight=1.0`" in rows["lambda_1"]
     assert len({line.count("|") for line in rows.values()}) == 1
+
+
+def test_a_run_that_is_not_the_same_in_both_worlds_is_refused():
+    flow, eps = made_study(("dmd", "dp_dmd")), made_study(("dmd", "dp_dmd"))
+    eps["runs"]["dp_dmd"] = {"train": {"max_steps": 9}}
+    with pytest.raises(SystemExit, match="dp_dmd is not the same run"):
+        table({"flow": flow, "eps": eps})
 
 
 def test_a_readme_without_a_table_s_marks_is_refused():
