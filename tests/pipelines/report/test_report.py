@@ -217,6 +217,9 @@ def test_the_markdown_has_the_drawings_numbers():
     _, md = make_report(**made_inputs())
     assert "| a red circle | 0 / 0 | 10 / 10 | 20 / 20 |" in md and "of 3 prompts." in md
     assert "| radius | small | 50 % | 75.0 % | 75.0 % | 75.0 % |" in md
+    scores = made_scores(("a red circle", "a blue square"))
+    del scores["models"]["dmd"]["per_prompt"]["quality.shapes.aligned"]["0"]
+    assert "| a red circle | 0 / 0 |  | 20 / 20 |" in make_report(**made_inputs(scores=scores))[1]
     few = OPTIONS.model_copy(update={"max_prompts": 2})
     assert "of the first 2 of 3 prompts." in make_report(**made_inputs(options=few))[1]
 
