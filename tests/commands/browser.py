@@ -43,8 +43,8 @@ class Browser:
         os.close(to_read)
         os.close(to_write)
         self.number, self.rest, self.session = 0, b"", None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
         self.call("Page.enable")
 
     def call(self, method: str, **params) -> dict:
@@ -90,7 +90,9 @@ class Browser:
         return base64.b64decode(self.call("Page.captureScreenshot", **options)["data"])
 
     def close(self) -> None:
-        """As a person closes it, so that what the page has stored gets to the disk."""
+        """As a person closes it, the page first: then what it has stored is written, however busy the machine."""
+        self.session = None
+        self.call("Target.closeTarget", targetId=self.target)
         os.write(self.to_browser, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
         self.process.wait(60)
         os.close(self.to_browser)
