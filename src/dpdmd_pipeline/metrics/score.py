@@ -298,7 +298,7 @@ def _note_threshold(scores: Scores, preset: Preset, threshold: float, source: st
     """Say above which cosine near-duplicates were counted: a rate means nothing without it."""
     scores.figures[f"{preset.full_name}.duplicate_rate"] |= {"threshold": threshold, "threshold_from": source}
     origin = "the 99th percentile of the reference's own" if source == "reference" else "as given"
-    scores.note(f"near-duplicates of {preset.full_name} have a cosine of at least {threshold:.4g}, {origin}")
+    scores.note(f"near-duplicates of {preset.full_name} have a cosine of at least {threshold:.7g}, {origin}")
 
 
 def _add_figure(
