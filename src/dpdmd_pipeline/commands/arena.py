@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     """
     from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
     from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
-    from dpdmd_pipeline.metrics.summary import counted
+    from dpdmd_pipeline.metrics.wording import counted
     from dpdmd_pipeline.publishing import write_text
 
     asked = parser().parse_args(arguments)

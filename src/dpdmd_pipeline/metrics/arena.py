@@ -13,8 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpdmd_pipeline.metrics.human import FORMAT, counted
+from dpdmd_pipeline.metrics.human import FORMAT
 from dpdmd_pipeline.metrics.pictures import FileSet, read_picture
+from dpdmd_pipeline.metrics.wording import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from dpdmd_pipeline.metrics.wording import listed
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -301,10 +303,9 @@ def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
     """
     if not rest:
         return ""
-    more = f" and {len(rest) - _FEW} more" if len(rest) > _FEW else ""
     by_manifest = any((folder / name).is_file() for name in _MANIFESTS)
     why = "since its manifest does not name them" if by_manifest else "since no picture that is read"
-    return f"left out of {folder}{role}, {why}: {', '.join(rest[:_FEW])}{more}"
+    return f"left out of {folder}{role}, {why}: {listed(rest, _FEW)}"
 
 
 def _is_picture(path: Path) -> bool:
@@ -336,7 +337,7 @@ def _described(ids: list[str]) -> str:
         return "none"
     if ids == [str(number) for number in range(len(ids))]:
         return f"0 to {len(ids) - 1}"
-    return f"{', '.join(ids[:_FEW])}{f' and {len(ids) - _FEW} more' if len(ids) > _FEW else ''}"
+    return listed(ids, _FEW)
 
 
 def _text_of_name(name: str, is_text: bool) -> tuple[str, str]:

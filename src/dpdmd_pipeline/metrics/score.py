@@ -26,8 +26,9 @@ from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
 from dpdmd_pipeline.metrics.measures import NO_ANSWER, Measure, Measured, Row, measure_set
 from dpdmd_pipeline.metrics.pictures import PictureSet
 from dpdmd_pipeline.metrics.presets import Preset, Settings
-from dpdmd_pipeline.metrics.summary import counted, figure, gap_figure
+from dpdmd_pipeline.metrics.summary import figure, gap_figure
 from dpdmd_pipeline.metrics.weights import UnavailableError
+from dpdmd_pipeline.metrics.wording import counted, listed
 
 log = logging.getLogger(__name__)
 
@@ -283,10 +284,8 @@ def _note_sizes(scores: Scores, rows: Sequence[Row], where: str) -> tuple[int, i
     most = counts.most_common(1)[0][0]
     others = [row.id for row in rows if row.sizes - {most}]
     if others:
-        named = f"{', '.join(others[:_NAMED])}{f' and {len(others) - _NAMED} more' if len(others) > _NAMED else ''}"
-        scores.note(
-            f"{counted(len(others), 'prompt')} with pictures of another size than most ({_text(most)}){where}: {named}"
-        )
+        told = f"{counted(len(others), 'prompt')} with pictures of another size than most ({_text(most)}){where}"
+        scores.note(f"{told}: {listed(others, _NAMED)}")
     return most
 
 

@@ -115,8 +115,3 @@ def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[st
 def gap_recovered(teacher: float, dmd: float, ours: float) -> float | None:
     """(ours - DMD) / (teacher - DMD): 0 is DMD's diversity, 1 the teacher's; None where DMD lost nothing."""
     return (ours - dmd) / (teacher - dmd) if teacher > dmd else None
-
-
-def counted(number: int, one: str, more: str = "") -> str:
-    """`1 answer`, `2 answers`."""
-    return f"{number} {one if number == 1 else more or f'{one}s'}"

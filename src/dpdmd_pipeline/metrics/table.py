@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.metrics.score import Scores
-from dpdmd_pipeline.metrics.summary import counted
+from dpdmd_pipeline.metrics.wording import counted, listed
 
 _NAMED = 5  # names of faulty pictures in the table; the file has all
 
@@ -62,8 +62,7 @@ def _number(value: float | None) -> str:
 
 
 def _fault(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{len(names)} x {kind}: {', '.join(names[:_NAMED])}{more}"
+    return f"{len(names)} x {kind}: {listed(names, _NAMED)}"
 
 
 def as_record(scores: Scores) -> dict[str, Any]:
