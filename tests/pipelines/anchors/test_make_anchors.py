@@ -118,6 +118,17 @@ def test_other_prompts_are_another_cache(anchors, tiny_teacher, embeddings):
     assert shards.fingerprint != anchors.fingerprint
 
 
+def test_other_code_is_another_cache_be_it_of_the_teachers_family(anchors, tiny_teacher, embeddings, monkeypatch):
+    def identity():
+        return make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options()).fingerprint
+
+    assert identity() == anchors.fingerprint
+    hashed = []
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.anchors.nodes.code_hash", lambda *places: hashed.append(places) or "")
+    assert identity() != anchors.fingerprint
+    assert "backbones/sd3.py" in hashed[0]
+
+
 # ---- refused
 
 

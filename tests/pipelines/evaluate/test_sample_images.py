@@ -7,13 +7,8 @@ from kedro.io import DatasetError
 from tests.pipelines.conftest import PROMPTS, TWO, backbone_options, cached, contents, evaluate_options
 
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
-from dpdmd_pipeline.pipelines.evaluate.nodes import (
-    draw_grids,
-    image_seeds,
-    judged_prompts,
-    sample_images,
-    sample_model,
-)
+from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, judged_prompts
+from dpdmd_pipeline.pipelines.evaluate.sampling import image_seeds, sample_images, sample_model
 
 CHOSEN = {0: "a red circle", 2: "a green triangle"}
 SIGMAS = [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -124,7 +119,9 @@ def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, 
         sample(folders=[other, students[1]])
 
 
-def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(students, tiny_teacher, embeddings):
+def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(
+    students, tiny_teacher, embeddings, monkeypatch
+):
     def identity(backbone=None, folders=students, **changes):
         given = tiny_teacher, *folders, backbone or backbone_options(), evaluate_options(**changes)
         return sample_images(CHOSEN, PROMPTS, embeddings, *given).fingerprint
@@ -135,7 +132,8 @@ def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(stude
     )
     others = {identity(seed=1), identity(images_per_prompt=4), identity(backbone_options(guidance_scale=2.0))}
     others |= {identity(folders=students[::-1])}
-    assert len(others | {first}) == 5
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.evaluate.sampling.code_hash", lambda *places: "of other code")
+    assert len(others | {first, identity()}) == 6
 
 
 def test_prompts_that_the_judge_does_not_know_are_refused():

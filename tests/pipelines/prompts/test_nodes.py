@@ -120,7 +120,9 @@ def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts,
     assert len(loads) == 1
 
 
-def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(tmp_path, prompts, tiny_teacher):
+def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(
+    tmp_path, prompts, tiny_teacher, monkeypatch
+):
     def identity(file=prompts, teacher=tiny_teacher, backbone_changes=(), **changes):
         return encode_prompts(file, teacher, backbone(**dict(backbone_changes)), options(**changes)).fingerprint
 
@@ -137,7 +139,8 @@ def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(tmp_p
         identity(write_records(tmp_path / "other.jsonl", TEXTS[::-1])),
         identity(write_records(tmp_path / "more.jsonl", [*TEXTS, "a cat"])),
     ]
-    assert len({same, *others}) == 6
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.prompts.nodes.code_hash", lambda *places: "of other code")
+    assert len({same, *others, identity()}) == 7
 
 
 def test_a_prompt_the_tokenizer_cuts_off_is_named_with_its_loss(tmp_path, tiny_teacher, caplog):

@@ -18,7 +18,7 @@ from tests.pipelines.conftest import (
 
 from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, StudentHeader, load_header, save_student
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.evaluate.nodes import sample_model
+from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
 from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
 from dpdmd_pipeline.pipelines.train.progress import _noted_signals

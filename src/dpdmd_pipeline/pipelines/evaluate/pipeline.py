@@ -6,11 +6,11 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
     judged_prompts,
     lay_out_pictures,
-    sample_images,
     say_what_is_missing,
     score_images,
     summarise,
 )
+from dpdmd_pipeline.pipelines.evaluate.sampling import sample_images
 
 
 def create_pipeline(**kwargs) -> Pipeline:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.datasets.lineage import text_side_hash
+from dpdmd_pipeline.datasets.lineage import code_hash, text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
@@ -21,7 +21,7 @@ from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+CODE = ("pipelines/prompts/encoding.py",)  # embeddings are only taken up by the code that makes them, and the family's
 MAX_WARNINGS = 20  # truncated prompts that are logged one by one
 MAX_LISTED = 1000  # truncated prompts that the manifest lists; it counts all
 
@@ -101,7 +101,8 @@ def encode_prompts(
         f"{index:05d}": partial(encode_rows, rows, start, start + options.shard_size, load, options.batch_size)
         for index, start in enumerate(starts)
     }
-    identity = fingerprint(SCHEMA, rows.digest, settings, options.shard_size)
+    code = code_hash(*CODE, f"backbones/{backbone.family}.py")
+    identity = fingerprint(rows.digest, settings, options.shard_size, code)
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 

@@ -12,8 +12,9 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.model_folder import folder_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.evaluate.nodes import sample_model
+from dpdmd_pipeline.pipelines.evaluate import sampling
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.publishing import Folders, HeldError, locked, write_atomically
 
 log = logging.getLogger(__name__)
@@ -22,14 +23,11 @@ Student = tuple[int, str]  # seed and run
 
 # A judgement is only taken up by the code that made it.
 CODE = (
-    "backbones/lora.py",
-    "backbones/student_file.py",
-    "exporting/sample.py",
+    *sampling.CODE,
     "metrics/modes.py",
     "metrics/pixels.py",
     "metrics/shapes.py",
     "metrics/summary.py",
-    "pipelines/evaluate/nodes.py",
     "shapes/reader.py",
     "shapes/world.py",
 )

@@ -1,0 +1,162 @@
+"""Pictures of all three models: the same prompts and seeds, whatever the batch."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
+from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
+
+# Pictures are only taken up by the code that draws them; that of the teacher's family comes to it.
+CODE = (
+    "backbones/base.py",
+    "backbones/lora.py",
+    "backbones/student_file.py",
+    "dpdmd/noise.py",
+    "dpdmd/sampling.py",
+    "exporting/sample.py",
+    "pipelines/evaluate/sampling.py",
+)
+SHARD = 64  # pictures a file; whole batches of a CPU
+ON_CPU = 16  # pictures that a CPU draws at once: in another batch, a product of matrices may sum in another order
+
+Sample = tuple[int, int]  # row of the embeddings, seed
+
+
+def sample_images(
+    chosen: dict[int, str],
+    prompts: Iterable[dict],
+    embeddings: Any,
+    teacher: Path,
+    student_dmd: Path,
+    student: Path,
+    backbone: BackboneOptions,
+    options: EvaluateOptions,
+) -> LazyShards:
+    """Draw every evaluation prompt from the same seeds with all three models, model after model."""
+    from dpdmd_pipeline.backbones.student_file import load_header
+    from dpdmd_pipeline.datasets.model_folder import folder_hash
+
+    check_embeddings(embeddings, prompts, teacher)
+    folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
+    steps = {name: load_header(folder).num_steps for name, folder in folders.items() if folder}
+    manifest = {
+        "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
+        "nfe": {"teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2), **steps},
+        "images_per_prompt": options.images_per_prompt,
+    }
+    samples = _samples(chosen, options)
+    load = Held(partial(_load_model, embeddings, teacher, backbone, options))
+    shards = {
+        f"{name}-{start // SHARD:05d}": partial(_shard, number, load, folders[name], samples[start : start + SHARD])
+        for number, name in enumerate(MODELS)
+        for start in range(0, len(samples), SHARD)
+    }
+    settings = options.model_dump(mode="json", include={"seed", "images_per_prompt"})
+    rows = [[row, text] for row, text in chosen.items()]
+    parts = (manifest, rows, settings, backbone.model_dump(mode="json"), embeddings.fingerprint)
+    identity = fingerprint(*parts, code_hash(*CODE, f"backbones/{backbone.family}.py"))
+    return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
+
+
+def image_seeds(options: EvaluateOptions, text: str) -> list[int]:
+    """Seeds of one prompt's pictures: the same for every model, whatever the batch and the other prompts."""
+    from dpdmd_pipeline.dpdmd.sampling import sample_seeds
+
+    return sample_seeds(options.seed, f"evaluate/{text}", 0, options.images_per_prompt)
+
+
+def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
+    """Every picture of one model: prompt after prompt, seed after seed."""
+    return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
+
+
+def _shard(number: int, load: Held, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
+    """Some pictures of one of the three models."""
+    import torch
+
+    return {"model": torch.full((len(samples),), number), **load(folder)(samples)}
+
+
+def sample_model(
+    folder: Path | None,
+    chosen: dict[int, str],
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: EvaluateOptions,
+) -> dict[str, Any]:
+    """Pictures of the teacher, or of a student's folder, as 8-bit images with their prompt and seed."""
+    return _load_model(embeddings, teacher, backbone, options, folder)(_samples(chosen, options))
+
+
+def _load_model(
+    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: EvaluateOptions, folder: Path | None
+) -> Callable[[list[Sample]], dict[str, Any]]:
+    """The teacher, or a student from its folder, ready to draw."""
+    model = backbone.load(teacher, options.device)
+    sampler = (
+        _teacher_sampler(model, embeddings, backbone) if folder is None else _student_sampler(model, folder, backbone)
+    )
+    return partial(_draw, model, sampler, embeddings, options)
+
+
+def _draw(
+    model: Any, sampler: Callable, embeddings: Any, options: EvaluateOptions, samples: list[Sample]
+) -> dict[str, Any]:
+    """Pictures of samples as 8-bit images [N, 3, H, W], with their prompt and seed."""
+    import torch
+
+    images = []
+    for batch, count in _batches(samples, options):
+        rows, seeds = zip(*batch, strict=True)
+        cond = {name: value.to(model.device) for name, value in embeddings.rows(rows).items()}
+        with torch.no_grad():
+            drawn = (model.decode(sampler(cond, seeds)) * 255).round().to(torch.uint8).cpu()
+        images.append(drawn[:count])
+    rows, seeds = zip(*samples, strict=True)
+    return {"prompt": torch.tensor(rows), "seed": torch.tensor(seeds), "image": torch.cat(images)}
+
+
+def _batches(samples: list[Sample], options: EvaluateOptions) -> Iterator[tuple[list[Sample], int]]:
+    """What is drawn at once, and how many of it count: a CPU's batches are all of one size, the last is filled up."""
+    on_cpu = resolve_device(options.device).type == "cpu"
+    size = ON_CPU if on_cpu else options.batch_size
+    for start in range(0, len(samples), size):
+        batch = samples[start : start + size]
+        filling = batch[-1:] * (size - len(batch)) if on_cpu else []
+        yield batch + filling, len(batch)
+
+
+def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:
+    """Conditioning and seeds to clean latents, at the teacher's own settings."""
+    from dpdmd_pipeline.backbones.base import guided
+    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
+
+    network = model.load_model().requires_grad_(False).eval()
+    empty = embeddings.rows([len(embeddings) - 1])
+    uncond = {name: value.to(model.device) for name, value in empty.items()}
+    levels = model.schedule(backbone.num_steps)
+
+    def draw(cond: dict[str, Any], seeds: Sequence[int]) -> Any:
+        noise = noise_from_seeds(seeds, model.latent_shape).to(model.device)
+        return rollout(guided(model, network, cond, uncond, backbone.guidance_scale), noise, levels)
+
+    return draw
+
+
+def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
+    """The same with a student, as its file says."""
+    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
+    from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
+
+    header = load_header(folder)
+    check_prediction(folder, header, model.prediction, model.folder)
+    network = model.load_model().requires_grad_(False).eval()
+    load_weights(folder, network, backbone.family)
+    levels = model.student_schedule(header.grid, header.num_steps)
+    return partial(draw_latents, OpenStudent(header, model, network, levels))
