@@ -127,7 +127,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path |
             write(temporary)
             sync(temporary)
             os.replace(temporary, path)
-        except (OSError, SafetensorError):
+        except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()  # on a full disk, every byte counts
             raise

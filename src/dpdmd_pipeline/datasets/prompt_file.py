@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.publishing import writing
+from dpdmd_pipeline.publishing import write_atomically, writing
 
 KEYS = ("text", "prompt", "caption")  # of a column or a JSON key; the first that is there counts
 MAX_LINE = 1 << 20  # bytes; a longer line is no prompt, and memory is to stay bounded
@@ -104,20 +103,9 @@ class PromptFileDataset(AbstractDataset[Iterable[dict], PromptFile]):
         path = self._filepath
         if path.suffix.lower() != ".jsonl":
             raise ValueError(f"cannot save prompts as {path}: only .jsonl can be written")
-        partial = path.with_name(f".{path.name}.partial")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("w", encoding="utf-8", newline="\n") as file:
-                    for record in data:
-                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            except BaseException:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
+        write_atomically(path, partial(_write_records, data), path.with_name(f".{path.name}.partial"))
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -251,6 +239,11 @@ def _parse_json(path: Path, number: int, offset: int, line: str) -> Any:
         raise _error(path, number, byte, f"not JSON ({error.msg}); write one object or string a line") from error
     except RecursionError as error:
         raise _error(path, number, offset, "JSON nested too deeply") from error
+
+
+def _write_records(records: Iterable[dict], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _key(names: Iterable[str], where: str) -> str:

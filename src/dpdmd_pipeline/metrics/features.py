@@ -6,16 +6,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from tempfile import mkstemp
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import Embedder
-from dpdmd_pipeline.publishing import sync
+from dpdmd_pipeline.publishing import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,13 +79,5 @@ def _write(path: Path, features: Tensor) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = mkstemp(suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file({"features": features.contiguous()}, name)
-        sync(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
+    own = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    write_atomically(path, lambda temporary: save_file({"features": features.contiguous()}, temporary), own)
