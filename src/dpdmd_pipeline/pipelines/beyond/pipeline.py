@@ -2,9 +2,18 @@
 
 from kedro.pipeline import Pipeline
 
-from dpdmd_pipeline.pipelines.study.pipeline import study_of
+from dpdmd_pipeline.pipelines.study.pipeline import create_pipeline as create_study
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """anchors to a table and a plot of many students: the study again, of other runs."""
-    return study_of("beyond")
+    """The study again, of other runs."""
+    study = create_study()
+    given = study.inputs()
+    options = {name for name in given if name.startswith("params:")}
+    return Pipeline(
+        study,
+        namespace="beyond",
+        inputs=given - options,
+        parameters={**{name: name for name in options}, "params:study": "params:beyond"},
+        outputs={"study": "beyond", "study_table": "beyond_table", "study_plot": "beyond_plot"},
+    )
