@@ -74,7 +74,10 @@ def test_the_table_names_what_each_run_changes(study):
 def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp_path):
     with pytest.raises(ValueError, match=r"^runs\.wrong: anchored_steps=9"):
         study(options(wrong={"train": {"anchored_steps": 9}}))
-    with pytest.raises(ValueError, match="steps=6 must be below the teacher's backbone.num_steps=6"):
+    with pytest.raises(
+        ValueError,
+        match=r"^runs\.wrong: anchors\.anchor_levels steps=6 must be below the teacher's backbone.num_steps=6",
+    ):
         study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}))
     assert not any(tmp_path.iterdir())
 

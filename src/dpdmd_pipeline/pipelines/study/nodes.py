@@ -1,7 +1,8 @@
 """Nodes of the study: it repeats the rooms train and evaluate, once per recipe and seed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -56,7 +57,7 @@ def run_study(
         raise ValueError(f"evaluate.judge={evaluate.judge}: the study is judged by the exact reader, give it shapes")
     line = _Line(prompts, embeddings, anchors, teacher, train_state, backbone)
     runs = {name: _prepare(name, run, line, anchor_options, train) for name, run in options.kept.items()}
-    _check(runs.values(), line)  # all of them before the first is trained
+    _check(runs, line)  # all of them before the first is trained
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
     found = make_all(options.students, partial(_make, line, runs, judge))
     return {
@@ -97,11 +98,22 @@ class _Prepared(NamedTuple):
 
 def _prepare(name: str, run: RunOptions, line: _Line, anchor_options: AnchorRecipe, train: TrainOptions) -> _Prepared:
     """Other anchors than the cache's are computed in each student turn."""
-    changed = _changed(name, train, run.train)
-    if not run.anchors:
-        return _Prepared(changed, anchor_options, line.anchors)
-    asked = _changed(name, anchor_options, _anchors_of(run))
-    return _Prepared(changed, asked, make_anchors(line.prompts, line.embeddings, line.teacher, line.backbone, asked))
+    with _named(name):
+        changed = _changed(train, run.train)
+        if not run.anchors:
+            return _Prepared(changed, anchor_options, line.anchors)
+        asked = _changed(anchor_options, _anchors_of(run))
+        own = make_anchors(line.prompts, line.embeddings, line.teacher, line.backbone, asked)
+        return _Prepared(changed, asked, own)
+
+
+@contextmanager
+def _named(run: str) -> Iterator[None]:
+    """Put the name of a run before what is refused of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"runs.{run}: {error}") from error
 
 
 def _anchors_of(run: RunOptions) -> dict[str, Any]:
@@ -115,11 +127,12 @@ def _recorded(run: RunOptions) -> dict[str, Any]:
     return {name: value for name, value in recorded.items() if value}
 
 
-def _check(runs: Iterable[_Prepared], line: _Line) -> None:
+def _check(runs: Mapping[str, _Prepared], line: _Line) -> None:
     """Refuse anchors that a recipe cannot learn from."""
-    rows = line.rows()
-    for run in runs:
-        check_anchors(run.anchors, rows, line.embeddings, line.teacher, line.backbone, run.anchor_options, run.train)
+    given = line.rows(), line.embeddings, line.teacher, line.backbone
+    for name, run in runs.items():
+        with _named(name):
+            check_anchors(run.anchors, *given, run.anchor_options, run.train)
 
 
 def _make(line: _Line, runs: Mapping[str, _Prepared], judge: Judge, student: Student) -> dict[str, Any]:
@@ -132,16 +145,16 @@ def _make(line: _Line, runs: Mapping[str, _Prepared], judge: Judge, student: Stu
     return {"run": name, "seed": seed, **judged_student(partial(train, options=seeded), judge, identity)}
 
 
-def _changed(name: str, options: Options, changes: dict[str, Any]) -> Options:
+def _changed(options: Options, changes: dict[str, Any]) -> Options:
     """The options with some changed.
 
     Raises:
-        ValueError: names the run whose changes are refused.
+        ValueError: names the changes that are refused.
     """
     try:
         return type(options)(**{**options.model_dump(), **changes})
     except ValidationError as error:
-        raise ValueError(f"runs.{name}: {'; '.join(map(_reason, error.errors()))}") from error
+        raise ValueError("; ".join(map(_reason, error.errors()))) from error
 
 
 def _reason(fault: dict[str, Any]) -> str:
