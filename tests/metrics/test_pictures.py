@@ -288,10 +288,13 @@ def test_texts_and_parts_are_read_or_refused(tmp_path):
         read_texts(tmp_path / "p.jsonl")
     with pytest.raises(ValueError, match=r"read from .txt, .csv or .jsonl"):
         read_texts(tmp_path / "p.parquet")
-    (tmp_path / "m.jsonl").write_text('{"prompt": "a dog", "include": []}\n')
+    (tmp_path / "m.jsonl").write_text('{"prompt": "a dog", "include": [{"class": "dog", "count": 1}]}\n')
     assert list(read_parts(tmp_path / "m.jsonl")) == ["a dog"]
     with pytest.raises(ValueError, match="not GenEval's"):
         read_parts(tmp_path / "p.jsonl")
+    (tmp_path / "short.jsonl").write_text('{"prompt": "a dog", "include": [{"class": "dog"}]}\n')
+    with pytest.raises(ValueError, match=r"short.jsonl, record 1 \(a dog\): include.0.count: Field required"):
+        read_parts(tmp_path / "short.jsonl")
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "prompts.csv", "prompts.jsonl", "prompts/p0/prompt.txt"])

@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from dpdmd_pipeline.metrics.measures import PartScores, measure_set
+from dpdmd_pipeline.metrics.pictures import Loaded
 from dpdmd_pipeline.metrics.questions import (
     PartQuestions,
     RatedQuality,
@@ -11,6 +13,22 @@ from dpdmd_pipeline.metrics.questions import (
     part_questions,
     rating,
 )
+
+
+class OpenSet:
+    """Pictures of one prompt, which are open."""
+
+    no_text = ""
+
+    def __init__(self, text, photos):
+        self.id = self.text = text
+        self.photos = photos
+
+    def __len__(self):
+        return len(self.photos)
+
+    def load(self):
+        return Loaded([str(number) for number in range(len(self))], list(self.photos), [])
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +95,23 @@ def test_every_part_of_a_prompt_is_asked_about():
         "Are there at least 3 cats in this picture?",
         "Are there at least 4 cats in this picture?",
     ]
-    with pytest.raises(ValueError, match="names no part"):
-        part_questions({"tag": "empty"})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"tag": "empty"}, "names no part"),
+        ({"include": [{"class": "dog"}]}, r"^include\.0\.count: Field required$"),
+        ({"exclude": [{"count": 1}]}, r"^exclude\.0\.class: Field required$"),
+        ({"include": [{"class": "dog", "count": 0}]}, "count: .* greater than 0"),
+        ({"include": [{"class": "dog", "count": 1, "position": ["above"]}]}, "position"),
+        ({"include": [{"class": "dog", "count": 1, "position": ["above", 1]}]}, "of dog names part 1 of 1"),
+        ({"include": "dog"}, "include: .* list"),
+    ],
+)
+def test_a_record_that_cannot_be_asked_is_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        part_questions(record)
 
 
 def test_parts_are_scored_by_the_probability_of_the_right_answer(model, photos):
@@ -87,5 +120,11 @@ def test_parts_are_scored_by_the_probability_of_the_right_answer(model, photos):
     (first, _), (second, _) = part_questions(record)
     assert torch.equal(found[:, 0], model.probability("Yes", first, photos[:2]))
     assert torch.equal(found[:, 1], model.probability("No", second, photos[:2]))
-    with pytest.raises(ValueError, match="no record of parts for prompt 'a dog'"):
-        PartQuestions(model, {"a cat": record})("a dog", photos)
+
+
+def test_prompts_whose_parts_cannot_be_asked_cost_themselves_alone(model, photos):
+    record = {"include": [{"class": "cat", "count": 1}]}
+    measure = PartScores(PartQuestions(model, {"a cat": record, "a cow": {"include": [{"class": "cow"}]}}))
+    rows = [measure_set(measure, OpenSet(text, photos[:2])) for text in ("a cat", "a dog", "a cow")]
+    assert [bool(row.measured.values) for row in rows] == [True, False, False]
+    assert "without a record of its parts" in rows[1].unfit and "include.0.count: Field required" in rows[2].unfit

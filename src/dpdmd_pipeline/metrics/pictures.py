@@ -476,10 +476,16 @@ def read_parts(path: Path) -> dict[str, dict]:
     """GenEval's records by text of their prompt.
 
     Raises:
-        ValueError: for a record without a prompt.
+        ValueError: for a record without a prompt, or of whose parts nothing can be asked.
     """
+    from dpdmd_pipeline.metrics.questions import part_questions
+
     records = list(_records(Path(path)))
     for line, record in enumerate(records, start=1):
         if not record.get("prompt"):
             raise ValueError(f"{path}, record {line} has no prompt: it is not GenEval's evaluation_metadata.jsonl")
+        try:
+            part_questions(record)
+        except ValueError as error:
+            raise ValueError(f"{path}, record {line} ({record['prompt']}): {error}") from error
     return {record["prompt"]: record for record in records}

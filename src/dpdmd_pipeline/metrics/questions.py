@@ -9,13 +9,15 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import load_pretrained
 from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,40 +112,81 @@ class PartQuestions:
         """P(the right answer) of each part, [n, parts].
 
         Raises:
-            ValueError: if nothing is known about the parts of this prompt.
+            UnfitError: if nothing is known about the parts of this prompt, or nothing that can be asked.
         """
         if text not in self.records:
-            raise ValueError(f"no record of parts for prompt {text!r}: add it to the metadata file")
-        asked = part_questions(self.records[text])
+            raise UnfitError("prompt without a record of its parts (add it to the metadata file)")
+        try:
+            asked = part_questions(self.records[text])
+        except ValueError as error:
+            raise UnfitError(f"prompt whose record of parts cannot be asked ({error})") from error
         return torch.stack([self.model.probability(right, question, images) for question, right in asked], dim=1)
+
+
+class _Part(BaseModel):
+    """What a picture is to show, or not to show; `position` is a relation to another part, by its place in the list."""
+
+    name: str = Field(alias="class", min_length=1)
+    count: PositiveInt
+    color: str | None = None
+    position: tuple[str, NonNegativeInt] | None = None
+
+    def is_there(self) -> str:
+        """The question whether it is."""
+        if self.count == 1:
+            return f"Is there a {self.name} in this picture? Please answer yes or no."
+        return f"Are there at least {self.count} {self.name}s in this picture? Please answer yes or no."
+
+    def has_its_color(self) -> str:
+        """The question whether it has the colour that is asked for."""
+        verb, noun = ("Is", self.name) if self.count == 1 else ("Are all", f"{self.name}s")
+        return f"{verb} the {noun} in this picture {self.color}? Please answer yes or no."
+
+    def is_placed(self, relation: str, other: str) -> str:
+        """The question whether it is where it is asked for."""
+        place = relation if relation in {"above", "below"} else f"to the {relation}"
+        return f"Is the {self.name} {place} the {other} in this picture? Please answer yes or no."
+
+
+class _Record(BaseModel):
+    """One line of GenEval's evaluation_metadata.jsonl, without what is not asked."""
+
+    include: list[_Part] = []
+    exclude: list[_Part] = []
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if not self.include and not self.exclude:
+            raise ValueError("names no part: give include or exclude")
+        for part in self.include:
+            if part.position and part.position[1] >= len(self.include):
+                raise ValueError(f"position of {part.name} names part {part.position[1]} of {len(self.include)}")
+        return self
 
 
 def part_questions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Questions with their right answers, from one record of GenEval.
 
     Raises:
-        ValueError: if the record asks for nothing.
+        ValueError: if the record asks for nothing, or a part lacks its class or count.
     """
-    asked, included = [], record.get("include", [])
-    for part in included:
-        name, count = part["class"], part["count"]
-        asked.append((_is_there(name, count), "Yes"))
-        if "color" in part:
-            verb, noun = ("Is", name) if count == 1 else ("Are all", f"{name}s")
-            asked.append((f"{verb} the {noun} in this picture {part['color']}? Please answer yes or no.", "Yes"))
-        if "position" in part:
-            relation, other = part["position"]
-            place = relation if relation in {"above", "below"} else f"to the {relation}"
-            target = included[other]["class"]
-            asked.append((f"Is the {name} {place} the {target} in this picture? Please answer yes or no.", "Yes"))
-    for part in record.get("exclude", []):
-        asked.append((_is_there(part["class"], part["count"]), "No"))
-    if not asked:
-        raise ValueError(f"record {dict(record)} names no part: give include or exclude")
-    return asked
+    try:
+        known = _Record.model_validate(record)
+    except ValidationError as error:
+        raise ValueError("; ".join(map(_reason, error.errors()))) from error
+    asked = []
+    for part in known.include:
+        asked.append((part.is_there(), "Yes"))
+        if part.color:
+            asked.append((part.has_its_color(), "Yes"))
+        if part.position:
+            relation, other = part.position
+            asked.append((part.is_placed(relation, known.include[other].name), "Yes"))
+    return [*asked, *((part.is_there(), "No") for part in known.exclude)]
 
 
-def _is_there(name: str, count: int) -> str:
-    if count == 1:
-        return f"Is there a {name} in this picture? Please answer yes or no."
-    return f"Are there at least {count} {name}s in this picture? Please answer yes or no."
+def _reason(fault: Mapping[str, Any]) -> str:
+    """`include.0.count: Field required`."""
+    place = ".".join(map(str, fault["loc"]))
+    words = fault["msg"].removeprefix("Value error, ")
+    return f"{place}: {words}" if place else words
