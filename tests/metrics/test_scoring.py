@@ -23,7 +23,7 @@ from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.presets import Preset, Settings, choose
 from dpdmd_pipeline.metrics.score import Reference, Scores, gap_notes, gaps_recovered, score, workers
-from dpdmd_pipeline.metrics.summary import ratio_interval
+from dpdmd_pipeline.metrics.summary import gap_figure, ratio_interval
 from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.metrics.weights import DINO_V2
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
@@ -439,6 +439,21 @@ def test_the_gap_is_recovered_by_what_lies_between(settings):
     assert gaps["diversity.corners.vendi"]["low"] < gaps["diversity.corners.vendi"]["high"]
     assert "diversity.corners.vendi: 0." in as_gap_table(gaps)
     assert gaps_recovered(scores[0], scores[1], scores[0], seed=0)["diversity.corners.vendi"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("teacher", "dmd", "told"),
+    [
+        ([2.0, 2.0], [1.0, 1.0], "0.5  0.5 to 0.5  (prompts: 2)"),
+        ([2.0, 1.0], [1.0, 1.9], "no interval: the baseline's loss cannot be told from chance  (prompts: 2)"),
+        ([2.0], [1.0], "0.5  no interval: one prompt gives none  (prompts: 1)"),
+        ([1.0, 1.0], [2.0, 2.0], "the baseline lost nothing  (prompts: 2)"),
+    ],
+)
+def test_a_share_without_an_interval_says_why(teacher, dmd, told):
+    ours = torch.full((len(dmd),), 1.5)
+    gap = gap_figure(torch.tensor(teacher), torch.tensor(dmd), ours, seed=0) | {"prompts": len(dmd)}
+    assert as_gap_table({"diversity.corners.vendi": gap}).endswith(told)
 
 
 def test_a_gap_that_depends_on_the_number_of_pictures_leaves_out_prompts_where_it_differs(settings):

@@ -89,9 +89,17 @@ def as_gap_table(gaps: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> 
     """
     lines = ["Gap recovered (0 is the baseline's diversity, 1 the teacher's):"]
     for name, gap in gaps.items():
-        spread = "" if gap["low"] is None else f"  {_number(gap['low'])} to {_number(gap['high'])}"
-        found = _number(gap["value"]) or "the baseline lost nothing"
-        lines.append(f"  {name}: {found}{spread}  (prompts: {gap['prompts']})")
+        lines.append(f"  {name}: {_gap(gap)}  (prompts: {gap['prompts']})")
     if not gaps:
         lines.append("  none: no diversity was measured in all three")
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
+
+
+def _gap(gap: dict[str, Any]) -> str:
+    """Share and interval; a share without one is a number that chance may have made, and is called so."""
+    if gap["value"] is None:
+        return "the baseline lost nothing"
+    if gap["low"] is not None:
+        return f"{_number(gap['value'])}  {_number(gap['low'])} to {_number(gap['high'])}"
+    why = "one prompt gives none" if gap["prompts"] == 1 else "the baseline's loss cannot be told from chance"
+    return f"{_number(gap['value'])}  no interval: {why}"

@@ -41,7 +41,7 @@ class Metric:
 METRICS = {
     "valid": Metric(
         "valid",
-        "Share of pictures in which the reader finds exactly one clean object of the world.",
+        "Share of pictures in which the reader finds exactly one clean object: precision without a network.",
         digits=1,
         percent=True,
     ),
@@ -63,8 +63,8 @@ METRICS = {
     ),
     "coverage": Metric(
         "coverage",
-        "Share of all kinds of picture a prompt allows that were drawn at least once; with few pictures a prompt even "
-        "a perfect model misses some.",
+        "Share of all kinds of picture a prompt allows that were drawn at least once: recall without a network. Even a "
+        "perfect model misses some: 64 pictures show 59 % of 72 kinds.",
         digits=1,
         percent=True,
     ),
