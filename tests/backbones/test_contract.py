@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dpdmd_pipeline.backbones
-from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone
+from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone, token_limits
 from dpdmd_pipeline.backbones.student_file import WEIGHTS
 from dpdmd_pipeline.datasets.lineage import network_folder
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
@@ -180,6 +180,17 @@ def test_encoding_is_batch_first_and_prompt_by_prompt(backbone, cond):
         assert alone.keys() == cond.keys()
         for name, value in alone.items():
             torch.testing.assert_close(value, rows(cond, index)[name], **TOLERANCE)
+
+
+def test_the_shapes_of_embeddings_are_told_before_anything_is_encoded(backbone, cond):
+    assert backbone.conditioning_shapes() == {name: tuple(value.shape[1:]) for name, value in cond.items()}
+
+
+def test_every_tokenizer_with_a_text_encoder_has_its_limit(specimen, folder, cond):
+    limits = token_limits(specimen.family, folder, specimen.options["max_sequence_length"])
+    encoders = {path.name.replace("text_encoder", "tokenizer") for path in folder.glob("text_encoder*")}
+    assert limits.keys() == encoders
+    assert all(0 < limit.tokens <= cond["prompt_embeds"].shape[1] for limit in limits.values())
 
 
 def test_the_empty_prompt_has_the_shape_of_any_other(cond, uncond):

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from dpdmd_pipeline.backbones.base import token_limits
 from dpdmd_pipeline.backbones.sana import Sana, load
 from dpdmd_pipeline.dpdmd.noise import flow_level
 
@@ -18,6 +19,20 @@ def backbone(tiny_sana):
 
 def noise(seed=0):
     return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_prompt_is_cut_off_where_its_tokens_exceed_the_limit(tiny_sana, backbone):
+    """What is beyond the limit changes nothing; the last that is within does."""
+    from transformers import AutoTokenizer
+
+    ((name, limit),) = token_limits("sana", tiny_sana, OPTIONS["max_sequence_length"]).items()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_sana / name)
+    texts = ["a" * length for length in range(limit.tokens - 2, limit.tokens + 3)]
+    counts = limit.count(tokenizer, [f" {text.upper()} " for text in texts])  # as the pipeline strips and lowers them
+    assert counts == [len(text) for text in texts]
+    embeds = backbone.encode(texts)["prompt_embeds"]
+    for shorter, longer, tokens in zip(embeds, embeds[1:], counts[1:], strict=False):
+        assert torch.equal(shorter, longer) == (tokens > limit.tokens)
 
 
 def test_prompts_have_the_instruction_of_the_pipelines_call_and_the_empty_one_has_none(tiny_sana, backbone):

@@ -47,7 +47,7 @@ def ask_teacher(backbone, embeddings):
 
 @pytest.fixture(scope="module")
 def model(backbone, world_teacher) -> MemoryModel:
-    return MemoryModel(backbone, world_teacher, conditioning_like(world_teacher, 0, torch.float32), GUIDANCE)
+    return MemoryModel(backbone, world_teacher, conditioning_like(backbone), GUIDANCE)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def half(world_teacher):
     """The same teacher in bfloat16, and its estimates."""
     options = {"resolution": 32, "max_sequence_length": 0, "level_range": (0.02, 0.98), "dtype": torch.bfloat16}
     backbone = load_backbone("sd3", world_teacher, **options)
-    like = conditioning_like(world_teacher, 0, torch.bfloat16)
+    like = conditioning_like(backbone)
     return backbone, MemoryModel(backbone, world_teacher, like, GUIDANCE)
 
 
@@ -281,7 +281,7 @@ def test_a_larger_part_keeps_more_and_a_checkpointed_one_less(model, less, more)
 
 def test_caches_on_disk_have_the_bytes_that_are_estimated(backbone, world_teacher, tmp_path):
     cond = backbone.encode(["a red circle", "a blue square", ""])
-    like = conditioning_like(world_teacher, 0, torch.float32)
+    like = conditioning_like(backbone)
     anchors = {"prompt": torch.zeros(6, dtype=torch.int64), "seed": torch.zeros(6, dtype=torch.int64)}
     anchors |= {f"anchor_{number}": torch.zeros(6, *backbone.latent_shape).half() for number in range(2)}
     shape = backbone.latent_shape

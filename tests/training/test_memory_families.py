@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-import torch
 from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl  # noqa: F401
 from tests.training.conftest import RECIPE
 
@@ -38,7 +37,7 @@ def test_no_family_is_left_out():
 @pytest.mark.parametrize("name", TEACHERS)
 def test_embeddings_have_the_shapes_that_the_configs_tell(family, name):
     backbone, folder, length = family(name)
-    real, like = backbone.encode([""]), conditioning_like(folder, length, torch.float32)
+    real, like = backbone.encode([""]), conditioning_like(backbone)
     assert {key: (value.shape, value.dtype) for key, value in real.items()} == {
         key: (value.shape, value.dtype) for key, value in like.items()
     }
@@ -47,7 +46,7 @@ def test_embeddings_have_the_shapes_that_the_configs_tell(family, name):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_a_family_is_estimated_from_its_configs(family, name):
     backbone, folder, length = family(name, weights=False)
-    model = MemoryModel(backbone, folder, conditioning_like(folder, length, torch.float32), 3.5)
+    model = MemoryModel(backbone, folder, conditioning_like(backbone), 3.5)
     recipe = Recipe(**{**RECIPE, "batch_size": 64})
     repeated, kept = (model.estimate(recipe, Execution(64, 64, 64, checkpointing)) for checkpointing in (True, False))
     assert repeated.activations < kept.activations and model.forward_flops(recipe) > 0
@@ -59,5 +58,5 @@ def test_weights_are_those_of_the_real_networks(family, name):
     roles = full_roles(backbone, gradient_checkpointing=False)
     networks = (roles.teacher, roles.student, roles.fake_score)
     real = sum(t.nbytes for network in networks for t in (*network.parameters(), *network.buffers()))
-    model = MemoryModel(backbone, folder, conditioning_like(folder, length, torch.float32), 3.5)
+    model = MemoryModel(backbone, folder, conditioning_like(backbone), 3.5)
     assert model.estimate(Recipe(**RECIPE), Execution(1, 1, 1, True)).weights == real

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,6 +31,7 @@ class Backbone(Protocol):
     folder: Path  # the teacher's
     latent_shape: tuple[int, int, int]  # (C, H, W)
     device: torch.device  # where networks are loaded
+    dtype: torch.dtype  # of the networks, and of the embeddings
     prediction: str  # what the network returns: flow (velocity), eps or v (v-prediction)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
@@ -48,6 +51,9 @@ class Backbone(Protocol):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings of prompts; of [""] for the unconditional branch."""
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's embeddings, as `encode` names them, without the batch; reads configs only."""
 
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         """x0 in float32, [B, C, H, W]."""
@@ -70,10 +76,15 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
     Raises:
         ValueError: if the family is unknown.
     """
+    module = _module(family)
+    _no_loading_bars()
+    return module.load(folder, **options)
+
+
+def _module(family: str) -> Any:
     if family not in FAMILIES:
         raise ValueError(f"backbone.family is {family!r}: choose one of {', '.join(FAMILIES)}")
-    _no_loading_bars()
-    return importlib.import_module(f"dpdmd_pipeline.backbones.{family}").load(folder, **options)
+    return importlib.import_module(f"dpdmd_pipeline.backbones.{family}")
 
 
 def _no_loading_bars() -> None:
@@ -83,6 +94,55 @@ def _no_loading_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+# ---- prompts that are too long
+
+
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt, special ones included."""
+    return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+@dataclass(frozen=True)
+class TokenLimit:
+    """Where a tokenizer cuts prompts off.
+
+    Attributes:
+        tokens: how many of a prompt are kept.
+        count: (tokenizer, prompts) -> tokens of each, as this limit counts them; may import the family's pipeline.
+    """
+
+    tokens: int
+    count: Callable[[Any, Sequence[str]], list[int]] = count_tokens
+
+
+def token_limits(family: str, folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
+    """Limits of a teacher's tokenizers, by the names of their folders; reads their configs only.
+
+    Args:
+        family: name of a file in `backbones/`.
+        folder: of the teacher.
+        max_sequence_length: of the family's options.
+
+    Raises:
+        ValueError: if the family is unknown.
+    """
+    return _module(family).token_limits(folder, max_sequence_length)
+
+
+def tokenizer_names(folder: Path) -> list[str]:
+    """Folders of a teacher's tokenizers, without those whose text encoder is not there."""
+    names = sorted(path.parent.name for path in folder.glob("tokenizer*/tokenizer_config.json"))
+    return [name for name in names if (folder / name.replace("tokenizer", "text_encoder")).is_dir()]
+
+
+def tokenizer_length(tokenizer: Path) -> int:
+    """The most tokens that go into the text encoder, by the config in a tokenizer's folder; special ones included."""
+    return int(json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"])
+
+
+# ---- guidance
 
 
 def conditioned(backbone: Backbone, model: nn.Module, cond: Conditioning) -> Denoise:

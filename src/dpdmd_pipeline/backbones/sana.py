@@ -6,13 +6,14 @@ A linear-attention transformer over a 32 times smaller latent, under one languag
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.base import Conditioning, TokenLimit, count_tokens
 from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, flow_schedule, flow_sigmas, shift_sigma, x0_from_velocity
 
@@ -48,7 +49,7 @@ class Sana:
                 "backbone.max_sequence_length is 0: SANA's text encoder needs some, its own default is 300"
             )
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        transformer = network_config(SanaTransformer2DModel, self.folder / "transformer")
+        self._config = transformer = network_config(SanaTransformer2DModel, self.folder / "transformer")
         self.max_sequence_length, self.level_range = max_sequence_length, level_range
         self.shift = _read_shift(self.folder)
         if transformer.get("guidance_embeds"):
@@ -90,7 +91,6 @@ class Sana:
         if self._text is None:
             self._text = self._text_pipeline()
         # The pipeline's call puts an instruction before every prompt, and none before the empty one.
-        instruction = inspect.signature(type(self._text).__call__).parameters["complex_human_instruction"].default
         filled = [index for index, prompt in enumerate(prompts) if prompt]
         empty = [index for index, prompt in enumerate(prompts) if not prompt]
         parts = [
@@ -101,12 +101,16 @@ class Sana:
                 max_sequence_length=self.max_sequence_length,
                 complex_human_instruction=before,
             )[:2]
-            for chosen, before in ((filled, instruction), (empty, None))
+            for chosen, before in ((filled, _instruction()), (empty, None))
             if chosen
         ]
         place = torch.tensor(filled + empty, device=self.device).argsort()
         embeds, mask = (torch.cat(part)[place] for part in zip(*parts, strict=True))
         return {"prompt_embeds": embeds, "prompt_mask": mask.to(self.dtype)}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.max_sequence_length
+        return {"prompt_embeds": (tokens, self._config["caption_channels"]), "prompt_mask": (tokens,)}
 
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         velocity = model(
@@ -137,6 +141,25 @@ class Sana:
         pipeline = SanaPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
         pipeline.text_encoder.to(self.device).requires_grad_(False)
         return pipeline
+
+
+def _instruction() -> list[str]:
+    """Lines that the pipeline's call puts before every prompt."""
+    from diffusers import SanaPipeline
+
+    return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+def token_limits(_folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
+    """The pipeline gives the prompt `max_sequence_length` - 2 tokens beyond those of the instruction alone."""
+    return {"tokenizer": TokenLimit(max_sequence_length - 2, _count_after_instruction)}
+
+
+def _count_after_instruction(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Tokens that each prompt adds to the instruction, spelt as the pipeline spells it."""
+    before = "\n".join(_instruction())
+    alone, *together = count_tokens(tokenizer, [before, *(before + prompt.lower().strip() for prompt in prompts)])
+    return [tokens - alone for tokens in together]
 
 
 def _read_shift(folder: Path) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.base import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, flow_schedule, flow_sigmas, shift_sigma, x0_from_velocity
 
@@ -42,14 +42,14 @@ class SD3:
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        transformer = network_config(SD3Transformer2DModel, self.folder / "transformer")
+        self._config = transformer = network_config(SD3Transformer2DModel, self.folder / "transformer")
         self.max_sequence_length, self.level_range = max_sequence_length, level_range
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
         if scheduler.get("use_dynamic_shifting"):
             raise ValueError(f"{folder}: the scheduler shifts dynamically, SD3 and SD3.5 use a static shift")
         self.shift = scheduler["shift"]
-        self._vae_config = AutoencoderKL.load_config(folder, subfolder="vae")
-        factor = 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        vae = AutoencoderKL.load_config(folder, subfolder="vae")
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
         if resolution % (factor * transformer["patch_size"]):
             raise ValueError(
                 f"backbone.resolution {resolution} must be a multiple of {factor * transformer['patch_size']}"
@@ -93,6 +93,13 @@ class SD3:
         )
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
 
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = tokenizer_length(self.folder / "tokenizer") + self.max_sequence_length  # of CLIP, then of T5
+        return {
+            "prompt_embeds": (tokens, self._config["joint_attention_dim"]),
+            "pooled_embeds": (self._config["pooled_projection_dim"],),
+        }
+
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         velocity = model(
             hidden_states=latents.to(self.dtype),
@@ -131,6 +138,13 @@ class SD3:
             if encoder is not None:
                 encoder.to(self.device).requires_grad_(False)
         return pipeline
+
+
+def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
+    """T5's tokens are cut at `max_sequence_length`, both CLIPs' at the length of the first."""
+    clip = TokenLimit(tokenizer_length(folder / "tokenizer"))
+    t5 = TokenLimit(max_sequence_length)
+    return {name: t5 if name == "tokenizer_3" else clip for name in tokenizer_names(folder)}
 
 
 def load(folder: Path, **options) -> SD3:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.backbones.base import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.backbones.student_file import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, vp_level, vp_schedule, x0_from_eps, x0_from_v_prediction
 
@@ -52,7 +52,7 @@ class SDXL:
                 f"backbone.max_sequence_length is {max_sequence_length}: SDXL has no T5 encoder, set it to 0"
             )
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        unet = network_config(UNet2DConditionModel, self.folder / "unet")
+        self._config = unet = network_config(UNet2DConditionModel, self.folder / "unet")
         self.level_range, self.resolution = level_range, resolution
         self.prediction, self._to_x0, self.alphas_cumprod = _read_scheduler(self.folder)
         if unet["addition_embed_type"] != "text_time" or unet["in_channels"] != unet["out_channels"]:
@@ -103,6 +103,14 @@ class SDXL:
             empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
             embeds, pooled = embeds.masked_fill(empty[:, None, None], 0), pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": embeds, "pooled_embeds": pooled}
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        # the UNet is given the pooled embedding and the six numbers of the picture's size side by side
+        sizes = 6 * self._config["addition_time_embed_dim"]
+        return {
+            "prompt_embeds": (tokenizer_length(self.folder / "tokenizer"), self._config["cross_attention_dim"]),
+            "pooled_embeds": (self._config["projection_class_embeddings_input_dim"] - sizes,),
+        }
 
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         # of a picture that was neither scaled nor cropped: original size, crop, target size (arXiv:2307.01952, 2.2)
@@ -189,6 +197,11 @@ def _schedule_at(timesteps: Sequence[float], alphas_cumprod: Tensor) -> NoiseLev
         torch.cat([levels.sigma, levels.sigma.new_zeros(1)]),
         torch.cat([chosen, chosen.new_zeros(1)]),
     )
+
+
+def token_limits(folder: Path, _max_sequence_length: int) -> dict[str, TokenLimit]:
+    """Each tokenizer cuts at its own length."""
+    return {name: TokenLimit(tokenizer_length(folder / name)) for name in tokenizer_names(folder)}
 
 
 def load(folder: Path, **options) -> SDXL:

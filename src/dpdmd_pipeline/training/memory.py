@@ -476,41 +476,9 @@ def anchor_bytes(
     return samples * (2 * torch.int64.itemsize + latents)
 
 
-def conditioning_like(teacher: Path, max_sequence_length: int, dtype: torch.dtype) -> Conditioning:
-    """Tensors like the embeddings of one prompt, [1, ...], from the teacher's configs alone; they hold no numbers.
-
-    Raises:
-        ValueError: if the network is of a family that is not known here.
-    """
-    kind, config = network_config(teacher)
-    if kind.__name__ not in _EMBEDDED:
-        raise ValueError(f"the shapes of {kind.__name__}'s embeddings are not known: known are {', '.join(_EMBEDDED)}")
+def conditioning_like(backbone: Backbone) -> Conditioning:
+    """Tensors like the embeddings of one prompt, [1, ...], from the teacher's configs alone; they hold no numbers."""
     return {
-        name: torch.empty(1, *shape, dtype=dtype, device="meta")
-        for name, shape in _EMBEDDED[kind.__name__](config, teacher, max_sequence_length).items()
+        name: torch.empty(1, *shape, dtype=backbone.dtype, device="meta")
+        for name, shape in backbone.conditioning_shapes().items()
     }
-
-
-def _clip_tokens(teacher: Path) -> int:
-    return json.loads((teacher / "tokenizer/tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"]
-
-
-def _sd3(config: dict, teacher: Path, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-    tokens = _clip_tokens(teacher) + max_sequence_length
-    return {
-        "prompt_embeds": (tokens, config["joint_attention_dim"]),
-        "pooled_embeds": (config["pooled_projection_dim"],),
-    }
-
-
-def _sdxl(config: dict, teacher: Path, _max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return {"prompt_embeds": (_clip_tokens(teacher), config["cross_attention_dim"]), "pooled_embeds": (pooled,)}
-
-
-def _sana(config: dict, _teacher: Path, max_sequence_length: int) -> dict[str, tuple[int, ...]]:
-    return {"prompt_embeds": (max_sequence_length, config["caption_channels"]), "prompt_mask": (max_sequence_length,)}
-
-
-# The network's class -> shapes of one prompt's embeddings, as `Backbone.encode` names them
-_EMBEDDED = {"SD3Transformer2DModel": _sd3, "UNet2DConditionModel": _sdxl, "SanaTransformer2DModel": _sana}

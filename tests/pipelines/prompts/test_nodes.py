@@ -156,6 +156,17 @@ def test_a_prompt_the_tokenizer_cuts_off_is_named_with_its_loss(tmp_path, tiny_t
     assert long in caplog.text
 
 
+def test_of_sana_a_cut_prompt_is_named_too(tmp_path, tiny_sana, caplog):
+    fits, long = "circle", "circle,square"  # a byte for a token
+    prompts = write_records(tmp_path / "prompts.jsonl", [fits, long])
+    asked = backbone(family="sana", max_sequence_length=len(fits) + 2)
+    manifest = encode_prompts(prompts, tiny_sana, asked, options()).manifest
+    assert manifest["token_limits"] == {"tokenizer": len(fits)}
+    lost = {"tokenizer": len(long) - len(fits)}
+    assert manifest["truncated"] == {"count": 1, "listed": [{"row": 1, "tokens_lost": lost}]}
+    assert f"prompts.jsonl line 2: tokenizer cuts off {lost['tokenizer']} of {len(long)} tokens" in caplog.text
+
+
 def test_warnings_are_capped_and_counted(tmp_path, tiny_teacher, caplog, monkeypatch):
     monkeypatch.setattr(nodes, "MAX_WARNINGS", 2)
     monkeypatch.setattr(nodes, "MAX_LISTED", 3)

@@ -174,7 +174,7 @@ def test_room_for_the_caches_is_that_which_they_take(t5_teacher, tmp_path):
 
     options = BackboneOptions(**{**loader("sd35")["parameters"]["backbone"], **TINY["backbone"]})
     backbone = options.model_copy(update={"max_sequence_length": 9}).load(t5_teacher, "cpu")
-    real, like = backbone.encode([""]), conditioning_like(t5_teacher, 9, torch.float32)
+    real, like = backbone.encode([""]), conditioning_like(backbone)
     assert {name: (value.shape, value.dtype) for name, value in real.items()} == {
         name: (value.shape, value.dtype) for name, value in like.items()
     }

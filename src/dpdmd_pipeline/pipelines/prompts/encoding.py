@@ -1,15 +1,17 @@
 """From clean records to embeddings: which rows there are, what tokenizers cut off, and the encoding itself."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.datasets.lineage import texts_digest
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
+
+if TYPE_CHECKING:
+    from dpdmd_pipeline.backbones.base import TokenLimit
 
 _BATCH = 1024  # texts tokenized at once; changes no result
 
@@ -47,41 +49,28 @@ def rows_of(prompts: PromptFile) -> Rows:
     return Rows(prompts, count, texts_digest(prompts))
 
 
-def token_limits(teacher: Path, max_sequence_length: int) -> dict[str, int]:
-    """How many tokens each of the teacher's tokenizers keeps, by the name of its folder.
-
-    The third, T5's, is cut at `max_sequence_length`, the others at their own length (diffusers' SD3 pipeline).
-    """
-    limits = {}
-    for config in sorted(teacher.glob("tokenizer*/tokenizer_config.json")):
-        name = config.parent.name
-        if (teacher / name.replace("tokenizer", "text_encoder")).is_dir():
-            own = json.loads(config.read_text(encoding="utf-8"))["model_max_length"]
-            limits[name] = max_sequence_length if name == "tokenizer_3" else int(own)
-    return limits
-
-
-def truncated_rows(rows: Rows, teacher: Path, limits: dict[str, int]) -> Iterator[tuple[int, str, dict[str, int]]]:
+def truncated_rows(
+    rows: Rows, teacher: Path, limits: Mapping[str, "TokenLimit"]
+) -> Iterator[tuple[int, str, dict[str, int]]]:
     """Prompts that do not fit, as (row, text, tokens lost by tokenizer); special tokens take room, too.
 
     The tokenizers are loaded if some text may be too long: of ASCII, every token takes a character, and
     no tokenizer adds more than two.
     """
     tokenizers: dict[str, Any] = {}
+    shortest = min((limit.tokens for limit in limits.values()), default=0)
     long = (
         (row, record["text"])
         for row, record in enumerate(rows.prompts)
-        if not record["text"].isascii() or len(record["text"]) + 2 > min(limits.values(), default=0)
+        if not record["text"].isascii() or len(record["text"]) + 2 > shortest
     )
     while limits and (chunk := list(islice(long, _BATCH))):
         tokenizers = tokenizers or {name: _load_tokenizer(teacher / name) for name in limits}
-        lengths = {
-            name: [len(ids) for ids in tokenizer([text for _, text in chunk], verbose=False)["input_ids"]]
-            for name, tokenizer in tokenizers.items()
-        }
+        texts = [text for _, text in chunk]
+        counts = {name: limits[name].count(tokenizer, texts) for name, tokenizer in tokenizers.items()}
         for place, (row, text) in enumerate(chunk):
-            lost = {name: lengths[name][place] - limits[name] for name in limits if lengths[name][place] > limits[name]}
-            if lost:
+            over = {name: counts[name][place] - limit.tokens for name, limit in limits.items()}
+            if lost := {name: tokens for name, tokens in over.items() if tokens > 0}:
                 yield row, text, lost
 
 

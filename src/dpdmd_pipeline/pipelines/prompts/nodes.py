@@ -1,6 +1,7 @@
 """Nodes of the prompts stage."""
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,7 @@ from dpdmd_pipeline.datasets.lineage import code_hash, text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
-from dpdmd_pipeline.pipelines.prompts.encoding import (
-    Rows,
-    encode_rows,
-    rows_of,
-    token_limits,
-    truncated_rows,
-)
+from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, rows_of, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
 log = logging.getLogger(__name__)
@@ -81,18 +76,20 @@ def encode_prompts(
         ValueError: if there are no prompts, or the device is not there.
         FileNotFoundError: if the teacher has no text encoder.
     """
+    from dpdmd_pipeline.backbones.base import token_limits
+
     resolve_device(options.device)  # before the work, not after
     rows = rows_of(prompts)
-    limits = token_limits(teacher, backbone.max_sequence_length)
     settings = {
         "teacher_text": text_side_hash(teacher),
         **backbone.model_dump(mode="json", include={"family", "max_sequence_length", "dtype"}),
     }
+    limits = token_limits(backbone.family, teacher, backbone.max_sequence_length)
     manifest = {
         "prompts": rows.num_prompts,
         "texts": rows.digest,
         **settings,
-        "token_limits": limits,
+        "token_limits": {name: limit.tokens for name, limit in limits.items()},
         "truncated": _truncated(rows, teacher, limits),
     }
     load = Held(partial(backbone.load, teacher, options.device))
@@ -106,7 +103,7 @@ def encode_prompts(
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 
-def _truncated(rows: Rows, teacher: Path, limits: dict[str, int]) -> dict[str, Any]:
+def _truncated(rows: Rows, teacher: Path, limits: Mapping[str, Any]) -> dict[str, Any]:
     """Warn of prompts the tokenizers cut off, and list them for the manifest."""
     count, listed = 0, []
     for row, text, lost in truncated_rows(rows, teacher, limits):
@@ -115,7 +112,7 @@ def _truncated(rows: Rows, teacher: Path, limits: dict[str, int]) -> dict[str, A
             listed.append({"row": row, "tokens_lost": lost})
         if count <= MAX_WARNINGS:
             losses = ", ".join(
-                f"{name} cuts off {tokens} of {tokens + limits[name]} tokens" for name, tokens in lost.items()
+                f"{name} cuts off {tokens} of {tokens + limits[name].tokens} tokens" for name, tokens in lost.items()
             )
             log.warning("prompts: %s line %d: %s: %.120s", rows.prompts.path.name, row + 1, losses, text)
     if count > MAX_WARNINGS:

@@ -126,8 +126,7 @@ def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
     from dpdmd_pipeline.training.memory import MemoryModel, conditioning_like
 
     model = backbone.load(teacher, "cpu")
-    cond = conditioning_like(teacher, backbone.max_sequence_length, model.dtype)
-    return MemoryModel(model, teacher, cond, backbone.guidance_scale)
+    return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
 
 
 def refuse_memory(group: str, options: TrainOptions, estimates: Any, free: int) -> str | None:
@@ -233,8 +232,7 @@ def disk_needs(plan: Planned) -> dict[str, int]:
 
     needs = {}
     if plan.prompts is not None:
-        cond = conditioning_like(plan.teacher, plan.backbone.max_sequence_length, plan.model.dtype)
-        needs["embeddings"] = embedding_bytes(cond, plan.prompts[0])
+        needs["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts[0])
         if plan.anchors.mode == "cached":
             needs["anchors"] = anchor_bytes(
                 plan.model.latent_shape,
