@@ -72,5 +72,9 @@ class Checkpoints:
                 log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
         return None
 
+    def holds(self, step: int) -> bool:
+        """Whether there is a state after `step` steps; its content is not looked at."""
+        return (self.folder / f"step_{step:07d}.json").is_file()
+
     def _manifests(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.json"))

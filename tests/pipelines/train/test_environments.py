@@ -1,8 +1,10 @@
 """The environments of real teachers on tiny ones of the same classes: from prompt files to report and export."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +16,14 @@ from safetensors.torch import load_file
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
 from dpdmd_pipeline.metrics.presets import choose
-from dpdmd_pipeline.pipelines import anchors, distill
+from dpdmd_pipeline.pipelines import anchors, distill, prompts, train
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.pipelines.train import preflight
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.pipelines.train.preflight import refuse_run
+from dpdmd_pipeline.pipelines.train.preflight import refusals, refuse_run
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
@@ -178,6 +181,32 @@ def test_room_for_the_caches_is_that_which_they_take(t5_teacher, tmp_path):
     assert {name: (value.shape, value.dtype) for name, value in real.items()} == {
         name: (value.shape, value.dtype) for name, value in like.items()
     }
+
+
+def test_what_a_run_takes_up_is_known_before_it(t5_teacher, tmp_path, monkeypatch):
+    """On a full disk a finished run goes well again, and one that has to make anything anew does not."""
+    line = prompts.create_pipeline() + anchors.create_pipeline() + train.create_pipeline()
+
+    def asked(changed=(), **changes):
+        made = catalog("sd35", t5_teacher, tmp_path, {"backbone": {"max_sequence_length": 9}, **changes}, None)
+        for name in ("prompts.txt", "prompts_eval.txt"):  # the catalog's own hand writes them
+            os.utime(tmp_path / "raw" / name, None if name in changed else (0, 0))
+        return made
+
+    SequentialRunner().run(line, asked())
+    plans = []
+    monkeypatch.setattr(preflight, "refusals", lambda plan: plans.append(plan) or refusals(plan))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert refuse_run(line, asked()) == refuse_run(train.create_pipeline(), asked()) == []
+    assert all(folder.is_dir() for plan in plans for folder in plan.states.values()) and len(plans[-1].states) == 2
+    for changes, whole in (
+        ({"anchors": {"seeds_per_prompt": 3}}, {"embeddings"}),
+        ({"train": {"seed": 9}}, {"embeddings", "anchors"}),
+        ({"backbone": {"max_sequence_length": 8}}, set()),
+        ({"changed": ["prompts.txt"]}, set()),
+    ):
+        (refused,) = refuse_run(line, asked(**changes))
+        assert "are needed, 0.0 GiB are free" in refused and plans[-1].made == whole
 
 
 # ---- what the environments say

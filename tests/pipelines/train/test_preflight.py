@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -149,7 +150,7 @@ def test_caches_that_do_not_fit_together_are_refused_with_what_helps(plan, tmp_p
     assert refusals(asked) == []
 
 
-def test_what_is_there_already_needs_no_room(plan, tmp_path, monkeypatch):
+def test_an_unfinished_cache_needs_no_room_for_what_is_there(plan, tmp_path, monkeypatch):
     asked = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
     need = disk_needs(asked)["anchors"]
     full_disk(monkeypatch, need // 2)
@@ -157,6 +158,35 @@ def test_what_is_there_already_needs_no_room(plan, tmp_path, monkeypatch):
     (tmp_path / ".anchors.partial").mkdir()
     (tmp_path / ".anchors.partial" / "00000.safetensors").write_bytes(bytes(need))
     assert refusals(asked) == []
+
+
+def test_a_published_cache_needs_no_room_where_it_is_this_runs_and_stays_beside_the_new_one_where_not(
+    plan, tmp_path, monkeypatch
+):
+    asked = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
+    need = disk_needs(asked)["anchors"]
+    (tmp_path / "anchors").mkdir()
+    (tmp_path / "anchors" / "00000.safetensors").write_bytes(bytes(need))
+    full_disk(monkeypatch, need - 1)
+    assert len(refusals(asked)) == 1
+    assert refusals(replace(asked, made=frozenset({"anchors"}))) == []
+
+
+def test_states_need_no_room_for_this_students_and_room_beside_all_others(plan, tmp_path, monkeypatch):
+    asked = plan(folders={"train_state": tmp_path / "state"})
+    need, own = disk_needs(asked)["train_state"], tmp_path / "state" / "own"
+    other = tmp_path / "state" / "other"
+    for folder in (own, other):
+        folder.mkdir(parents=True)
+        (folder / "step_0000001.pt").write_bytes(bytes(need // 3))
+    for states, free in (({}, need), ({"train": own}, need - need // 3), ({"train": tmp_path / "absent"}, need)):
+        full_disk(monkeypatch, free - 1)
+        assert len(refusals(replace(asked, states=states))) == 1
+        full_disk(monkeypatch, free)
+        assert refusals(replace(asked, states=states)) == []
+    (own / f"step_{TRAIN['max_steps']:07d}.json").write_text("{}")  # finished: nothing follows
+    full_disk(monkeypatch, 0)
+    assert refusals(replace(asked, states={"train": own})) == []
 
 
 def test_online_anchors_take_no_room(plan, tmp_path):

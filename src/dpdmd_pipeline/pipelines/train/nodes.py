@@ -55,7 +55,7 @@ def train_student(
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     recipe = options.recipe()
-    checkpoints = Checkpoints(train_state / run_identity(recipe, backbone, anchors, rows)[:16], options.keep_last)
+    checkpoints = Checkpoints(state_folder(train_state, recipe, backbone, anchors, rows), options.keep_last)
     many = options.launch.total > 1  # then one of the processes holds the checkpoints
     held = nullcontext() if many else checkpoints.held()
     with held, _out_of_memory_explained(teacher, backbone, options):
@@ -124,6 +124,11 @@ def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: 
         rows,
     )
     return fingerprint(*parts, code_hash(*CODE, f"backbones/{backbone.family}.py"))
+
+
+def state_folder(train_state: Path, recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> Path:
+    """Where a student's states are kept among those of all."""
+    return train_state / run_identity(recipe, backbone, anchors, rows)[:16]
 
 
 def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:

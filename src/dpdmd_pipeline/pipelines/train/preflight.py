@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from dpdmd_pipeline.pipelines.train.checks import (
     check_start,
 )
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.pipelines.train.reuse import Known, own_caches, read_prompts, size_of, state_folders
+from dpdmd_pipeline.publishing import Folders
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Planned:
         trained: options of each student, by their group.
         prompts: all, and those trained on; None where they are not known.
         folders: of `embeddings`, `anchors` and `train_state`, as far as the run writes them.
+        made: caches that are published and this run's.
+        states: folders of the states that the students go on from, by their group, where they are known.
     """
 
     teacher: Path
@@ -42,6 +46,8 @@ class Planned:
     trained: Mapping[str, TrainOptions]
     prompts: tuple[int, int] | None = None
     folders: Mapping[str, Path] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()
+    states: Mapping[str, Path] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> Any:
@@ -208,14 +214,14 @@ def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> lis
 
 
 def _short_of_disk(plan: Planned) -> Iterator[str]:
-    """Disks on which the caches do not fit together; what is there already needs no new room."""
+    """Disks on which the caches do not fit together; what this run takes up of what is there needs no new room."""
     needs = {name: size for name, size in disk_needs(plan).items() if name in plan.folders}
     disks: dict[int, list[str]] = {}
     for name in needs:
         disks.setdefault(_standing(plan.folders[name]).stat().st_dev, []).append(name)
     for names in disks.values():
         place = _standing(plan.folders[names[0]])
-        missing = {name: max(0, needs[name] - _present(plan.folders[name])) for name in names}
+        missing = {name: _missing(plan, name, needs[name]) for name in names}
         free = shutil.disk_usage(place).free
         if sum(missing.values()) > GIB:
             log.info("disk: %s; %.1f GiB are free on the disk of %s", _sizes(missing), free / GIB, place)
@@ -242,11 +248,33 @@ def disk_needs(plan: Planned) -> dict[str, int]:
                 dtype=getattr(torch, plan.anchors.dtype),
             )
     if plan.trained and "train_state" in plan.folders:
-        needs["train_state"] = max(
-            (options.keep_last + 1) * plan.estimates.checkpoint_bytes(options.recipe())  # and the one being written
-            for options in plan.trained.values()
-        )
+        needs["train_state"] = max(_states_need(plan, options) for options in plan.trained.values())
     return needs
+
+
+def _states_need(plan: Planned, options: TrainOptions) -> int:
+    """Bytes of a student's states: those that are kept, and the one being written."""
+    return (options.keep_last + 1) * plan.estimates.checkpoint_bytes(options.recipe())
+
+
+def _missing(plan: Planned, name: str, need: int) -> int:
+    """Bytes that are yet to be written. Another run's cache stays in its place until this one's is whole."""
+    if name == "train_state":
+        return max(_states_missing(plan, group, options) for group, options in plan.trained.items())
+    if name in plan.made:
+        return 0
+    # What is unfinished is gone on with, or deleted before the first shard is written
+    return max(0, need - size_of(Folders.of(plan.folders[name]).partial))
+
+
+def _states_missing(plan: Planned, group: str, options: TrainOptions) -> int:
+    from dpdmd_pipeline.training.checkpoint import Checkpoints
+
+    need = _states_need(plan, options)
+    if group not in plan.states:
+        return need
+    finished = Checkpoints(plan.states[group]).holds(options.max_steps)
+    return 0 if finished else max(0, need - size_of(plan.states[group]))
 
 
 def _spare_disk(plan: Planned, missing: Mapping[str, int]) -> str:
@@ -279,19 +307,14 @@ def _standing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
 
 
-def _present(folder: Path) -> int:
-    """Bytes in a cache and in its unfinished sibling."""
-    places = (folder, folder.with_name(f".{folder.name}.partial"))
-    return sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
-
-
 # ---- of a Kedro run
 
 
 def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
     """What stands against a run of the line, before its first node; for the hooks.
 
-    Nothing is looked at in runs that neither make anchors nor train.
+    Nothing is looked at in runs that neither make anchors nor train the two students: not in `study` and `beyond`
+    either, whose node holds its many students against the anchors before it trains the first.
     """
     nodes = {node.name: node for node in pipeline.nodes}
     trained = {
@@ -307,24 +330,61 @@ def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
         return []
     try:
         folder = teacher.load_configs() if pretrained else teacher.load()
+        known = _written_prompts(pipeline, catalog)
         plan = Planned(
             teacher=folder,
             backbone=BackboneOptions.model_validate(catalog.get("params:backbone").load()),
             anchors=AnchorRecipe.model_validate(catalog.get("params:anchors").load()),
             trained=trained,
-            prompts=_count_prompts(pipeline, catalog),
+            prompts=_count_prompts(pipeline, catalog, known),
             folders=_folders(pipeline, catalog, estimated=pretrained),
         )
-        return refusals(plan)
+        return refusals(plan if known is None else _with_what_is_there(plan, catalog, known))
     except (ValueError, OSError) as error:
         return [_flat(error)]
 
 
-def _count_prompts(pipeline: Any, catalog: Any) -> tuple[int, int] | None:
+def _written_prompts(pipeline: Any, catalog: Any) -> Known | None:
+    """The prompts; where they are cleaned anew, those of the last time, unless a file has changed since."""
+    if not catalog.exists("prompts"):
+        return None
+    prompts = catalog.get("prompts").load()
+    if "prompts" not in pipeline.all_outputs():
+        return read_prompts(prompts)
+    sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
+    written = prompts.path.stat().st_mtime
+    if any(path.is_file() and path.stat().st_mtime > written for path in sources):
+        return None
+    try:
+        return read_prompts(prompts)
+    except (ValueError, OSError):  # it is going to be written anew
+        return None
+
+
+def _with_what_is_there(plan: Planned, catalog: Any, known: Known) -> Planned:
+    """The plan with what this run takes up."""
+    found = {name: _published(catalog, name) for name in ("embeddings", "anchors")}
+    own = own_caches(found, known, plan.backbone, plan.anchors)
+    states = {}
+    if "anchors" in own and "train_state" in plan.folders:
+        states = state_folders(plan.folders["train_state"], plan.trained, plan.backbone, own["anchors"], known.rows)
+    return replace(plan, made=frozenset(own), states=states)
+
+
+def _published(catalog: Any, name: str) -> Any | None:
+    """A cache that is there and whole."""
+    from kedro.io import DatasetError
+
+    try:
+        return catalog.get(name).load() if catalog.exists(name) else None
+    except DatasetError:  # a damaged one: the stage that writes it says so
+        return None
+
+
+def _count_prompts(pipeline: Any, catalog: Any, known: Known | None) -> tuple[int, int] | None:
     """All prompts, and those trained on; of files that are yet to be cleaned at most so many."""
     if "prompts" not in pipeline.all_outputs():
-        records = list(catalog.get("prompts").load()) if catalog.exists("prompts") else None
-        return None if records is None else (len(records), sum(record["train"] for record in records))
+        return None if known is None else (known.total, len(known.rows))
     trained = _filled(catalog.get("raw_prompts").load())
     judged = catalog.get("raw_eval_prompts").load()
     return trained + (_filled(judged) if judged.path.is_file() else 0), trained
