@@ -144,6 +144,27 @@ class _Step:
     prompts: Sequence[int]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of a student turn's batch, which is worked through on its own.
+
+    Attributes:
+        seeds_for: from a purpose to the seeds of its samples.
+        batch: its samples.
+        share: of this process's batch; the gradients of all parts add up to that of its mean loss.
+        last: whether its last backward pass is the turn's, which exchanges the gradients.
+        measured: whether the norms of both gradients are wanted of it.
+        graded_step: see `match_teacher`; of the whole turn.
+    """
+
+    seeds_for: Callable[[str], list[int]]
+    batch: AnchorBatch
+    share: float
+    last: bool
+    measured: bool
+    graded_step: int | None
+
+
 class _Run:
     """Networks, optimisers and history of one distillation: what a checkpoint holds."""
 
@@ -245,21 +266,21 @@ class _Run:
 
     def _fake_score_turns(self, stream: str, turns: range) -> list[tuple[Tensor, Tensor]]:
         """Updates of the fake score on what the student draws now: loss and gradient norm of each."""
-        drawn = turns[:1] if self.recipe.fake_rollout == "shared" else turns
-        pictures = self._pictures(stream, drawn)
-        return [self._fake_score_turn(stream, turn, turn if turn in drawn else drawn[0], pictures) for turn in turns]
+        shared = self.recipe.fake_rollout == "shared"
+        pictures = self._pictures(stream, turns[:1] if shared else turns)
+        return [self._fake_score_turn(stream, turn, turns[0] if shared else turn, pictures) for turn in turns]
 
-    def _fake_score_turn(self, stream: str, turn: int, drawn: int, pictures: dict) -> tuple[Tensor, Tensor]:
-        """One update of the fake score on the pictures of turn `drawn`."""
+    def _fake_score_turn(self, stream: str, turn: int, source: int, pictures: dict) -> tuple[Tensor, Tensor]:
+        """One update of the fake score on the pictures of turn `source`, with noise of its own."""
         losses = []
         for places, last in _parts(self.places, self.execution.fake_score_micro_batch):
-            draw = partial(self._seeds, stream, turn, places)
-            x0 = torch.stack([pictures[drawn, place] for place in places])
+            seeds_for = partial(self._seeds, stream, turn, places)
+            x0 = torch.stack([pictures[source, place] for place in places])
             loss = fake_score_turn_loss(
-                conditioned(self.backbone, self.fake_score, self._cond(self._prompts(stream, drawn, places))),
+                conditioned(self.backbone, self.fake_score, self._cond(self._prompts(stream, source, places))),
                 x0=x0,
-                renoise=self._noise(draw("renoise")),
-                level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
+                renoise=self._noise(seeds_for("renoise")),
+                level=self._random_level(seeds_for("level")),
             )
             share = len(places) / len(self.places)
             with self._unsynced(self.fake_score, not last):
@@ -271,20 +292,20 @@ class _Run:
     def _pictures(self, stream: str, turns: Sequence[int]) -> dict[tuple[int, int], Tensor]:
         """What the student draws now for some turns of the fake score: x0 [C, H, W] by turn and place."""
         wanted = [(turn, place) for turn in turns for place in self.places]
-        drawn: list[Tensor] = []
+        pictures: list[Tensor] = []
         for part, _ in _parts(range(len(wanted)), self.execution.rollout_micro_batch):
-            drawn += self._rollout(stream, wanted[part.start : part.stop])
-        return dict(zip(wanted, drawn, strict=True))
+            pictures += self._rollout(stream, wanted[part.start : part.stop])
+        return dict(zip(wanted, pictures, strict=True))
 
     def _rollout(self, stream: str, samples: Sequence[tuple[int, int]]) -> Tensor:
         """What the student draws now for some turns and places, [B, C, H, W]."""
 
-        def draw(purpose: str) -> list[int]:
+        def seeds_for(purpose: str) -> list[int]:
             return [self._seeds(stream, turn, [place], purpose)[0] for turn, place in samples]
 
         cond = self._cond([self._prompts(stream, turn, [place])[0] for turn, place in samples])
         student = conditioned(self.backbone, self.student, cond)
-        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw))
+        return student_pictures(student, self._noise(seeds_for("noise")), self.levels, self._fresh(seeds_for))
 
     def _prompts(self, stream: str, turn: int, places: Sequence[int]) -> list[int]:
         """Rows of the embeddings that a turn's pictures are of."""
@@ -292,6 +313,7 @@ class _Run:
         return [rows[seed % len(rows)] for seed in self._seeds(stream, turn, places, "prompt")]
 
     def _student_turn(self, step: int) -> tuple[dict[str, Tensor], list[int]]:
+        """One update of the student: its losses and norms, and the rows of the prompts it was of."""
         sums: dict[str, Tensor] = {}
         prompts: list[int] = []
         balancing = self.balance is not None and self.balance.due(step)
@@ -300,7 +322,9 @@ class _Run:
             batch = self.lessons.draw_anchors(step, places)
             measured = step % self.execution.ratio_every == 0 and not prompts  # of the first part only
             share = len(places) / len(self.places)
-            for name, value in self._student_part(step, places, batch, share, last, measured, apart).items():
+            seeds_for = partial(self._seeds, "student", step, places)
+            part = _Part(seeds_for, batch, share, last, measured, self._graded_step(step))
+            for name, value in self._student_part(part, apart).items():
                 sums[name] = sums.get(name, 0) + value
             prompts += batch.prompts
         if apart is not None:
@@ -316,61 +340,70 @@ class _Run:
             self.ema.update_parameters(nn.ParameterList(trainable(self.student)))
         return sums, prompts
 
-    def _student_part(
-        self,
-        step: int,
-        places: range,
-        batch: AnchorBatch,
-        share: float,
-        last: bool,
-        measured: bool,
-        apart: list[Tensor] | None,
-    ) -> dict[str, Tensor]:
-        """Both losses of a part of the batch, back-propagated; L_div first, so that its activations are freed.
-
-        Where `apart` is a list, L_div's gradients are added up in there, without their weight.
-        """
-        recipe, draw = self.recipe, partial(self._seeds, "student", step, places)
-        cond = self._cond(batch.prompts)
+    def _student_part(self, part: _Part, apart: list[Tensor] | None) -> dict[str, Tensor]:
+        """Both losses of a part of the batch, back-propagated; L_div first, so that its activations are freed."""
+        cond = self._cond(part.batch.prompts)
         student = conditioned(self.backbone, self.student, cond)
-        noise, fresh = onto(self.accelerator.device, batch.noise), self._fresh(draw)
-        norms = {}
-        exchanging = measured and is_sharded(self.student)  # a norm is read off shards, which come of an exchange
-        with self._unsynced(self.student, not exchanging):
+        diversity, latents, norm = self._follow_anchors(part, student, apart)
+        dmd, ratio = self._match_teacher(part, student, cond, latents, norm)
+        losses = {"dmd_loss": part.share * dmd, "diversity_loss": part.share * diversity}
+        return losses if ratio is None else {**losses, "grad_ratio": ratio}
+
+    def _follow_anchors(
+        self, part: _Part, student: Denoise, apart: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The anchored steps of a part, and the backward pass of their loss.
+
+        Returns:
+            L_div; where the student stands now, [B, C, H, W]; the norm of L_div's gradient, None where it was not
+            measured or no step is anchored.
+        """
+        noise = onto(self.accelerator.device, part.batch.noise)
+        with self._unsynced(self.student, not self._exchanged(part)):
             diversity, latents = follow_anchors(
                 student,
                 noise=noise,
-                anchored=self._anchored(noise, batch),
+                anchored=self._anchored(noise, part.batch),
                 levels=self.levels,
-                stop_gradient=recipe.stop_gradient,
-                space=recipe.space,
-                fresh=fresh,
+                stop_gradient=self.recipe.stop_gradient,
+                space=self.recipe.space,
+                fresh=self._fresh(part.seeds_for),
             )
-            if measured and diversity.requires_grad:
-                norms["diversity_grad"] = self._gradient_norm(diversity)
-            if diversity.requires_grad and apart is not None:
-                self._hold_apart(share * diversity, apart)
-            elif diversity.requires_grad:
-                weighted = share * self._diversity_weight * diversity
-                self.accelerator.backward(weighted, retain_graph=not recipe.stop_gradient)
-        with self._unsynced(self.student, not (last or exchanging)):
+            if not diversity.requires_grad:  # no step is anchored
+                return diversity, latents, None
+            norm = self._gradient_norm(diversity) if part.measured else None
+            self._add_diversity(diversity, part.share, apart)
+        return diversity.detach(), latents, norm
+
+    def _match_teacher(
+        self, part: _Part, student: Denoise, cond: Conditioning, latents: Tensor, diversity_norm: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The remaining steps of a part, and the backward pass of their loss.
+
+        Returns:
+            L_DMD; the norm of L_div's gradient over that of its own, None where the former was not measured.
+        """
+        with self._unsynced(self.student, not (part.last or self._exchanged(part))):
             dmd = match_teacher(
                 student,
                 self._guided_teacher(cond),
                 conditioned(self.backbone, self.fake_score, cond),
                 latents=latents,
-                first=recipe.anchored_steps,
+                first=self.recipe.anchored_steps,
                 levels=self.levels,
-                renoise=self._noise(draw("renoise")),
-                level=self.backbone.random_level(uniform_from_seeds(draw("level"))),
-                normalizer=recipe.normalizer,
-                fresh=fresh,
-                graded_step=self._graded_step(step),
+                renoise=self._noise(part.seeds_for("renoise")),
+                level=self._random_level(part.seeds_for("level")),
+                normalizer=self.recipe.normalizer,
+                fresh=self._fresh(part.seeds_for),
+                graded_step=part.graded_step,
             )
-            if norms:
-                norms = {"grad_ratio": norms["diversity_grad"] / self._gradient_norm(dmd)}
-            self.accelerator.backward(share * dmd)
-        return {"dmd_loss": share * dmd.detach(), "diversity_loss": share * diversity.detach(), **norms}
+            ratio = None if diversity_norm is None else diversity_norm / self._gradient_norm(dmd)
+            self.accelerator.backward(part.share * dmd)
+        return dmd.detach(), ratio
+
+    def _exchanged(self, part: _Part) -> bool:
+        """Whether all backward passes of a part exchange: a norm is read off shards, which come of an exchange."""
+        return part.measured and is_sharded(self.student)
 
     def _guided_teacher(self, cond: Conditioning) -> Denoise:
         return guided(
@@ -390,16 +423,16 @@ class _Run:
             self.watch.of_teacher = {name: self._mean(value).item() for name, value in measured.items()}
         found = self.watch.measure(self._watched_student, self._corrected)
         if self.best is not None:
-            diversity, correction = (self._mean(value).item() for value in found.values())
+            diversity, correction = (self._mean(found[name]).item() for name in ("latent_diversity", "correction"))
             if self.watch.is_best(step, diversity, correction):
                 self.best = kept_weights(trainable(self.student))
             found["best_step"] = self._scalar(self.watch.best_step)
         return {**found, **{f"{name}_teacher": self._scalar(value) for name, value in self.watch.of_teacher.items()}}
 
     def _watched_student(self, rows: Sequence[int], places: range) -> Tensor:
-        draw = partial(self._seeds, "watch", 0, places)
+        seeds_for = partial(self._seeds, "watch", 0, places)
         student = conditioned(self.backbone, self.student, self._cond(rows))
-        return student_pictures(student, self._noise(draw("noise")), self.levels, self._fresh(draw))
+        return student_pictures(student, self._noise(seeds_for("noise")), self.levels, self._fresh(seeds_for))
 
     def _watched_teacher(self, rows: Sequence[int], places: range) -> Tensor:
         noise = self._noise(self._seeds("watch", 0, places, "noise"))
@@ -426,10 +459,13 @@ class _Run:
     def _diversity_weight(self) -> float | Tensor:
         return self.recipe.diversity_weight if self.balance is None else self.balance.weight
 
-    def _hold_apart(self, loss: Tensor, apart: list[Tensor]) -> None:
-        """Add a loss's gradients in the student's weights, in their order, to those held apart."""
-        weights, keep = trainable(self.student), not self.recipe.stop_gradient
-        grads = torch.autograd.grad(loss, weights, retain_graph=keep, allow_unused=True)
+    def _add_diversity(self, diversity: Tensor, share: float, apart: list[Tensor] | None) -> None:
+        """Back-propagate a share of L_div: under its weight, or, where that is still to be found, into `apart`."""
+        keep = not self.recipe.stop_gradient  # then L_DMD goes through the same steps once more
+        if apart is None:
+            self.accelerator.backward(share * self._diversity_weight * diversity, retain_graph=keep)
+            return
+        grads = torch.autograd.grad(share * diversity, trainable(self.student), retain_graph=keep, allow_unused=True)
         for held, grad in zip(apart, grads, strict=True):
             if grad is not None:
                 held += grad
@@ -489,11 +525,14 @@ class _Run:
     def _noise(self, seeds: Sequence[int]) -> Tensor:
         return onto(self.accelerator.device, noise_from_seeds(seeds, self.backbone.latent_shape))
 
-    def _fresh(self, draw: Callable[[str], list[int]]) -> Fresh | None:
+    def _random_level(self, seeds: Sequence[int]) -> NoiseLevel:
+        return self.backbone.random_level(uniform_from_seeds(seeds))
+
+    def _fresh(self, seeds_for: Callable[[str], list[int]]) -> Fresh | None:
         """Noise between the student's steps, where it re-noises."""
         if self.recipe.between_steps == "ode":
             return None
-        return lambda number: self._noise(draw(f"between/{number}"))
+        return lambda number: self._noise(seeds_for(f"between/{number}"))
 
     def _cond(self, prompts: Sequence[int]) -> Conditioning:
         found = self.lessons.embeddings.rows(prompts)
