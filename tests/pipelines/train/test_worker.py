@@ -5,6 +5,7 @@ from pydantic import ValidationError
 from tests.pipelines.conftest import ONE, OPTIMIZER, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import load_header
+from dpdmd_pipeline.pipelines.train import worker
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 
 ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
@@ -22,6 +23,13 @@ def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_
     with caplog.at_level("INFO"):
         _, again = train_student(*given, train_options(launch=ALONE))
     assert again == history and "finished student reused" in caplog.text
+
+
+def test_a_state_that_is_gone_when_the_processes_end_is_said(tiny_teacher, embeddings, anchors, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "train_in_processes", lambda job: (record for record in ()))  # leaves nothing
+    given = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
+    with pytest.raises(ValueError, match=r"no whole state is left in .*state/[0-9a-f]{16}: was it deleted"):
+        train_student(*given, train_options(launch=SHARED))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 CODE = (
     "dpdmd",
     "backbones/base.py",
+    "pipelines/train/setup.py",
     "training/anchors.py",
     "training/balance.py",
     "training/distill.py",
@@ -63,8 +64,10 @@ def train_student(
         done = _tell(resumed, recipe, checkpoints.folder)
         job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
         if many and done < recipe.max_steps:
-            done, _ = resumed = _train_in_processes(job, done)
+            resumed = _train_in_processes(job, done)
+            done = resumed[0]
         model, roles, records = start(job, resumed)
+        # A finished student has no records left, but only when they are asked for do its weights get into the roles.
         new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
         history = [*(resumed[1]["history"] if resumed else []), *new]
     return _writer(model, roles.student, backbone, recipe), _of_the_same_keys(history)
@@ -142,11 +145,21 @@ def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int
 
 
 def _train_in_processes(job: Job, done: int) -> tuple[int, dict]:
-    """Train on in other processes; returns the finished state that they leave."""
+    """Train on in other processes; returns the finished state that they leave.
+
+    Raises:
+        ValueError: if there is none, since it was deleted or damaged meanwhile.
+    """
     from dpdmd_pipeline.pipelines.train.worker import train_in_processes
 
     follow(train_in_processes(job), done, job.options.recipe(), job.options.log_every)
-    return job.checkpoints.load_latest()
+    finished = job.checkpoints.load_latest()
+    if finished is None:
+        raise ValueError(
+            f"the processes have ended, and no whole state is left in {job.checkpoints.folder}: "
+            "was it deleted, or is its disk faulty? The same command trains again"
+        )
+    return finished
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
