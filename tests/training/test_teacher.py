@@ -79,6 +79,28 @@ def test_a_fit_resumes_exactly(tmp_path):
     assert torch.equal(run(tmp_path / "killed"), whole)
 
 
+def test_a_resumed_fit_keeps_no_moment_in_the_checkpoint_s_file(tmp_path, monkeypatch):
+    """The file is mapped, and deleted while the fit goes on."""
+    taken = []
+    load = torch.optim.AdamW.load_state_dict
+    monkeypatch.setattr(
+        torch.optim.AdamW, "load_state_dict", lambda self, state: (load(self, state), taken.append(self))
+    )
+    model, recipe, kept = nn.Linear(3, 3), FitRecipe(steps=4, learning_rate=0.1), Checkpoints(tmp_path)
+    given = model, lambda _: model(torch.ones(3)).sum(), recipe
+    next(fit(*given, seed=0, checkpoints=kept, checkpoint_every=1))
+    mapped = kept.load_latest()
+    monkeypatch.setattr(kept, "load_latest", lambda: mapped)
+    next(fit(*given, seed=0, checkpoints=kept, checkpoint_every=1))
+
+    def places(moments):
+        return {value.data_ptr() for held in moments.values() for value in held.values()}
+
+    (optimizer,) = taken
+    in_file, in_use = places(mapped[1]["optimizer"]["state"]), places(optimizer.state)
+    assert len(in_file) == len(in_use) == 6 and not in_file & in_use
+
+
 @pytest.mark.parametrize(
     ("family", "parts", "network", "pooled"), [("sd3", SD3, "transformer", 64), ("sdxl", SDXL, "unet", 32)]
 )
