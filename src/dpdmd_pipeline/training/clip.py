@@ -20,6 +20,8 @@ from dpdmd_pipeline.training.teacher import fit
 if TYPE_CHECKING:
     from open_clip import CLIP
 
+_LARGEST_SCALE = 100  # of the logits, as in CLIP (arXiv:2103.00020, section 2.5): beyond it training is unstable
+
 
 def train_clip(
     recipe: ClipRecipe, folder: Path, state: Path, follow: Callable[[int, Iterator[tuple[int, float]]], None]
@@ -27,7 +29,7 @@ def train_clip(
     """Train and save to a folder that open_clip loads; what is finished is not trained again.
 
     Args:
-        recipe: every number that changes the result.
+        recipe: how it is trained.
         folder: of the model; whole once its weights are there.
         state: folder of the checkpoints.
         follow: runs the fit to its end: (total steps, records).
@@ -59,7 +61,7 @@ def clip_loss(model: CLIP, full: Tensor, short: Tensor, recipe: ClipRecipe, gene
     row = torch.randperm(len(pictures), generator=generator)[: recipe.batch_size]
     images = _noised(pictures[row], recipe.noise, generator)
     image = model.encode_image(images * 2 - 1, normalize=True)
-    scale = model.logit_scale.exp().clamp(max=100)
+    scale = model.logit_scale.exp().clamp(max=_LARGEST_SCALE)
     logits = scale * image @ model.encode_text(full[row], normalize=True).T
     own = torch.arange(len(row))
     contrast = 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))

@@ -1,4 +1,4 @@
-"""What the embedded CLIP is: every number that changes its weights."""
+"""What the embedded CLIP is: every number of it that an environment chooses; see `teacher_recipe` for the others."""
 
 from __future__ import annotations
 

@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 # What SDXL is told of a picture that was neither scaled nor cropped: (H, W, 0, 0, H, W).
 TIME_IDS = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]], dtype=torch.float32)
 
+# What no recipe changes: both teachers and the CLIP that are shipped were trained with these.
+_BETAS, _WEIGHT_DECAY = (0.9, 0.99), 0.01  # of AdamW
+_RISING_SHARE = 0.1  # of a fit's steps: the learning rate rises for so long, then falls
+_MAX_GRAD_NORM = 1.0
+_KL_WEIGHT = 1e-5  # light: the latents are brought to variance 1 afterwards, see `encode_gallery`
+_L1_WEIGHT = 0.2  # beside the squared error
+_LEAST_UNIFORM = 0.01  # of the flow's levels: the velocity's target is divided by sigma
+_TRAINING_SHIFT = 2.0  # of the flow's levels: more weight where the free attributes are decided
+
 
 def fit(
     modules: nn.Module,
@@ -57,8 +66,10 @@ def fit(
         ValueError: when the loss is not finite.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps + 1, pct_start=_RISING_SHARE
+    )
     stateful = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
     start, state = checkpoints.load_latest() or (0, {})
     for name, content in state.items():
@@ -69,7 +80,7 @@ def fit(
             raise ValueError(f"loss is {loss.item()} at step {step + 1}: lower learning_rate={recipe.learning_rate}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
         done = step + 1
@@ -97,12 +108,12 @@ def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch_size: int) ->
     images = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)] * 2 - 1
     posterior = vae.encode(images).latent_dist
     restored = vae.decode(posterior.sample(generator)).sample
-    return restoration_error(restored, images) + 1e-5 * posterior.kl().mean()
+    return restoration_error(restored, images) + _KL_WEIGHT * posterior.kl().mean()
 
 
 def restoration_error(restored: Tensor, images: Tensor) -> Tensor:
     """Squared and absolute error, [B, 3, H, W] in [-1, 1]."""
-    return F.mse_loss(restored, images) + 0.2 * F.l1_loss(restored, images)
+    return F.mse_loss(restored, images) + _L1_WEIGHT * F.l1_loss(restored, images)
 
 
 def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator, recipe: DecoderRecipe) -> Tensor:
@@ -208,9 +219,9 @@ def draw_examples(
 
 
 def decisive_flow_level(uniform: Tensor) -> NoiseLevel:
-    """SD3's shift-2 map of the uniform: more weight where the free attributes are decided."""
-    uniform = uniform.clamp(min=0.01)
-    return flow_level(2 * uniform / (1 + uniform))
+    """SD3's shifted map of the uniform, [B, 1, 1, 1] both; none is clean."""
+    uniform = uniform.clamp(min=_LEAST_UNIFORM)
+    return flow_level(_TRAINING_SHIFT * uniform / (1 + (_TRAINING_SHIFT - 1) * uniform))
 
 
 def transformer_loss(
@@ -267,7 +278,7 @@ def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> Diffusi
     """Train all parts in order; what is finished is loaded from `state`, not trained again.
 
     Args:
-        recipe: every number that changes the result.
+        recipe: which teacher, and how it is trained.
         state: folder of the checkpoints.
         follow: runs each fit to its end.
     """

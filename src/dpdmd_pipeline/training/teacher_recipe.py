@@ -1,4 +1,7 @@
-"""What an embedded teacher is: every number that changes its weights."""
+"""What an embedded teacher is: every number of it that an environment chooses.
+
+Those that none does are constants: of the training in `training/teacher.py`, of the networks in `shapes/models.py`.
+"""
 
 from __future__ import annotations
 

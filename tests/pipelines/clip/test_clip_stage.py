@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset
+from dpdmd_pipeline.pipelines.clip import nodes
 from dpdmd_pipeline.pipelines.clip.nodes import judge_clip, train_embedded_clip
 from dpdmd_pipeline.pipelines.clip.options import ClipOptions
 
@@ -25,6 +26,15 @@ def test_the_stage_writes_a_folder_that_open_clip_loads_and_finds_it_finished_th
     dataset.save(train_embedded_clip(tmp_path / "state", options))
     assert "clip: reused, was finished" in caplog.text
     assert (tmp_path / "shapes_clip/open_clip_model.safetensors").read_bytes() == first
+
+
+def test_other_code_does_not_take_up_what_this_code_trained(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    options = ClipOptions(recipe={**BASE["recipe"], "steps": 2, "batch_size": 4, "checkpoint_every": 1})
+    train_embedded_clip(tmp_path / "state", options)(tmp_path / "one")
+    monkeypatch.setattr(nodes, "code_hash", lambda *places: "of another formula")
+    train_embedded_clip(tmp_path / "state", options)(tmp_path / "two")
+    assert "reused" not in caplog.text and len(list((tmp_path / "state").iterdir())) == 2
 
 
 def test_the_shipped_clip_finds_every_caption_and_is_small():
