@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.lora
 import comfy.model_management
@@ -50,6 +50,7 @@ def levels_of(model: comfy.model_patcher.ModelPatcher) -> Levels:
     model_sampling = model.get_model_object("model_sampling")
     kind, rules = type(model_sampling), comfy.model_sampling
     if kind.calculate_denoised is rules.CONST.calculate_denoised:
+        # timesteps of 0 to 1000, as SD3's: other flow families count otherwise, and no schedule is published for them
         return Levels("flow", None, published=getattr(model_sampling, "multiplier", None) == 1000)
     by_table = isinstance(model_sampling, rules.ModelSamplingDiscrete) and len(model_sampling.sigmas) == 1000
     if by_table and kind.timestep is rules.ModelSamplingDiscrete.timestep:
@@ -368,6 +369,15 @@ class DPDMDNoise(io.ComfyNode):
 # ---- the teacher's first step
 
 
+class _Start(NamedTuple):
+    """What a run began with; the student's conditioning is made from it when its first step comes."""
+
+    noise: Tensor
+    latent_image: Tensor | None
+    device: torch.device
+    conditions: dict
+
+
 class TeacherFirstGuider(comfy.samplers.CFGGuider):
     """Guides with the teacher down to a level, with the student from there on.
 
@@ -378,6 +388,10 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
     def __init__(self, teacher, student, teacher_steps: int) -> None:
         super().__init__(teacher)
         self.student, self.teacher_steps = student, teacher_steps
+        self.lowest_of_teacher = 0.0  # sigma of the teacher's last step
+        self.start: _Start | None = None
+        self.conds_of_student: dict = {}
+        self.options: dict = {}  # of the student, once it is loaded
         self.loaded: list | None = None  # what came with the student
 
     def outer_sample(self, *args, **kwargs) -> Tensor:
@@ -392,8 +406,8 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
             raise ValueError(f"teacher_steps is {self.teacher_steps} of {steps} steps: leave each model at least one")
         self.lowest_of_teacher = float(sigmas[self.teacher_steps - 1])
         self.conds_of_student = {"positive": [dict(cond) for cond in self.conds["positive"]]}
-        self.run = {"noise": noise, "latent_image": latent_image, "device": device, "denoise_mask": denoise_mask}
-        self.run |= {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}
+        more = {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}  # of newer ComfyUIs
+        self.start = _Start(noise, latent_image, device, {"denoise_mask": denoise_mask, **more})
         return super().inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def predict_noise(self, x, timestep, model_options: dict, seed=None) -> Tensor:
@@ -407,20 +421,20 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
 
     def _load(self, sigmas: Tensor, seed: int | None) -> None:
         """Bring the student in, as CFGGuider does with its model."""
-        helpers, run = comfy.sampler_helpers, dict(self.run)
+        helpers, start = comfy.sampler_helpers, self.start
         self.options = comfy.model_patcher.create_model_options_clone(self.student.model_options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
         helpers.prepare_model_patcher(self.student, self.conds_of_student, self.options)
         model, conds, self.loaded = helpers.prepare_sampling(
-            self.student, run["noise"].shape, self.conds_of_student, self.options
+            self.student, start.noise.shape, self.conds_of_student, self.options
         )
-        comfy.samplers.cast_to_load_options(self.options, device=run["device"], dtype=self.student.model_dtype())
+        comfy.samplers.cast_to_load_options(self.options, device=start.device, dtype=self.student.model_dtype())
         self.student.pre_run()
-        latent_image = run.pop("latent_image")
+        latent_image = start.latent_image
         if latent_image is not None and torch.count_nonzero(latent_image) > 0:
             latent_image = model.process_latent_in(latent_image)
         self.conds_of_student = comfy.samplers.process_conds(
-            model, run.pop("noise"), conds, run.pop("device"), latent_image, seed=seed, **run
+            model, start.noise, conds, start.device, latent_image, seed=seed, **start.conditions
         )
 
     def _release(self) -> None:
@@ -531,7 +545,8 @@ class DPDMDLoader(io.ComfyNode):
         path, name = str(_path_of(student_name)), weights.folder_and_file(student_name)[1]
         state, metadata = weights.load_state(path, name)
         header = weights.read_header(metadata, name)
-        if weights.is_lora(state) if header is None else header.kind == "lora":
+        is_lora = weights.is_lora(state) if header is None else header.kind == "lora"
+        if is_lora:
             if weight_dtype != "default":
                 raise ValueError(f"weight_dtype is {weight_dtype}, but {name} is a LoRA: choose it at the base model")
             model, found = _with_lora(base_model, state, header, strength, name)

@@ -17,6 +17,9 @@ _SEEDS = 2**64
 def image_seeds(seed: int, batch_size: int, batch_index: Sequence[int] | None = None) -> tuple[int, ...]:
     """Seeds of a batch: seed + i for its picture i, modulo 2^64.
 
+    PyTorch's CPU generator reads the lower 32 bits alone, so a seed and its remainder by 2^32 are one picture, and the
+    remainder is what `dpdmd_pipeline.sample` takes, which refuses larger ones.
+
     Args:
         seed: of picture 0.
         batch_size: pictures in the latents.
