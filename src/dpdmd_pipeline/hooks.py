@@ -21,6 +21,8 @@ from typing import Any
 import click
 from kedro.framework.hooks import hook_impl
 
+from dpdmd_pipeline.wording import one_line
+
 log = logging.getLogger(__name__)
 
 RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts", "teacher_model")  # --params that the catalog reads; no node does
@@ -44,7 +46,7 @@ class ConfigHooks:
             parameters = context.config_loader["parameters"]
             known = _groups_of_base(context.config_loader)
         except Exception as error:  # whatever the YAML and OmegaConf libraries raise
-            raise click.ClickException(f"the configuration cannot be read: {_flat(error)}") from error
+            raise click.ClickException(f"the configuration cannot be read: {one_line(error)}") from error
         _refuse([*_unknown_groups(parameters, known), *_wrong_options(parameters, _requested_pipelines())])
         _refuse_what_kedro_refuses(context)
 
@@ -224,7 +226,7 @@ def _option_line(group: str, model: type, fault: dict[str, Any]) -> str:
         near = _nearest(str(fault["loc"][-1]), known, f"; there are {', '.join(known)}" if known else "")
         return f"{path} = {_short(fault['input'])}: unknown option{near}"
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    reason = _flat(re.sub(r"^Input should (be|have) ", r"must \1 ", reason))
+    reason = one_line(re.sub(r"^Input should (be|have) ", r"must \1 ", reason))
     return f"{path}: {reason}" if isinstance(fault["input"], dict) else f"{path} = {_short(fault['input'])}: {reason}"
 
 
@@ -246,17 +248,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _flat(error: Any) -> str:
-    return " ".join(str(error).split())
-
-
 def _refuse_what_kedro_refuses(context) -> None:
     from kedro.validation import ParameterValidationError
 
     try:
         _ = context.params
     except ParameterValidationError as error:
-        raise click.ClickException(_flat(error)) from error
+        raise click.ClickException(one_line(error)) from error
 
 
 # ---- inputs and outputs
@@ -339,15 +337,15 @@ def error_line(error: BaseException, place: str = "") -> str | None:
     if line := _disk_line(cause, place):
         return line
     if _is_out_of_memory(cause):
-        return f"out of memory: {_flat(cause) or type(cause).__name__}; lower the batch size, {AGAIN}"
+        return f"out of memory: {one_line(cause) or type(cause).__name__}; lower the batch size, {AGAIN}"
     if isinstance(cause, OSError):
         name = cause.filename or place
-        return f"{name}: {cause.strerror}" if cause.strerror and name else _flat(cause)
+        return f"{name}: {cause.strerror}" if cause.strerror and name else one_line(cause)
     if "Failed while loading data" in str(error) and isinstance(cause, ValueError) and not _is_ours(cause):
-        return f"{place or 'a dataset'} cannot be read: {_flat(cause)}; delete it, {AGAIN}"
+        return f"{place or 'a dataset'} cannot be read: {one_line(cause)}; delete it, {AGAIN}"
     # Other types out of our frames (TypeError, KeyError, RuntimeError from torch) are bugs.
     mendable = isinstance(cause, ValueError | FloatingPointError) or type(cause).__name__ == "SafetensorError"
-    return _flat(cause) if mendable and _is_ours(cause) else None
+    return one_line(cause) if mendable and _is_ours(cause) else None
 
 
 def _unwrapped(error: BaseException) -> BaseException:

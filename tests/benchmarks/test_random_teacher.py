@@ -11,7 +11,7 @@ from tests.training.conftest import RECIPE
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.preflight import memory_model
-from dpdmd_pipeline.training.memory import Execution
+from dpdmd_pipeline.training.memory import MemorySplit
 from dpdmd_pipeline.training.recipe import Recipe
 
 # Parameters of the published weights
@@ -82,10 +82,10 @@ def test_configurations_alone_are_those_of_the_weights_and_enough_for_an_estimat
         level_range=(0.02, 0.98),
         dtype="bfloat16",
     )
-    recipe, execution = Recipe(**{**RECIPE, "precision": "bfloat16"}), Execution(1, 1, 1, True)
+    recipe, split = Recipe(**{**RECIPE, "precision": "bfloat16"}), MemorySplit.alike(1, gradient_checkpointing=True)
     numbers = make_weightless_teacher(tmp_path / "configs", small())
     make_random_teacher(tmp_path / "weights", small(), torch.bfloat16)
-    estimates = [memory_model(tmp_path / name, backbone).estimate(recipe, execution) for name in ("configs", "weights")]
+    estimates = [memory_model(tmp_path / name, backbone).estimate(recipe, split) for name in ("configs", "weights")]
     assert estimates[0] == estimates[1] and not list((tmp_path / "configs").rglob("*.safetensors"))
     weights = load_file(tmp_path / "weights/text_encoder_3/model.safetensors")
     assert numbers["text_encoder_3"] == sum(tensor.numel() for tensor in weights.values())

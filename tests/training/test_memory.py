@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.memory import (
-    Execution,
     MemoryModel,
+    MemorySplit,
     _Wanted,
     anchor_bytes,
     conditioning_like,
@@ -27,7 +28,12 @@ from dpdmd_pipeline.training.optimizer import make_optimizer
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import make_roles, trainable
 
-SMALL = Execution(student_micro_batch=2, fake_score_micro_batch=2, rollout_micro_batch=2, gradient_checkpointing=False)
+
+def alike(samples: int, checkpointing: bool, **rest) -> MemorySplit:
+    return MemorySplit.alike(samples, gradient_checkpointing=checkpointing, **rest)
+
+
+SMALL = alike(2, False)
 
 
 def recipe(**changes) -> Recipe:
@@ -98,9 +104,7 @@ def test_an_average_takes_the_trained_weights_of_another_student(backbone, model
 
 def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
     asked = recipe(ema=0.9, batch_size=8, **DMD)  # one backward pass a turn: no gradient waits for another
-    alone, four = (
-        model.estimate(asked, Execution(2, 2, 2, True, processes=4, sharded=sharded)) for sharded in (False, True)
-    )
+    alone, four = (model.estimate(asked, alike(2, True, processes=4, sharded=sharded)) for sharded in (False, True))
     for part in ("gradients", "optimizer", "average"):
         assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=1e-3)
     networks = 2 * alone.average  # student and fake score
@@ -110,10 +114,10 @@ def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
 
 @pytest.mark.parametrize("micro_batch, changes", [(1, DMD), (2, {})], ids=["two parts", "two losses"])
 def test_a_gradient_that_waits_for_its_exchange_is_counted_whole(model, micro_batch, changes):
-    execution = Execution(micro_batch, 2, 2, True, processes=4, sharded=True)
+    shards = alike(2, True, processes=4, sharded=True)
+    split = replace(shards, student_micro_batch=micro_batch)
     once, waiting = (
-        model.estimate(recipe(batch_size=8, **given), now).gradients
-        for given, now in ((DMD, Execution(2, 2, 2, True, processes=4, sharded=True)), (changes, execution))
+        model.estimate(recipe(batch_size=8, **given), now).gradients for given, now in ((DMD, shards), (changes, split))
     )
     student = 4 * once
     assert waiting == pytest.approx(student + (2 if changes == {} else 1) * once, rel=1e-3)
@@ -229,17 +233,17 @@ def test_counting_leaves_no_network_and_no_number_behind(model):
 
 
 def test_every_remedy_spares_what_it_says(model):
-    asked, execution = recipe(ema=0.5, batch_size=64), Execution(64, 64, 64, False)
-    found = dict(remedies(model, asked, execution))
-    now = model.estimate(asked, execution).total
+    asked, split = recipe(ema=0.5, batch_size=64), alike(64, False)
+    found = dict(remedies(model, asked, split))
+    now = model.estimate(asked, split).total
     less = {
-        "train.roles=lora": (recipe(ema=0.5, batch_size=64, roles="lora"), execution),
+        "train.roles=lora": (recipe(ema=0.5, batch_size=64, roles="lora"), split),
         "train.student_micro_batch=32, train.fake_score_micro_batch=32, train.rollout_micro_batch=32": (
             asked,
-            Execution(32, 32, 32, False),
+            alike(32, False),
         ),
-        "train.gradient_checkpointing=true": (asked, Execution(64, 64, 64, True)),
-        "train.graded_steps=random": (recipe(ema=0.5, batch_size=64, graded_steps="random"), execution),
+        "train.gradient_checkpointing=true": (asked, alike(64, True)),
+        "train.graded_steps=random": (recipe(ema=0.5, batch_size=64, graded_steps="random"), split),
     }
     for text, changed in less.items():
         assert found[text] == now - model.estimate(*changed).total > 0
@@ -249,7 +253,7 @@ def test_every_remedy_spares_what_it_says(model):
 
 def test_a_guided_call_in_two_halves_keeps_less(model):
     joint, apart = (
-        model.estimate(recipe(batch_size=64), Execution(64, 64, 64, True, batch)).activations
+        model.estimate(recipe(batch_size=64), alike(64, True, guidance_batch=batch)).activations
         for batch in ("joint", "apart")
     )
     assert apart < joint
@@ -257,10 +261,10 @@ def test_a_guided_call_in_two_halves_keeps_less(model):
 
 def test_sharding_is_named_where_several_processes_could_share_the_networks(model):
     asked, text = recipe(batch_size=8, ema=0.5), "train.launch.sharding=fsdp2"
-    assert dict(remedies(model, asked, Execution(2, 2, 2, True, processes=4)))[text] > 0
-    assert text not in dict(remedies(model, asked, Execution(2, 2, 2, True)))
-    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), Execution(2, 2, 2, True, processes=4)))
-    already = dict(remedies(model, asked, Execution(2, 2, 2, True, processes=4, sharded=True)))
+    assert dict(remedies(model, asked, alike(2, True, processes=4)))[text] > 0
+    assert text not in dict(remedies(model, asked, alike(2, True)))
+    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), alike(2, True, processes=4)))
+    already = dict(remedies(model, asked, alike(2, True, processes=4, sharded=True)))
     assert text not in already
     assert not any("roles=lora" in found and "sharding=none" not in found for found in already)
 
@@ -272,8 +276,8 @@ def test_where_nothing_helps_the_words_say_so():
 @pytest.mark.parametrize("less, more", [(16, 32), (32, 64)])
 def test_a_larger_part_keeps_more_and_a_checkpointed_one_less(model, less, more):
     asked = recipe(batch_size=64)
-    small, large = (model.estimate(asked, Execution(n, n, n, False)).activations for n in (less, more))
-    assert model.estimate(asked, Execution(more, more, more, True)).activations < large and small < large
+    small, large = (model.estimate(asked, alike(n, False)).activations for n in (less, more))
+    assert model.estimate(asked, alike(more, True)).activations < large and small < large
 
 
 # ---- disk
@@ -316,9 +320,10 @@ def tensors_in(value):
 def test_a_large_rollout_is_what_a_run_of_small_parts_needs(model):
     asked = recipe(batch_size=64, fake_score_turns=5, anchored_steps=0, diversity_weight=0.0, stop_gradient=False)
     small, large, more = (
-        model.estimate(asked, Execution(1, 1, rollout, False)).activations for rollout in (1, 320, 1000)
+        model.estimate(asked, replace(alike(1, False), rollout_micro_batch=rollout)).activations
+        for rollout in (1, 320, 1000)
     )
     assert small < large == more  # no more than a cycle's pictures are drawn
     assert large == model._pass(_Wanted.by(asked), "student", 320).block
     shared = asked.model_copy(update={"fake_rollout": "shared"})
-    assert model.estimate(shared, Execution(1, 1, 320, False)).activations < large
+    assert model.estimate(shared, replace(alike(1, False), rollout_micro_batch=320)).activations < large

@@ -8,7 +8,7 @@ from tests.training.conftest import RECIPE
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.training.memory import Execution, MemoryModel, conditioning_like
+from dpdmd_pipeline.training.memory import MemoryModel, MemorySplit, conditioning_like
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import full_roles
 
@@ -48,7 +48,10 @@ def test_a_family_is_estimated_from_its_configs(family, name):
     backbone, folder, length = family(name, weights=False)
     model = MemoryModel(backbone, folder, conditioning_like(backbone), 3.5)
     recipe = Recipe(**{**RECIPE, "batch_size": 64})
-    repeated, kept = (model.estimate(recipe, Execution(64, 64, 64, checkpointing)) for checkpointing in (True, False))
+    repeated, kept = (
+        model.estimate(recipe, MemorySplit.alike(64, gradient_checkpointing=checkpointing))
+        for checkpointing in (True, False)
+    )
     assert repeated.activations < kept.activations and model.forward_flops(recipe) > 0
 
 
@@ -59,4 +62,4 @@ def test_weights_are_those_of_the_real_networks(family, name):
     networks = (roles.teacher, roles.student, roles.fake_score)
     real = sum(t.nbytes for network in networks for t in (*network.parameters(), *network.buffers()))
     model = MemoryModel(backbone, folder, conditioning_like(backbone), 3.5)
-    assert model.estimate(Recipe(**RECIPE), Execution(1, 1, 1, True)).weights == real
+    assert model.estimate(Recipe(**RECIPE), MemorySplit.alike(1, gradient_checkpointing=True)).weights == real

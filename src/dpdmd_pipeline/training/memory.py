@@ -42,14 +42,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch
+from dpdmd_pipeline.backbones.student_file import COMPONENTS
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.training.cost import calls_of
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
 from dpdmd_pipeline.training.sharding import groups
 
 RESERVED = 2**30  # bytes; a guess, see above
 GIB = 2**30
-_NETWORKS = ("transformer", "unet")  # what the denoising network is called in a pipeline's folder
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class PassMemory:
     flops: float
 
 
-@dataclass(frozen=True)
-class Execution:
+@dataclass(frozen=True, kw_only=True)
+class MemorySplit:
     """How the batch is worked through, as far as memory depends on it.
 
     Attributes:
@@ -116,6 +117,17 @@ class Execution:
         """Parts that the trained networks are in."""
         return self.processes if self.sharded else 1
 
+    @classmethod
+    def alike(cls, samples: int, *, gradient_checkpointing: bool, **rest: Any) -> MemorySplit:
+        """All three parts of one size."""
+        return cls(
+            student_micro_batch=samples,
+            fake_score_micro_batch=samples,
+            rollout_micro_batch=samples,
+            gradient_checkpointing=gradient_checkpointing,
+            **rest,
+        )
+
 
 class MemoryModel:
     """Estimates for one teacher; reads its configs only.
@@ -128,49 +140,49 @@ class MemoryModel:
     """
 
     def __init__(self, backbone: Backbone, teacher: Path, cond: Conditioning, guidance_scale: float) -> None:
-        self.backbone, self.cond, self.calls = _Weightless(backbone, teacher), cond, 1 if guidance_scale == 1 else 2
+        self.backbone, self.cond, self.calls = _Weightless(backbone, teacher), cond, calls_of(guidance_scale)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roles, self._pass = lru_cache(self._make_roles), lru_cache(self._count_pass)
 
-    def estimate(self, recipe: Recipe, execution: Execution) -> Memory:
+    def estimate(self, recipe: Recipe, split: MemorySplit) -> Memory:
         """Memory of one process that trains a recipe."""
         roles, loaded = self._roles(_Wanted.by(recipe))
         weights = _bytes(tensor for network in loaded for tensor in (*network.parameters(), *network.buffers()))
         whole = [_bytes(trainable(role)) for role in (roles.student, roles.fake_score)]
-        student, fake_score = (-(-size // execution.shards) for size in whole)
+        student, fake_score = (-(-size // split.shards) for size in whole)
         measured = 3 if recipe.weighting == "balanced" else 2 if recipe.anchored_steps else 1
-        waiting = _waiting_gradients(recipe, execution, *whole)
+        waiting = _waiting_gradients(recipe, split, *whole)
         optimizers = ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score))
         moments = sum(_moments(trainable(role), optimizer.kind) for role, optimizer in optimizers)
         return Memory(
             weights=weights - sum(whole) + student + fake_score,
             gradients=max(measured * student + waiting[0], fake_score + waiting[1]),
-            optimizer=-(-moments // execution.shards),
+            optimizer=-(-moments // split.shards),
             average=student if recipe.ema or recipe.watch.keep == "best" else 0,
-            activations=max(self._activations(recipe, execution), student, fake_score),
+            activations=max(self._activations(recipe, split), student, fake_score),
         )
 
-    def _activations(self, recipe: Recipe, execution: Execution) -> int:
+    def _activations(self, recipe: Recipe, split: MemorySplit) -> int:
         """The largest of the two turns' and of the rollout between them, and what of shards is whole meanwhile."""
-        student = self._turn(recipe, execution, "student", execution.student_micro_batch, waiting_passes(recipe))
-        fake_score = self._turn(recipe, execution, "fake_score", execution.fake_score_micro_batch, 1)
-        together = _together(self._roles(_Wanted.by(recipe))[0].student) if execution.sharded else 0
-        return max(student, fake_score, self._rollout(recipe, execution)) + together
+        student = self._turn(recipe, split, "student", split.student_micro_batch, waiting_passes(recipe))
+        fake_score = self._turn(recipe, split, "fake_score", split.fake_score_micro_batch, 1)
+        together = _together(self._roles(_Wanted.by(recipe))[0].student) if split.sharded else 0
+        return max(student, fake_score, self._rollout(recipe, split)) + together
 
-    def _rollout(self, recipe: Recipe, execution: Execution) -> int:
+    def _rollout(self, recipe: Recipe, split: MemorySplit) -> int:
         """The student draws for the fake score without gradient."""
         turns = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
-        drawn = turns * recipe.batch_size // execution.processes
-        counted = self._pass(_Wanted.by(recipe), "student", min(execution.rollout_micro_batch, drawn))
-        return max(counted.block, 0 if execution.sharded else counted.casts)
+        drawn = turns * recipe.batch_size // split.processes
+        counted = self._pass(_Wanted.by(recipe), "student", min(split.rollout_micro_batch, drawn))
+        return max(counted.block, 0 if split.sharded else counted.casts)
 
-    def _turn(self, recipe: Recipe, execution: Execution, role: str, batch: int, passes: int) -> int:
+    def _turn(self, recipe: Recipe, split: MemorySplit, role: str, batch: int, passes: int) -> int:
         # two whole networks are alike, two adapters may differ in rank
         network = role if recipe.roles == "lora" else "student"
         counted = self._pass(_Wanted.by(recipe), network, min(batch, recipe.batch_size))
-        calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
-        if execution.gradient_checkpointing:
-            casts = 0 if execution.sharded else counted.casts  # shards are brought together in the precision
+        calls = self.calls if role == "student" and split.guidance_batch == "joint" else 1
+        if split.gradient_checkpointing:
+            casts = 0 if split.sharded else counted.casts  # shards are brought together in the precision
             return passes * counted.kept_between + max(calls * counted.block, casts)
         return passes * counted.kept + calls * counted.block
 
@@ -180,15 +192,11 @@ class MemoryModel:
 
     def checkpoint_bytes(self, recipe: Recipe) -> int:
         """One state on disk: both trained networks, their moments, the average."""
-        memory = self.estimate(recipe, Execution(1, 1, 1, True))
+        memory = self.estimate(recipe, MemorySplit.alike(1, gradient_checkpointing=True))
         roles, _ = self._roles(_Wanted.by(recipe))
         networks = [*roles.student.state_dict().values(), *roles.fake_score.state_dict().values()]
         counter = torch.int64.itemsize if recipe.ema else 0  # of turns averaged
         return _bytes(networks) + memory.optimizer + memory.average + counter
-
-    def student_bytes(self, recipe: Recipe) -> int:
-        """A trained student on disk: the network, or its adapter."""
-        return _bytes(self._roles(_Wanted.by(recipe))[0].student.state_dict().values())
 
     def _make_roles(self, wanted: _Wanted) -> tuple[Roles, list[nn.Module]]:
         self.backbone.loaded.clear()
@@ -240,7 +248,8 @@ class _Weightless:
         return getattr(self._backbone, name)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        kind, config = network_config(self._teacher)
+        kind, component = _network(self._teacher)
+        config = kind.load_config(self._teacher, subfolder=component)
         with torch.device("meta"):
             network = kind.from_config(config)
         nn.Module.to(
@@ -265,12 +274,16 @@ def _like(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
-def network_config(teacher: Path) -> tuple[type, dict[str, Any]]:
-    """Class and config of a pipeline's denoising network."""
+def network_class(teacher: Path) -> type:
+    """Class of a pipeline's denoising network, by its index."""
+    return _network(teacher)[0]
+
+
+def _network(teacher: Path) -> tuple[Any, str]:
+    """Class and name of a pipeline's denoising network."""
     index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
-    name = next(name for name in _NETWORKS if name in index)
-    kind = getattr(importlib.import_module(index[name][0]), index[name][1])
-    return kind, kind.load_config(teacher, subfolder=name)
+    name = next(name for name in COMPONENTS if name in index)
+    return getattr(importlib.import_module(index[name][0]), index[name][1]), name
 
 
 # ---- counting
@@ -373,18 +386,18 @@ def waiting_passes(recipe: Recipe) -> int:
     return max(anchored, rest) if recipe.stop_gradient else max(0, 2 * anchored - 1) + rest
 
 
-def _waiting_gradients(recipe: Recipe, execution: Execution, student: int, fake_score: int) -> tuple[int, int]:
+def _waiting_gradients(recipe: Recipe, split: MemorySplit, student: int, fake_score: int) -> tuple[int, int]:
     """Bytes that a turn of each role holds from its first backward pass until the exchange in its last.
 
     Args:
-        recipe, execution: of the run.
+        recipe, split: of the run.
         student, fake_score: bytes of the whole networks' gradients.
     """
-    if not execution.sharded:
+    if not split.sharded:
         return 0, 0
-    share = recipe.batch_size // execution.processes
-    student_passes = -(-share // execution.student_micro_batch) * (2 if recipe.anchored_steps else 1)
-    fake_score_passes = -(-share // execution.fake_score_micro_batch)
+    share = recipe.batch_size // split.processes
+    student_passes = -(-share // split.student_micro_batch) * (2 if recipe.anchored_steps else 1)
+    fake_score_passes = -(-share // split.fake_score_micro_batch)
     return student * (student_passes > 1), fake_score * (fake_score_passes > 1)
 
 
@@ -413,31 +426,31 @@ def _bytes(tensors: Any) -> int:
 # ---- what helps
 
 
-def remedies(model: MemoryModel, recipe: Recipe, execution: Execution) -> list[tuple[str, int]]:
+def remedies(model: MemoryModel, recipe: Recipe, split: MemorySplit) -> list[tuple[str, int]]:
     """Options that make a run smaller, with the bytes that each spares by itself; the most helpful first."""
-    now = model.estimate(recipe, execution).total
-    tried = {text: model.estimate(*changed).total for text, changed in _smaller(recipe, execution).items()}
+    now = model.estimate(recipe, split).total
+    tried = {text: model.estimate(*changed).total for text, changed in _smaller(recipe, split).items()}
     return sorted(((text, now - total) for text, total in tried.items() if total < 0.99 * now), key=lambda it: -it[1])
 
 
-def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[Recipe, Execution]]:
-    """What may be changed, as (recipe, execution) by the words that say so."""
+def _smaller(recipe: Recipe, split: MemorySplit) -> dict[str, tuple[Recipe, MemorySplit]]:
+    """What may be changed, as (recipe, split) by the words that say so."""
     eight_bits = {role: getattr(recipe, role).model_copy(update={"kind": "adamw_8bit"}) for role in _TRAINED}
-    unsharded, also = replace(execution, sharded=False), ", train.launch.sharding=none" if execution.sharded else ""
-    batches = {name: getattr(execution, name) // 2 for name in _MICRO_BATCHES if getattr(execution, name) > 1}
+    unsharded, also = replace(split, sharded=False), ", train.launch.sharding=none" if split.sharded else ""
+    batches = {name: getattr(split, name) // 2 for name in _MICRO_BATCHES if getattr(split, name) > 1}
     halved = ", ".join(f"train.{name}={value}" for name, value in batches.items())
     found = {
-        halved: (recipe, replace(execution, **batches)),
-        "train.gradient_checkpointing=true": (recipe, replace(execution, gradient_checkpointing=True)),
-        "train.guidance_batch=apart": (recipe, replace(execution, guidance_batch="apart")),
-        "train.ema=0": (recipe.model_copy(update={"ema": 0.0}), execution),
+        halved: (recipe, replace(split, **batches)),
+        "train.gradient_checkpointing=true": (recipe, replace(split, gradient_checkpointing=True)),
+        "train.guidance_batch=apart": (recipe, replace(split, guidance_batch="apart")),
+        "train.ema=0": (recipe.model_copy(update={"ema": 0.0}), split),
         f"kind=adamw_8bit for both optimizers{also}": (recipe.model_copy(update=eight_bits), unsharded),
         f"train.roles=lora{also}": (recipe.model_copy(update={"roles": "lora"}), unsharded),
     }
-    if execution.processes > 1 and _can_be_sharded(recipe):
-        found["train.launch.sharding=fsdp2"] = (recipe, replace(execution, sharded=True))
+    if split.processes > 1 and _can_be_sharded(recipe):
+        found["train.launch.sharding=fsdp2"] = (recipe, replace(split, sharded=True))
     if recipe.stop_gradient or not recipe.anchored_steps:
-        found["train.graded_steps=random"] = (recipe.model_copy(update={"graded_steps": "random"}), execution)
+        found["train.graded_steps=random"] = (recipe.model_copy(update={"graded_steps": "random"}), split)
     return {text: changed for text, changed in found.items() if text}
 
 

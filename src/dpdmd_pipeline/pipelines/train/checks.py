@@ -49,7 +49,7 @@ def check_anchors(
                 f"the anchors were made with {name}={_short(then.get(name))}, this run has {_short(now[name])}: "
                 "run `kedro run --pipelines anchors` again, or set the value back"
             )
-    check_recipe(manifest, options, recipe)
+    check_recipe(options, recipe)
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
         check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
@@ -87,13 +87,13 @@ def check_speed(teacher: Path, options: TrainOptions) -> None:
     Raises:
         ValueError: names the option and what is missing.
     """
-    from dpdmd_pipeline.training.memory import network_config
+    from dpdmd_pipeline.training.memory import network_class
     from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
 
     if options.compile != "none":
         refuse_missing_compiler(resolve_device(options.device))
     if options.channels_last:
-        refuse_channels_last(network_config(teacher)[0])
+        refuse_channels_last(network_class(teacher))
 
 
 def _asked(options: AnchorRecipe) -> dict[str, Any]:
@@ -114,7 +114,12 @@ def check_start(start: float, anchor: float) -> None:
         )
 
 
-def check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
+def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
+    """The anchors that are asked for are those that the recipe learns from.
+
+    Raises:
+        ValueError: names both values.
+    """
     for level in options.anchor_levels if recipe.anchored_steps else ():
         student = level.first_step
         if student is not None and (student.grid, student.num_steps) != (recipe.grid, recipe.num_steps):
@@ -122,7 +127,7 @@ def check_recipe(manifest: dict, options: AnchorRecipe, recipe: Recipe) -> None:
                 f"anchors.anchor_levels name the first step of grid={student.grid}, num_steps={student.num_steps}, "
                 f"train has grid={recipe.grid}, num_steps={recipe.num_steps}: give both the same"
             )
-    available = len(manifest["anchor_steps"])
+    available = len(options.anchor_levels)
     if recipe.anchored_steps > available:
         raise ValueError(
             f"train.anchored_steps={recipe.anchored_steps} needs as many anchors.anchor_levels, there are {available}"

@@ -20,6 +20,7 @@ from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.reuse import Known, own_caches, read_prompts, size_of, state_folders
 from dpdmd_pipeline.publishing import Folders
 from dpdmd_pipeline.training.recipe import AnchorRecipe
+from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def refusals(plan: Planned, device_memory: int | None = None) -> list[str]:
     try:
         lines = [*_refused_options(plan)]
     except (ValueError, OSError) as error:
-        return [_flat(error)]
+        return [one_line(error)]
     return lines or [*_short_of_memory(plan, device_memory), *_short_of_disk(plan)]
 
 
@@ -93,10 +94,10 @@ def _refused_options(plan: Planned) -> Iterator[str]:
             check_precision(plan.backbone, options)
             check_guidance(plan.backbone, options)
             check_speed(plan.teacher, options)
-            check_recipe({"anchor_steps": plan.anchors.anchor_levels}, plan.anchors, options)
+            check_recipe(plan.anchors, options)
             _check_levels(plan, model, options)
         except ValueError as error:
-            yield f"{group}: {_flat(error)}"
+            yield f"{group}: {one_line(error)}"
 
 
 def _check_levels(plan: Planned, model: Any, options: TrainOptions) -> None:
@@ -124,7 +125,7 @@ def _short_of_memory(plan: Planned, device_memory: int | None) -> Iterator[str]:
             if line := refuse_memory(group, options, estimates, free):
                 yield line
         except ValueError as error:  # as of adapters that match no layer
-            yield f"{group}: {_flat(error)}"
+            yield f"{group}: {one_line(error)}"
 
 
 def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
@@ -139,11 +140,11 @@ def refuse_memory(group: str, options: TrainOptions, estimates: Any, free: int) 
     """The line for a student that does not fit, with what would help and by how much."""
     from dpdmd_pipeline.training.memory import describe_remedies, remedies
 
-    recipe, execution = options.recipe(), _execution(options)
-    needed = estimates.estimate(recipe, execution)
+    recipe, split = options.recipe(), _split(options)
+    needed = estimates.estimate(recipe, split)
     if needed.total <= free:
         return None
-    helpful = describe_remedies(remedies(estimates, recipe, execution))
+    helpful = describe_remedies(remedies(estimates, recipe, split))
     return f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
 
 
@@ -157,28 +158,27 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
     from dpdmd_pipeline.training.memory import describe_remedies, remedies
 
     estimates = memory_model(teacher, backbone)
-    recipe, execution = options.recipe(), _execution(options)
-    asked = _flat(error).split(". ")
+    recipe, split = options.recipe(), _split(options)
+    asked = one_line(error).split(". ")
     words = ". ".join(asked[:2]).removeprefix("CUDA out of memory. ")
     return (
-        f"out of GPU memory while training ({words}); the estimate was {estimates.estimate(recipe, execution)}: "
-        f"{describe_remedies(remedies(estimates, recipe, execution))}; finished steps are kept"
+        f"out of GPU memory while training ({words}); the estimate was {estimates.estimate(recipe, split)}: "
+        f"{describe_remedies(remedies(estimates, recipe, split))}; finished steps are kept"
     )
 
 
-def _execution(options: TrainOptions) -> Any:
-    from dpdmd_pipeline.training.memory import Execution
+def _split(options: TrainOptions) -> Any:
+    from dpdmd_pipeline.training.memory import MemorySplit
 
     share = options.batch_size // options.launch.total  # of each process
-    parts = (min(share, size) for size in (options.student_micro_batch, options.fake_score_micro_batch))
-    sharded = options.launch.sharding != "none"
-    return Execution(
-        *parts,
-        options.rollout_micro_batch,
-        options.gradient_checkpointing,
-        options.guidance_batch,
-        options.launch.total,
-        sharded,
+    return MemorySplit(
+        student_micro_batch=min(share, options.student_micro_batch),
+        fake_score_micro_batch=min(share, options.fake_score_micro_batch),
+        rollout_micro_batch=options.rollout_micro_batch,
+        gradient_checkpointing=options.gradient_checkpointing,
+        guidance_batch=options.guidance_batch,
+        processes=options.launch.total,
+        sharded=options.launch.sharding != "none",
     )
 
 
@@ -206,7 +206,7 @@ def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> lis
     if online and not known:
         lines.append("to these come the anchors' own passes: the stage anchors finds out how many")
     if estimates:
-        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), _execution(options))}")
+        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), _split(options))}")
     return lines
 
 
@@ -341,7 +341,7 @@ def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
         )
         return refusals(plan if known is None else _with_what_is_there(plan, catalog, known))
     except (ValueError, OSError) as error:
-        return [_flat(error)]
+        return [one_line(error)]
 
 
 def _written_prompts(pipeline: Any, catalog: Any) -> Known | None:
@@ -401,7 +401,3 @@ def _folders(pipeline: Any, catalog: Any, *, estimated: bool) -> dict[str, Path]
     if estimated and made & {"student", "student_dmd"}:
         names.append("train_state")
     return {name: Path(catalog.get(name)._filepath) for name in names}
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())
