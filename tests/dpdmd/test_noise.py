@@ -13,11 +13,14 @@ from dpdmd_pipeline.dpdmd.noise import (
     flow_level,
     flow_schedule,
     flow_sigmas,
+    flow_student_schedule,
     noise_share,
+    random_flow_level,
     shift_sigma,
     step,
     vp_level,
     vp_schedule,
+    vp_schedule_at,
     x0_from_eps,
     x0_from_v_prediction,
     x0_from_velocity,
@@ -101,6 +104,23 @@ def test_a_schedule_that_does_not_fall_from_1_to_0_is_refused_with_its_numbers(s
     assert all(str(float(sigma)) in str(error.value) for sigma in sigmas)
 
 
+def test_a_student_has_a_grid_by_its_name_or_sigmas_of_its_own_which_are_not_shifted():
+    named, own = flow_student_schedule("shifted", 4, 3.0), flow_student_schedule([1.0, 0.9, 0.75, 0.5], 4, 3.0)
+    torch.testing.assert_close(named.sigma, own.sigma)
+    assert torch.equal(named.sigma, flow_sigmas(4, 3.0, "shifted")) and own.sigma.tolist()[-2:] == [0.5, 0.0]
+    with pytest.raises(ValueError, match="grid has 2 levels, num_steps=4 needs as many"):
+        flow_student_schedule([1.0, 0.5], 4, 3.0)
+    with pytest.raises(ValueError, match="grid is 'trailing': choose diffusers or shifted"):
+        flow_student_schedule("trailing", 4, 3.0)
+
+
+def test_random_levels_are_the_range_shifted_and_one_per_sample():
+    level = random_flow_level(torch.tensor([0.0, 0.5]), (0.02, 0.98), 3.0)
+    assert level.sigma.shape == level.alpha.shape == level.timestep.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(level.sigma.flatten(), shift_sigma(torch.tensor([0.02, 0.5]), 3.0))
+    torch.testing.assert_close(level.timestep, 1000 * level.sigma)
+
+
 def test_four_steps_of_sdxl_are_999_749_499_249_and_end_clean():
     levels = vp_schedule(4, sdxl_table())
     assert levels.timestep.tolist() == [999, 749, 499, 249, 0]
@@ -115,6 +135,18 @@ def test_vp_schedule_has_the_timesteps_of_the_trailing_scheduler(num_steps):
     scheduler.set_timesteps(num_steps)
     levels = vp_schedule(num_steps, scheduler.alphas_cumprod)
     assert levels.timestep[:-1].tolist() == scheduler.timesteps.tolist()
+
+
+def test_timesteps_given_by_hand_make_the_schedule_that_has_them():
+    by_hand, trailing = vp_schedule_at([999, 749, 499, 249], sdxl_table()), vp_schedule(4, sdxl_table())
+    for part in ("alpha", "sigma", "timestep"):
+        assert torch.equal(getattr(by_hand, part), getattr(trailing, part))
+
+
+@pytest.mark.parametrize("timesteps", [[1000], [499, 499], [249, 499], [10.5], [-1]])
+def test_timesteps_that_do_not_fall_within_the_table_are_refused_with_their_numbers(timesteps):
+    with pytest.raises(ValueError, match=r"timesteps \[.*\] must be whole numbers that fall strictly from at most 999"):
+        vp_schedule_at(timesteps, sdxl_table())
 
 
 def test_vp_schedule_starts_at_full_noise_and_falls_for_every_number_of_steps():

@@ -30,7 +30,7 @@ def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
     modules = {name.removesuffix(_A).removesuffix(_B) for name in state}
     strange = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
     if strange or not state:
-        raise ValueError(f"this is no LoRA of pairs <module>{_A} and <module>{_B}: {first(strange)}")
+        raise ValueError(f"this is no LoRA of pairs <module>{_A} and <module>{_B}: {listed(strange)}")
     if wrong := sorted(name for name in state if rank_of(name, state[name]) != rank):
         raise ValueError(f"dpdmd.lora_rank is {rank}, but {wrong[0]} has rank {rank_of(wrong[0], state[wrong[0]])}")
 
@@ -50,7 +50,7 @@ def add_lora(weights: MutableMapping[str, Tensor], state: Mapping[str, Tensor], 
     modules = sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
     if strange := [name for name in modules if f"{name}.weight" not in weights]:
         raise ValueError(
-            f"{len(strange)} of {len(modules)} modules of the LoRA are none of the network's ({first(strange)}): "
+            f"{len(strange)} of {len(modules)} modules of the LoRA are none of the network's ({listed(strange)}): "
             "give the teacher that it was trained on"
         )
     for name in modules:
@@ -109,6 +109,6 @@ def _kohya_word(module: str) -> str:
     return _KOHYA + module.replace(".", "_")
 
 
-def first(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The first three of many names, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

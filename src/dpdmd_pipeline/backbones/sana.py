@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning, TokenLimit, count_tokens
 from dpdmd_pipeline.backbones.student_file import load_network, network_config
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, flow_schedule, flow_sigmas, shift_sigma, x0_from_velocity
+from dpdmd_pipeline.dpdmd.noise import (
+    NoiseLevel,
+    flow_student_schedule,
+    random_flow_level,
+    x0_from_velocity,
+)
 
 if TYPE_CHECKING:
     from diffusers import SanaPipeline
@@ -72,19 +77,13 @@ class Sana:
         return load_network(SanaTransformer2DModel, Path(folder or self.folder / "transformer"), dtype).to(self.device)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
-        return flow_schedule(flow_sigmas(num_steps, self.shift, "diffusers")).to(self.device)
+        return flow_student_schedule("diffusers", num_steps, self.shift).to(self.device)
 
     def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
-        if isinstance(grid, str):
-            return flow_schedule(flow_sigmas(num_steps, self.shift, grid)).to(self.device)
-        if len(grid) != num_steps:
-            raise ValueError(f"grid has {len(grid)} levels, num_steps={num_steps} needs as many")
-        return flow_schedule([*grid, 0.0]).to(self.device)
+        return flow_student_schedule(grid, num_steps, self.shift).to(self.device)
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
-        low, high = self.level_range
-        sigma = shift_sigma(low + (high - low) * uniform, self.shift)
-        return flow_level(sigma.view(-1, 1, 1, 1).to(self.device))
+        return random_flow_level(uniform, self.level_range, self.shift).to(self.device)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:

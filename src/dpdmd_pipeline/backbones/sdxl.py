@@ -6,7 +6,7 @@ teacher is one of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.backbones.student_file import load_network, network_config
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, vp_level, vp_schedule, x0_from_eps, x0_from_v_prediction
+from dpdmd_pipeline.dpdmd.noise import (
+    NoiseLevel,
+    vp_level,
+    vp_schedule,
+    vp_schedule_at,
+    x0_from_eps,
+    x0_from_v_prediction,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -86,7 +93,7 @@ class SDXL:
             raise ValueError(f"grid is {grid!r}: SDXL knows trailing, or give the timesteps")
         if len(grid) != num_steps:
             raise ValueError(f"grid has {len(grid)} timesteps, num_steps={num_steps} needs as many")
-        return _schedule_at(grid, self.alphas_cumprod).to(self.device)
+        return vp_schedule_at(grid, self.alphas_cumprod).to(self.device)
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
         low, high = self.level_range
@@ -178,25 +185,6 @@ def _read_scheduler(folder: Path) -> tuple[str, Callable[[Tensor, Tensor, NoiseL
             "nothing of x0 at the first step; such models predict v_prediction"
         )
     return *_PREDICTIONS[kind], alphas_cumprod
-
-
-def _schedule_at(timesteps: Sequence[float], alphas_cumprod: Tensor) -> NoiseLevel:
-    """A schedule at given timesteps and the clean end, [len(timesteps) + 1].
-
-    Raises:
-        ValueError: if they are not whole numbers that fall within the table.
-    """
-    falling = all(before > after for before, after in zip(timesteps, timesteps[1:], strict=False))
-    last = len(alphas_cumprod) - 1
-    if not falling or any(t != int(t) or not 0 <= t <= last for t in timesteps):
-        raise ValueError(f"timesteps {list(timesteps)} must be whole numbers that fall strictly from at most {last}")
-    chosen = torch.tensor([int(t) for t in timesteps])
-    levels = vp_level(chosen, alphas_cumprod)
-    return NoiseLevel(
-        torch.cat([levels.alpha, levels.alpha.new_ones(1)]),
-        torch.cat([levels.sigma, levels.sigma.new_zeros(1)]),
-        torch.cat([chosen, chosen.new_zeros(1)]),
-    )
 
 
 def token_limits(folder: Path, _max_sequence_length: int) -> dict[str, TokenLimit]:

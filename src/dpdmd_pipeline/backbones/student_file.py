@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.backbones.lora import add_lora, check_lora, first, peft_from_file
+from dpdmd_pipeline.backbones.lora import add_lora, check_lora, listed, peft_from_file
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS
 
 FORMAT = "1"
@@ -437,7 +437,7 @@ def network_files(folder: Path) -> list[Path]:
         others = sorted(path for path in folder.glob("*") if path.suffix in {*_PICKLES, ".safetensors"})
         if any(path.suffix in _PICKLES for path in others):
             raise _pickle(next(path for path in others if path.suffix in _PICKLES))
-        there = f", only {first([path.name for path in others])}" if others else ""
+        there = f", only {listed([path.name for path in others])}" if others else ""
         raise FileNotFoundError(
             f"{folder / WEIGHTS}: no safetensors weights there{there}; save the network as safetensors"
         )
@@ -463,10 +463,10 @@ def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> 
     more, less = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
     other = sorted(name for name in found.keys() & shapes.keys() if found[name] != tuple(shapes[name]))
     if more or less:
-        faults = [f"{len(names)} {what} ({first(names)})" for what, names in (("unknown", more), ("missing", less))]
+        faults = [f"{len(names)} {what} ({listed(names)})" for what, names in (("unknown", more), ("missing", less))]
         raise ValueError(f"{paths[0]} does not fit the network: keys {' and '.join(faults)}")
     if other:
-        sizes = first([f"{name} {list(found[name])} instead of {list(shapes[name])}" for name in other])
+        sizes = listed([f"{name} {list(found[name])} instead of {list(shapes[name])}" for name in other])
         raise ValueError(f"{paths[0]} does not fit the network: {len(other)} of other shapes ({sizes})")
 
 
@@ -501,4 +501,4 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _refuse_not_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     if wrong := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
-        raise ValueError(f"{path}: weights are not finite ({first(wrong)}): train again, or choose a wider dtype")
+        raise ValueError(f"{path}: weights are not finite ({listed(wrong)}): train again, or choose a wider dtype")

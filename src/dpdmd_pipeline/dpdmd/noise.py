@@ -101,6 +101,36 @@ def flow_schedule(sigmas: Tensor | Sequence[float]) -> NoiseLevel:
     return flow_level(sigmas)
 
 
+def flow_student_schedule(grid: str | Sequence[float], num_steps: int, shift: float) -> NoiseLevel:
+    """A student's flow schedule, [num_steps + 1], last clean.
+
+    Args:
+        grid: as `flow_sigmas` names them, or the num_steps sigmas above 0 themselves, which are not shifted.
+        num_steps: network evaluations.
+        shift: the family's static shift.
+
+    Raises:
+        ValueError: if the grid has another name, another number of levels, or does not fall from at most 1.
+    """
+    if isinstance(grid, str):
+        return flow_schedule(flow_sigmas(num_steps, shift, grid))
+    if len(grid) != num_steps:
+        raise ValueError(f"grid has {len(grid)} levels, num_steps={num_steps} needs as many")
+    return flow_schedule([*grid, 0.0])
+
+
+def random_flow_level(uniform: Tensor, level_range: tuple[float, float], shift: float) -> NoiseLevel:
+    """A flow level per sample, [B, 1, 1, 1].
+
+    Args:
+        uniform: numbers in [0, 1), [B].
+        level_range: the sigmas that 0 and 1 stand for, before the shift.
+        shift: the family's static shift.
+    """
+    low, high = level_range
+    return flow_level(shift_sigma(low + (high - low) * uniform, shift).view(-1, 1, 1, 1))
+
+
 def vp_schedule(num_steps: int, alphas_cumprod: Tensor) -> NoiseLevel:
     """Trailing schedule of a diffusion model, [num_steps + 1]: starts at the last timestep, ends clean.
 
@@ -109,11 +139,29 @@ def vp_schedule(num_steps: int, alphas_cumprod: Tensor) -> NoiseLevel:
     """
     total = len(alphas_cumprod)
     timesteps = (torch.arange(num_steps, 0, -1, dtype=torch.float64) * total / num_steps).round().long() - 1
+    return _to_the_clean_end(timesteps, alphas_cumprod)
+
+
+def vp_schedule_at(timesteps: Sequence[float], alphas_cumprod: Tensor) -> NoiseLevel:
+    """A diffusion schedule at given timesteps, and the clean end, [len(timesteps) + 1].
+
+    Raises:
+        ValueError: if they are not whole numbers that fall within the table.
+    """
+    falling = all(before > after for before, after in zip(timesteps, timesteps[1:], strict=False))
+    last = len(alphas_cumprod) - 1
+    if not falling or any(t != int(t) or not 0 <= t <= last for t in timesteps):
+        raise ValueError(f"timesteps {list(timesteps)} must be whole numbers that fall strictly from at most {last}")
+    return _to_the_clean_end(torch.tensor([int(t) for t in timesteps]), alphas_cumprod)
+
+
+def _to_the_clean_end(timesteps: Tensor, alphas_cumprod: Tensor) -> NoiseLevel:
+    """The levels of integer timesteps [N], and after them the clean one, in float32."""
     levels = vp_level(timesteps, alphas_cumprod)
     return NoiseLevel(
         torch.cat([levels.alpha, levels.alpha.new_ones(1)]).float(),
         torch.cat([levels.sigma, levels.sigma.new_zeros(1)]).float(),
-        torch.cat([levels.timestep, timesteps.new_zeros(1)]),
+        torch.cat([timesteps, timesteps.new_zeros(1)]),
     )
 
 
