@@ -19,7 +19,7 @@ class BackboneOptions(BaseModel):
     Attributes:
         family: name of a file in `backbones/`.
         resolution: of the pictures, in pixels.
-        max_sequence_length: tokens of the T5 encoder; 0 for a teacher without one.
+        max_sequence_length: tokens of SD3's T5 encoder or of SANA's language model; 0 for a teacher without either.
         num_steps: of the teacher's sampling.
         guidance_scale: of the teacher, in the sense of its own pipeline; 1 is no guidance.
         level_range: where DMD and the fake score draw noise levels, as fractions of the schedule before its shift.
