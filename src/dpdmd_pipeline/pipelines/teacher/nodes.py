@@ -1,7 +1,7 @@
 """Nodes of the teacher stage."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 # A broken-off or finished training is only taken up by the code that began it.
 CODE = ("dpdmd/noise.py", "shapes/models.py", "shapes/world.py", "training/teacher.py")
+_AT_ONCE = 250  # pictures that are drawn together
 
 
 def train_embedded_teacher(
@@ -63,32 +64,15 @@ def train_embedded_teacher(
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
     """Quality and diversity of the teacher at its own settings, and the rarest mode of any prompt."""
-    import torch
-
-    from dpdmd_pipeline.backbones.base import guided
-    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout, sample_seeds
     from dpdmd_pipeline.metrics.shapes import judge
     from dpdmd_pipeline.shapes.reader import read
     from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
 
-    model = backbone.load(teacher, "cpu")
-    network = model.load_model().requires_grad_(False).eval()
     prompts = [caption(index) for index in range(NUM_PROMPTS)]
-    encoded = model.encode([*prompts, ""])
-    uncond = {name: value[-1:] for name, value in encoded.items()}
-    levels = model.schedule(backbone.num_steps)
     images, rarest = [], []
-    for row in range(NUM_PROMPTS):
-        seeds = sample_seeds(options.judge_seed, "teacher", row, options.judged_per_prompt)
-        pictures = []
-        for start in range(0, len(seeds), 250):
-            noise = noise_from_seeds(seeds[start : start + 250], model.latent_shape)
-            cond = {name: value[row : row + 1].expand(len(noise), *value.shape[1:]) for name, value in encoded.items()}
-            with torch.no_grad():
-                denoise = guided(model, network, cond, uncond, backbone.guidance_scale)
-                pictures.append(model.decode(rollout(denoise, noise, levels)))
-        images.append(torch.cat(pictures))
-        rarest.append(_rarest(read(images[-1]), row))
+    for row, pictures in enumerate(_drawn(teacher, prompts, backbone, options)):
+        images.append(pictures)
+        rarest.append(_rarest(read(pictures), row))
         log.info("judged %r: rarest mode drawn %d times, clean %d times", prompts[row], *rarest[-1])
     drawn, clean = zip(*rarest, strict=True)
     return {
@@ -97,6 +81,32 @@ def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOpti
         "n": {"prompts": NUM_PROMPTS, "per_prompt": options.judged_per_prompt},
         "preset": "exact reader of the embedded world",
     }
+
+
+def _drawn(teacher: Path, prompts: Sequence[str], backbone: BackboneOptions, options: TeacherOptions) -> Iterator[Any]:
+    """The teacher's pictures, one prompt after the other: each [judged_per_prompt, 3, H, W] in [0, 1]."""
+    import torch
+
+    from dpdmd_pipeline.backbones.base import guided
+    from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout, sample_seeds
+
+    model = backbone.load(teacher, "cpu")
+    network = model.load_model().requires_grad_(False).eval()
+    encoded = model.encode([*prompts, ""])
+    uncond = {name: value[-1:] for name, value in encoded.items()}
+    levels = model.schedule(backbone.num_steps)
+
+    @torch.no_grad()
+    def draw(row: int, seeds: Sequence[int]) -> Any:
+        noise = noise_from_seeds(seeds, model.latent_shape)
+        cond = {name: value[row : row + 1].expand(len(noise), *value.shape[1:]) for name, value in encoded.items()}
+        denoise = guided(model, network, cond, uncond, backbone.guidance_scale)
+        return model.decode(rollout(denoise, noise, levels))
+
+    for row in range(len(prompts)):
+        seeds = sample_seeds(options.judge_seed, "teacher", row, options.judged_per_prompt)
+        parts = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
+        yield torch.cat([draw(row, part) for part in parts])
 
 
 def _rarest(reading: Any, prompt: int) -> tuple[int, int]:
