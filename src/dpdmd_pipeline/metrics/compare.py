@@ -33,11 +33,12 @@ class Side:
 
     Args:
         total: pictures as found; which are kept depends on their position alone.
-        seed: of the sample.
+        seed: of the sample, and of smaller ones that are drawn from it.
     """
 
     def __init__(self, total: int, seed: int) -> None:
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        self.seed = seed
+        order = torch.randperm(total, generator=self._generator())
         self.chosen = torch.zeros(total, dtype=torch.bool)
         self.chosen[order[:LARGEST]] = True
         self.pictures = self.prompts = 0
@@ -65,10 +66,17 @@ class Side:
         self.prompts += 1
 
     def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """The first `size` kept features in a random order, [size, d], and the numbers of their prompts."""
+        """At most `size` of the kept features, drawn without replacement, and the numbers of their prompts.
+
+        Returns:
+            [size, d] and [size], or as many as were kept; always the same ones in the same order.
+        """
         features = torch.cat(self.features)
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:size]
+        order = torch.randperm(len(features), generator=self._generator())[:size]
         return features[order], torch.tensor(self.owners)[order]
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
 
 def figures_of(
