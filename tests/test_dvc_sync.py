@@ -23,6 +23,7 @@ FROZEN = {"teacher", "clip", "study", "beyond"}  # long, not in the main job, an
 APART = {"sample"}  # draws what its user asks for; no part of the main job
 DVC = yaml.safe_load((PROJECT / "dvc.yaml").read_text())
 CATALOG = OmegaConfigLoader(str(PROJECT / "conf"), env="base", **CONFIG_LOADER_ARGS)["catalog"]
+PIPELINES = sorted(path.parent.name for path in (PROJECT / PACKAGE / "pipelines").glob("*/pipeline.py"))
 ENVIRONMENTS = sorted({path.parent.name for path in PROJECT.glob("conf/*/parameters_*.yml")} - {"local"})
 
 
@@ -46,8 +47,7 @@ def data(datasets: set[str]) -> set[str]:
 
 
 def test_there_is_a_stage_for_each_pipeline_and_distill_is_the_sum_of_those_that_are_not_frozen():
-    folders = {path.parent.name for path in (PROJECT / PACKAGE / "pipelines").glob("*/pipeline.py")}
-    assert set(DVC["stages"]) == folders - {"distill"} == set(STAGES)
+    assert set(DVC["stages"]) == set(PIPELINES) - {"distill"} == set(STAGES)
     line = {node.name for stage in STAGES if stage not in FROZEN | APART for node in pipeline(stage).nodes}
     assert line == {node.name for node in pipeline("distill").nodes}
 

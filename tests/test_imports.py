@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.test_dvc_sync import PIPELINES
 
 PROJECT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "transformers"}
@@ -30,7 +31,7 @@ def test_asking_kedro_for_help_loads_no_torch_diffusers_or_transformers():
     assert not loaded_after(code) & HEAVY
 
 
-@pytest.mark.parametrize("stage", ["prompts", "anchors", "train", "evaluate", "report", "teacher", "distill"])
+@pytest.mark.parametrize("stage", PIPELINES)
 def test_a_stage_is_wired_without_diffusers_or_transformers(stage):
     code = f"from dpdmd_pipeline.pipelines import {stage}; {stage}.create_pipeline()"
     assert not loaded_after(code) & {"diffusers", "transformers", "accelerate"}
