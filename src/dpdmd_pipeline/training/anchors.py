@@ -130,6 +130,7 @@ class CachedAnchors:
     ) -> None:
         self.cache, self.latent_shape = cache, latent_shape
         self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
+        self._epoch, self._permutation = -1, list[int]()  # of the epoch that was asked for last; none yet
 
     def __call__(self, step: int, places: Sequence[int]) -> AnchorBatch:
         """The samples at some places of a step's global batch."""
@@ -142,7 +143,7 @@ class CachedAnchors:
         return self._order(epoch)[offset]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
+        if epoch != self._epoch:
             (seed,) = sample_seeds(self.seed, "student/order", epoch, 1)
             generator = torch.Generator().manual_seed(seed)
             self._epoch, self._permutation = epoch, torch.randperm(len(self.cache), generator=generator).tolist()

@@ -91,9 +91,8 @@ def student_turn(recipe: Recipe, settings: Settings, graded_step: int | None) ->
     anchors = Passes()
     if anchored:
         anchors = anchor_passes(settings.online_anchors, settings.with_denoised, settings.guidance_scale)
-    lessons = (
-        2 * anchored - 1 if anchored else 0
-    )  # a later one starts at the teacher's latents, and the student's follow
+    # a later one starts at the teacher's latents, and the student goes on from its own
+    lessons = 2 * anchored - 1 if anchored else 0
     rest = (recipe.num_steps if graded_step is None else graded_step + 1) - anchored
     judged = calls_of(settings.guidance_scale) + 1  # by the teacher and by the fake score
     backward = anchored + _backward_of_dmd(recipe, graded_step)

@@ -107,6 +107,14 @@ def _short(value: Any) -> str:
 
 
 def check_start(start: float, anchor: float) -> None:
+    """The first anchor is less noisy than what the student begins with: its one step leads there.
+
+    Args:
+        start, anchor: their sigmas.
+
+    Raises:
+        ValueError: names both.
+    """
     if not anchor < start:
         raise ValueError(
             f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
@@ -115,10 +123,14 @@ def check_start(start: float, anchor: float) -> None:
 
 
 def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
-    """The anchors that are asked for are those that the recipe learns from.
+    """The anchors have what the student's recipe asks of them: its levels, enough of them, and the tangent's x0.
+
+    Args:
+        options: that the anchors are made with.
+        recipe: of the student.
 
     Raises:
-        ValueError: names both values.
+        ValueError: names what is missing or differs, both values, and the remedy.
     """
     for level in options.anchor_levels if recipe.anchored_steps else ():
         student = level.first_step

@@ -29,9 +29,8 @@ class TrainOptions(Recipe):
     gradient_checkpointing: bool  # less memory, one more forward pass per graded one
     student_micro_batch: PositiveInt  # samples that one backward pass sees
     fake_score_micro_batch: PositiveInt
-    rollout_micro_batch: (
-        PositiveInt  # samples that the student draws at once for the fake score, of several turns if need be
-    )
+    # samples that the student draws at once for the fake score, of several turns if need be
+    rollout_micro_batch: PositiveInt
     guidance_batch: Literal["joint", "apart"]  # a guided call's halves: one batch, or two of less memory
     compile: Literal["none", "blocks", "whole"]  # torch.compile of a network's repeated blocks, or of it all
     channels_last: bool  # the memory format of a UNet's convolutions; refused for transformers
