@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -141,22 +141,21 @@ def score(
         scores.note("one prompt only: a figure without an interval says nothing about other prompts")
     with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
-            _add(scores, preset, shared, sets, settings, reference)
+            add = _add_distribution if preset.axis == "distribution" else _add_metric
+            with _noted_if_it_fails(scores, preset):
+                add(scores, _Pass(preset, measuring(preset, settings, shared), sets, settings, reference))
     return scores
 
 
-def _add(
-    scores: Scores,
-    preset: Preset,
-    pool: ProcessPoolExecutor | None,
-    sets: Sequence[PictureSet],
-    settings: Settings,
-    reference: Reference | None,
-) -> None:
-    """One preset's figures, or why there are none: a metric that cannot run must not cost the others."""
-    add = _add_distribution if preset.axis == "distribution" else _add_metric
+@contextmanager
+def _noted_if_it_fails(scores: Scores, preset: Preset) -> Iterator[None]:
+    """Keep why a metric could not be measured: one that cannot run must not cost the others.
+
+    Raises:
+        OSError: if a process was killed.
+    """
     try:
-        add(scores, preset, measuring(preset, settings, pool), sets, settings, reference)
+        yield
     except BrokenProcessPool as error:
         raise OSError(f"a process was killed at {preset.full_name}, for memory perhaps: use fewer processes") from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -212,39 +211,51 @@ def _measure_here(preset: Preset, pictures: PictureSet) -> Row:
     return measure_set(_current[preset.full_name], pictures, preset.needs_text)
 
 
-def _add_metric(
-    scores: Scores,
-    preset: Preset,
-    rows_of: Measuring,
-    sets: Sequence[PictureSet],
-    settings: Settings,
-    reference: Reference | None,
-) -> None:
-    rows = list(rows_of(sets))
+@dataclass(frozen=True)
+class _Pass:
+    """One preset over the pictures to judge, and over those that they are compared with.
+
+    Attributes:
+        preset: what is measured.
+        rows_of: measures sets, in their order.
+        sets: to judge, one a prompt.
+        settings: how.
+        reference: what they are compared with, if there is anything.
+    """
+
+    preset: Preset
+    rows_of: Measuring
+    sets: Sequence[PictureSet]
+    settings: Settings
+    reference: Reference | None
+
+    @property
+    def is_of_the_reference(self) -> bool:
+        """Whether the pictures to judge are the reference itself, as where the teacher's own are judged."""
+        return self.reference is not None and self.sets is self.reference.sets
+
+
+def _add_metric(scores: Scores, asked: _Pass) -> None:
+    rows = list(asked.rows_of(asked.sets))
     if rows and all(row.unfit for row in rows):
         raise UnavailableError(rows[0].unfit)
-    scores.add_faults(rows, preset)
+    scores.add_faults(rows, asked.preset)
     _check_answers(rows)
     values = {row.id: dict(row.measured.values) for row in rows}
     threshold = None
     if any(row.measured.nearest is not None for row in rows):
-        own = rows if reference is not None and sets is reference.sets else None
-        threshold = _duplicates_above(scores, preset, rows_of, rows, settings, reference, own)
+        threshold = _duplicates_above(scores, asked, rows)
         for row in rows:
             if threshold is not None and row.measured.nearest is not None:
                 values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
     names = dict.fromkeys(name for found in values.values() for name in found)
-    if not names and preset.needs_text and all(one.no_text for one in sets):
-        raise UnavailableError("no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder")
-    if not names:
-        raise UnavailableError("no prompt could be measured: see what is wrong with the pictures")
+    _check_names(names, asked)
     for name in names:
-        _add_figure(
-            scores, preset, name, {key: found.get(name, math.nan) for key, found in values.items()}, rows, settings
-        )
-    _note_rows(scores, preset, rows)
+        _add_figure(scores, asked, name, {key: found.get(name, math.nan) for key, found in values.items()}, rows)
+    _note_rows(scores, asked.preset, rows)
     if threshold is not None:
-        _note_threshold(scores, preset, threshold, "reference" if settings.duplicates_above is None else "user")
+        source = "reference" if asked.settings.duplicates_above is None else "user"
+        _note_threshold(scores, asked.preset, threshold, source)
 
 
 def _check_answers(rows: Sequence[Row]) -> None:
@@ -260,6 +271,19 @@ def _check_answers(rows: Sequence[Row]) -> None:
             f"{unparsed} of {answers} answers did not parse, and the mean of the others says nothing: "
             "see whether the weights are those of the model that was asked for"
         )
+
+
+def _check_names(names: Collection[str], asked: _Pass) -> None:
+    """Refuse a metric that gave no number of any prompt.
+
+    Raises:
+        UnavailableError: names the reason, if it is known.
+    """
+    if names:
+        return
+    if asked.preset.needs_text and all(one.no_text for one in asked.sets):
+        raise UnavailableError("no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder")
+    raise UnavailableError("no prompt could be measured: see what is wrong with the pictures")
 
 
 def _note_rows(scores: Scores, preset: Preset, rows: Sequence[Row]) -> None:
@@ -300,46 +324,28 @@ def _note_threshold(scores: Scores, preset: Preset, threshold: float, source: st
     scores.note(f"near-duplicates of {preset.full_name} have a cosine of at least {threshold:.7g}, {origin}")
 
 
-def _add_figure(
-    scores: Scores, preset: Preset, name: str, values: dict[str, float], rows: Sequence[Row], settings: Settings
-) -> None:
-    full_name = f"{preset.full_name}.{name}"
+def _add_figure(scores: Scores, asked: _Pass, name: str, values: dict[str, float], rows: Sequence[Row]) -> None:
+    full_name = f"{asked.preset.full_name}.{name}"
     per_prompt = torch.tensor(list(values.values()), dtype=torch.float64)
     pictures = sum(row.pictures for row in rows)
-    scores.figures[full_name] = figure(per_prompt, pictures, preset.protocol, settings.seed)
+    scores.figures[full_name] = figure(per_prompt, pictures, asked.preset.protocol, asked.settings.seed)
     scores.per_prompt[full_name] = {key: value for key, value in values.items() if not math.isnan(value)}
 
 
-def _duplicates_above(
-    scores: Scores,
-    preset: Preset,
-    rows_of: Measuring,
-    rows: Sequence[Row],
-    settings: Settings,
-    reference: Reference | None,
-    rows_there: list[Row] | None,
-) -> float | None:
-    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it.
-
-    `rows_there` are the reference's rows, if they are known; else it is measured, once.
-    """
-    if settings.duplicates_above is not None:
-        return settings.duplicates_above
-    if reference is None:
+def _duplicates_above(scores: Scores, asked: _Pass, rows: Sequence[Row]) -> float | None:
+    """The cosine from which pictures are near-duplicates; None, and a note, where nothing says it."""
+    if asked.settings.duplicates_above is not None:
+        return asked.settings.duplicates_above
+    if asked.reference is None:
         scores.note(
             "near-duplicates were not counted: name the teacher's pictures with --reference, "
             "or a cosine with --duplicates-above"
         )
         return None
-    if preset.full_name not in reference.duplicates:
-        if rows_there is None:
-            rows_there = list(rows_of(reference.sets))
-            scores.add_faults(rows_there, preset, _IN_THE_REFERENCE)
-        found = [row for row in rows_there if row.pictures]
-        nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]
-        threshold = duplicate_threshold(torch.cat(nearest)) if nearest else math.nan
-        reference.duplicates[preset.full_name] = (_usual_count(found), threshold)
-    (wanted, threshold), count = reference.duplicates[preset.full_name], _usual_count(rows)
+    known, name = asked.reference.duplicates, asked.preset.full_name
+    if name not in known:
+        known[name] = _duplicates_of_the_reference(scores, asked, rows)
+    (wanted, threshold), count = known[name], _usual_count(rows)
     if wanted != count:
         scores.note(
             f"near-duplicates were not counted: the reference has {wanted} pictures a prompt, not {count}, "
@@ -349,32 +355,41 @@ def _duplicates_above(
     return threshold
 
 
+def _duplicates_of_the_reference(scores: Scores, asked: _Pass, rows: Sequence[Row]) -> tuple[int, float]:
+    """The reference's number of pictures a prompt, and the threshold that they give.
+
+    Args:
+        rows: of the pictures to judge, which are not measured again where they are the reference.
+    """
+    if not asked.is_of_the_reference:
+        rows = list(asked.rows_of(asked.reference.sets))
+        scores.add_faults(rows, asked.preset, _IN_THE_REFERENCE)
+    found = [row for row in rows if row.pictures]
+    nearest = [row.measured.nearest for row in found if row.measured.nearest is not None]
+    threshold = duplicate_threshold(torch.cat(nearest)) if nearest else math.nan
+    return _usual_count(found), threshold
+
+
 def _usual_count(rows: Sequence[Row]) -> int:
     """Pictures that most prompts have."""
     most = Counter(row.pictures for row in rows if row.pictures).most_common(1)
     return most[0][0] if most else 0
 
 
-def _add_distribution(
-    scores: Scores,
-    preset: Preset,
-    rows_of: Measuring,
-    sets: Sequence[PictureSet],
-    settings: Settings,
-    reference: Reference | None,
-) -> None:
+def _add_distribution(scores: Scores, asked: _Pass) -> None:
     from dpdmd_pipeline.metrics.compare import Side, figures_of
 
-    if reference is None:
+    if asked.reference is None:
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
-    sides = [Side(_count(some), settings.seed) for some in (reference.sets, sets)]
-    where = _IN_THE_REFERENCE if reference.sets is not sets else ""
+    preset, seed, compared = asked.preset, asked.settings.seed, (asked.reference.sets, asked.sets)
+    sides = [Side(_count(sets), seed) for sets in compared]
+    where = "" if asked.is_of_the_reference else _IN_THE_REFERENCE
     seen: list[list[Row]] = [[], []]  # without their features
     streams = [
-        side.keep(_followed(scores, preset, rows_of(some), place, rows))
-        for side, some, place, rows in zip(sides, (reference.sets, sets), (where, ""), seen, strict=True)
+        side.keep(_followed(scores, preset, asked.rows_of(sets), place, rows))
+        for side, sets, place, rows in zip(sides, compared, (where, ""), seen, strict=True)
     ]
-    for name, found in figures_of(preset, sides, streams, settings.seed).items():
+    for name, found in figures_of(preset, sides, streams, seed).items():
         if isinstance(found, str):
             scores.missing[f"{preset.full_name}.{name}"] = found
         else:
