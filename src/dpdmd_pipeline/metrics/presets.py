@@ -121,6 +121,10 @@ class Preset:
                 "; and ".join([first, *(other.removeprefix(f"{self.full_name} ") for other in others)])
             )
 
+    def digests(self, settings: Settings) -> dict[str, str]:
+        """Name of each of the weights to the SHA-256 of its files, hexadecimal."""
+        return {needed.folder: needed.digest(settings.folder_of(needed)) for needed in self.weights}
+
     def make(self, settings: Settings) -> Measure:
         """The measure, ready to run.
 

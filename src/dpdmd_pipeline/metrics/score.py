@@ -65,6 +65,7 @@ class Scores:
         faults: what figures leave out: kind to names.
         notes: what a reader should know.
         usable: pictures that were measured, by metric and id of the prompt.
+        weights: SHA-256 of what each metric looks through, by metric and name of the weights.
     """
 
     prompts: int
@@ -75,6 +76,7 @@ class Scores:
     faults: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     usable: dict[str, dict[str, int]] = field(default_factory=dict)
+    weights: dict[str, dict[str, str]] = field(default_factory=dict)
     _seen: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add_faults(self, rows: Sequence[Row], preset: Preset, where: str = "") -> None:
@@ -101,6 +103,7 @@ class Scores:
         self.per_prompt |= other.per_prompt
         self.missing |= other.missing
         self.usable |= other.usable
+        self.weights |= other.weights
         for kind, names in other.faults.items():
             for name in names:
                 self._add_fault(kind, name)
@@ -144,6 +147,8 @@ def score(
             add = _add_distribution if preset.axis == "distribution" else _add_metric
             with _noted_if_it_fails(scores, preset):
                 add(scores, _Pass(preset, measuring(preset, settings, shared), sets, settings, reference))
+                if preset.weights:
+                    scores.weights[preset.full_name] = preset.digests(settings)
     return scores
 
 

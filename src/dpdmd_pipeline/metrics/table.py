@@ -77,6 +77,7 @@ def as_record(scores: Scores) -> dict[str, Any]:
         "faults": {kind: {"count": len(names), "names": names} for kind, names in scores.faults.items()},
         "notes": scores.notes,
         "usable": scores.usable,
+        "weights": scores.weights,
     }
 
 

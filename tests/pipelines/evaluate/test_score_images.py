@@ -16,6 +16,7 @@ from dpdmd_pipeline.datasets.sharded import LazyShards
 from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.shapes import judge
+from dpdmd_pipeline.metrics.weights import CLIP_SHAPES
 from dpdmd_pipeline.pipelines.evaluate import scoring
 from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
@@ -132,6 +133,8 @@ def test_a_metric_more_comes_under_its_full_name_with_count_interval_and_protoco
     vendi = [metrics[name]["figures"]["diversity.clip_shapes.vendi"]["value"] for name in ("dmd", "dp_dmd", "teacher")]
     assert vendi[0] < vendi[1] < vendi[2]
     assert metrics["teacher"]["figures"]["alignment.clip_shapes.score"]["value"] > 50
+    of_weights = CLIP_SHAPES.digest(SHIPPED)
+    assert metrics["dmd"]["weights"] == {name: {"shapes_clip": of_weights} for name in CLIP} and len(of_weights) == 64
     assert 0 < metrics["dp_dmd"]["gaps"]["diversity.clip_shapes.vendi"]["value"] < 1
     assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["value"] > 0.5
     assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["n"] == {"prompts": 3, "models": 3}
@@ -223,7 +226,7 @@ def test_the_code_that_a_score_is_known_by_is_all_that_measures():
     used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
     # names and words; what is made of scores afterwards; the function of the teacher's stage
     apart = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
-    apart |= {"metrics/wording.py"}
+    apart |= {"metrics/wording.py", "metrics/libraries.py"}
     apart |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
     assert used - set(scoring.CODE) == apart
 

@@ -112,7 +112,8 @@ def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, A
         found[kind] = {name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items()}
         found["exact_presets"] |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in taken.items()}
     faults = {kind: fault["count"] for kind, fault in record["faults"].items()}
-    return {**found, "figures": figures, "missing": record["missing"], "faults": faults, "notes": record["notes"]}
+    told = {name: record[name] for name in ("missing", "notes", "weights")}
+    return {**found, "figures": figures, "faults": faults, **told}
 
 
 def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> tuple[Any, Any, Any]:

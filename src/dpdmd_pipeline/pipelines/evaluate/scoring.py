@@ -6,12 +6,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.metrics.presets import GENEVAL, Preset, Settings, choose
 from dpdmd_pipeline.metrics.score import Reference, Scores, score, workers
 from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, UnavailableError
@@ -48,10 +48,8 @@ CODE = (
     "shapes/world.py",
 )
 
-# Shared features are only taken up by the code that computes them ...
+# Shared features are only taken up by the code that computes them.
 FEATURES = ("metrics/alignment.py", "metrics/embedders.py", "metrics/features.py", "metrics/passes.py")
-# ... and all by the same libraries: another preprocessing in one of two models would pass for their difference.
-LIBRARIES = ("open_clip_torch", "pillow", "timm", "torch", "torchmetrics", "torchvision", "transformers")
 
 # What the exact reader of the embedded world measures: names in metrics.json to full names.
 EXACT = {
@@ -128,20 +126,16 @@ class KnownScores:
 
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
         self.folder = folder
-        libraries = [_version(name) for name in LIBRARIES]
+        # Features of all models by the same libraries: another preprocessing in one would pass for their difference.
+        libraries = list(versions().values())
         features = fingerprint(code_hash(*FEATURES), libraries, pictures)
         self.settings = replace(settings, features=folder / f"features_{features[:16]}")
         self._common = (SCHEMA, code_hash(*CODE), libraries, pictures, settings.seed, settings.passes.device)
-        self._weights: dict[str, list[str]] = {}  # by preset: gigabytes are read once for all models
 
     def path(self, model: str, preset: Preset) -> Path:
         """Where the scores of one model by one preset are kept; its name tells all that decides them."""
-        if preset.full_name not in self._weights:
-            self._weights[preset.full_name] = [
-                needed.digest(self.settings.folder_of(needed)) for needed in preset.weights
-            ]
         parts = self.settings.parts if preset.name == "geneval_vqa" else {}
-        weights = self._weights[preset.full_name]
+        weights = preset.digests(self.settings)
         key = fingerprint(*self._common, model, preset.full_name, preset.protocol, weights, parts)
         return self.folder / f"{preset.full_name}-{model}-{key[:16]}.json"
 
@@ -160,14 +154,6 @@ class KnownScores:
 
     def keep(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record)))
-
-
-def _version(library: str) -> str:
-    """Empty where it is not installed: some are extras."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
 
 
 def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], known: KnownScores) -> dict[str, Scores]:
@@ -211,5 +197,5 @@ def _scored(
 
 
 def _as_record(scores: Scores, reference: Reference) -> dict[str, Any]:
-    kept = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable")
+    kept = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable", "weights")
     return {**{name: getattr(scores, name) for name in kept}, "duplicates": reference.duplicates}
