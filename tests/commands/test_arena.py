@@ -115,6 +115,15 @@ def test_stray_files_and_ids_without_a_text_are_told(page, capsys):
     assert ids == "1 of 2 prompts has no text: people are shown its id (00000): give the texts with --prompts"
 
 
+def test_a_picture_that_one_side_lacks_shifts_no_pair_and_is_told(page, capsys):
+    ours, dmd = page.parent / "ours", page.parent / "dmd"
+    (ours / caption(0) / "0.png").unlink()
+    capsys.readouterr()
+    main([str(ours), str(dmd), "--out", str(page), "--singles", "3", "--sets", "0"])
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told == [f"left out, since the other side has none of that name: {dmd / caption(0) / '0.png'}"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.metrics.arena import ArenaOptions, about_pairs, make_arena, pair_up
 from dpdmd_pipeline.metrics.pictures import FileSet
 
 OPTIONS = ArenaOptions(per_prompt=2, set_size=4, side=None, seed=0)
@@ -47,16 +47,75 @@ def test_the_page_holds_every_question_with_its_pictures_and_needs_nothing_else(
     assert html.count("</script>") == 1 and not re.search(r"https?://|src=[\"'](?!data)", html)
 
 
+def files(folder, *names):
+    """A set of these files, which need not be there."""
+    return FileSet("p", "a dog", tuple(folder / name for name in names))
+
+
+def pairs(a, b):
+    return [(one.name, other.name) for one, other in pair_up(a, b, ("A", "B")).pairs]
+
+
+def test_pictures_of_one_name_are_paired_though_others_are_wanting_on_either_side(tmp_path):
+    a, b = files(tmp_path / "a", "1.png", "2.png", "4.png"), files(tmp_path / "b", "0.webp", "1.webp", "2.webp")
+    assert pairs(a, b) == [("1.png", "1.webp"), ("2.png", "2.webp")]
+    (told,) = about_pairs([a], [b], ("A", "B"))
+    assert told == f"left out, since the other side has none of that name: {tmp_path}/a/4.png, {tmp_path}/b/0.webp"
+
+
+def test_names_of_two_kinds_are_paired_by_their_numbers_if_both_sides_have_the_same(tmp_path):
+    a, b = files(tmp_path, "a dog_10.png", "a dog_2.png"), files(tmp_path, "0002.png", "0010.png")
+    assert pairs(a, b) == [("a dog_10.png", "0010.png"), ("a dog_2.png", "0002.png")]
+    assert about_pairs([a], [b], ("A", "B")) == []
+
+
+@pytest.mark.parametrize("names", [("x.png", "y.png"), ("seed8.png", "seed9.png"), ("1/r.png", "2/r.png")])
+def test_names_that_have_nothing_in_common_are_paired_in_order_which_is_told(tmp_path, names):
+    a, b = files(tmp_path, *names), files(tmp_path, "0.png", "1.png")
+    assert [other for _, other in pairs(a, b)] == ["0.png", "1.png"]
+    assert about_pairs([a], [b], ("A", "B")) == [
+        "paired by order only, since names differ: 1 prompt (p); see that they are of the same seeds"
+    ]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("img_1_.png", "img_2_.png", "img_3_.png"),  # 1 may be the second there, and the first here
+        ("0000.png", "0001.png"),  # some are wanting, and which cannot be told from a count
+        ("x.png", "y.png"),
+    ],
+)
+def test_pictures_that_may_be_of_different_seeds_are_refused_by_prompt_counts_and_remedy(tmp_path, names):
+    a, b = files(tmp_path, *names), files(tmp_path, "0.png", "1.png", "2.png")
+    told = f"'p' has {len(names)} pictures in A .* and 3 pictures in B .* do not pair: give pictures of one seed the sa"
+    with pytest.raises(ValueError, match=told):
+        pair_up(a, b, ("A", "B"))
+
+
+def test_a_question_about_diversity_shows_the_same_seeds_on_both_sides(sides):
+    a, b = sides
+    a[0] = replace(
+        a[0], files=tuple(file.rename(file.with_name(f"{seed}.png")) for seed, file in enumerate(a[0].files))
+    )
+    (b[0].files[0].parent / "b").mkdir()
+    moved = [file.rename(file.parent / "b" / f"{seed}.png") for seed, file in enumerate(b[0].files)]
+    b[0] = replace(b[0], files=tuple(moved[1:]))
+    page = page_of(make_arena(a, b, ("a", "b"), OPTIONS))
+    assert [colour(page, key)[0] for key in page["questions"][0]["a"]] == [40, 80, 120, 160]
+
+
+def colour(page, key):
+    return Image.open(io.BytesIO(base64.b64decode(page["pictures"][key].split(",")[1]))).getpixel((0, 0))
+
+
 def test_pairs_are_of_the_same_place_and_file_names_stay_out(sides):
     html = make_arena(*sides, ("folder a", "folder b"), OPTIONS)
     page = page_of(html)
     assert "secret" not in html
     quality = [question for question in page["questions"] if question["question"] == "quality"]
     for question in quality:
-        colours = [
-            Image.open(io.BytesIO(base64.b64decode(page["pictures"][question[side][0]].split(",")[1]))).getpixel((0, 0))
-            for side in ("a", "b")
-        ]
+        colours = [colour(page, question[side][0]) for side in ("a", "b")]
         assert colours[0][:2] == colours[1][:2] and (colours[0][2], colours[1][2]) == (10, 90)
 
 
@@ -90,7 +149,7 @@ def test_what_cannot_be_compared_is_refused(sides, monkeypatch):
     a, b = sides
     with pytest.raises(ValueError, match="'p1' is on one side only"):
         make_arena(a, b[:1], ("a", "b"), OPTIONS)
-    with pytest.raises(ValueError, match="has 5 pictures in a, 9 are needed: ask for fewer"):
+    with pytest.raises(ValueError, match="'p0' has 5 pairs of pictures, 9 are needed: ask for fewer"):
         make_arena(a, b, ("a", "b"), ArenaOptions(1, 9, None, 0))
     monkeypatch.setattr("dpdmd_pipeline.metrics.arena.LARGEST_PAGE_MB", 0.0005)
     with pytest.raises(ValueError, match="the page would be over .* --side 512"):

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from dpdmd_pipeline.metrics.pictures import FileSet
 
 _EPILOG = """\
-Folders are laid out as for `score` (see `score --help`); prompts are matched by folder name or id.
+Folders are laid out as for `score` (see `score --help`); prompts are matched by folder name or id. Pictures of a
+prompt are paired by name, and those that one side alone has are left out and told; where no name is on both sides,
+by the last number in it, as in 0007.png and a_7.png, if both have the same numbers; where these have nothing in common
+either, in order, which is told too. All else is refused: a pair must be of one seed.
 The page needs no server and no network: send it, people answer by keyboard (left, right, space, backspace), and send
 back the file that it saves. Then: python -m dpdmd_pipeline score results*.json --by human
 """
@@ -45,7 +48,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         ValueError, OSError: in one line, for what the user can mend.
     """
-    from dpdmd_pipeline.metrics.arena import ArenaOptions, make_arena
+    from dpdmd_pipeline.metrics.arena import ArenaOptions, about_pairs, make_arena
     from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
     from dpdmd_pipeline.metrics.wording import counted
     from dpdmd_pipeline.publishing import write_text
@@ -54,11 +57,13 @@ def main(arguments: list[str]) -> None:
     _check(asked)
     (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, asked.prompts) for folder in (asked.a, asked.b))
     options = ArenaOptions(asked.singles, asked.sets, asked.side, asked.seed)
-    html = make_arena(a, b, (str(asked.a), str(asked.b)), options)
+    names = str(asked.a), str(asked.b)
+    html = make_arena(a, b, names, options)
     write_text(asked.out, html)
     questions = counted(len(a) * (asked.singles + bool(asked.sets)), "question")
     print(f"{asked.out}: {questions} about {counted(len(a), 'prompt')}, {_size(len(html.encode()))}")
     notes = [about_strays(asked.a, strays_of_a), about_strays(asked.b, strays_of_b), _about_ids(a, b)]
+    notes += about_pairs(a, b, names)
     print("".join(f"{note}\n" for note in filter(None, notes)), end="")
 
 

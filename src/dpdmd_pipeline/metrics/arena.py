@@ -7,21 +7,23 @@ import hashlib
 import io
 import json
 import mimetypes
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpdmd_pipeline.metrics.human import FORMAT
 from dpdmd_pipeline.metrics.pictures import FileSet, read_picture
-from dpdmd_pipeline.metrics.wording import counted
+from dpdmd_pipeline.metrics.wording import counted, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_PAGE_MB = 200  # browsers take more, people do not wait for it
 _WEBP_QUALITY = 90
+_FEW = 3  # files that a line names
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
         options: what is asked.
 
     Raises:
-        ValueError: if prompts, their texts or numbers of pictures do not match, or the page would be too large.
+        ValueError: if prompts, their texts or their pictures do not match, or the page would be too large.
         OSError: if pictures cannot be used; names them all.
     """
     others = {pictures.id: pictures for pictures in b}
@@ -69,7 +71,7 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
 
 
 def _refuse_unread(one: FileSet, name: str) -> None:
-    """Pairs are told by the place of a picture in its folder: one that is passed over would shift all after it."""
+    """One passed over would be missed in its pair, or, where pairs are told by order, shift all after it."""
     if one.unread:
         files = ", ".join(path.name for path in one.unread[:3])
         raise ValueError(f"prompt {one.id!r} in {name} has pictures that are not read ({files}): convert them to PNG")
@@ -78,19 +80,93 @@ def _refuse_unread(one: FileSet, name: str) -> None:
 def _questions(
     a: FileSet, b: FileSet, names: tuple[str, str], options: ArenaOptions, pictures: _Pictures
 ) -> list[dict[str, Any]]:
-    """Questions about one prompt: both sets, then single pictures of the same place in the order of seeds."""
-    needed = max(options.per_prompt, options.set_size)
-    for one, name in ((a, names[0]), (b, names[1])):
-        if len(one) < needed:
-            raise ValueError(f"prompt {one.id!r} has {len(one)} pictures in {name}, {needed} are needed: ask for fewer")
+    """Questions about one prompt: sets of the same seeds, then single pictures of one seed."""
+    pairs, needed = pair_up(a, b, names).pairs, max(options.per_prompt, options.set_size)
+    if len(pairs) < needed:
+        fewer = "ask for fewer with --singles and --sets"
+        raise ValueError(f"prompt {a.id!r} has {counted(len(pairs), 'pair')} of pictures, {needed} are needed: {fewer}")
     asked, text = [], _text_of(a, b, names)
     if options.set_size:
-        sides = [[pictures.embed(file) for file in one.files[: options.set_size]] for one in (a, b)]
+        sides = [[pictures.embed(file) for file in side] for side in zip(*pairs[: options.set_size], strict=True)]
         asked.append({"question": "diversity", "prompt": text, "id": f"{a.id}/diversity", "a": sides[0], "b": sides[1]})
-    for number in _chosen(a.id, min(len(a), len(b)), options):
-        sides = [[pictures.embed(one.files[number])] for one in (a, b)]
+    for number in _chosen(a.id, len(pairs), options):
+        sides = [[pictures.embed(file)] for file in pairs[number]]
         asked.append({"question": "quality", "prompt": text, "id": f"{a.id}/{number}", "a": sides[0], "b": sides[1]})
     return asked
+
+
+class Paired(NamedTuple):
+    """Pictures of one prompt that belong together, and how that was told.
+
+    Attributes:
+        pairs: of A and B, in A's order.
+        alone: pictures that have no other half.
+        in_order: whether only their order says so, since their names have nothing in common.
+    """
+
+    pairs: list[tuple[Path, Path]]
+    alone: list[Path]
+    in_order: bool = False
+
+
+def pair_up(a: FileSet, b: FileSet, names: tuple[str, str]) -> Paired:
+    """Pairs of one seed, told by name; else by the last number in it, where both sides have the same; else by order.
+
+    Names of one kind may be wanting on a side: what is left is still paired rightly. Numbers of two kinds may not,
+    since 1 may be the first in one program's count and the second in the other's.
+
+    Raises:
+        ValueError: if names are of two kinds, and their numbers differ in part or there are more on one side.
+    """
+    (a_names, b_names), (a_numbers, b_numbers) = ([_keyed(one, key) for one in (a, b)] for key in (_stem, _number))
+    if a_names.keys() & b_names.keys():
+        both = [(file, b_names[name]) for name, file in a_names.items() if name in b_names]
+        paired = {file for pair in both for file in pair}
+        return Paired(both, [file for file in (*a.files, *b.files) if file not in paired])
+    if a_numbers and a_numbers.keys() == b_numbers.keys():
+        return Paired([(file, b_numbers[number]) for number, file in a_numbers.items()], [])
+    if len(a) != len(b) or a_numbers.keys() & b_numbers.keys():
+        told = " and ".join(_described(one, name) for one, name in zip((a, b), names, strict=True))
+        raise ValueError(f"prompt {a.id!r} has {told}, which do not pair: give pictures of one seed the same name")
+    return Paired(list(zip(a.files, b.files, strict=True)), [], in_order=True)
+
+
+def _keyed(one: FileSet, key: Callable[[Path], str]) -> dict[str, Path]:
+    """Files by their key; empty where it does not tell them all apart."""
+    found = {key(file): file for file in one.files}
+    return found if len(found) == len(one) and "" not in found else {}
+
+
+def _stem(file: Path) -> str:
+    return file.stem
+
+
+def _number(file: Path) -> str:
+    """The last number in a name, without leading zeros: 7 of `a red circle_0007.png`; empty without one."""
+    found = re.findall(r"\d+", file.stem)
+    return str(int(found[-1])) if found else ""
+
+
+def _described(one: FileSet, name: str) -> str:
+    return f"{counted(len(one), 'picture')} in {name} ({listed([file.name for file in one.files], _FEW)})"
+
+
+def about_pairs(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str]) -> list[str]:
+    """One line about pictures that are in no pair, and one about pairs that only their order tells, if there are any.
+
+    Args:
+        a, b, names: as in `make_arena`, which has taken them.
+    """
+    others, notes = {pictures.id: pictures for pictures in b}, []
+    found = {one.id: pair_up(one, others[one.id], names) for one in a}
+    alone = [str(file) for paired in found.values() for file in paired.alone]
+    if alone:
+        notes.append(f"left out, since the other side has none of that name: {listed(alone, _FEW)}")
+    ordered = [name for name, paired in found.items() if paired.in_order]
+    if ordered:
+        told = f"{counted(len(ordered), 'prompt')} ({listed(ordered, _FEW)})"
+        notes.append(f"paired by order only, since names differ: {told}; see that they are of the same seeds")
+    return notes
 
 
 def _text_of(a: FileSet, b: FileSet, names: tuple[str, str]) -> str:
@@ -169,7 +245,7 @@ class _Pictures:
         """
         if self.bad:
             named = ", ".join(f"{file} ({fault})" for file, fault in self.bad.items())
-            # pairs are told by place: one file less on one side would pair all later ones anew
+            # where pairs are told by order, one file less on one side alone would be refused
             remedy = "draw them again, or delete them and the pictures of the same seeds in the other folder"
             raise OSError(f"{counted(len(self.bad), 'picture')} cannot be shown: {named}: {remedy}")
 
