@@ -66,6 +66,13 @@ def test_a_damaged_picture_shows_in_the_exit_code(folders, tmp_path, capsys):
     assert ended.value.code == 3 and "1 x empty file: " in capsys.readouterr().out
 
 
+def test_a_link_to_nowhere_is_counted_and_shows_in_the_exit_code(folders, tmp_path, capsys):
+    (ours,) = copied(folders, tmp_path, "ours")
+    (ours / caption(0) / "4.png").symlink_to("nowhere.png")
+    assert run(ours, "--by", "diversity.pixels") == 3
+    assert "1 x no such file: " in capsys.readouterr().out
+
+
 def run(*arguments):
     """The exit code."""
     try:

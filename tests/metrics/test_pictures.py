@@ -1,4 +1,7 @@
 import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +234,52 @@ def test_every_kind_of_bad_picture_is_a_fault_with_its_name(tmp_path):
         "deep.png": "pixel format I;16: convert it to 8 bits",
         "gone.png": "no such file",
     }
+
+
+@contextmanager
+def as_anyone(folder, monkeypatch):
+    """The rights of a user who is not root, who is in this folder."""
+    folder.chmod(0o755)
+    monkeypatch.chdir(folder)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_picture_that_may_not_be_read_is_a_fault_of_its_own_kind(tmp_path, monkeypatch):
+    draw(tmp_path / "x.png").chmod(0)
+    draw(tmp_path / "inner" / "y.png")
+    (tmp_path / "inner").chmod(0)
+    with as_anyone(tmp_path, monkeypatch):
+        for name in ("x.png", "inner/y.png"):
+            with pytest.raises(OSError, match=r"^may not be read: change its mode$"):
+                read_picture(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a dog", 0), ("a dog", 0o444), ("a dog", 0o111), ("a dog/prompt.txt", 0), (".", 0o444)]
+)
+def test_what_may_not_be_read_is_named_with_the_remedy(tmp_path, monkeypatch, name, mode):
+    draw(tmp_path / "pictures" / "a dog" / "1.png")
+    (tmp_path / "pictures" / "a dog" / "prompt.txt").write_text("a dog")
+    (tmp_path / "pictures" / name).chmod(mode)
+    with as_anyone(tmp_path, monkeypatch), pytest.raises(OSError) as refused:
+        find_pictures(Path("pictures"))
+    assert str(refused.value) == f"{Path('pictures') / name} may not be read: change its mode"
+
+
+@pytest.mark.parametrize("layout", ["a dog/{}.png", "a dog_{}.png"])
+def test_links_to_nowhere_and_folders_that_are_named_as_pictures_are_faults_of_their_prompt(tmp_path, layout):
+    draw(tmp_path / layout.format(0))
+    (tmp_path / layout.format(1)).symlink_to("nowhere.png")
+    (tmp_path / layout.format(2)).mkdir()
+    ((found,), rest) = find_pictures(tmp_path)
+    assert (len(found), rest) == (3, [])
+    assert [fault.kind for fault in found.load().faults] == ["no such file", "a folder, not a picture"]
 
 
 @pytest.mark.parametrize("name", ["{}.png", "COCO_val2014_{:012}.png", "real picture {}.png"])

@@ -44,6 +44,7 @@ _SEEDS_AT_MOST = 100  # of one prompt alone, in a folder that may be of real pic
 # 16-bit and float modes: Pillow would clip them to white without a word.
 _READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
 _MOVING = {"PNG", "WEBP"}  # and not a telephone's JPEG, whose second frame is a preview
+_MAY_NOT = "may not be read: change its mode"
 _NO_TEXT = "prompt without a text"
 _AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
 _NO_WORDS = f"{_NO_TEXT} (its prompt.txt is empty: write it there)"
@@ -53,7 +54,7 @@ TextOf = Callable[[str, bool], tuple[str, str]]
 
 
 class _UnreadError(OSError):
-    """A picture of a kind that is not read."""
+    """A picture of a kind that is not read, or none at all."""
 
 
 class Fault(NamedTuple):
@@ -166,11 +167,8 @@ def read_picture(path: Path) -> Image:
     """
     from PIL import Image, UnidentifiedImageError
 
-    if not path.is_file():
-        raise OSError("no such file")
-    if path.stat().st_size == 0:
-        raise OSError("empty file")
     try:
+        _refuse_no_content(path)
         with Image.open(path) as image:
             if image.mode not in _READABLE:
                 raise _UnreadError(f"pixel format {image.mode}: convert it to 8 bits")
@@ -181,6 +179,8 @@ def read_picture(path: Path) -> Image:
             return _on_white(_upright(image))
     except _UnreadError:
         raise
+    except PermissionError as error:
+        raise OSError(_MAY_NOT) from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise OSError(f"more than {most} million pixels: scale it down") from error
@@ -188,6 +188,20 @@ def read_picture(path: Path) -> Image:
         raise OSError("not a picture") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in what they raise
         raise OSError("cut off or damaged") from error
+
+
+def _refuse_no_content(path: Path) -> None:
+    """Tell what has nothing to decode.
+
+    Raises:
+        _UnreadError: saying why.
+    """
+    if path.is_dir():
+        raise _UnreadError("a folder, not a picture")
+    if not path.is_file():
+        raise _UnreadError("no such file")
+    if path.stat().st_size == 0:
+        raise _UnreadError("empty file")
 
 
 def _upright(image: Image) -> Image:
@@ -232,9 +246,18 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
 
     Raises:
         ValueError: if the layout cannot be told, a name in it says nothing, or `prompts` lacks one of its ids.
-        OSError: if there is no such folder, or no picture in it.
+        OSError: if there is no such folder, no picture in it, or something in it that may not be read.
     """
-    folder = Path(folder)
+    try:
+        return _found(Path(folder), prompts, any_name)
+    except PermissionError as error:
+        # what lies in a folder that may not be entered cannot be seen: the folder is what is to be changed
+        place = Path(error.filename)
+        raise OSError(f"{place if os.path.lexists(place) else place.parent} {_MAY_NOT}") from error
+
+
+def _found(folder: Path, prompts: Path | None, any_name: bool) -> tuple[list[FileSet], list[str]]:
+    """What `find_pictures` returns."""
     if not folder.is_dir():
         raise OSError(f"{folder} is no folder of pictures")
     text_of = partial(_text_in, Path(prompts), read_texts(prompts)) if prompts else _text_of_name
@@ -246,8 +269,10 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
         return sets, _not_named(folder, sets)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     flat = [path for path in entries if _is_picture(path)]
-    rooms = [path for path in entries if path.is_dir()]
+    rooms = [path for path in entries if os.path.isdir(path)]
     filled = [room for room in rooms if any(map(_is_picture, _in_room(room)))]
+    if flat:
+        flat += filter(_is_named_so, rooms)
     if flat and filled:
         raise ValueError(
             f"{folder} has pictures beside folders of pictures ({flat[0].name}, {filled[0].name}/): use one layout"
@@ -256,7 +281,7 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
         raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them{_deeper(rooms)}")
     if flat and any_name and not _tell_prompts(flat):
         alone = [FileSet(path.name, "", (path,), _AN_ID) for path in flat]
-        return alone, [path.name for path in entries if not _is_picture(path)]
+        return alone, [path.name for path in entries if path not in set(flat)]
     if flat:
         unread = [path for path in entries if _is_unread(path) and _ID_AND_SEED.fullmatch(path.stem)]
         read = {*flat, *unread}
@@ -308,16 +333,21 @@ def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
     return f"left out of {folder}{role}, {why}: {listed(rest, _FEW)}"
 
 
+def _is_named_so(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    # a link to nowhere, or to where nobody may look, is a picture that cannot be used, and is counted
+    return _is_named_so(path) and not os.path.isdir(path)
 
 
 def _is_unread(path: Path) -> bool:
-    return path.suffix.lower() in _UNREAD and path.is_file()
+    return path.suffix.lower() in _UNREAD and not os.path.isdir(path)
 
 
 def _is_stray(path: Path) -> bool:
-    wanted = _is_picture(path) or _is_unread(path) or path.name == "prompt.txt"
+    wanted = _is_named_so(path) or _is_unread(path) or path.name == "prompt.txt"
     return not wanted and not path.name.startswith(".")
 
 
@@ -355,7 +385,7 @@ def _from_room(room: Path, text_of: TextOf) -> FileSet:
     else:
         text, no_text = text_of(room.name, " " in room.name or not re.search(r"\d", room.name))
     found = _in_room(room)
-    files, unread = (tuple(sorted(filter(kind, found), key=_by_number)) for kind in (_is_picture, _is_unread))
+    files, unread = (tuple(sorted(filter(kind, found), key=_by_number)) for kind in (_is_named_so, _is_unread))
     return FileSet(room.name, text, files, no_text, unread)
 
 
