@@ -9,6 +9,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dpdmd_pipeline.commands.score import DEFAULT_WEIGHTS, PROJECT, main
 from dpdmd_pipeline.metrics.presets import LEFT_OUT
+from dpdmd_pipeline.metrics.score import Scores
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
@@ -158,6 +159,38 @@ def test_flat_pictures_without_prompts_have_diversity_and_no_alignment(folders, 
     with pytest.raises(ValueError, match="id 'ComfyUI' is not in .*prompts.txt, which has 0 to 0"):
         (tmp_path / "prompts.txt").write_text("a red circle\n")
         run(flat, *by, "--prompts", tmp_path / "prompts.txt")
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The sets that were found, which are not measured."""
+    found = []
+
+    def score(sets, *_):
+        found.append(sets)
+        return Scores(len(sets), sum(map(len, sets)))
+
+    monkeypatch.setattr("dpdmd_pipeline.metrics.score.score", score)
+    return found
+
+
+@pytest.mark.parametrize("by", ["distribution,quality", "quality.topiq"])
+@pytest.mark.parametrize("name", ["{:05d}.png", "IMG {} (2).jpg", "img_{:05d}.png"])
+def test_what_asks_neither_for_prompts_nor_for_seeds_takes_pictures_of_any_name(tmp_path, measured, capsys, name, by):
+    names = sorted(name.format(number) for number in range(120))
+    for file in names:
+        (tmp_path / file).touch()
+    assert run(tmp_path, "--by", by) == 0
+    assert [one.id for one in measured[0]] == names and {len(one) for one in measured[0]} == {1}
+    assert f"names in {tmp_path} tell no prompts: each picture counts as one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asking", ["diversity.pixels", "quality.shapes", "alignment.clip_score"])
+def test_what_asks_for_prompts_or_seeds_refuses_names_that_tell_none_and_says_what_does_not(tmp_path, asking):
+    (tmp_path / "00000.png").touch()
+    told = rf"00000.png is not named .*, or leave out {asking}: quality and distribution, asked for alone, take any"
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, "--by", f"quality.topiq,{asking}")
 
 
 def test_the_reference_needs_no_texts(folders, tmp_path):

@@ -290,6 +290,14 @@ def test_a_reference_may_be_a_folder_of_real_pictures_by_any_name(tmp_path, name
     assert {one.files for one in sets} == {(file,) for file in files} and rest == ["readme.md"]
 
 
+def test_a_format_that_is_not_read_is_a_fault_in_a_folder_of_any_names_too(tmp_path):
+    draw(tmp_path / "one.png")
+    draw(tmp_path / "two.gif")
+    sets, rest = find_pictures(tmp_path, any_name=True)
+    assert [(one.id, len(one), len(one.load().faults)) for one in sets] == [("one.png", 1, 0), ("two.gif", 0, 1)]
+    assert rest == []
+
+
 def test_a_reference_named_by_prompt_and_seed_is_read_as_such(tmp_path):
     for number in range(4):
         draw(tmp_path / f"{number % 2}_{number}.png")

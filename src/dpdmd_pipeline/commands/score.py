@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpdmd_pipeline.metrics.wording import listed
+
 if TYPE_CHECKING:
     from dpdmd_pipeline.metrics.pictures import FileSet
     from dpdmd_pipeline.metrics.presets import Preset, Settings
@@ -25,6 +27,7 @@ SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # of the embedded world, in t
 PROJECT = Path(__file__).resolve().parents[3]  # where this package is run from a checkout
 DEFAULT_SEED = 0  # of resampling only
 DEFAULT_BATCH = 32  # on a GPU only
+_FEW = 3  # metrics that an error names
 
 _LAYOUTS = """\
 IMAGES is a folder in one of three layouts:
@@ -35,6 +38,8 @@ IMAGES is a folder in one of three layouts:
                                                             space
   a manifest             IMAGES/manifest.csv or .jsonl      records with file, prompt, and if you like id
 A folder per prompt may also be GenEval's own: IMAGES/00000/samples/0000.png, the text in IMAGES/00000/metadata.jsonl.
+For what asks neither for prompts nor for seeds (quality, distribution), names in a flat folder may be any, as may be
+those of --reference: each picture then counts as a prompt of its own.
 Pictures of one prompt must come from different seeds, and from as many as in what you compare with.
 With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. What asks for the
 text (alignment, preference, the exact reader of the embedded world) leaves out prompts without one. Transparent
@@ -123,26 +128,39 @@ def _score_people(asked: argparse.Namespace) -> None:
 
 
 def _score_pictures(asked: argparse.Namespace) -> None:
-    from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
+    from dpdmd_pipeline.metrics.pictures import about_names, about_strays
     from dpdmd_pipeline.metrics.presets import choose
     from dpdmd_pipeline.metrics.score import score
 
     _check(asked)
     presets, settings = choose(asked.by), _settings(asked)
     folders = _judged(asked)
-    found = {name: find_pictures(folder, asked.prompts) for name, folder in folders.items()}
+    found = {name: _find(folder, asked.prompts, presets) for name, folder in folders.items()}
     told = _check_gap(folders, found, presets)
     reference, strays = _reference(asked, found)
     with _shared_features(settings, presets, len(found)) as shared:
         scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in found.items()}
-    for name, (_, rest) in found.items():
-        for note in filter(None, (about_strays(folders[name], rest), strays, told)):
+    for name, (sets, rest) in found.items():
+        notes = about_names(folders[name], sets), about_strays(folders[name], rest), strays, told
+        for note in filter(None, notes):
             scored[name].note(note)
     record, text = _told(scored, settings.seed)
     _say(text)
     _write(asked.json, {"images": str(asked.images[0]), **record})
     if record.get("gap_notes") or any(scores.missing or scores.faults for scores in scored.values()):
         sys.exit(INCOMPLETE)
+
+
+def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> Found:
+    """Sets of a folder, of which names tell the prompt where a metric asks for it, or for its other seeds."""
+    from dpdmd_pipeline.metrics.pictures import UnnamedError, find_pictures
+
+    asking = [preset.full_name for preset in presets if preset.axis == "diversity" or preset.needs_text]
+    try:
+        return find_pictures(folder, prompts, any_name=not asking)
+    except UnnamedError as error:
+        remedy = f"leave out {listed(asking, _FEW)}: quality and distribution, asked for alone, take any names"
+        raise ValueError(f"{error}, or {remedy}") from error
 
 
 @contextmanager

@@ -57,6 +57,10 @@ class _UnreadError(OSError):
     """A picture of a kind that is not read, or none at all."""
 
 
+class UnnamedError(ValueError):
+    """A flat folder whose names tell no prompt."""
+
+
 class Fault(NamedTuple):
     """Something that a figure leaves out, and why."""
 
@@ -242,9 +246,10 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
     Args:
         folder: of pictures.
         prompts: texts of the prompt ids: .txt (line i is id i, from 0), or .csv or .jsonl with id and text.
-        any_name: whether a flat folder may be of real pictures, whose names tell no prompt: each is a set of its own.
+        any_name: whether a flat folder's names may tell no prompt, as those of real pictures: each is a set of its own.
 
     Raises:
+        UnnamedError: if they do not, and may not.
         ValueError: if the layout cannot be told, a name in it says nothing, or `prompts` lacks one of its ids.
         OSError: if there is no such folder, no picture in it, or something in it that may not be read.
     """
@@ -280,8 +285,7 @@ def _found(folder: Path, prompts: Path | None, any_name: bool) -> tuple[list[Fil
     if not flat and not filled:
         raise OSError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them{_deeper(rooms)}")
     if flat and any_name and not _tell_prompts(flat):
-        alone = [FileSet(path.name, "", (path,), _AN_ID) for path in flat]
-        return alone, [path.name for path in entries if path not in set(flat)]
+        return _alone(entries, set(flat))
     if flat:
         unread = [path for path in entries if _is_unread(path) and _ID_AND_SEED.fullmatch(path.stem)]
         read = {*flat, *unread}
@@ -289,6 +293,19 @@ def _found(folder: Path, prompts: Path | None, any_name: bool) -> tuple[list[Fil
     rest = [path.name for path in entries if path not in set(rooms)]
     rest += [str(path.relative_to(folder)) for room in rooms for path in _in_room(room) if _is_stray(path)]
     return [_from_room(room, text_of) for room in rooms], rest
+
+
+def _alone(entries: Sequence[Path], flat: set[Path]) -> tuple[list[FileSet], list[str]]:
+    """Each picture of a flat folder as a set of its own, and the other files."""
+    sets, rest = [], []
+    for path in entries:
+        if path in flat:
+            sets.append(FileSet(path.name, path.name, (path,), _AN_ID))
+        elif _is_unread(path):
+            sets.append(FileSet(path.name, path.name, (), _AN_ID, (path,)))
+        else:
+            rest.append(path.name)
+    return sets, rest
 
 
 def _tell_prompts(files: Sequence[Path]) -> bool:
@@ -331,6 +348,12 @@ def about_strays(folder: Path, rest: Sequence[str], role: str = "") -> str:
     by_manifest = any((folder / name).is_file() for name in _MANIFESTS)
     why = "since its manifest does not name them" if by_manifest else "since no picture that is read"
     return f"left out of {folder}{role}, {why}: {listed(rest, _FEW)}"
+
+
+def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
+    """One line about a folder of which each picture is a set of its own, since names tell no prompt; else empty."""
+    alone = all(one.no_text == _AN_ID and one.id == file.name for one in sets for file in (*one.files, *one.unread))
+    return f"names in {folder} tell no prompts: each picture counts as one" if alone else ""
 
 
 def _is_named_so(path: Path) -> bool:
@@ -407,7 +430,7 @@ def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: TextOf) 
     for file in [*files, *unread]:
         found = _ID_AND_SEED.fullmatch(file.stem)
         if not found:
-            raise ValueError(f"{file} is not named <prompt-id>_<seed>: rename it, or describe it in manifest.csv")
+            raise UnnamedError(f"{file} is not named <prompt-id>_<seed>: rename it, or describe it in manifest.csv")
         groups.setdefault(found[1], ([], []))[_is_unread(file)].append(file)
     sets = []
     for name, group in groups.items():
