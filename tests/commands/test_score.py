@@ -240,6 +240,12 @@ def test_a_file_that_the_user_names_is_all_that_is_written(folders, tmp_path, ca
     assert (tmp_path / "deep" / "o.json.tmp").read_text() == "precious"
 
 
+@pytest.mark.parametrize("by", ["quality.shapes", "human"])
+def test_a_file_that_cannot_be_written_is_refused_by_its_name_before_anything_is_measured(tmp_path, by):
+    with pytest.raises(OSError, match=r"^--json /sys/x.json: nothing can be written in /sys .*: make it writable, or"):
+        run(tmp_path / "nothing", "--by", by, "--json", "/sys/x.json")
+
+
 def test_a_file_name_that_no_encoding_has_costs_neither_table_nor_file(folders, tmp_path):
     (ours,) = copied(folders, tmp_path, "ours")
     (ours / caption(0) / os.fsdecode(b"x\xff.png")).touch()
@@ -274,7 +280,7 @@ def test_answers_of_people_are_summarised(tmp_path, capsys):
         (["--by", "quality", "--processes", "0"], "--processes 0 must be at least 1"),
         (["--by", "quality", "--seed", "9" * 20], "--seed 9{20} must be below 2\\^63"),
         (["--by", "quality", "--duplicates-above", "2"], "must be a cosine"),
-        (["--by", "quality", "--json", "nowhere/x.json"], "there is no folder nowhere"),
+        (["--by", "quality", "--json", "nowhere/x.json"], "there is no folder .*/nowhere"),
         (["more", "--by", "quality"], "2 folders given"),
         (["--by", "quality.shapes"], "is no folder of pictures"),
     ],

@@ -1,3 +1,3 @@
-"""Commands beside the pipelines: `python -m dpdmd_pipeline <name> ...`, one file each with a `main(arguments)`."""
+"""Commands beside the pipelines: `python -m dpdmd_pipeline <name> ...`, a file with a `main(arguments)` for each."""
 
 COMMANDS = ("arena", "comfy-install", "score")

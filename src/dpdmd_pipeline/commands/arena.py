@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpdmd_pipeline.commands.target import refuse_unwritable
+
 if TYPE_CHECKING:
     from dpdmd_pipeline.metrics.pictures import FileSet
 
@@ -94,5 +96,4 @@ def _check(asked: argparse.Namespace) -> None:
         raise ValueError(f"{asked.a} and {asked.b} are one folder: give the pictures of two models")
     if asked.out.is_dir():
         raise OSError(f"--out {asked.out} is a folder: name the page in it, as in {asked.out / 'arena.html'}")
-    if not asked.out.resolve().parent.is_dir():
-        raise OSError(f"--out {asked.out}: there is no folder {asked.out.resolve().parent}")
+    refuse_unwritable("--out", asked.out)

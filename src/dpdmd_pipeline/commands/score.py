@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpdmd_pipeline.commands.target import refuse_unwritable
 from dpdmd_pipeline.metrics.wording import listed
 
 if TYPE_CHECKING:
@@ -194,8 +195,8 @@ def _told(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]
 def _check_file(path: Path | None) -> None:
     if path and path.is_dir():
         raise OSError(f"--json {path} is a folder: name a file in it")
-    if path and not path.parent.is_dir():
-        raise OSError(f"--json {path}: there is no folder {path.parent}")
+    if path:
+        refuse_unwritable("--json", path)
 
 
 def _check(asked: argparse.Namespace) -> None:
