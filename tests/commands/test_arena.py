@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -12,6 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dpdmd_pipeline.commands.arena import main
 from dpdmd_pipeline.commands.score import main as score
+from dpdmd_pipeline.metrics.human import load_results
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
@@ -27,6 +29,32 @@ def page(tmp_path):
     out = tmp_path / "arena.html"
     main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(out), "--singles", "1", "--sets", "4"])
     return out
+
+
+@pytest.fixture
+def page_of_odd_names(page):
+    """A page about folders, and of a prompt, whose names are no UTF-8."""
+    odd = [page.parent / os.fsdecode(name + b"\xe9") for name in (b"ours", b"dmd")]
+    for name, folder in zip(("ours", "dmd"), odd, strict=True):
+        (page.parent / name).rename(folder)
+        (folder / caption(0)).rename(folder / os.fsdecode("ein Café ".encode() + b"\xe9"))
+    main([*map(str, odd), "--out", str(page), "--singles", "1", "--sets", "4"])
+    return page
+
+
+@needs_browser
+def test_in_a_browser_names_that_are_no_utf_8_are_shown_and_saved(launch, page_of_odd_names, tmp_path):
+    browser = launch()
+    begin(browser, page_of_odd_names, "p1")
+    shown_prompts = set()
+    for _ in range(4):
+        shown_prompts.add(browser.look("document.getElementById('prompt').textContent"))
+        browser.press("ArrowLeft")
+    assert len(shown_prompts) == 2 and any(text.startswith("ein Café ") for text in shown_prompts)
+    (tmp_path / "results.json").write_text(browser.look("JSON.stringify(results())"))
+    (result,) = load_results([tmp_path / "results.json"])
+    assert result["a"] == os.fsdecode(os.fsencode(tmp_path) + b"/ours\xe9")
+    assert len({answer["prompt"] for answer in result["answers"]}) == 2
 
 
 def begin(browser, page, who):

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -136,6 +137,13 @@ def test_the_text_is_that_of_the_side_which_has_one_and_two_texts_are_refused(si
     a[0] = replace(a[0], text="a red cat", no_text="")
     with pytest.raises(ValueError, match="prompt 'p0' is 'a red cat' in a and 'a red dog' in b: give both the same"):
         make_arena(a, b, ("a", "b"), OPTIONS)
+
+
+def test_a_name_that_no_encoding_has_costs_no_page(sides):
+    name = os.fsdecode(b"caf\xe9")
+    html = make_arena(*sides, (name, "café"), OPTIONS)
+    page = page_of(html.encode().decode())
+    assert (page["a"], page["b"]) == (name, "café")
 
 
 def test_reduced_pictures_keep_their_shape(sides):

@@ -186,7 +186,7 @@ def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
     """Which pictures of a prompt are compared singly: by hash, so that other prompts change nothing."""
 
     def rank(number: int) -> bytes:
-        return hashlib.sha256(f"{options.seed}/{prompt}/{number}".encode()).digest()
+        return hashlib.sha256(f"{options.seed}/{prompt}/{number}".encode(errors="surrogateescape")).digest()
 
     return sorted(sorted(range(available), key=rank)[: options.per_prompt])
 
@@ -252,6 +252,6 @@ class _Pictures:
 
 def _render(page: dict[str, Any]) -> str:
     template = (files("dpdmd_pipeline.metrics") / "arena.html").read_text(encoding="utf-8")
-    # "</script>" inside a prompt must not end the script
-    data = json.dumps(page, ensure_ascii=False).replace("<", "\\u003c")
+    # "</script>" inside a prompt must not end the script; escapes hold what UTF-8 lacks, as a byte of a file's name
+    data = json.dumps(page).replace("<", "\\u003c")
     return template.replace("/*PAGE*/null", data)
