@@ -259,11 +259,14 @@ def test_a_file_name_that_no_encoding_has_costs_neither_table_nor_file(folders, 
 
 def test_answers_of_people_are_summarised(tmp_path, capsys):
     answer = {"id": "p/0", "question": "quality", "prompt": "a dog", "left": "a", "choice": "a"}
-    result = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "participant": "1", "answers": [answer]}
+    page = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "questions": 24}
+    result = page | {"participant": "1", "answers": [answer]}
     (tmp_path / "results.json").write_text(json.dumps(result))
     main([str(tmp_path / "results.json"), "--by", "human", "--json", str(tmp_path / "out.json")])
-    assert "A is ours, B is dmd" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out.json").read_text())["questions"]["quality"]["counts"]["a"] == 1
+    told, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "A is ours, B is dmd" in told and "1 answered 1 of 24" in told
+    assert record["questions"]["quality"]["counts"]["a"] == 1
+    assert record["unfinished"] == {"1": {"answers": 1, "questions": 24}}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ def save(folder, name, choices, **changes):
         {"id": f"{prompt}/{number}", "question": "quality", "prompt": prompt, "left": "a", "choice": choice}
         for number, (prompt, choice) in enumerate(choices)
     ]
-    result = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "participant": name, "answers": answers} | changes
+    page = {"format": 1, "arena": "x", "a": "ours", "b": "dmd", "questions": len(answers)}
+    result = page | {"participant": name, "answers": answers} | changes
     file = folder / f"{name}.json"
     file.write_text(json.dumps(result))
     return file
@@ -40,6 +41,14 @@ def test_answers_become_shares_with_intervals(tmp_path):
     assert found["for_a_decided"]["value"] == 0.75
     assert [found["for_a_decided"][end] for end in ("low", "high")] == list(wilson(3, 4))
     assert "A is ours, B is dmd; 2 people" in as_text(summary) and "A 3, B 1, no difference 2" in as_text(summary)
+
+
+def test_who_has_not_answered_all_is_named_with_both_numbers(tmp_path):
+    all_of_it = save(tmp_path, "p0", [("cat", "a"), ("dog", "b")])
+    some = save(tmp_path, "p1", [("cat", "a")], questions=24)
+    summary = summarise(load_results([all_of_it, some]), seed=0)
+    assert summary["unfinished"] == {"p1": {"answers": 1, "questions": 24}}
+    assert "\n  p1 answered 1 of 24\n" in as_text(summary) and "p0 answered" not in as_text(summary)
 
 
 def test_all_ties_decide_nothing(tmp_path):
@@ -76,6 +85,7 @@ def test_what_is_no_result_and_what_has_no_answer_is_refused(tmp_path):
     [
         ({"arena": None}, "is no result of an arena page, it has no arena: give the files that the page's button"),
         ({"arena": None, "answers": None}, "it has no arena and no answers"),
+        ({"questions": "24"}, "it has no questions"),
         ({"participant": ["one"]}, "it has no participant"),
         ({"answers": ["a"]}, "answer 0 is no object"),
         ({"answers": [{"choice": "a", "prompt": "cat"}]}, "answer 0 has no question"),

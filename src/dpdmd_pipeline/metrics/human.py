@@ -14,7 +14,7 @@ from dpdmd_pipeline.metrics.wording import counted
 
 FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
-_RESULT = {"arena": str, "a": str, "b": str, "participant": str, "answers": list}
+_RESULT = {"arena": str, "a": str, "b": str, "participant": str, "questions": int, "answers": list}
 _ANSWER = {"question": str, "prompt": str}
 _REMEDY = "give the files that the page's button saves"
 _Z = 1.959964  # 97.5 % point of the normal distribution
@@ -95,8 +95,9 @@ def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         seed: of the bootstrap over prompts, which people's answers to the same prompt move together.
 
     Returns:
-        names of A and B, number of people, and per question: n, the counts, the share for A (a tie counts half)
-        with its bootstrap interval, and the share among decided answers with its Wilson interval.
+        names of A and B, number of people, those who have not answered all questions of the page with their numbers,
+        and per kind of question: n, the counts, the share for A (a tie counts half) with its bootstrap interval, and
+        the share among decided answers with its Wilson interval.
     """
     answers = [answer for result in results for answer in result["answers"]]
     if not answers:
@@ -105,7 +106,14 @@ def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
     for question in sorted({answer["question"] for answer in answers}):
         asked = [answer for answer in answers if answer["question"] == question]
         questions[question] = _question([(answer["prompt"], answer["choice"]) for answer in asked], seed)
-    return {"a": results[0]["a"], "b": results[0]["b"], "people": len(results), "questions": questions}
+    sides = {"a": results[0]["a"], "b": results[0]["b"]}
+    return sides | {"people": len(results), "unfinished": _unfinished(results), "questions": questions}
+
+
+def _unfinished(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """Numbers of answers and of questions by participant, where some are unanswered: the page saves these too."""
+    numbers = {one["participant"]: {"answers": len(one["answers"]), "questions": one["questions"]} for one in results}
+    return {name: found for name, found in numbers.items() if found["answers"] < found["questions"]}
 
 
 def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
@@ -131,6 +139,8 @@ def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
 def as_text(summary: dict[str, Any]) -> str:
     """The summary as a person reads it."""
     lines = [f"A is {summary['a']}, B is {summary['b']}; {counted(summary['people'], 'person', 'people')}"]
+    for name, found in summary["unfinished"].items():
+        lines.append(f"  {name} answered {found['answers']} of {found['questions']}")
     for question, found in summary["questions"].items():
         counts, share, decided = found["counts"], found["for_a"], found["for_a_decided"]
         lines.append(
