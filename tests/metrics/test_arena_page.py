@@ -94,6 +94,12 @@ def test_pictures_that_may_be_of_different_seeds_are_refused_by_prompt_counts_an
         pair_up(a, b, ("A", "B"))
 
 
+def test_a_prompt_without_pictures_on_a_side_is_refused_as_such(tmp_path):
+    for sides in ((files(tmp_path), files(tmp_path, "0.png")), (files(tmp_path), files(tmp_path))):
+        with pytest.raises(ValueError, match="'p' has no picture in A: draw it, or delete the prompt on both sides"):
+            pair_up(*sides, ("A", "B"))
+
+
 def test_a_question_about_diversity_shows_the_same_seeds_on_both_sides(sides):
     a, b = sides
     a[0] = replace(

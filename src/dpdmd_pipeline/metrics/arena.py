@@ -116,8 +116,12 @@ def pair_up(a: FileSet, b: FileSet, names: tuple[str, str]) -> Paired:
     since 1 may be the first in one program's count and the second in the other's.
 
     Raises:
-        ValueError: if names are of two kinds, and their numbers differ in part or there are more on one side.
+        ValueError: if names are of two kinds, and their numbers differ in part or there are more on one side; or if a
+            side has no picture.
     """
+    for one, name in zip((a, b), names, strict=True):
+        if not one.files:
+            raise ValueError(f"prompt {one.id!r} has no picture in {name}: draw it, or delete the prompt on both sides")
     (a_names, b_names), (a_numbers, b_numbers) = ([_keyed(one, key) for one in (a, b)] for key in (_stem, _number))
     if a_names.keys() & b_names.keys():
         both = [(file, b_names[name]) for name, file in a_names.items() if name in b_names]
