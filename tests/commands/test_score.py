@@ -92,7 +92,9 @@ def test_the_threshold_of_near_duplicates_is_in_table_and_file(folders, tmp_path
     out = tmp_path / "scores.json"
     options = ["--by", "diversity.clip_shapes", "--json", out]
     assert run(folders / "ours", *options, "--reference", folders / "teacher") == 0
-    figure = json.loads(out.read_text())["figures"]["diversity.clip_shapes.duplicate_rate"]
+    record = json.loads(out.read_text())
+    assert record["libraries"]["torch"] and len(record["weights"]["diversity.clip_shapes"]["shapes_clip"]) == 64
+    figure = record["figures"]["diversity.clip_shapes.duplicate_rate"]
     assert figure["threshold_from"] == "reference"
     assert f"a cosine of at least {figure['threshold']:.7g}, the 99th percentile of the ref" in capsys.readouterr().out
     assert run(folders / "ours", *options, "--duplicates-above", "0.9") == 0

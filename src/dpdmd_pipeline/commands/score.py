@@ -129,6 +129,7 @@ def _score_people(asked: argparse.Namespace) -> None:
 
 
 def _score_pictures(asked: argparse.Namespace) -> None:
+    from dpdmd_pipeline.metrics.libraries import versions
     from dpdmd_pipeline.metrics.pictures import about_names, about_strays
     from dpdmd_pipeline.metrics.presets import choose
     from dpdmd_pipeline.metrics.score import score
@@ -147,7 +148,7 @@ def _score_pictures(asked: argparse.Namespace) -> None:
             scored[name].note(note)
     record, text = _told(scored, settings.seed)
     _say(text)
-    _write(asked.json, {"images": str(asked.images[0]), **record})
+    _write(asked.json, {"images": str(asked.images[0]), "libraries": versions(), **record})
     if record.get("gap_notes") or any(scores.missing or scores.faults for scores in scored.values()):
         sys.exit(INCOMPLETE)
 
