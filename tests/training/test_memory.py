@@ -269,6 +269,12 @@ def test_sharding_is_named_where_several_processes_could_share_the_networks(mode
     assert not any("roles=lora" in found and "sharding=none" not in found for found in already)
 
 
+@pytest.mark.parametrize("found, said", [(None, " (first `pip install bitsandbytes`)"), (object(), "")])
+def test_moments_in_8_bits_are_named_with_the_library_they_lack(model, monkeypatch, found, said):
+    monkeypatch.setattr("dpdmd_pipeline.training.memory.find_spec", lambda _: found)
+    assert f"kind=adamw_8bit for both optimizers{said}" in dict(remedies(model, recipe(batch_size=8), alike(8, True)))
+
+
 def test_where_nothing_helps_the_words_say_so():
     assert describe_remedies([]) == "no option makes it smaller: take a card with more memory"
 

@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -435,7 +436,8 @@ def remedies(model: MemoryModel, recipe: Recipe, split: MemorySplit) -> list[tup
 
 def _smaller(recipe: Recipe, split: MemorySplit) -> dict[str, tuple[Recipe, MemorySplit]]:
     """What may be changed, as (recipe, split) by the words that say so."""
-    eight_bits = {role: getattr(recipe, role).model_copy(update={"kind": "adamw_8bit"}) for role in _TRAINED}
+    kinds = {role: getattr(recipe, role).model_copy(update={"kind": "adamw_8bit"}) for role in _TRAINED}
+    eight_bits = f"kind=adamw_8bit for both optimizers{_to_install('bitsandbytes')}"
     unsharded, also = replace(split, sharded=False), ", train.launch.sharding=none" if split.sharded else ""
     batches = {name: getattr(split, name) // 2 for name in _MICRO_BATCHES if getattr(split, name) > 1}
     halved = ", ".join(f"train.{name}={value}" for name, value in batches.items())
@@ -444,7 +446,7 @@ def _smaller(recipe: Recipe, split: MemorySplit) -> dict[str, tuple[Recipe, Memo
         "train.gradient_checkpointing=true": (recipe, replace(split, gradient_checkpointing=True)),
         "train.guidance_batch=apart": (recipe, replace(split, guidance_batch="apart")),
         "train.ema=0": (recipe.model_copy(update={"ema": 0.0}), split),
-        f"kind=adamw_8bit for both optimizers{also}": (recipe.model_copy(update=eight_bits), unsharded),
+        f"{eight_bits}{also}": (recipe.model_copy(update=kinds), unsharded),
         f"train.roles=lora{also}": (recipe.model_copy(update={"roles": "lora"}), unsharded),
     }
     if split.processes > 1 and _can_be_sharded(recipe):
@@ -452,6 +454,10 @@ def _smaller(recipe: Recipe, split: MemorySplit) -> dict[str, tuple[Recipe, Memo
     if recipe.stop_gradient or not recipe.anchored_steps:
         found["train.graded_steps=random"] = (recipe.model_copy(update={"graded_steps": "random"}), split)
     return {text: changed for text, changed in found.items() if text}
+
+
+def _to_install(package: str) -> str:
+    return f" (first `pip install {package}`)" if find_spec(package) is None else ""
 
 
 def _can_be_sharded(recipe: Recipe) -> bool:

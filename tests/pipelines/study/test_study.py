@@ -1,5 +1,12 @@
 import pytest
-from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, evaluate_options, train_options
+from tests.pipelines.conftest import (
+    OPTIMIZER,
+    PROMPTS,
+    anchor_options,
+    backbone_options,
+    evaluate_options,
+    train_options,
+)
 
 from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, write_study
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
@@ -79,6 +86,8 @@ def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp
         match=r"^runs\.wrong: anchors\.anchor_levels steps=6 must be below the teacher's backbone.num_steps=6",
     ):
         study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}))
+    with pytest.raises(ValueError, match=r"^runs\.wrong: student.kind=adamw_8bit: 8-bit moments need a CUDA device"):
+        study(options(wrong={"train": {"student": {**OPTIMIZER, "kind": "adamw_8bit"}}}))
     assert not any(tmp_path.iterdir())
 
 

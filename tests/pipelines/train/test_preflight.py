@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.pipelines.conftest import TRAIN, anchor_options, backbone_options, train_options
+from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
-from dpdmd_pipeline.pipelines.train import preflight
+from dpdmd_pipeline.pipelines.train import checks, preflight
 from dpdmd_pipeline.pipelines.train.preflight import Planned, disk_needs, explain_out_of_memory, refusals
 from dpdmd_pipeline.training.cost import Settings, describe_cost
 
@@ -76,6 +76,23 @@ def test_a_gpu_that_is_asked_for_and_absent_is_refused(plan):
         assert refusals(plan(device="cuda")) == [
             "train: device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu'"
         ]
+
+
+EIGHT_BITS = {"kind": "adamw_8bit"}
+
+
+@pytest.mark.parametrize("roles", [("student",), ("fake_score",), ("student", "fake_score")])
+def test_moments_in_8_bits_are_refused_where_their_library_or_cuda_is_absent(plan, monkeypatch, roles):
+    asked = {role: {**OPTIMIZER, **EIGHT_BITS} for role in roles}
+    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in roles)
+    (line,) = refusals(plan(**asked))
+    assert line == f"train: {kinds}: 8-bit moments need a CUDA device, this student trains on cpu: set kind=adamw"
+    monkeypatch.setattr(checks, "resolve_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
+    (line,) = refusals(plan(**asked))
+    assert line.startswith(f"train: {kinds}: 8-bit moments need bitsandbytes") and "`pip install bitsandbytes`" in line
+    monkeypatch.setattr(checks, "find_spec", lambda _: object())
+    assert refusals(plan(**asked)) == []
 
 
 def test_a_teacher_of_another_family_is_refused(plan, tmp_path, world_teacher):

@@ -16,7 +16,7 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.study.students import Judge, Student, judged_student, make_all
-from dpdmd_pipeline.pipelines.train.checks import check_anchors
+from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_optimizers
 from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
@@ -128,10 +128,11 @@ def _recorded(run: RunOptions) -> dict[str, Any]:
 
 
 def _check(runs: Mapping[str, _Prepared], line: _Line) -> None:
-    """Refuse anchors that a recipe cannot learn from."""
+    """Refuse anchors that a recipe cannot learn from, and optimizers that are not here."""
     given = line.rows(), line.embeddings, line.teacher, line.backbone
     for name, run in runs.items():
         with _named(name):
+            check_optimizers(run.train)
             check_anchors(run.anchors, *given, run.anchor_options, run.train)
 
 

@@ -1,6 +1,7 @@
 """What is refused before a student is trained: anchors of another teacher, schedule, split or recipe."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def check_speed(teacher: Path, options: TrainOptions) -> None:
         refuse_missing_compiler(resolve_device(options.device))
     if options.channels_last:
         refuse_channels_last(network_class(teacher))
+
+
+def check_optimizers(options: TrainOptions) -> None:
+    """8-bit moments can be had on this machine, where they are asked for.
+
+    Raises:
+        ValueError: names the optimizers and what is missing.
+    """
+    asked = [role for role in ("student", "fake_score") if getattr(options, role).kind == "adamw_8bit"]
+    if not asked:
+        return
+    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in asked)
+    if (device := resolve_device(options.device)).type != "cuda":
+        raise ValueError(f"{kinds}: 8-bit moments need a CUDA device, this student trains on {device}: set kind=adamw")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
+            "(the extra `8bit` of this project), or set kind=adamw"
+        )
 
 
 def _asked(options: AnchorRecipe) -> dict[str, Any]:

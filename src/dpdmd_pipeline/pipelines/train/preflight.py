@@ -11,6 +11,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.checks import (
     check_guidance,
+    check_optimizers,
     check_precision,
     check_recipe,
     check_speed,
@@ -94,6 +95,7 @@ def _refused_options(plan: Planned) -> Iterator[str]:
             check_precision(plan.backbone, options)
             check_guidance(plan.backbone, options)
             check_speed(plan.teacher, options)
+            check_optimizers(options)
             check_recipe(plan.anchors, options)
             _check_levels(plan, model, options)
         except ValueError as error:
