@@ -39,7 +39,7 @@ def names(entries: list) -> list[str]:
 def data(datasets: set[str]) -> set[str]:
     """Files of what pipelines read and write; not their options, nor the checkpoints, which DVC must not see."""
     known = {name: CATALOG[name] for name in datasets if not name.startswith("params:")}
-    seen = [entry for entry in known.values() if not entry["type"].endswith("ScratchFolderDataset")]
+    seen = [entry for entry in known.values() if not entry["type"].endswith(("ScratchFolderDataset", "MemoryDataset"))]
     return {entry.get("filepath") or entry["path"] for entry in seen}
 
 

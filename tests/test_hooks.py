@@ -74,6 +74,10 @@ FILES = {
             if options.what == "wait":
                 print("waiting", flush=True)
                 time.sleep(60)
+            if options.what == "remedy":
+                from pathlib import Path
+                from dpdmd_pipeline.backbones.student_file import weight_file
+                weight_file(Path("nowhere"))
             if options.what == "refuse":
                 from dpdmd_pipeline.backbones.base import load_backbone
                 load_backbone("sd9", None)
@@ -167,6 +171,31 @@ def test_another_prompt_file_is_no_unknown_group(toy):
 
 def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
     assert refusal(kedro(toy, "--pipelines", "trian")) == "no pipeline 'trian': choose one of prompts, train"
+
+
+def test_a_remedy_runs_in_the_environment_of_the_run(toy):
+    (toy / "conf/other").mkdir()
+    (toy / "data/words.json").unlink()
+    for env in ("base", "local"):
+        assert "`kedro run --pipelines prompts` first" in refusal(kedro(toy, "--env", env, "--pipelines", "train"))
+    expected = "missing words (data/words.json): run `kedro run --env other --pipelines prompts` first"
+    assert refusal(kedro(toy, "--env", "other", "--pipelines", "train")) == expected
+    assert refusal(kedro(toy, "--pipelines", "train", KEDRO_ENV="other")) == expected
+    (toy / "data/words.json").write_text('["a"]')
+    for env, told in (("base", "kedro run"), ("other", "kedro run --env other")):
+        line = refusal(kedro(toy, "--env", env, "--pipelines", "train", "--params", "train.what=remedy"))
+        assert line.endswith(f"no student weights there; run `{told} --pipelines train` first")
+
+
+def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
+    (toy / "conf/other").mkdir()
+    with (toy / "conf/base/catalog.yml").open("a") as file:
+        file.write("environment: {type: MemoryDataset, data: base}\n")
+    stage = toy / "src/toy/pipelines/prompts/__init__.py"
+    stage.write_text(stage.read_text().replace('"prompts", "words"', '"environment", "words"'))
+    for env in ("base", "local", "other"):
+        assert kedro(toy, "--env", env, "--pipelines", "prompts").returncode == 0
+        assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
 
 
 def test_an_unknown_environment_is_refused(toy):

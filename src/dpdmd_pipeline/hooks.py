@@ -10,6 +10,7 @@ import logging
 import os
 import pkgutil
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -33,6 +34,7 @@ DISK_WORDS = {
     "Read-only file system": errno.EROFS,
     "Permission denied": errno.EACCES,
 }
+PLAIN = {None, "base", "local"}  # environments that a command need not name
 AGAIN = "then run the same command again: finished work is kept"
 
 
@@ -53,12 +55,14 @@ class ConfigHooks:
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params, pipeline, catalog) -> None:
         _end_on_sigterm_as_on_control_c()
-        project = Path(run_params["project_path"])
+        project, env = Path(run_params["project_path"]), run_params["env"]
+        if env not in PLAIN and "environment" in catalog:
+            catalog.get("environment").save(env)
         missing = [] if run_params.get("only_missing_outputs") else _missing_inputs(pipeline, catalog, project)
-        _refuse([*missing, *_unwritable_outputs(pipeline, catalog, project)])
+        _refuse([*missing, *_unwritable_outputs(pipeline, catalog, project)], env)
         from dpdmd_pipeline.pipelines.train.preflight import refuse_run
 
-        _refuse(refuse_run(pipeline, catalog))
+        _refuse(refuse_run(pipeline, catalog), env)
 
 
 class IncompleteError(click.ClickException):
@@ -114,7 +118,7 @@ class ErrorHooks:
         log.debug("the run failed", exc_info=error)
         line = error_line(error, self._place(catalog, Path(run_params["project_path"])))
         if line:
-            raise click.ClickException(line) from error
+            raise click.ClickException(in_environment(line, run_params["env"])) from error
 
     def _place(self, catalog, project: Path) -> str:
         return _described(self._dataset, catalog, project) if self._dataset else f"a file of {self._node}"
@@ -146,8 +150,15 @@ def prepare_log_files() -> None:
 # ---- options
 
 
-def _refuse(lines: Iterable[str]) -> None:
-    lines = list(lines)
+def in_environment(line: str, env: str | None) -> str:
+    """The line, whose commands run in the environment of this run: what wrote it does not know that there are any."""
+    if env in PLAIN:
+        return line
+    return line.replace("kedro run --pipelines", f"kedro run --env {shlex.quote(env)} --pipelines")
+
+
+def _refuse(lines: Iterable[str], env: str | None = None) -> None:
+    lines = [in_environment(line, env) for line in lines]
     if len(lines) == 1:
         raise click.ClickException(lines[0])
     if lines:

@@ -116,6 +116,7 @@ def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
         "train_history_dmd": made_history(0.0),
         **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
         "options": OPTIONS,
+        "environment": "base",
         **{f"{name}_options": group(name) for name in ("backbone", "prompts", "anchors", "train", "evaluate")},
         "train_dmd_options": group("train_dmd", "train"),
     }

@@ -303,6 +303,15 @@ def test_grids_of_the_first_prompts_only_are_labelled_with_those():
     assert "The first 2 of 3 evaluation prompts" in html and "3. " not in md.split("## Numbers")[0]
 
 
+def test_the_page_says_how_to_do_it_again_in_its_own_environment():
+    for page in make_report(**made_inputs()):
+        assert "make distill" in page and "dvc exp run -S" in page and "--env" not in page
+    for page in make_report(**made_inputs(environment="sd35")):
+        assert "kedro run --env sd35 --pipeline=distill" in page and "conf/base" not in page
+        assert "kedro run --env sd35 --pipeline=distill --params train.diversity_weight=1" in page
+        assert "make distill" not in page and "dvc exp" not in page
+
+
 # ---- the terminal, the line
 
 

@@ -31,6 +31,7 @@ def make_report(
     grid_dmd: Any,
     grid_dp_dmd: Any,
     options: ReportOptions,
+    environment: str,
     **stage_options: Any,
 ) -> tuple[str, str]:
     """One page as HTML and as Markdown; the same inputs and versions give the same bytes.
@@ -43,6 +44,7 @@ def make_report(
         grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first evaluation prompts
             (evaluate.grid_prompts), all of equal height.
         options: of this stage.
+        environment: name of the folder of conf/ that the run was made with.
         stage_options: of the other stages, `<stage>_options`: plain, or as the models that their own nodes ask for.
 
     Returns:
@@ -66,6 +68,7 @@ def make_report(
         "kept": kept_turns({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
         "options": option_tables({**groups, "report": plain_options(options)}),
+        "environment": environment,
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)
