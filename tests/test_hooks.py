@@ -198,8 +198,11 @@ def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
         assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
 
 
-def test_an_unknown_environment_is_refused(toy):
-    assert "nope" in refusal(kedro(toy, "--env", "nope", "--pipelines", "train"))
+def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
+    (toy / "conf/sd35_lora_16gb").mkdir()
+    for env, near in (("zzz", ":"), ("sd35lora", "; did you mean 'sd35_lora_16gb'?")):
+        expected = f"no environment {env!r} in conf/{near} choose one of base, local, sd35_lora_16gb"
+        assert refusal(kedro(toy, "--env", env, "--pipelines", "train")) == expected
 
 
 def test_broken_yaml_is_refused_with_file_and_line(toy):

@@ -44,6 +44,7 @@ class ConfigHooks:
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
         _refuse_many_processes()
+        _refuse_unknown_environment(Path(context.config_loader.conf_source), context.env)
         try:
             parameters = context.config_loader["parameters"]
             known = _groups_of_base(context.config_loader)
@@ -179,6 +180,14 @@ def _refuse_many_processes() -> None:
             f"WORLD_SIZE = {world_size}: every process would run the whole line; start one `kedro run`, without "
             "torchrun or accelerate launch: training starts its own processes"
         )
+
+
+def _refuse_unknown_environment(conf: Path, env: str | None) -> None:
+    if not env or not conf.is_dir() or (conf / env).is_dir():  # conf may be an archive, which Kedro opens
+        return
+    known = sorted(path.name for path in conf.iterdir() if path.is_dir() and not path.name.startswith("."))
+    near = _nearest(env, known)
+    raise click.ClickException(f"no environment {env!r} in {conf.name}/{near or ':'} choose one of {', '.join(known)}")
 
 
 def _requested_pipelines() -> dict[str, Any]:
