@@ -83,5 +83,8 @@ def resolve_device(device: Device) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu'")
+        raise ValueError(
+            "device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu', "
+            "or install a torch that fits your driver"
+        )
     return torch.device(device)

@@ -74,7 +74,8 @@ def test_a_gpu_that_is_asked_for_and_absent_is_refused(plan):
         assert refusals(plan(device="cuda")) == []
     else:
         assert refusals(plan(device="cuda")) == [
-            "train: device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu'"
+            "train: device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu', "
+            "or install a torch that fits your driver"
         ]
 
 
