@@ -174,8 +174,16 @@ def test_undecodable_parquet_is_refused_with_its_row(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
 def test_a_missing_file_is_named(tmp_path, suffix):
-    with pytest.raises(FileNotFoundError, match=f"prompt file .*nope{suffix} does not exist: create it"):
+    remedy = r"create it, or name another with `--params raw_prompts=FILE` \(or raw_eval_prompts=FILE"
+    with pytest.raises(FileNotFoundError, match=f"prompt file .*nope{suffix} does not exist: {remedy}"):
         texts(PromptFile(tmp_path / f"nope{suffix}"))
+
+
+def test_the_prompts_of_this_project_are_missed_with_the_stage_that_writes_them(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"nope.jsonl does not exist: run `kedro run --pipelines prompts` first"
+    ):
+        list(PromptFile(tmp_path / "nope.jsonl"))
 
 
 def test_a_folder_is_no_file(tmp_path):

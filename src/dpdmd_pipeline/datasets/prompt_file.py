@@ -19,6 +19,7 @@ from dpdmd_pipeline.publishing import write_atomically, writing
 KEYS = ("text", "prompt", "caption")  # of a column or a JSON key; the first that is there counts
 MAX_LINE = 1 << 20  # bytes; a longer line is no prompt, and memory is to stay bounded
 
+_ANOTHER = "create it, or name another with `--params raw_prompts=FILE` (or raw_eval_prompts=FILE, to evaluate on)"
 _BOM = b"\xef\xbb\xbf"
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
 _REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
@@ -56,7 +57,7 @@ class PromptFile:
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Records start <= i < stop of a .jsonl file that this project wrote, all keys."""
-        _require(self.path)
+        _require(self.path, "run `kedro run --pipelines prompts` first")
         with self.path.open("rb") as file:
             for number, raw in enumerate(islice(file, start, stop), start + 1):
                 offset = file.tell() - len(raw)
@@ -265,8 +266,8 @@ def _error(path: Path, number: int, offset: int, what: str) -> ValueError:
     return ValueError(f"{path}, line {number}, byte {offset}: {what}")
 
 
-def _require(path: Path) -> None:
+def _require(path: Path, remedy: str = _ANOTHER) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"prompt file {path} is a folder: give a file")
     if not path.exists():
-        raise FileNotFoundError(f"prompt file {path} does not exist: create it, or give another path in the catalog")
+        raise FileNotFoundError(f"prompt file {path} does not exist: {remedy}")
