@@ -256,6 +256,17 @@ def test_a_path_where_nothing_is_is_not_asked_of_the_hub(offline, model):
     assert f"teacher {model} is no folder here, and no hub id" in refused(PretrainedModelDataset(model=model))
 
 
+@pytest.mark.parametrize("name", ["sd_xl_base_1.0.safetensors", "models/sd_xl.safetensors"])
+def test_a_single_file_is_refused_with_what_makes_a_folder_of_it(tmp_path, monkeypatch, offline, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / name).touch()
+    message = refused(PretrainedModelDataset(model=name))
+    assert message.startswith(f"teacher {name} is a single file, a folder is needed: ")
+    assert f"`StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained(FOLDER)`" in message
+    assert "StableDiffusion3Pipeline" in message and message.endswith("give teacher_model=FOLDER")
+
+
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path, offline):
     (tmp_path / "teacher").mkdir()
     message = refused(PretrainedModelDataset(model=str(tmp_path / "teacher")))

@@ -130,8 +130,14 @@ def _refuse_path(model: str) -> None:
     """A hub id is two words with one stroke between them.
 
     Raises:
-        OSError: if it is meant as a folder, which is not there.
+        OSError: if it is meant as a folder, which is not there, or is a file.
     """
+    if Path(model).expanduser().is_file():
+        raise OSError(
+            f"teacher {model} is a single file, a folder is needed: make one with diffusers' "
+            f"`StableDiffusionXLPipeline.from_single_file({model!r}).save_pretrained(FOLDER)` "
+            "(SD3 and SD3.5: StableDiffusion3Pipeline) and give teacher_model=FOLDER"
+        )
     owner, stroke, name = model.partition("/")
     if not (owner and stroke and name) or "/" in name or model.startswith((".", "~")):
         raise FileNotFoundError(f"teacher {model} is no folder here, and no hub id <owner>/<name>: give one of both")
