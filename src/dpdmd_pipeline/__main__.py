@@ -1,5 +1,6 @@
 """Makes the package executable as `dpdmd-pipeline` and `python -m dpdmd_pipeline`."""
 
+import difflib
 import importlib
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from dpdmd_pipeline.commands import COMMANDS
 
 def main(*args, **kwargs) -> Any:
     """Run a command of `commands/`, or else Kedro's `run` with the arguments as they are."""
-    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
-        return _command(sys.argv[1], sys.argv[2:])
+    asked = sys.argv[1] if len(sys.argv) > 1 else "--"
+    if asked in COMMANDS:
+        return _command(asked, sys.argv[2:])
+    if not asked.startswith("-"):
+        sys.exit(_unknown(asked))
 
     from kedro.framework.cli.utils import find_run_command
     from kedro.framework.project import configure_project
@@ -23,7 +27,22 @@ def main(*args, **kwargs) -> Any:
     kwargs["standalone_mode"] = not interactive
 
     run = find_run_command(package_name)
+    run.epilog = _listed_commands()
     return run(*args, **kwargs)
+
+
+def _unknown(name: str) -> str:
+    """What to say of a first word that is none of the commands; `run` takes options only."""
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    return f"Error: no command {name!r}: {meant}there are {', '.join(COMMANDS)}; options alone are those of `kedro run`"
+
+
+def _listed_commands() -> str:
+    """The end of the help; click leaves the lines after its mark as they are."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
+    return "\n".join(["\b", "Other commands, each with a --help of its own:", *lines])
 
 
 def _command(name: str, arguments: list[str]) -> None:
