@@ -340,3 +340,10 @@ def test_the_stages_of_this_project_refuse_what_they_do_not_know():
     lines = refusal(result).splitlines()
     assert lines[1].strip() == "prompt: unknown parameter group; did you mean 'prompts'?"
     assert lines[2].strip().startswith("prompts.nonsense = 1: unknown option; there are ")
+
+
+def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_path):
+    (tmp_path / "foreign.txt").write_text("a red circle\na fox\n")
+    result = kedro(PROJECT, "--env", "ci", "--pipeline=distill", "--params", f"raw_prompts={tmp_path}/foreign.txt")
+    message = refusal(result)
+    assert message.startswith("1 prompt is not of the shapes world") and message.endswith("set evaluate.judge=null")

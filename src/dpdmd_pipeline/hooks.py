@@ -61,8 +61,10 @@ class ConfigHooks:
             catalog.get("environment").save(env)
         missing = [] if run_params.get("only_missing_outputs") else _missing_inputs(pipeline, catalog, project)
         _refuse([*missing, *_unwritable_outputs(pipeline, catalog, project)], env)
+        from dpdmd_pipeline.pipelines.evaluate.preflight import refuse_prompts
         from dpdmd_pipeline.pipelines.train.preflight import refuse_run
 
+        _refuse(refuse_prompts(pipeline, catalog), env)
         _refuse(refuse_run(pipeline, catalog), env)
 
 

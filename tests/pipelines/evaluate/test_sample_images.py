@@ -137,7 +137,7 @@ def test_pictures_are_drawn_again_only_if_something_that_shows_has_changed(
 
 
 def test_prompts_that_the_judge_does_not_know_are_refused():
-    with pytest.raises(ValueError, match="prompt 'a cat' is not of the shapes world"):
+    with pytest.raises(ValueError, match=r"^1 prompt is not of the shapes world, .* \('a cat'\): name one colour"):
         judged_prompts([{"text": "a cat", "train": False, "eval": True}], evaluate_options())
     with pytest.raises(ValueError, match="no evaluation prompt"):
         judged_prompts(PROMPTS[1:2], evaluate_options())

@@ -15,6 +15,7 @@ from dpdmd_pipeline.pipelines.evaluate.pictures import (
     read_pictures,
     rows_of,
 )
+from dpdmd_pipeline.pipelines.evaluate.preflight import foreign_line
 
 log = logging.getLogger(__name__)
 
@@ -23,16 +24,13 @@ def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[in
     """Row and text of every evaluation prompt; depends on nothing trained, so that it refuses before training.
 
     Raises:
-        ValueError: if there is none, or the judge does not know one of them.
+        ValueError: if there is none, or the judge does not know some of them.
     """
-    from dpdmd_pipeline.shapes.world import prompt_index
-
     chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
     if not chosen:
         raise ValueError("no evaluation prompt: name a file (raw_eval_prompts) or set prompts.eval_share")
-    if options.judge == "shapes":
-        for text in chosen.values():
-            prompt_index(text)
+    if options.judge == "shapes" and (line := foreign_line(chosen.values())):
+        raise ValueError(line)
     return chosen
 
 
