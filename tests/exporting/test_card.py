@@ -54,7 +54,8 @@ def test_measures_stand_with_their_intervals_and_without_metrics_nothing_is_clai
     model = {"nfe": 4, "n": {"prompts": 12, "per_prompt": 64}, "quality": {"aligned": INTERVAL}, "diversity": {}}
     text = card(metrics={"teacher": model, "dp_dmd": model})
     assert "| aligned | 0.5 [0.25, 0.75] | 0.5 [0.25, 0.75] |" in text and "12 prompts, 64 pictures each" in text
-    assert "Measured" not in card()
+    assert "not measured" not in text and "Measured" not in card()
+    assert "This student was not measured: `kedro run --pipelines evaluate,export`" in card()
 
 
 def test_any_metric_stands_under_its_full_name_and_what_is_missing_is_said():

@@ -13,10 +13,12 @@ from dpdmd_pipeline.backbones.student_file import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
 
 PAPER = "https://arxiv.org/abs/2602.03139"
+MEASURE = "kedro run --pipelines evaluate,export"
 FORMS = ("diffusers", "comfyui", "lora")
 _COMFYUI_FAMILIES = ("sd3", "sdxl")  # whose diffusers keys ComfyUI is known to load
 _COMFYUI_SHIFT = 3.0  # what ComfyUI takes for an SD3 file
 _CLIP_TOKENS = 77
+_NOT_MEASURED = f"This student was not measured: `{MEASURE}`, with the `--env` and `--params` of its training, does it."
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class CardFacts:
         files: form to path below the card, of those that were written.
         diffusers: how that is told to draw.
         options: option group to its options.
-        metrics: as the evaluate stage writes them; {} for none.
+        metrics: of this student, as the evaluate stage writes them; {} if it was not measured.
     """
 
     title: str
@@ -89,7 +91,7 @@ def write_card(facts: CardFacts) -> str:
         _use_here(facts),
         "## Schedule",
         _schedule(header),
-        *(["## Measured", _measured(facts.metrics)] if facts.metrics else []),
+        *(["## Measured", _measured(facts.metrics)] if facts.metrics else [_NOT_MEASURED]),
         "## Options of the run",
         _options(facts.options),
     ]

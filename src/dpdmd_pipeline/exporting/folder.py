@@ -55,7 +55,7 @@ class Export:
         license, license_name, license_link: as a hub's front matter has them.
         base_model: hub id of the teacher, or None.
         options: option group to its options, for the card.
-        metrics: as the evaluate stage writes them, for the card.
+        metrics: of this student, as the evaluate stage writes them, for the card; {} if it was not measured.
     """
 
     student: Student

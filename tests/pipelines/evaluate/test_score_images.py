@@ -32,6 +32,7 @@ CHOSEN = {row: caption(row) for row in range(3)}
 TEXTS = list(CHOSEN.values())
 CLIP = ["diversity.clip_shapes", "alignment.clip_shapes"]
 PER_PROMPT = 6
+HASHES = {name: f"{number:064x}"[::-1] for number, name in enumerate(("teacher", "dmd", "dp_dmd"), 1)}
 
 
 def evaluate_options(**changes):
@@ -65,7 +66,7 @@ def images(tmp_path_factory):
 
 def drawn(folder, places, fingerprint="of the tests"):
     shards = {f"{number:05d}": lambda place=place: shard(*place) for number, place in enumerate(places)}
-    manifest = {"nfe": {"teacher": 60, "dmd": 4, "dp_dmd": 4}}
+    manifest = {"nfe": {"teacher": 60, "dmd": 4, "dp_dmd": 4}, "models": HASHES}
     return cached(folder / "images", LazyShards(shards, fingerprint, manifest))
 
 
@@ -100,6 +101,12 @@ def test_the_exact_reader_s_figures_are_those_of_its_own_function(score, images)
         assert metrics[name]["n"] == {"prompts": 3, "per_prompt": PER_PROMPT}
         assert metrics[name]["nfe"] == images.manifest["nfe"][name]
         assert not metrics[name]["figures"] and not metrics[name]["missing"]
+
+
+def test_the_metrics_say_which_models_were_measured(score, images):
+    metrics = summarise(images, score(), evaluate_options())
+    assert all(metrics[name]["model"] and HASHES[name].startswith(metrics[name]["model"]) for name in HASHES)
+    assert len({metrics[name]["model"] for name in HASHES}) == 3
 
 
 def test_every_gap_has_an_interval_its_prompts_and_its_protocol(score, images):

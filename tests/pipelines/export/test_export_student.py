@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
-from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset
+from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 
@@ -36,6 +36,37 @@ def test_the_catalog_gets_a_folder_with_every_form_that_the_student_has(student,
     found = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
     assert {"README.md", "config.json", "comfyui/tiny-student.safetensors", "diffusers/model_index.json"} <= found
     assert not any(path.startswith("lora") for path in found)
+
+
+def measured(model):
+    """Metrics of one model, as the evaluate stage writes them."""
+    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
+    told = {} if model is None else {"model": model}
+    return {"dp_dmd": {"nfe": 4, "quality": {"aligned": figure}, "diversity": {}, "figures": {}, **told}}
+
+
+def card_with(metrics, student, teacher, folder):
+    options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
+    export_student(student, teacher, metrics, train_options(), backbone_options(), options)(folder)
+    return (folder / "README.md").read_text()
+
+
+def test_the_card_has_the_measurements_of_its_own_student(student, tiny_teacher, tmp_path, caplog):
+    card = card_with(measured(folder_hash(student)[:16]), student, tiny_teacher, tmp_path)
+    assert "| aligned | 0.5 [0.25, 0.75] |" in card and "not measured" not in card
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "model, whose",
+    [("0123456789abcdef", "another student (0123456789abcdef)"), (None, "an older version, which did not note")],
+)
+def test_measurements_of_another_student_are_left_out_and_said(student, tiny_teacher, tmp_path, caplog, model, whose):
+    card = card_with(measured(model), student, tiny_teacher, tmp_path)
+    assert "## Measured" not in card and "aligned" not in card
+    assert "This student was not measured: `kedro run --pipelines evaluate,export`" in card
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert whose in line and "kedro run --pipelines evaluate,export" in line
 
 
 def turned_round(train):

@@ -84,12 +84,16 @@ def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, in
 
 
 def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
-    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back, under the same names."""
+    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back, under the same names.
+
+    Each says by the start of its folder's hash which model was measured: an export asks whether it is its own.
+    """
     from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
 
     results = {name: _figures_of(scores["models"][name], options) for name in MODELS}
     for name, found in results.items():
         found["nfe"] = images.manifest["nfe"][name]
+        found["model"] = images.manifest["models"][name][:16]
     gaps = dict(scores["gaps"])
     exact = EXACT["diversity"] if options.judge == "shapes" else {}
     recovered = {name: gaps.pop(full) for name, full in exact.items() if full in gaps}
@@ -103,7 +107,7 @@ def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, A
 
     figures = dict(record["figures"])
     n = {"prompts": record["prompts"], "per_prompt": options.images_per_prompt}
-    found: dict[str, Any] = {"nfe": 0, "n": n, "exact_presets": {}}
+    found: dict[str, Any] = {"nfe": 0, "model": "", "n": n, "exact_presets": {}}
     for kind, names in EXACT.items():
         known = names if options.judge == "shapes" else {}
         taken = {name: figures.pop(full) for name, full in known.items() if full in figures}

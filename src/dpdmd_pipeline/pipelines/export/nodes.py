@@ -26,12 +26,28 @@ def export_student(
         student=read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length),
         teacher=teacher,
         options={"backbone": backbone.model_dump(mode="json"), "train": _recipe(train).model_dump(mode="json")},
-        metrics=metrics,
+        metrics=_of_this_student(metrics, student),
         **options.model_dump(),
     )
     for form in export.left_out:
         log.info("export: no %s, the student is of kind %s", form, export.student.header.kind)
     return export.write
+
+
+def _of_this_student(metrics: dict, student: Path) -> dict:
+    """The metrics if they were measured on this student; {} if on another, or if nothing says on which."""
+    from dpdmd_pipeline.datasets.model_folder import folder_hash
+    from dpdmd_pipeline.exporting.card import MEASURE
+
+    measured = metrics.get("dp_dmd", {}).get("model")  # the start of a hash; older metrics have none
+    if measured and folder_hash(student).startswith(measured):
+        return metrics
+    log.warning(
+        "export: the card has no measurements, the metrics are of %s: `%s` measures this student",
+        f"another student ({measured})" if measured else "an older version, which did not note the student",
+        MEASURE,
+    )
+    return {}
 
 
 def _recipe(train: Any) -> Recipe:
