@@ -220,6 +220,16 @@ def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):
     assert refusal(kedro(toy, "--pipelines", "train")) == expected
 
 
+def test_an_input_that_a_stage_can_do_without_may_be_missing(toy):
+    (toy / "data/words.json").unlink()
+    catalog = toy / "conf/base/catalog.yml"
+    kind = "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
+    catalog.write_text(catalog.read_text().replace("words: {type: json.JSONDataset", f"words: {{type: {kind}"))
+    result = kedro(toy, "--pipelines", "train")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((toy / "data/history.json").read_text()) == {}
+
+
 def test_a_missing_raw_file_is_named_with_its_path(toy):
     (toy / "data/prompts.txt").unlink()
     assert refusal(kedro(toy, "--pipelines", "prompts")).startswith("missing prompts (data/prompts.txt): put it there")

@@ -298,7 +298,8 @@ def _missing_inputs(pipeline, catalog, project: Path) -> Iterator[str]:
 def _is_there(name: str, catalog) -> bool:
     if name not in catalog:
         return False
-    if name in RUNTIME_PATHS:  # the stage knows which of them it needs, and says so
+    # of the first the stage knows which it needs, of the second that there may be none; it says so
+    if name in RUNTIME_PATHS or getattr(catalog.get(name), "optional", False):
         return True
     try:
         return name.startswith("params:") or name == "parameters" or catalog.exists(name)

@@ -1,15 +1,26 @@
 """The export stage on a tiny student: options, and what they give."""
 
+from pathlib import Path
+
 import pytest
 import yaml
+from kedro.config import OmegaConfigLoader
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
+from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
+from dpdmd_pipeline.hooks import _missing_inputs
+from dpdmd_pipeline.pipelines.export import create_pipeline
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
+from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
+CONF = Path(__file__).parents[3] / "conf"
+ENVIRONMENTS = sorted({path.parent.name for path in CONF.glob("*/parameters_*.yml")} - {"local"})
 OPTIONS = {
     "title": "tiny-student",
     "formats": ["diffusers", "comfyui", "lora"],
@@ -67,6 +78,23 @@ def test_measurements_of_another_student_are_left_out_and_said(student, tiny_tea
     assert "This student was not measured: `kedro run --pipelines evaluate,export`" in card
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert whose in line and "kedro run --pipelines evaluate,export" in line
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_environment_exports_without_metrics(environment):
+    entry = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]["metrics"]
+    assert entry["type"] == "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
+
+
+def test_a_student_that_nobody_measured_is_exported_and_it_is_said(student, tiny_teacher, tmp_path, caplog):
+    groups = {"train": train_options(), "backbone": backbone_options(), "export": ExportOptions(**OPTIONS)}
+    given = {"student": student, "teacher": tiny_teacher, **{f"params:{name}": group for name, group in groups.items()}}
+    made = DataCatalog({name: MemoryDataset(value) for name, value in given.items()})
+    made["metrics"] = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
+    assert list(_missing_inputs(create_pipeline(), made, tmp_path)) == []
+    SequentialRunner().run(create_pipeline(), made)["export"].load()(tmp_path / "export")
+    assert "This student was not measured" in (tmp_path / "export" / "README.md").read_text()
+    assert "nothing was measured: `kedro run --pipelines evaluate,export` measures this student" in caplog.text
 
 
 def turned_round(train):

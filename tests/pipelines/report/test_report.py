@@ -283,6 +283,11 @@ def test_the_page_says_which_turn_each_student_is_of():
         assert "DMD is that of turn 120, DP-DMD is that of turn 80." in page and "diversity_floor" in page
 
 
+def test_a_report_on_nothing_is_refused():
+    with pytest.raises(ValueError, match="nothing was measured: run `kedro run --pipelines evaluate` first"):
+        make_report(**made_inputs(metrics={}))
+
+
 def test_metrics_of_an_older_version_are_refused_with_what_measures_them_again():
     metrics = made_metrics()
     metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}

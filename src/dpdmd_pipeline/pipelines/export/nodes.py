@@ -35,19 +35,23 @@ def export_student(
 
 
 def _of_this_student(metrics: dict, student: Path) -> dict:
-    """The metrics if they were measured on this student; {} if on another, or if nothing says on which."""
+    """The metrics if they were measured on this student; {} if none were, on another, or nobody knows on which."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
     from dpdmd_pipeline.exporting.card import MEASURE
 
     measured = metrics.get("dp_dmd", {}).get("model")  # the start of a hash; older metrics have none
     if measured and folder_hash(student).startswith(measured):
         return metrics
-    log.warning(
-        "export: the card has no measurements, the metrics are of %s: `%s` measures this student",
-        f"another student ({measured})" if measured else "an older version, which did not note the student",
-        MEASURE,
-    )
+    log.warning("export: the card has no measurements, %s: `%s` measures this student", _why(metrics), MEASURE)
     return {}
+
+
+def _why(metrics: dict) -> str:
+    if not metrics:
+        return "nothing was measured"
+    measured = metrics.get("dp_dmd", {}).get("model")
+    whose = f"another student ({measured})" if measured else "an older version, which did not note the student"
+    return f"the metrics are of {whose}"
 
 
 def _recipe(train: Any) -> Recipe:

@@ -18,8 +18,10 @@ def result_words(metrics: dict[str, Any]) -> dict[str, Any]:
     """What the page says of the metrics, under the names that its templates use.
 
     Raises:
-        ValueError: where an older version of this package has measured.
+        ValueError: where nothing was measured, or an older version of this package has.
     """
+    if not metrics:
+        raise ValueError("nothing was measured: run `kedro run --pipelines evaluate` first")
     _refuse_older(metrics)
     return {
         "verdict": make_verdict(metrics),
