@@ -66,6 +66,13 @@ def test_a_file_that_was_moved_alone_is_enough_beside_the_teacher(exports, tmp_p
 # ---- refused
 
 
+def test_what_does_not_exist_is_said_to_be_missing_before_anything_else(exports, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"export does not exist$"):
+        sample(tmp_path / "export", ["a red circle"], [0], device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"teacher does not exist$"):
+        sample(exports["sd3_lora"].file("lora"), ["a red circle"], [0], teacher=tmp_path / "teacher", device="cpu")
+
+
 def test_weights_alone_ask_for_their_teacher_and_a_pipeline_for_none(exports):
     exported = exports["sd3_shifted"]
     with pytest.raises(ValueError, match="holds weights alone: give teacher="):

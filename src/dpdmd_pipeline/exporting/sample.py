@@ -126,6 +126,9 @@ def _after(noises: Sequence[Tensor], step: int) -> Tensor:
 
 def _parts(path: Path, teacher: Path | None) -> Path:
     """The pipeline folder that brings text encoders and autoencoder."""
+    for given in (path, teacher):
+        if given is not None and not given.exists():
+            raise FileNotFoundError(f"{given} does not exist")
     is_pipeline = (path / "model_index.json").is_file()
     if is_pipeline and teacher is not None:
         raise ValueError(f"{path} is a whole pipeline: leave teacher={teacher} out")
