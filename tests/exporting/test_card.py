@@ -17,6 +17,7 @@ def card(header=CASES["sd3_shifted"].header, **changes):
         "title": "mine",
         "licence": Licence("apache-2.0", None, None),
         "base_model": None,
+        "teacher_folder": "its_folder",
         "header": header,
         "dtype": "bfloat16",
         "files": {"diffusers": "diffusers", "comfyui": "comfyui/mine.safetensors"},
@@ -42,6 +43,13 @@ def test_the_front_matter_is_what_a_hub_reads():
     found = front_matter(card(CASES["sd3_lora"].header, licence=licence, base_model="them/theirs"))
     assert (found["license"], found["license_name"], found["license_link"]) == tuple(vars(licence).values())
     assert (found["base_model"], found["base_model_relation"], found["tags"][-1]) == ("them/theirs", "adapter", "lora")
+
+
+def test_a_licence_that_is_not_known_is_left_out_and_said_and_the_teacher_is_called_as_its_folder():
+    text = card(licence=Licence(None, None, None))
+    assert "license" not in front_matter(text) and "base_model" not in front_matter(text)
+    assert "student of `its_folder`" in text and "which this run does not know" in text
+    assert "which this run does not know" not in card()
 
 
 def test_levels_and_options_are_those_of_the_run():

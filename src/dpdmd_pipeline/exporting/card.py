@@ -18,14 +18,15 @@ FORMS = ("diffusers", "comfyui", "lora")
 _COMFYUI_FAMILIES = ("sd3", "sdxl")  # whose diffusers keys ComfyUI is known to load
 _COMFYUI_SHIFT = 3.0  # what ComfyUI takes for an SD3 file
 _CLIP_TOKENS = 77
+_NO_LICENCE = "Licence: that of the teacher, which this run does not know."
 _NOT_MEASURED = f"This student was not measured: `{MEASURE}`, with the `--env` and `--params` of its training, does it."
 
 
 @dataclass(frozen=True)
 class Licence:
-    """As a hub's front matter names it; name and link go with the licence `other`."""
+    """As a hub's front matter names it, None if it is not known; name and link go with the licence `other`."""
 
-    license: str
+    license: str | None
     license_name: str | None
     license_link: str | None
 
@@ -56,7 +57,8 @@ class CardFacts:
     Attributes:
         title: of the model; its files are called so.
         licence: of the weights.
-        base_model: hub id of the teacher; None if it is on no hub.
+        base_model: hub id of the teacher; None if it is on no hub, or nobody said which.
+        teacher_folder: name of the teacher's folder, told where there is no hub id.
         header: of the student, before a LoRA is added to the teacher's weights.
         dtype: of the exported weights.
         files: form to path below the card, of those that were written.
@@ -68,6 +70,7 @@ class CardFacts:
     title: str
     licence: Licence
     base_model: str | None
+    teacher_folder: str
     header: StudentHeader
     dtype: str
     files: Mapping[str, str]
@@ -78,14 +81,15 @@ class CardFacts:
 
 def write_card(facts: CardFacts) -> str:
     """The card in Markdown."""
-    header, steps = facts.header, facts.header.num_steps
+    header, steps, base = facts.header, facts.header.num_steps, facts.base_model or facts.teacher_folder
     kind = "LoRA" if header.kind == "lora" else "student"
     uses = {"diffusers": _use_diffusers, "comfyui": _use_comfyui, "lora": _use_lora}
     parts = [
         _front_matter(facts),
         f"# {facts.title}",
-        f"A {steps}-step {kind} of {_base(facts)}, distilled with {_method(facts)}. A picture costs {steps} "
+        f"A {steps}-step {kind} of `{base}`, distilled with {_method(facts)}. A picture costs {steps} "
         "evaluations of the network, without classifier-free guidance.",
+        *([] if facts.licence.license else [_NO_LICENCE]),
         "## Use",
         *(uses[form](facts) for form in FORMS if form in facts.files),
         _use_here(facts),
@@ -96,10 +100,6 @@ def write_card(facts: CardFacts) -> str:
         _options(facts.options),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _base(facts: CardFacts) -> str:
-    return f"`{facts.base_model}`" if facts.base_model else f"a teacher of the family {facts.header.family}"
 
 
 def _method(facts: CardFacts) -> str:

@@ -52,8 +52,8 @@ class Export:
         title: of the model; files are called so.
         formats: forms asked for; see `FORMS`.
         dtype: of the weights, as torch names it.
-        license, license_name, license_link: as a hub's front matter has them.
-        base_model: hub id of the teacher, or None.
+        license, license_name, license_link: as a hub's front matter has them; None if it is not known.
+        base_model: hub id of the teacher; None if it is not known: the card then says its folder's name.
         options: option group to its options, for the card.
         metrics: of this student, as the evaluate stage writes them, for the card; {} if it was not measured.
     """
@@ -63,7 +63,7 @@ class Export:
     title: str
     formats: Sequence[str]
     dtype: str
-    license: str
+    license: str | None
     license_name: str | None
     license_link: str | None
     base_model: str | None
@@ -107,6 +107,7 @@ class Export:
             title=self.title,
             licence=Licence(self.license, self.license_name, self.license_link),
             base_model=self.base_model,
+            teacher_folder=self.teacher.name,
             header=self.student.header,
             dtype=self.dtype,
             files=self.files,

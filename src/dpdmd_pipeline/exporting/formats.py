@@ -96,12 +96,12 @@ class About:
 
     Attributes:
         title: of the model.
-        licence: of its weights.
+        licence: of its weights; None if it is not known.
         dtype: of its weights.
     """
 
     title: str
-    licence: str
+    licence: str | None
     dtype: torch.dtype
 
 
@@ -195,6 +195,14 @@ def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, abou
 
 
 # ---- files of a teacher
+
+
+def hub_id(teacher: Path) -> str | None:
+    """The id on the hub of a teacher in the hub's cache, models--<owner>--<name>/snapshots/<commit>; else None."""
+    if teacher.parent.name != "snapshots":
+        return None
+    kind, *owner_and_name = teacher.parent.parent.name.split("--")
+    return "/".join(owner_and_name) if kind == "models" and len(owner_and_name) == 2 else None
 
 
 def _copy_component(source: Path, target: Path) -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.file_download import repo_folder_name
 from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.backbones.student_file import StudentHeader, load_metadata, save_student
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
 from dpdmd_pipeline.hooks import _missing_inputs
@@ -29,7 +30,15 @@ OPTIONS = {
     "license_name": None,
     "license_link": None,
     "base_model": None,
+    "teacher": None,
 }
+KNOWN = {
+    "model": "them/theirs",
+    "license": "other",
+    "license_name": "community",
+    "license_link": "https://example.org/licence",
+}
+UNKNOWN = {"license": None, "teacher": KNOWN, "formats": ["comfyui"]}
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +118,69 @@ def test_the_card_lists_the_options_of_the_run(student, tiny_teacher, tmp_path, 
     export_student(student, tiny_teacher, {}, train, backbone_options(), options)(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| `train.diversity_weight` | `1.0` |" in card and "| `backbone.resolution` | `32` |" in card
-    assert yaml.safe_load(card.split("---\n")[1])["license"] == "apache-2.0"
+    assert front_matter(card)["license"] == "apache-2.0"
     named = [line.split("`")[1] for line in card.splitlines() if line.startswith("| `train.")]
     assert named[:2] == ["train.roles", "train.lora.student_rank"]  # in one order, whatever that of the file
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def exported(student, teacher, folder, **changes):
+    """The card, and the header of the weights."""
+    options = ExportOptions(**OPTIONS | UNKNOWN | changes)
+    export_student(student, teacher, {}, train_options(), backbone_options(), options)(folder)
+    return (folder / "README.md").read_text(), load_metadata(folder / "comfyui" / "tiny-student.safetensors")
+
+
+def fetched(teacher, folder, model):
+    """A teacher where the hub's own client puts what it fetches."""
+    place = folder / repo_folder_name(repo_id=model, repo_type="model") / "snapshots" / "0123456789abcdef"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(teacher)
+    return place
+
+
+def test_the_environment_s_own_teacher_brings_its_id_and_licence(student, tiny_teacher, tmp_path, caplog):
+    card, header = exported(student, fetched(tiny_teacher, tmp_path, "them/theirs"), tmp_path)
+    told = front_matter(card)
+    assert {name: told[name] for name in ("license", "license_name", "license_link")} == {
+        name: value for name, value in KNOWN.items() if name != "model"
+    }
+    assert told["base_model"] == "them/theirs" and "student of `them/theirs`" in card
+    assert header["modelspec.license"] == "community" and "licence" not in caplog.text
+
+
+def test_of_a_folder_nobody_knows_id_and_licence(student, tiny_teacher, tmp_path, caplog):
+    place = tmp_path / "my_finetune"
+    place.symlink_to(tiny_teacher)
+    card, header = exported(student, place, tmp_path)
+    assert not front_matter(card).keys() & {"license", "license_name", "license_link", "base_model"}
+    assert "student of `my_finetune`" in card and "theirs" not in card and "modelspec.license" not in header
+    assert "Licence: that of the teacher, which this run does not know." in card
+    assert f"that of the teacher {place} is not known: give export.license and export.base_model" in caplog.text
+
+
+def test_another_teacher_of_the_hub_has_its_own_id_and_an_unknown_licence(student, tiny_teacher, tmp_path):
+    card, _ = exported(student, fetched(tiny_teacher, tmp_path, "me/my-finetune"), tmp_path)
+    told = front_matter(card)
+    assert told["base_model"] == "me/my-finetune" and "license" not in told and "which this run does not know" in card
+
+
+def test_licence_and_base_model_that_are_given_are_told_of_any_teacher(student, tiny_teacher, tmp_path):
+    given = {"license": "mit", "base_model": "me/mine"}
+    for number, teacher in enumerate((tiny_teacher, fetched(tiny_teacher, tmp_path, "them/theirs"))):
+        card, _ = exported(student, teacher, tmp_path / str(number), **given)
+        assert given.items() <= front_matter(card).items() and "which this run does not know" not in card
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_what_an_environment_says_of_its_teacher_is_of_the_teacher_it_fetches(environment):
+    config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)
+    options = ExportOptions(**config["parameters"]["export"])
+    assert (options.teacher and options.teacher.model) == config["catalog"]["teacher"].get("model")
+    assert bool(options.license) != bool(options.teacher)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +191,8 @@ def test_the_card_lists_the_options_of_the_run(student, tiny_teacher, tmp_path, 
         ({"formats": ["onnx"]}, "formats"),
         ({"license": "other"}, "license=other: license_name and license_link go with `other`"),
         ({"license_name": "mine", "license_link": "https://example.org"}, "license=apache-2.0: license_name"),
+        ({"license": None, "license_name": "mine", "license_link": "https://example.org"}, "license=None: "),
+        ({"teacher": KNOWN | {"license_link": None}}, "license=other: license_name and license_link go with `other`"),
     ],
 )
 def test_options_that_name_no_file_or_half_a_licence_are_refused(changes, message):

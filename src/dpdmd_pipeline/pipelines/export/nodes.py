@@ -27,11 +27,28 @@ def export_student(
         teacher=teacher,
         options={"backbone": backbone.model_dump(mode="json"), "train": _recipe(train).model_dump(mode="json")},
         metrics=_of_this_student(metrics, student),
-        **options.model_dump(),
+        **options.model_dump(include={"title", "formats", "dtype"}),
+        **_origin(teacher, options),
     )
     for form in export.left_out:
         log.info("export: no %s, the student is of kind %s", form, export.student.header.kind)
     return export.write
+
+
+def _origin(teacher: Path, options: ExportOptions) -> dict[str, str | None]:
+    """Base model and licence as the card tells them: what is given, else what is known of this very teacher."""
+    from dpdmd_pipeline.exporting.formats import hub_id
+
+    model, known = hub_id(teacher), options.teacher
+    says = known if options.license is None and known and known.model == model else options
+    if says.license is None:
+        log.warning(
+            "export: the card has no licence, that of the teacher %s is not known: give export.license and "
+            "export.base_model",
+            model or teacher,
+        )
+    licence = {name: getattr(says, name) for name in ("license", "license_name", "license_link")}
+    return {"base_model": options.base_model or model, **licence}
 
 
 def _of_this_student(metrics: dict, student: Path) -> dict:
