@@ -124,7 +124,7 @@ def make_files(base: Path) -> None:
                 path = base / "models" / file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes((8).to_bytes(8, "little") + b"{}      ")  # a safetensors file of no tensors
-    make_student(base / "models/diffusion_models/sd35_medium_dpdmd.safetensors")
+    make_student(base / "models/diffusion_models/sd35-medium-dpdmd-4step.safetensors")
     make_text_encoder(base / "models/text_encoders/clip_l.safetensors")
     make_vae(base / "models/vae/sd3.5_vae.safetensors")
     shutil.copy(PACK / "example_workflows" / "sd35_4step.jpg", base / "input" / "example.png")  # read by content

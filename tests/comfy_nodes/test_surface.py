@@ -10,11 +10,13 @@ from pathlib import Path
 
 import browser_walk
 import pytest
+import yaml
 from PIL import Image
 
 PROJECT = Path(__file__).parents[2]
 PACK = PROJECT / "comfy_nodes"
 LANGUAGES = ("en", "zh", "ja", "fr")
+FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # what the export calls what ComfyUI keeps in these folders
 EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
 
 # Saved workflows hold these: ids, names, types and their order stay. id: (sockets, widgets, outputs)
@@ -113,6 +115,19 @@ def test_a_note_names_every_file_and_its_folder(example):
         for file in browser_walk.files_of(node):
             folder, name = file.split("/")
             assert f"models/{folder}/" in note and name in note, f"{example}: {file}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_loads_the_file_that_the_export_writes_and_says_where(example):
+    environment = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb"}.get(example, "sd35")
+    conf = PROJECT / "conf" / environment
+    options = yaml.safe_load((conf / "parameters_export.yml").read_text())["export"]
+    export = yaml.safe_load((conf / "catalog.yml").read_text())["export"]["filepath"]
+    (loader,) = [node for node in nodes_of(example) if node["type"] == "DPDMDLoader"]
+    (note,) = [node["widgets_values"][0] for node in nodes_of(example) if node["type"] == "MarkdownNote"]
+    folder, name = loader["widgets_values"][0].split("/")
+    assert name == f"{options['title']}.safetensors"
+    assert f"`{export}/{FORMS[folder]}`" in note
 
 
 @pytest.mark.parametrize("example", [name for name in EXAMPLES if name != "sdxl_4step"])
