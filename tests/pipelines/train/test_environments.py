@@ -145,11 +145,14 @@ def test_a_teacher_with_t5_goes_from_prompt_files_to_report_and_export(t5_teache
     )
 
 
-def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path):
-    made = catalog("sdxl", tiny_sdxl, tmp_path, {}, None)
+@pytest.mark.parametrize("environment, roles", [("sdxl", "full"), ("sdxl_lora_16gb", "lora")])
+def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path, environment, roles):
+    made = catalog(environment, tiny_sdxl, tmp_path, {}, None)
     walk(made)
     check_what_was_measured(made)
-    assert load_header(made["student"].load()).timesteps == [999, 749, 499, 249]
+    for name in ("student", "student_dmd"):
+        header = load_header(made[name].load())
+        assert header.kind == roles and header.timesteps == [999, 749, 499, 249]
 
 
 def check_what_was_measured(made: DataCatalog) -> None:
@@ -212,7 +215,7 @@ def test_what_a_run_takes_up_is_known_before_it(t5_teacher, tmp_path, monkeypatc
 # ---- what the environments say
 
 
-@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb"])
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])
 def test_nothing_is_written_where_another_environment_writes(environment):
     own, base = loader(environment)["catalog"], loader("base")["catalog"]
     read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state", "metric_weights"}
@@ -229,7 +232,7 @@ def test_one_word_on_the_command_line_makes_both_students_adapters(environment):
     assert [asked[group]["roles"] for group in ("train", "train_dmd")] == ["lora"] * 2
 
 
-@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb"])
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])
 def test_the_baseline_differs_in_anchors_and_their_loss_alone(environment):
     parameters = loader(environment)["parameters"]
     ours, baseline = parameters["train"], parameters["train_dmd"]
