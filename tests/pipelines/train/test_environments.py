@@ -225,7 +225,7 @@ def test_nothing_is_written_where_another_environment_writes(environment):
         assert f"/{environment}/" in place, f"write {name} into conf/{environment}/catalog.yml"
 
 
-@pytest.mark.parametrize("environment", ["sd35", "sdxl"])
+@pytest.mark.parametrize("environment", ["base", "ci", "shapes_sdxl", "sd35", "sdxl"])
 def test_one_word_on_the_command_line_makes_both_students_adapters(environment):
     assert [loader(environment)["parameters"][group]["roles"] for group in ("train", "train_dmd")] == ["full"] * 2
     asked = loader(environment, {"train": {"roles": "lora"}})["parameters"]
