@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> None:
     """
     from dpdmd_pipeline.metrics.arena import ArenaOptions, about_pairs, make_arena
     from dpdmd_pipeline.metrics.pictures import about_strays, find_pictures
-    from dpdmd_pipeline.metrics.wording import counted
     from dpdmd_pipeline.publishing import write_text
+    from dpdmd_pipeline.wording import counted
 
     asked = parser().parse_args(arguments)
     _check(asked)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.commands.target import refuse_unwritable
-from dpdmd_pipeline.metrics.wording import listed
+from dpdmd_pipeline.wording import listed
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.metrics.pictures import FileSet

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpdmd_pipeline.metrics.human import FORMAT
 from dpdmd_pipeline.metrics.pictures import FileSet, read_picture
-from dpdmd_pipeline.metrics.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.metrics.summary import ratio_interval
-from dpdmd_pipeline.metrics.wording import counted
+from dpdmd_pipeline.wording import counted
 
 FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}

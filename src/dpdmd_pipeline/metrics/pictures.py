@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dpdmd_pipeline.metrics.wording import listed
+from dpdmd_pipeline.wording import listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

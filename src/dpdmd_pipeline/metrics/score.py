@@ -28,7 +28,7 @@ from dpdmd_pipeline.metrics.pictures import PictureSet
 from dpdmd_pipeline.metrics.presets import Preset, Settings
 from dpdmd_pipeline.metrics.summary import figure, gap_figure
 from dpdmd_pipeline.metrics.weights import UnavailableError
-from dpdmd_pipeline.metrics.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.metrics.score import Scores
-from dpdmd_pipeline.metrics.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed
 
 _NAMED = 5  # names of faulty pictures in the table; the file has all
 

@@ -233,7 +233,7 @@ def test_the_code_that_a_score_is_known_by_is_all_that_measures():
     used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
     # names and words; what is made of scores afterwards; the function of the teacher's stage
     apart = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
-    apart |= {"metrics/wording.py", "metrics/libraries.py"}
+    apart |= {"metrics/libraries.py"}
     apart |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
     assert used - set(scoring.CODE) == apart
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dpdmd_pipeline.metrics.wording import counted, listed
-from dpdmd_pipeline.wording import one_line
+from dpdmd_pipeline.wording import counted, listed, one_line
 
 USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_study"}  # nodes that prompts are for
 FEW, LETTERS = 3, 40  # how many foreign prompts are named, and how much of each

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpdmd_pipeline.metrics.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed
 
 
 @pytest.mark.parametrize(
