@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     found.add_argument("--processes", type=int, default=1, help="prompts are spread over them (%(default)s)")
     found.add_argument("--batch-size", type=int, default=DEFAULT_BATCH, help="pictures a pass on a GPU (%(default)s)")
-    found.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the bootstrap (%(default)s)")
+    seeded = "of the bootstrap, and of the parts by which large sets are compared (%(default)s)"
+    found.add_argument("--seed", type=int, default=DEFAULT_SEED, help=seeded)
     return found
 
 
