@@ -176,8 +176,7 @@ def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
 def test_a_remedy_runs_in_the_environment_of_the_run(toy):
     (toy / "conf/other").mkdir()
     (toy / "data/words.json").unlink()
-    for env in ("base", "local"):
-        assert "`kedro run --pipelines prompts` first" in refusal(kedro(toy, "--env", env, "--pipelines", "train"))
+    assert "`kedro run --pipelines prompts` first" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
     expected = "missing words (data/words.json): run `kedro run --env other --pipelines prompts` first"
     assert refusal(kedro(toy, "--env", "other", "--pipelines", "train")) == expected
     assert refusal(kedro(toy, "--pipelines", "train", KEDRO_ENV="other")) == expected
@@ -193,7 +192,7 @@ def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
         file.write("environment: {type: MemoryDataset, data: base}\n")
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
     stage.write_text(stage.read_text().replace('"prompts", "words"', '"environment", "words"'))
-    for env in ("base", "local", "other"):
+    for env in ("local", "other"):
         assert kedro(toy, "--env", env, "--pipelines", "prompts").returncode == 0
         assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
 

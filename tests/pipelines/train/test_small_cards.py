@@ -72,9 +72,7 @@ def sdxl(tmp_path_factory) -> Path:
 def plan(teacher: Path, environment: str) -> Planned:
     config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # where there is no GPU, the options of one are not refused for that: the card is given
-    trained = {
-        group: TrainOptions(**config[group] | {"device": "cpu", "fused": False}) for group in ("train", "train_dmd")
-    }
+    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu", "fused": False})}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
     return Planned(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
 
