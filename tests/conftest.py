@@ -3,6 +3,25 @@
 import pytest
 import torch
 
+# A module stays with one worker (loadscope): the long ones first, so that both end together.
+LONG = (
+    "test_demo",
+    "test_launch",
+    "test_resume",
+    "test_environments",
+    "test_hooks",
+    "test_sharded",
+    "test_worker",
+    "test_notebooks",
+    "test_sample_images",
+    "test_score_images",
+    "test_small_cards",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def world_teacher(tmp_path_factory):

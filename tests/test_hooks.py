@@ -178,12 +178,10 @@ def test_a_remedy_runs_in_the_environment_of_the_run(toy):
     (toy / "data/words.json").unlink()
     assert "`kedro run --pipelines prompts` first" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
     expected = "missing words (data/words.json): run `kedro run --env other --pipelines prompts` first"
-    assert refusal(kedro(toy, "--env", "other", "--pipelines", "train")) == expected
     assert refusal(kedro(toy, "--pipelines", "train", KEDRO_ENV="other")) == expected
     (toy / "data/words.json").write_text('["a"]')
-    for env, told in (("base", "kedro run"), ("other", "kedro run --env other")):
-        line = refusal(kedro(toy, "--env", env, "--pipelines", "train", "--params", "train.what=remedy"))
-        assert line.endswith(f"no student weights there; run `{told} --pipelines train` first")
+    line = refusal(kedro(toy, "--env", "other", "--pipelines", "train", "--params", "train.what=remedy"))
+    assert line.endswith("no student weights there; run `kedro run --env other --pipelines train` first")
 
 
 def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
