@@ -1,5 +1,7 @@
 """Fixtures that many tests share."""
 
+import gc
+
 import pytest
 import torch
 
@@ -21,6 +23,13 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish(session):
+    """What is loaded stays: to search it for garbage again and again was a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
