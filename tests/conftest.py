@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What is loaded stays: to search it for garbage again and again was a tenth of the tests' time."""
+    """What is loaded stays: to search it for garbage again and again cost some modules a tenth of their time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
