@@ -1,35 +1,7 @@
 """Fixtures that many tests share."""
 
-import gc
-
 import pytest
 import torch
-
-# A module stays with one worker (loadscope): the long ones first, so that both end together.
-LONG = (
-    "test_demo",
-    "test_launch",
-    "test_resume",
-    "test_environments",
-    "test_hooks",
-    "test_sharded",
-    "test_worker",
-    "test_notebooks",
-    "test_sample_images",
-    "test_score_images",
-    "test_small_cards",
-)
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
-def pytest_collection_finish(session):
-    """What is loaded stays: to search it for garbage again and again cost some modules a tenth of their time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
