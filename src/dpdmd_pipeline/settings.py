@@ -4,10 +4,12 @@ import warnings
 
 from kedro import KedroDeprecationWarning
 
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.hooks import ConfigHooks, ErrorHooks, ReportHooks, prepare_log_files
 
 HOOKS = (ConfigHooks(), ErrorHooks(), ReportHooks())
 
+CONFIG_LOADER_CLASS = ConfigLoader
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
     "default_run_env": "local",
