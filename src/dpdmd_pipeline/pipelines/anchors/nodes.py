@@ -7,22 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash, network_folder
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
+from dpdmd_pipeline.planning.identity import check_embeddings, code_hash, network_folder
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
 
 log = logging.getLogger(__name__)
 
-# Anchors are only taken up by the code that computes them; that of the teacher's family comes to it.
-CODE = (
-    "backbones/base.py",
-    "dpdmd/anchor.py",
-    "dpdmd/noise.py",
-    "dpdmd/sampling.py",
-    "pipelines/anchors/nodes.py",
-    "training/anchors.py",
-)
 IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"}  # of BackboneOptions
 
 
@@ -38,7 +29,7 @@ def make_anchors(
         shards = {}
     else:
         shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
-    identity = fingerprint(manifest, code_hash(*CODE, f"backbones/{backbone.family}.py"))
+    identity = fingerprint(manifest, code_hash("pipelines.anchors.nodes", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 

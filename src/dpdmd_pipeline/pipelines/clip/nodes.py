@@ -4,15 +4,13 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.clip.options import ClipOptions
+from dpdmd_pipeline.planning.identity import code_hash
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A broken-off or finished training is only taken up by the code that began it.
-CODE = ("shapes/clip.py", "shapes/world.py", "training/clip.py", "training/teacher.py")
 
 
 def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Path], None]:
@@ -24,7 +22,7 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
     from dpdmd_pipeline.training.clip import train_clip
 
     recipe = options.recipe
-    state = clip_state / fingerprint(SCHEMA, recipe.model_dump(mode="json"), code_hash(*CODE))[:16]
+    state = clip_state / fingerprint(SCHEMA, recipe.model_dump(mode="json"), code_hash("training.clip"))[:16]
 
     def follow(total: int, records: Iterator[tuple[int, float]]) -> None:
         loss = None

@@ -6,21 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
+from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 
-# Pictures are only taken up by the code that draws them; that of the teacher's family comes to it.
-CODE = (
-    "backbones/base.py",
-    "backbones/lora.py",
-    "backbones/student_file.py",
-    "dpdmd/noise.py",
-    "dpdmd/sampling.py",
-    "exporting/sample.py",
-    "pipelines/evaluate/sampling.py",
-)
 SHARD = 64  # pictures a file; whole batches of a CPU
 ON_CPU = 16  # pictures that a CPU draws at once: in another batch, a product of matrices may sum in another order
 
@@ -59,7 +49,7 @@ def sample_images(
     settings = options.model_dump(mode="json", include={"seed", "images_per_prompt"})
     rows = [[row, text] for row, text in chosen.items()]
     parts = (manifest, rows, settings, backbone.model_dump(mode="json"), embeddings.fingerprint)
-    identity = fingerprint(*parts, code_hash(*CODE, f"backbones/{backbone.family}.py"))
+    identity = fingerprint(*parts, code_hash("pipelines.evaluate.sampling", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 

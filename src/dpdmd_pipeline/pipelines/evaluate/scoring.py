@@ -9,47 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.metrics.presets import GENEVAL, Preset, Settings, choose
 from dpdmd_pipeline.metrics.score import Reference, Scores, score, workers
 from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, UnavailableError
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
+from dpdmd_pipeline.planning.identity import code_hash
 from dpdmd_pipeline.publishing import write_atomically
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A score is only taken up by the code that measured it. Without the list of presets: one more makes no other stale,
-# and a preset's protocol is part of what it is known by.
-CODE = (
-    *(
-        f"metrics/{name}.py"
-        for name in (
-            "alignment",
-            "compare",
-            "distribution",
-            "diversity",
-            "embedders",
-            "features",
-            "measures",
-            "modes",
-            "passes",
-            "pictures",
-            "quality",
-            "questions",
-            "score",
-            "shapes",
-            "summary",
-        )
-    ),
-    "shapes/reader.py",
-    "shapes/world.py",
-)
 
-# Shared features are only taken up by the code that computes them.
-FEATURES = ("metrics/alignment.py", "metrics/embedders.py", "metrics/features.py", "metrics/passes.py")
 
 # What the exact reader of the embedded world measures: names in metrics.json to full names.
 EXACT = {
@@ -128,9 +100,11 @@ class KnownScores:
         self.folder = folder
         # Features of all models by the same libraries: another preprocessing in one would pass for their difference.
         libraries = list(versions().values())
-        features = fingerprint(code_hash(*FEATURES), libraries, pictures)
+        features = fingerprint(
+            code_hash("metrics.embedders", "metrics.features", "metrics.passes"), libraries, pictures
+        )
         self.settings = replace(settings, features=folder / f"features_{features[:16]}")
-        self._common = (SCHEMA, code_hash(*CODE), libraries, pictures, settings.seed, settings.passes.device)
+        self._common = (SCHEMA, code_hash("metrics.score"), libraries, pictures, settings.seed, settings.passes.device)
 
     def path(self, model: str, preset: Preset) -> Path:
         """Where the scores of one model by one preset are kept; its name tells all that decides them."""

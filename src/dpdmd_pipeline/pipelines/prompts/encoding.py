@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpdmd_pipeline.datasets.lineage import texts_digest
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
+from dpdmd_pipeline.planning.identity import texts_digest
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import TokenLimit

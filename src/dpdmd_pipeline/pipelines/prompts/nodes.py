@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.datasets.lineage import code_hash, text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
 from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, rows_of, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+from dpdmd_pipeline.planning.identity import code_hash, text_side_hash
 
 log = logging.getLogger(__name__)
 
-CODE = ("pipelines/prompts/encoding.py",)  # embeddings are only taken up by the code that makes them, and the family's
 MAX_WARNINGS = 20  # truncated prompts that are logged one by one
 MAX_LISTED = 1000  # truncated prompts that the manifest lists; it counts all
 
@@ -98,7 +97,7 @@ def encode_prompts(
         f"{index:05d}": partial(encode_rows, rows, start, start + options.shard_size, load, options.batch_size)
         for index, start in enumerate(starts)
     }
-    code = code_hash(*CODE, f"backbones/{backbone.family}.py")
+    code = code_hash("pipelines.prompts.encoding", f"backbones.{backbone.family}")
     identity = fingerprint(rows.digest, settings, options.shard_size, code)
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 

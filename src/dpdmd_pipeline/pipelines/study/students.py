@@ -9,28 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.model_folder import folder_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.evaluate import sampling
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
+from dpdmd_pipeline.planning.identity import code_hash
 from dpdmd_pipeline.publishing import Folders, HeldError, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
 Student = tuple[int, str]  # seed and run
 
-# A judgement is only taken up by the code that made it.
-CODE = (
-    *sampling.CODE,
-    "metrics/modes.py",
-    "metrics/pixels.py",
-    "metrics/shapes.py",
-    "metrics/summary.py",
-    "shapes/reader.py",
-    "shapes/world.py",
-)
 _POLL = 5.0  # seconds between looks at students that other processes train
 
 
@@ -69,7 +58,8 @@ class Judge(NamedTuple):
         """
         asked = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
         drawn = (list(self.chosen.items()), asked, folder_hash(self.teacher))
-        return self.state / f"judged_{fingerprint(identity, *drawn, code_hash(*CODE))[:16]}.json"
+        key = fingerprint(identity, *drawn, code_hash("pipelines.study.students"))
+        return self.state / f"judged_{key[:16]}.json"
 
 
 Made = tuple[Callable[[Path], None], list[dict]]  # what writes a student, and its history

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.teacher.options import TeacherOptions
+from dpdmd_pipeline.planning.identity import code_hash
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-# A broken-off or finished training is only taken up by the code that began it.
-CODE = ("dpdmd/noise.py", "shapes/models.py", "shapes/world.py", "training/teacher.py")
 _AT_ONCE = 250  # pictures that are drawn together
 
 
@@ -40,7 +38,7 @@ def train_embedded_teacher(
     from dpdmd_pipeline.training.teacher import train_teacher
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
-    state = teacher_state / fingerprint(SCHEMA, recipe, code_hash(*CODE))[:16]
+    state = teacher_state / fingerprint(SCHEMA, recipe, code_hash("training.teacher"))[:16]
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

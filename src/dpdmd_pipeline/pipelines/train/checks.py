@@ -24,9 +24,9 @@ def check_anchors(
     Raises:
         ValueError: names what differs, both values, and the remedy.
     """
-    from dpdmd_pipeline.datasets.lineage import network_folder
     from dpdmd_pipeline.datasets.model_folder import folder_hash
     from dpdmd_pipeline.datasets.sharded import fingerprint
+    from dpdmd_pipeline.planning.identity import network_folder
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest

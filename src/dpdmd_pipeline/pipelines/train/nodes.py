@@ -7,29 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_guidance, check_precision, check_speed
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.progress import follow
 from dpdmd_pipeline.pipelines.train.setup import Job, start
+from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 log = logging.getLogger(__name__)
-
-# A finished or broken-off student is only taken up by the code that began it.
-CODE = (
-    "dpdmd",
-    "backbones/base.py",
-    "pipelines/train/setup.py",
-    "training/anchors.py",
-    "training/balance.py",
-    "training/distill.py",
-    "training/optimizer.py",
-    "training/roles.py",
-    "training/speed.py",
-    "training/watch.py",
-)
 
 
 def train_student(
@@ -126,7 +112,7 @@ def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: 
         anchors.fingerprint,
         rows,
     )
-    return fingerprint(*parts, code_hash(*CODE, f"backbones/{backbone.family}.py"))
+    return fingerprint(*parts, code_hash("pipelines.train.setup", f"backbones.{backbone.family}"))
 
 
 def state_folder(train_state: Path, recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.lineage import texts_digest
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.planning.identity import texts_digest
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 
 

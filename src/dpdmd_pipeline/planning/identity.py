@@ -1,0 +1,148 @@
+"""Identity of inputs and code: digests of prompts, teachers and source files, and checks that compare them."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.errors import MissingInputError, StageError
+from dpdmd_pipeline.publishing import sha256
+
+_ROOT = Path(__file__).parents[2]
+_PACKAGE = "dpdmd_pipeline"
+# Modules that store, check and word things: no number that a run computes comes from them.
+_NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
+
+
+def network_folder(teacher: Path) -> Path:
+    """Folder of the denoising network in a diffusers pipeline folder.
+
+    Raises:
+        FileNotFoundError: if it has none.
+    """
+    for name in ("transformer", "unet"):
+        if (teacher / name).is_dir():
+            return teacher / name
+    raise FileNotFoundError(f"teacher {teacher} has no transformer/ and no unet/: give a diffusers pipeline folder")
+
+
+def texts_digest(prompts: Iterable[dict]) -> str:
+    """SHA-256 of the prompts' texts in order, hexadecimal."""
+    digest = hashlib.sha256()
+    for record in prompts:
+        digest.update(record["text"].encode() + b"\n")
+    return digest.hexdigest()
+
+
+def text_side_hash(teacher: Path) -> str:
+    """SHA-256 of a teacher's text encoders and tokenizers (names and contents), hexadecimal.
+
+    Raises:
+        FileNotFoundError: if the folder has no text encoder or no tokenizer.
+    """
+    paths = sorted(
+        path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*") if path.is_file()
+    )
+    if not {"text_encoder", "tokenizer"} <= {path.relative_to(teacher).parts[0] for path in paths}:
+        raise MissingInputError(
+            f"teacher {teacher} has no text_encoder/ or no tokenizer/: give a diffusers pipeline folder", "teacher"
+        )
+    # A missing T5 becomes zeros; the transformer's config has their width.
+    paths += [path for path in [teacher / "transformer" / "config.json"] if path.is_file()]
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(teacher).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_embeddings(embeddings: Any, prompts: Iterable[dict], teacher: Path) -> None:
+    """Compare embeddings with the prompts and the teacher of this run.
+
+    Raises:
+        StageError: if they belong to other prompts or other text encoders: row i would be another prompt's.
+    """
+    digests = {"texts": texts_digest(prompts), "teacher_text": text_side_hash(teacher)}
+    names = {"texts": "prompts", "teacher_text": "text encoders"}
+    for key, digest in digests.items():
+        if (recorded := str(embeddings.manifest.get(key))) != digest:
+            raise StageError(
+                f"the embeddings belong to other {names[key]} ({recorded[:8]}, this run has {digest[:8]})", "prompts"
+            )
+
+
+# ---- code
+
+
+@cache
+def code_hash(*modules: str) -> str:
+    """SHA-256 of the code that some modules run: they and all modules of this package that they import.
+
+    Comments, layout, docstrings, log lines and the texts of errors do not count; neither do modules that only store,
+    check or word things.
+
+    Args:
+        modules: names in this package, as in ``training.distill``. A module that is imported by a computed name, such
+            as a model family, must be named.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_import_closure(modules).items()):
+        digest.update(f"{name}\0{_behaviour(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _import_closure(modules: Iterable[str]) -> dict[str, Path]:
+    """Module names in this package and their files: the given ones and everything that they import."""
+    closure: dict[str, Path] = {}
+    queue = [f"{_PACKAGE}.{module}" for module in modules]
+    while queue:
+        name = queue.pop()
+        path = _module_file(name)
+        if path is None or name in closure or name.split(".")[1] in _NO_RESULT:
+            continue
+        closure[name] = path
+        queue += _imported_names(ast.parse(path.read_text(encoding="utf-8")))
+    return closure
+
+
+def _module_file(name: str) -> Path | None:
+    """The file of a module below the root package; None for names that are not modules, and for the root itself."""
+    if not name.startswith(f"{_PACKAGE}."):
+        return None
+    stem = _ROOT.joinpath(*name.split("."))
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def _imported_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+class _WithoutWords(ast.NodeTransformer):
+    """Remove what changes no result: docstrings, log lines, and the texts of errors."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802
+        return ast.Pass() if _is_text(node.value) or _is_log_call(node.value) else self.generic_visit(node)
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:  # noqa: N802
+        return ast.Raise()
+
+
+def _is_text(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def _is_log_call(value: ast.expr) -> bool:
+    function = value.func if isinstance(value, ast.Call) else None
+    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "log"
+
+
+def _behaviour(path: Path) -> str:
+    return ast.dump(_WithoutWords().visit(ast.parse(path.read_text(encoding="utf-8"))))
