@@ -1,6 +1,6 @@
-"""The README's tables of the study, both worlds side by side, from the committed results.
+"""Tables of docs/study.md, both worlds side by side, from the committed results.
 
-python benchmarks/study_table.py        # puts them into README.md
+python benchmarks/study_table.py        # writes them into docs/study.md
 """
 
 import json
@@ -10,34 +10,35 @@ from pathlib import Path
 from dpdmd_pipeline.pipelines.study.nodes import SHOWN, describe, mean_and_spread, summarise
 
 ROOT = Path(__file__).parents[1]
-WORLDS = {"": "flow", "shapes_sdxl": "eps"}  # folder of data/08_reporting to what its teacher predicts
+PAGE = ROOT / "docs/study.md"
+WORLDS = {"": "flow", "shapes_sdxl": "eps"}  # folder of data/08_reporting -> the teacher's prediction type
 DIGITS = {"aligned": 3, "effective_modes": 1, "gap_recovered": 2}
 PARTS = ("study", "beyond")
 
 
 def load(part: str) -> dict[str, dict]:
-    """A part of the study, by world."""
+    """One part of the study, by world."""
     reporting = ROOT / "data/08_reporting"
     return {world: json.loads((reporting / folder / f"{part}.json").read_text()) for folder, world in WORLDS.items()}
 
 
-def table(studies: dict[str, dict]) -> str:
-    """A row per run of any world, in Markdown; empty where a world has not got it."""
+def make_table(studies: dict[str, dict]) -> str:
+    """Markdown table with a row per run; cells stay empty for a world that lacks the run."""
     titles = [f"{world}: {name.replace('_', ' ')}" for world in studies for name in DIGITS]
-    rows = [["run", "changes", *titles], ["---"] * (len(titles) + 2), ["teacher", "", *_teacher(studies)]]
-    found = {world: summarise(study) for world, study in studies.items()}
-    seeds = max(len(found[world][study["baseline"]]["aligned"]) for world, study in studies.items())
-    for run in dict.fromkeys(run for runs in found.values() for run in runs):
+    rows = [["run", "changes", *titles], ["---"] * (len(titles) + 2), ["teacher", "", *_teacher_cells(studies)]]
+    summaries = {world: summarise(study) for world, study in studies.items()}
+    num_seeds = max(len(summaries[world][study["baseline"]]["aligned"]) for world, study in studies.items())
+    for run in dict.fromkeys(run for summary in summaries.values() for run in summary):
         changes = {", ".join(describe(study["runs"][run])) for study in studies.values() if run in study["runs"]}
         if len(changes) > 1:
-            raise SystemExit(f"Error: {run} is not the same run in both worlds: {' and '.join(sorted(changes))}")
-        cells = [cell for world in studies for cell in _cells(found[world].get(run), seeds)]
+            raise SystemExit(f"Error: {run} differs between the worlds: {' and '.join(sorted(changes))}")
+        cells = [cell for world in studies for cell in _run_cells(summaries[world].get(run), num_seeds)]
         rows.append([run, *changes, *cells])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _teacher(studies: dict[str, dict]) -> list[str]:
-    """Of each world, aligned and effective modes; it has no gap."""
+def _teacher_cells(studies: dict[str, dict]) -> list[str]:
+    """Aligned and effective modes of each world's teacher; the cell of the gap stays empty."""
     return [
         mean_and_spread([study["teacher"][SHOWN[name]][name]["value"]], digits) if name in SHOWN else ""
         for study in studies.values()
@@ -45,25 +46,25 @@ def _teacher(studies: dict[str, dict]) -> list[str]:
     ]
 
 
-def _cells(values: dict[str, list] | None, usual: int) -> list[str]:
-    """Means and spreads over the seeds; how many there are where they are not as many as usual."""
+def _run_cells(values: dict[str, list] | None, usual_seeds: int) -> list[str]:
+    """Means and spreads over the seeds; an unusual number of seeds is written behind them."""
     if values is None:
         return [""] * len(DIGITS)
     seeds = len(values["aligned"])
     cells = [mean_and_spread(values[name], digits) for name, digits in DIGITS.items()]
-    return cells if seeds == usual else [*cells[:-1], f"{cells[-1]} ({seeds} seed{'s' * (seeds > 1)})"]
+    return cells if seeds == usual_seeds else [*cells[:-1], f"{cells[-1]} ({seeds} seed{'s' * (seeds > 1)})"]
 
 
-def filled(text: str) -> str:
-    """A text with each table between its marks."""
+def fill_tables(text: str) -> str:
+    """Replace the table between each pair of markers."""
     for part in PARTS:
         marks = f"(<!-- {part} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(marks, lambda m, part=part: f"{m[1]}{table(load(part))}\n{m[2]}", text, flags=re.DOTALL)
+        table = make_table(load(part))
+        text, count = re.subn(marks, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"Error: README.md has {count} tables marked <!-- {part} -->, not one")
+            raise SystemExit(f"Error: {PAGE.name} has {count} tables marked <!-- {part} -->, not one")
     return text
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    PAGE.write_text(fill_tables(PAGE.read_text()))
