@@ -25,9 +25,9 @@ from accelerate import Accelerator
 import timing
 import workload
 from dpdmd_pipeline.datasets.sharded import ShardedTensors
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.training import anchors, distill
 from dpdmd_pipeline.training.cost import Settings, cycle_cost
+from dpdmd_pipeline.training.options import TrainOptions
 from record import record
 from timing import Shares, Taken, replaced
 from workload import CHEAPER, FAST, Workload

@@ -94,7 +94,7 @@ def by_library(project: Path) -> None:
     """The same three stages without Kedro's session, catalog and hooks, to the same places."""
     from dpdmd_pipeline.backbones.options import BackboneOptions
     from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
-    from dpdmd_pipeline.pipelines.train.options import TrainOptions
+    from dpdmd_pipeline.training.options import TrainOptions
 
     data, histories = project / "data", {}
     backbone = BackboneOptions(**_options(project, "backbone", "backbone"))

@@ -28,10 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import timing
 import workload
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.pipelines.train.preflight import memory_model
+from dpdmd_pipeline.planning.run import memory_model
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.memory import RESERVED, MemorySplit
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_weightless_teacher
 from record import ROOT, record

@@ -12,13 +12,13 @@ import torch
 from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.setup import Job, start
+from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_random_teacher

@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import posixpath
-import re
 import subprocess
 from functools import cache
 from pathlib import Path

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_dvc_sync import PIPELINES
+from tests.test_params_typed import PIPELINES
 
 PROJECT = Path(__file__).parents[1]
 HEAVY = {"torch", "diffusers", "transformers"}

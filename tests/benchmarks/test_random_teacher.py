@@ -10,7 +10,7 @@ from tests.training.conftest import RECIPE
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.train.preflight import memory_model
+from dpdmd_pipeline.planning.run import memory_model
 from dpdmd_pipeline.training.memory import MemorySplit
 from dpdmd_pipeline.training.recipe import Recipe
 

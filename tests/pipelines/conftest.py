@@ -12,8 +12,8 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
+from dpdmd_pipeline.training.options import TrainOptions
 
 PROMPTS = [
     {"text": "a red circle", "train": True, "eval": True},

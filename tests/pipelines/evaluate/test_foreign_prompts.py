@@ -6,7 +6,7 @@ from tests.pipelines.conftest import EVALUATE, evaluate_options
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.pipelines import anchors, distill, evaluate, export, prompts, report, study, train
-from dpdmd_pipeline.pipelines.evaluate.preflight import refuse_prompts
+from dpdmd_pipeline.planning.prompts import refuse_prompts
 
 WORLD = "a red circle\n\nblue square\n"
 FOREIGN = "a fox\na red circle\na dog\na red and blue square\n" + "a house " * 20 + "\n"

@@ -11,8 +11,8 @@ from dpdmd_pipeline.pipelines.anchors.nodes import make_manifest
 from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
 from dpdmd_pipeline.pipelines.study import nodes
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
+from dpdmd_pipeline.training.options import TrainOptions
 
 PROJECT = Path(__file__).parents[3]
 EMBEDDINGS = SimpleNamespace(fingerprint="")

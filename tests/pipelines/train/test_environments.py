@@ -22,9 +22,9 @@ from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train import preflight
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.pipelines.train.preflight import refusals, refuse_run
+from dpdmd_pipeline.planning.run import refusals, refuse_run
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[3] / "conf"

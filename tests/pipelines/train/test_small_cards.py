@@ -8,9 +8,9 @@ from benchmarks.random_teacher import CLIP_LENGTH, CONFIGS, make_weightless_teac
 from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.pipelines.train.preflight import Planned, refusals
+from dpdmd_pipeline.planning.run import Planned, refusals
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[3] / "conf"

@@ -19,9 +19,10 @@ from tests.pipelines.conftest import (
 from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, StudentHeader, load_header, save_student
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
-from dpdmd_pipeline.pipelines.train.checks import check_anchors
-from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
+from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.pipelines.train.progress import _noted_signals
+from dpdmd_pipeline.planning.checks import check_anchors
+from dpdmd_pipeline.planning.reuse import student_identity
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -97,7 +98,7 @@ def test_unread_adapter_options_do_not_make_a_full_student_stale(train, caplog):
 
 def test_what_only_balancing_reads_is_no_part_of_a_fixed_student(anchors):
     def identity(**changes):
-        return run_identity(train_options(**changes).recipe(), backbone_options(), anchors, [0, 1])
+        return student_identity(train_options(**changes).recipe(), backbone_options(), anchors, [0, 1])
 
     fixed, balanced = (
         {identity(weighting=weighting, balance_every=every) for every in (5, 10)} for weighting in ("fixed", "balanced")

@@ -15,7 +15,7 @@ from dpdmd_pipeline.pipelines.evaluate.pictures import (
     read_pictures,
     rows_of,
 )
-from dpdmd_pipeline.pipelines.evaluate.preflight import foreign_line
+from dpdmd_pipeline.planning.prompts import foreign_line
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,10 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.study.students import Judge, Student, judged_student, make_all
-from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_optimizers
-from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.pipelines.train.nodes import train_student
+from dpdmd_pipeline.planning.checks import check_anchors, check_optimizers
+from dpdmd_pipeline.planning.reuse import student_identity
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
@@ -142,7 +143,7 @@ def _make(line: _Line, runs: Mapping[str, _Prepared], judge: Judge, student: Stu
     run = runs[name]
     seeded = run.train.model_copy(update={"seed": seed})
     train = partial(train_student, **line._replace(anchors=run.anchors)._asdict(), anchor_options=run.anchor_options)
-    identity = run_identity(seeded.recipe(), line.backbone, run.anchors, line.rows())
+    identity = student_identity(seeded.recipe(), line.backbone, run.anchors, line.rows())
     return {"run": name, "seed": seed, **judged_student(partial(train, options=seeded), judge, identity)}
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_guidance, check_precision, check_speed
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.progress import follow
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
+from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
+from dpdmd_pipeline.planning.identity import check_embeddings
+from dpdmd_pipeline.planning.reuse import state_folder, student_identity
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def train_student(
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     recipe = options.recipe()
-    checkpoints = Checkpoints(state_folder(train_state, recipe, backbone, anchors, rows), options.keep_last)
+    identity = student_identity(recipe, backbone, anchors, rows)
+    checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)
     many = options.launch.total > 1  # then one of the processes holds the checkpoints
     held = nullcontext() if many else checkpoints.held()
     with held, _out_of_memory_explained(teacher, backbone, options):
@@ -70,7 +71,7 @@ def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: 
     """A GPU that runs out of memory is told with the options that need less."""
     import torch
 
-    from dpdmd_pipeline.pipelines.train.preflight import explain_out_of_memory
+    from dpdmd_pipeline.planning.run import explain_out_of_memory
 
     try:
         yield
@@ -99,25 +100,6 @@ def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe)
     rank, scale = recipe.lora.student_rank, recipe.lora.alpha_per_rank
     header = StudentHeader(**facts, kind="lora", lora_rank=rank, lora_alpha=rank * scale)
     return lambda folder: save_lora(folder, student.adapter_state(), header)
-
-
-def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
-    """Everything that decides a student: recipe, teacher's settings, anchors, training prompts and code."""
-    unread = {"lora"} if recipe.roles == "full" else set()
-    unread |= {"balance_every", "balance_ema"} if recipe.weighting == "fixed" else set()
-    unread |= {"watch"} if recipe.watch.keep == "last" else set()
-    parts = (
-        recipe.model_dump(mode="json", exclude=unread),
-        backbone.model_dump(mode="json"),
-        anchors.fingerprint,
-        rows,
-    )
-    return fingerprint(*parts, code_hash("pipelines.train.setup", f"backbones.{backbone.family}"))
-
-
-def state_folder(train_state: Path, recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> Path:
-    """Where a student's states are kept among those of all."""
-    return train_state / run_identity(recipe, backbone, anchors, rows)[:16]
 
 
 def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:

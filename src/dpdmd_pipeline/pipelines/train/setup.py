@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.training.checkpoint import Checkpoints

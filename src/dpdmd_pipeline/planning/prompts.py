@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dpdmd_pipeline.wording import counted, listed, one_line
+from dpdmd_pipeline.planning.messages import describe
+from dpdmd_pipeline.wording import counted, listed
 
 USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_study"}  # nodes that prompts are for
 FEW, LETTERS = 3, 40  # how many foreign prompts are named, and how much of each
 
 
-def refuse_prompts(pipeline: Any, catalog: Any) -> list[str]:
+def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
     """What stands against the prompts of a run of the line, before its first node; for the hooks.
 
     Prompts that are trained on count too: the embedded teacher has never seen other words, and draws nothing by them.
@@ -21,7 +22,7 @@ def refuse_prompts(pipeline: Any, catalog: Any) -> list[str]:
     try:
         line = foreign_line(_texts(pipeline, catalog))
     except (ValueError, OSError) as error:
-        return [one_line(error)]
+        return [describe(error, env)]
     return [line] if line else []
 
 

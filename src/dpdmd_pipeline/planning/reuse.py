@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.planning.identity import texts_digest
-from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
+from dpdmd_pipeline.planning.identity import code_hash, texts_digest
+from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
 
 class Known(NamedTuple):
@@ -75,6 +75,24 @@ def _says(cache: Any, facts: Mapping[str, Any]) -> bool:
     return all(cache.manifest.get(name) == value for name, value in facts.items())
 
 
+def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
+    """Identity of a student: recipe, teacher settings, anchors, training prompts and code, hexadecimal."""
+    unread = {"lora"} if recipe.roles == "full" else set()
+    unread |= {"watch"} if recipe.watch.keep == "last" else set()
+    parts = (
+        recipe.model_dump(mode="json", exclude=unread),
+        backbone.model_dump(mode="json"),
+        anchors.fingerprint,
+        rows,
+    )
+    return fingerprint(*parts, code_hash("pipelines.train.setup", f"backbones.{backbone.family}"))
+
+
+def state_folder(train_state: Path, identity: str) -> Path:
+    """Folder of the checkpoints of one student, among those of all."""
+    return train_state / identity[:16]
+
+
 def state_folders(
     train_state: Path, trained: Mapping[str, TrainOptions], backbone: BackboneOptions, anchors: Any, rows: list[int]
 ) -> dict[str, Path]:
@@ -85,10 +103,8 @@ def state_folders(
         trained: options of each student.
         backbone, anchors, rows: what they learn from.
     """
-    from dpdmd_pipeline.pipelines.train.nodes import state_folder
-
     return {
-        group: state_folder(train_state, options.recipe(), backbone, anchors, rows)
+        group: state_folder(train_state, student_identity(options.recipe(), backbone, anchors, rows))
         for group, options in trained.items()
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.pipelines.train.checks import (
+from dpdmd_pipeline.planning.checks import (
     check_guidance,
     check_optimizers,
     check_precision,
@@ -17,9 +17,10 @@ from dpdmd_pipeline.pipelines.train.checks import (
     check_speed,
     check_start,
 )
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.pipelines.train.reuse import Known, own_caches, read_prompts, size_of, state_folders
+from dpdmd_pipeline.planning.messages import describe as describe_error
+from dpdmd_pipeline.planning.reuse import Known, own_caches, read_prompts, size_of, state_folders
 from dpdmd_pipeline.publishing import Folders
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 from dpdmd_pipeline.wording import one_line
 
@@ -312,7 +313,7 @@ def _standing(folder: Path) -> Path:
 # ---- of a Kedro run
 
 
-def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
+def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
     """What stands against a run of the line, before its first node; for the hooks.
 
     Nothing is looked at in runs that neither make anchors nor train the two students: not in `study` and `beyond`
@@ -343,7 +344,7 @@ def refuse_run(pipeline: Any, catalog: Any) -> list[str]:
         )
         return refusals(plan if known is None else _with_what_is_there(plan, catalog, known))
     except (ValueError, OSError) as error:
-        return [one_line(error)]
+        return [describe_error(error, env)]
 
 
 def _written_prompts(pipeline: Any, catalog: Any) -> Known | None:

@@ -11,7 +11,7 @@ import torch
 from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.pipelines.train import checks, preflight
-from dpdmd_pipeline.pipelines.train.preflight import Planned, disk_needs, explain_out_of_memory, refusals
+from dpdmd_pipeline.planning.run import Planned, disk_needs, explain_out_of_memory, refusals
 from dpdmd_pipeline.training.cost import Settings, describe_cost
 
 GIB = 2**30

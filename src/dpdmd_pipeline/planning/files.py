@@ -1,0 +1,80 @@
+"""Checks of a run's files: inputs that are missing, folders that cannot be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.planning.messages import AGAIN, error_line, stage_command
+from dpdmd_pipeline.planning.options import RUNTIME_PATHS
+
+
+def missing_inputs(pipeline: Any, catalog: Any, project: Path, env: str | None) -> Iterator[str]:
+    """One line for each input that neither a file nor an earlier node of the run provides.
+
+    Raises:
+        ValueError: if a dataset cannot tell whether it exists.
+    """
+    missing = [name for name in sorted(pipeline.inputs()) if not _exists(name, catalog, env)]
+    stages = _stages_by_output() if any(not name.startswith("params:") for name in missing) else {}
+    for name in missing:
+        if name.startswith("params:"):
+            group = name.removeprefix("params:")
+            yield f"{group}: no such parameter group: write it into conf/base/parameters_{group}.yml"
+        elif name in stages:
+            yield f"missing {label(name, catalog, project)}: run {stage_command(stages[name], env)} first"
+        else:
+            yield f"missing {label(name, catalog, project)}: put it there, or name another in conf or --params"
+
+
+def _exists(name: str, catalog: Any, env: str | None) -> bool:
+    if name not in catalog:
+        return False
+    # The prompts stage knows which raw files it needs; an optional dataset may be absent.
+    if name in RUNTIME_PATHS or getattr(catalog.get(name), "optional", False):
+        return True
+    try:
+        return name.startswith("params:") or name == "parameters" or catalog.exists(name)
+    except Exception as error:
+        line = error_line(error, name, env)
+        if line is None:
+            raise
+        raise ValueError(line) from error
+
+
+def _stages_by_output() -> dict[str, str]:
+    """Dataset -> the stage that makes it; loads all pipelines."""
+    from kedro.framework.project import pipelines
+
+    pipelines.set_requested(None)
+    stages = sorted(pipelines.items(), key=lambda item: -len(item[1].nodes))
+    return {dataset: name for name, stage in stages for dataset in stage.all_outputs() if name != "__default__"}
+
+
+def unwritable_folders(pipeline: Any, catalog: Any, project: Path) -> Iterator[str]:
+    """One line for each folder in which an output cannot be written."""
+    folders = set()
+    for name in pipeline.all_outputs():
+        path = _filepath(name, catalog)
+        if path is not None:
+            folders.add(next(folder for folder in path.parents if folder.exists()))
+    for folder in sorted(folders):
+        if not os.access(folder, os.W_OK):
+            yield f"{_relative(folder, project)} is not writable: change its permissions or its disk, {AGAIN}"
+
+
+def label(name: str, catalog: Any, project: Path) -> str:
+    """`prompts (data/03_primary/prompts.jsonl)`."""
+    path = _filepath(name, catalog)
+    return f"{name} ({_relative(path, project)})" if path else name
+
+
+def _filepath(name: str, catalog: Any) -> Path | None:
+    path = getattr(catalog.get(name), "_filepath", None) if name in catalog else None
+    return Path(path) if path else None
+
+
+def _relative(path: Path, project: Path) -> Path:
+    return path.relative_to(project) if path.is_relative_to(project) else path

@@ -1,0 +1,95 @@
+"""The words for errors: the thing, its value and the remedy in one line, with commands for the run's environment."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+from pathlib import Path
+
+from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.wording import one_line
+
+PACKAGE = Path(__file__).parents[1]
+AGAIN = "then run the same command again: finished work is kept"
+DEFAULT_ENVIRONMENTS = {None, "base", "local"}  # commands do not name these
+# Errors of torch.save and safetensors carry the system's reason in their text only.
+DISK_TEXTS = {
+    "No space left on device": errno.ENOSPC,
+    "PytorchStreamWriter failed writing": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,
+    "Read-only file system": errno.EROFS,
+    "Permission denied": errno.EACCES,
+}
+
+
+def stage_command(stages: str, env: str | None = None) -> str:
+    """`kedro run --env sd35 --pipelines prompts`, with backticks."""
+    environment = "" if env in DEFAULT_ENVIRONMENTS else f"--env {shlex.quote(env)} "
+    return f"`kedro run {environment}--pipelines {stages}`"
+
+
+def describe(error: BaseException, env: str | None = None) -> str:
+    """The error in one line; the command follows where it names a stage."""
+    line = one_line(error)
+    return f"{line}: run {stage_command(error.stage, env)}" if isinstance(error, StageError) else line
+
+
+def error_line(error: BaseException, place: str = "", env: str | None = None) -> str | None:
+    """One line for an error that a user can mend; None for a bug.
+
+    A user can mend what the disk refuses, what a dataset cannot read, and what this package refuses by itself.
+
+    Args:
+        error: as it left a node or a dataset, in Kedro's wrapping or without.
+        place: the dataset being read or written, for errors that do not name a file.
+        env: environment of the run.
+    """
+    cause = _unwrapped(error)
+    if line := _disk_line(cause, place):
+        return line
+    if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+        return f"out of memory: {one_line(cause) or type(cause).__name__}; lower the batch size, {AGAIN}"
+    if isinstance(cause, OSError) and not isinstance(cause, StageError):
+        name = cause.filename or place
+        return f"{name}: {cause.strerror}" if cause.strerror and name else one_line(cause)
+    if "Failed while loading data" in str(error) and isinstance(cause, ValueError) and not _is_ours(cause):
+        return f"{place or 'a dataset'} cannot be read: {one_line(cause)}; delete it, {AGAIN}"
+    # Other types from our frames (TypeError, KeyError, RuntimeError of torch) are bugs.
+    mendable = isinstance(cause, ValueError | FloatingPointError) or type(cause).__name__ == "SafetensorError"
+    return describe(cause, env) if mendable and _is_ours(cause) else None
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    from kedro.io import DatasetError
+
+    while isinstance(error, DatasetError) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _disk_line(error: BaseException, place: str) -> str | None:
+    """The line for a full or closed disk."""
+    number, name = _disk_errno(error), getattr(error, "filename", None) or place or "a file"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {name} could not be written; free some space, {AGAIN}"
+    if number == errno.EROFS:
+        return f"{name} is on a read-only file system; make it writable, {AGAIN}"
+    if number in (errno.EACCES, errno.EPERM):
+        return f"no permission for {name}; change its owner or mode, {AGAIN}"
+    return None
+
+
+def _disk_errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
+        return next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
+    return None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """True if the innermost frame is in this package."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)

@@ -1,0 +1,122 @@
+"""Checks of the configuration: environments, pipelines, parameter groups and options."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.wording import one_line
+
+RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts", "teacher_model")  # --params of the catalog; no node reads them
+
+
+def unknown_environment(conf: Path, env: str | None) -> str | None:
+    """The line for an environment without a folder in `conf`."""
+    if not env or not conf.is_dir() or (conf / env).is_dir():  # conf may be an archive, which Kedro opens
+        return None
+    environments = sorted(path.name for path in conf.iterdir() if path.is_dir() and not path.name.startswith("."))
+    near = nearest(env, environments)
+    return f"no environment {env!r} in {conf.name}/{near or ':'} choose one of {', '.join(environments)}"
+
+
+def shared_folder(loader: Any) -> str | None:
+    """The line for an environment that would write its results over those of another one."""
+    env, base = loader.env, _only_base(loader)
+    folder, base_folder = loader["globals"].get("folder"), base["globals"].get("folder")
+    if env in (None, "local", loader.base_env) or base_folder is None or folder != base_folder:
+        return None
+    return (
+        f"conf/{env}/globals.yml: folder = {folder!r} is the folder of {loader.base_env}, whose results this run would "
+        f"replace: set folder: {env}"
+    )
+
+
+def requested_pipelines() -> dict[str, Any]:
+    """The pipelines of this run: Kedro loads no others.
+
+    Raises:
+        ValueError: if there is none of that name. Faults inside a pipeline's module stay as they are.
+    """
+    from kedro.framework.project import pipelines
+
+    try:
+        return dict(pipelines)
+    except ImportError as error:
+        names = re.search(r"'(.+)\.pipelines\.(.+)' module", str(error))
+        if error.__cause__ is not None or not names:
+            raise
+        modules = pkgutil.iter_modules(importlib.import_module(f"{names[1]}.pipelines").__path__)
+        available = ", ".join(module.name for module in modules if module.ispkg)
+        raise ValueError(f"no pipeline {names[2]!r}: choose one of {available}") from error
+
+
+def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
+    """One line for each unknown parameter group and each option that its pydantic model refuses."""
+    parameters = loader["parameters"]
+    yield from _unknown_groups(parameters, set(_only_base(loader)["parameters"]))
+    yield from _wrong_options(parameters, pipelines)
+
+
+def _only_base(loader: Any) -> Any:
+    """The loader for conf/base alone; other environments and --params may only fill its groups."""
+    base = copy.copy(loader)
+    base.env, base.runtime_params = base.base_env, {}
+    return base
+
+
+def _unknown_groups(parameters: dict[str, Any], groups: set[str]) -> Iterator[str]:
+    for name in sorted(set(parameters) - groups - set(RUNTIME_PATHS)):
+        otherwise = f"; the groups are {', '.join(sorted(groups))}"
+        yield f"{name}: unknown parameter group{nearest(name, groups, otherwise)}"
+
+
+def _wrong_options(parameters: dict[str, Any], pipelines: dict[str, Any]) -> Iterator[str]:
+    from kedro.validation.type_extractor import TypeExtractor
+    from pydantic import BaseModel, ValidationError
+
+    for group, model in sorted(TypeExtractor(pipelines).extract_types_from_pipelines().items()):
+        if group not in parameters or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        try:
+            model.model_validate(parameters[group])
+        except ValidationError as error:
+            yield from (_option_line(group, model, fault) for fault in error.errors(include_url=False))
+
+
+def _option_line(group: str, model: type, fault: dict[str, Any]) -> str:
+    """`train.learning_rate = -1: must be greater than 0`."""
+    path = ".".join([group, *map(str, fault["loc"])])
+    if fault["type"] == "missing":
+        return f"{path}: missing"
+    if fault["type"] == "extra_forbidden":
+        options = _field_names(model, fault["loc"][:-1])
+        otherwise = f"; there are {', '.join(options)}" if options else ""
+        return f"{path} = {_short(fault['input'])}: unknown option{nearest(str(fault['loc'][-1]), options, otherwise)}"
+    reason = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    reason = one_line(re.sub(r"^Input should (be|have) ", r"must \1 ", reason))
+    return f"{path}: {reason}" if isinstance(fault["input"], dict) else f"{path} = {_short(fault['input'])}: {reason}"
+
+
+def _field_names(model: Any, loc: tuple[Any, ...]) -> list[str]:
+    """Names of the options at `loc` inside a model; none if the path leads through something else."""
+    for name in loc:
+        field = getattr(model, "model_fields", {}).get(name)
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
+
+
+def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean 'train'?`, or `otherwise` if no name is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

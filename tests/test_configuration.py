@@ -1,0 +1,97 @@
+"""conf/: an environment is a folder of differences, and a real teacher's names every option that changes a result."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import BASELINE_KEYS, with_baseline
+from dpdmd_pipeline.planning.options import shared_folder
+from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
+from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
+
+CONF = Path(__file__).parents[1] / "conf"
+ENVIRONMENTS = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
+REAL = sorted(path.parent.name for path in CONF.glob("*/catalog.yml") if path.parent.name != "base")
+FILES = [path for path in CONF.rglob("*.yml") if "local" not in path.parts]
+
+
+def loader(environment: str, conf: Path = CONF, **runtime_params):
+    return CONFIG_LOADER_CLASS(str(conf), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
+
+
+def test_no_file_is_empty_and_an_environment_has_at_most_three():
+    assert all(yaml.safe_load(path.read_text()) for path in FILES)
+    for environment in set(ENVIRONMENTS) - {"base"}:
+        names = {path.name for path in (CONF / environment).glob("*.yml")}
+        assert {"globals.yml", "parameters.yml"} <= names <= {"globals.yml", "parameters.yml", "catalog.yml"}
+
+
+def test_every_environment_has_folders_of_its_own():
+    shared = {
+        "raw_prompts",
+        "raw_eval_prompts",
+        "teacher",
+        "shapes_clip",
+        "clip_state",
+        "clip_metrics",
+        "metric_weights",
+    }
+    written: dict[str, str] = {}
+    for environment in ENVIRONMENTS:
+        for name, entry in loader(environment)["catalog"].items():
+            if name not in shared and "filepath" in entry:
+                path = Path(entry["filepath"]).as_posix()
+                assert written.setdefault(path, environment) == environment, path
+
+
+def test_an_environment_that_would_write_over_bases_results_is_refused(tmp_path):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF, conf, ignore=shutil.ignore_patterns("local"))
+    (conf / "mine").mkdir()
+    assert shared_folder(loader("ci", conf)) is None and shared_folder(loader("base", conf)) is None
+    line = shared_folder(loader("mine", conf))
+    assert "conf/mine/globals.yml" in line and "folder: mine" in line
+    (conf / "mine/globals.yml").write_text("folder: mine\n")
+    assert shared_folder(loader("mine", conf)) is None
+
+
+@pytest.mark.parametrize(
+    ("group", "model"), [("train", Recipe), ("backbone", BackboneOptions), ("anchors", AnchorRecipe)]
+)
+@pytest.mark.parametrize("environment", REAL)
+def test_a_real_teachers_environment_names_every_option_that_changes_its_result(environment, group, model):
+    # Environments are merged softly into base: a field that is missing here would be the embedded world's.
+    own = yaml.safe_load((CONF / environment / "parameters.yml").read_text())
+    assert model.model_fields.keys() - {"launch"} <= own[group].keys()
+    assert group != "train" or model.model_fields.keys() <= own["train_dmd"].keys()
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_the_baseline_is_the_recipe_with_three_keys_changed(environment):
+    parameters = loader(environment)["parameters"]
+    train, baseline = parameters["train"], parameters["train_dmd"]
+    assert {key for key in train if train[key] != baseline[key]} == set(BASELINE_KEYS)
+    assert [baseline[key] for key in BASELINE_KEYS] == [0, 0.0, False]
+
+
+@pytest.mark.parametrize("environment", ["base", "sd35"])
+def test_a_parameter_of_the_command_line_reaches_the_baseline_too(environment):
+    changes = {"roles": "lora", "student": {"learning_rate": 0.5}, "diversity_weight": 7.0, "anchored_steps": 2}
+    parameters = loader(environment, train=changes, train_dmd={"seed": 3})["parameters"]
+    train, baseline = parameters["train"], parameters["train_dmd"]
+    assert train["roles"] == baseline["roles"] == "lora"
+    assert train["student"]["learning_rate"] == baseline["student"]["learning_rate"] == 0.5
+    assert (train["diversity_weight"], baseline["diversity_weight"]) == (7.0, 0.0)
+    assert (train["anchored_steps"], baseline["anchored_steps"]) == (2, 0)
+    assert (train["seed"], baseline["seed"]) == (0, 3)
+
+
+def test_what_is_given_for_the_baseline_itself_wins():
+    assert with_baseline({"train": {"a": {"b": 1, "c": 2}}, "train_dmd": {"a": {"b": 3}}})["train_dmd"] == {
+        "a": {"b": 3, "c": 2}
+    }
+    for unchanged in ({}, {"train": 3}, {"train": {"anchored_steps": 1}}, {"evaluate": {"seed": 1}}):
+        assert with_baseline(unchanged) == unchanged
