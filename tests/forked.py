@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import rich
+from kedro.framework import project
 from kedro.framework.cli.cli import main
 
 _fork = multiprocessing.get_context("forkserver")
@@ -59,5 +60,6 @@ def _kedro(args: list[str], folder: str, environment: dict[str, str], output) ->
     signal.signal(signal.SIGINT, signal.default_int_handler)  # though a shell in the background had it ignored
     rich.reconfigure()  # its console has read the environment when it was loaded
     os.chdir(folder)
+    project.LOGGING.__init__()  # it has read the logging.yml of another folder
     sys.argv = ["kedro", *args]
     main()

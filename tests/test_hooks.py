@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from tests.forked import ForkedKedro
 
-from dpdmd_pipeline.hooks import error_line
+from dpdmd_pipeline.planning.messages import error_line
 
 PROJECT = Path(__file__).parents[1]
 
@@ -108,21 +110,27 @@ def toy(tmp_path) -> Path:
     return tmp_path
 
 
-def kedro(folder: Path, *args: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "kedro", "run", *args]
-    return subprocess.run(
-        command, cwd=folder, env=_environment(environment), capture_output=True, text=True, timeout=60
-    )
+class Result(NamedTuple):
+    """Exit code and output of a run."""
+
+    code: int
+    output: str
+
+
+def kedro(folder: Path, *args: str, **environment: str) -> Result:
+    process = ForkedKedro(["run", *args], folder, _environment(environment))
+    output = process.communicate(timeout=60)[0]
+    return Result(process.returncode, output)
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
     return os.environ | {"DO_NOT_TRACK": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | more
 
 
-def refusal(result: subprocess.CompletedProcess) -> str:
+def refusal(result: Result) -> str:
     """The message of a run that ended in one error and no traceback."""
-    output = result.stdout + result.stderr
-    assert result.returncode == 1, output
+    output = result.output
+    assert result.code == 1, output
     assert "Traceback" not in output
     assert output.count("Error:") == 1, output
     assert "ERROR" not in output
@@ -132,56 +140,61 @@ def refusal(result: subprocess.CompletedProcess) -> str:
 
 def test_a_good_run_is_quiet_about_the_older_spelling(toy):
     result = kedro(toy, "--pipeline=train")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "deprecated" not in (result.stdout + result.stderr).lower()
+    assert result.code == 0, result.output
+    assert "deprecated" not in result.output.lower()
     assert json.loads((toy / "data/history.json").read_text()) == ["a"]
 
 
 @pytest.mark.parametrize(
-    "params, message",
+    "params, option, value, remedies",
     [
-        ("trian.x=1", "trian: unknown parameter group; did you mean 'train'?"),
-        ("zzz=1", "zzz: unknown parameter group; the groups are train"),
-        ("train.zzz=4", "train.zzz = 4: unknown option; there are steps, what, optimizer"),
-        ("train.stepz=4", "train.stepz = 4: unknown option; did you mean 'steps'?"),
-        ("train.optimizer.lrr=4", "train.optimizer.lrr = 4: unknown option; did you mean 'lr'?"),
-        ("train.optimizer.lr=-1", "train.optimizer.lr = -1: must be greater than 0"),
-        ("train.steps=many", "train.steps = 'many': must be a valid integer, unable to parse string as an integer"),
-        ("train=1", "train = 1: must be a valid dictionary or instance of Options"),
+        ("trian.x=1", "trian", "", ["'train'"]),
+        ("zzz=1", "zzz", "", ["train"]),
+        ("train.zzz=4", "train.zzz", "4", ["steps", "what", "optimizer"]),
+        ("train.stepz=4", "train.stepz", "4", ["'steps'"]),
+        ("train.optimizer.lrr=4", "train.optimizer.lrr", "4", ["'lr'"]),
+        ("train.optimizer.lr=-1", "train.optimizer.lr", "-1", ["greater than 0"]),
+        ("train.steps=many", "train.steps", "'many'", ["integer"]),
+        ("train=1", "train", "1", ["dictionary"]),
     ],
 )
-def test_a_bad_option_is_named_with_its_value_and_the_reason(toy, params, message):
-    assert refusal(kedro(toy, "--pipelines", "train", "--params", params)) == message
+def test_a_bad_option_is_named_with_its_value_and_the_remedy(toy, params, option, value, remedies):
+    message = refusal(kedro(toy, "--pipelines", "train", "--params", params))
+    name, _, reason = message.partition(":")
+    assert name == (f"{option} = {value}" if value else option)
+    assert all(remedy in reason for remedy in remedies) and "\n" not in message
 
 
 def test_all_bad_options_come_in_one_message(toy):
     lines = refusal(kedro(toy, "--params", "trian.x=1,train.stepz=4,train.steps=many")).splitlines()
-    assert lines[0] == "3 things are wrong:"
+    assert lines[0].startswith("3 ")
     assert [line.split()[0] for line in lines[1:]] == ["trian:", "train.steps", "train.stepz"]
 
 
 def test_only_the_options_of_the_requested_pipeline_are_checked(toy):
-    assert kedro(toy, "--pipelines", "prompts", "--params", "train.steps=many").returncode == 0
+    assert kedro(toy, "--pipelines", "prompts", "--params", "train.steps=many").code == 0
 
 
 def test_another_prompt_file_is_no_unknown_group(toy):
-    assert kedro(toy, "--pipelines", "train", "--params", "raw_prompts=data/other.json").returncode == 0
+    assert kedro(toy, "--pipelines", "train", "--params", "raw_prompts=data/other.json").code == 0
     assert (toy / "data/other.json").exists()
 
 
 def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
-    assert refusal(kedro(toy, "--pipelines", "trian")) == "no pipeline 'trian': choose one of prompts, train"
+    message = refusal(kedro(toy, "--pipelines", "trian"))
+    assert "'trian'" in message and message.endswith("prompts, train")
 
 
 def test_a_remedy_runs_in_the_environment_of_the_run(toy):
     (toy / "conf/other").mkdir()
     (toy / "data/words.json").unlink()
-    assert "`kedro run --pipelines prompts` first" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
-    expected = "missing words (data/words.json): run `kedro run --env other --pipelines prompts` first"
-    assert refusal(kedro(toy, "--pipelines", "train", KEDRO_ENV="other")) == expected
+    assert "`kedro run --pipelines prompts`" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
+    assert "`kedro run --env other --pipelines prompts`" in refusal(
+        kedro(toy, "--pipelines", "train", KEDRO_ENV="other")
+    )
     (toy / "data/words.json").write_text('["a"]')
     line = refusal(kedro(toy, "--env", "other", "--pipelines", "train", "--params", "train.what=remedy"))
-    assert line.endswith("no student weights there; run `kedro run --env other --pipelines train` first")
+    assert "nowhere" in line and line.endswith("`kedro run --env other --pipelines train`")
 
 
 def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
@@ -191,15 +204,15 @@ def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
     stage.write_text(stage.read_text().replace('"prompts", "words"', '"environment", "words"'))
     for env in ("local", "other"):
-        assert kedro(toy, "--env", env, "--pipelines", "prompts").returncode == 0
+        assert kedro(toy, "--env", env, "--pipelines", "prompts").code == 0
         assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
     (toy / "conf/sd35_lora_16gb").mkdir()
-    for env, near in (("zzz", ":"), ("sd35lora", "; did you mean 'sd35_lora_16gb'?")):
-        expected = f"no environment {env!r} in conf/{near} choose one of base, local, sd35_lora_16gb"
-        assert refusal(kedro(toy, "--env", env, "--pipelines", "train")) == expected
+    for env, names in (("zzz", ["base, local, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
+        message = refusal(kedro(toy, "--env", env, "--pipelines", "train"))
+        assert repr(env) in message and all(name in message for name in names)
 
 
 def test_broken_yaml_is_refused_with_file_and_line(toy):
@@ -208,13 +221,13 @@ def test_broken_yaml_is_refused_with_file_and_line(toy):
 
 
 def test_one_process_of_many_is_refused(toy):
-    assert refusal(kedro(toy, WORLD_SIZE="2")).startswith("WORLD_SIZE = 2: ")
+    assert "WORLD_SIZE = 2" in refusal(kedro(toy, WORLD_SIZE="2"))
 
 
 def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):
     (toy / "data/words.json").unlink()
-    expected = "missing words (data/words.json): run `kedro run --pipelines prompts` first"
-    assert refusal(kedro(toy, "--pipelines", "train")) == expected
+    message = refusal(kedro(toy, "--pipelines", "train"))
+    assert "words (data/words.json)" in message and "`kedro run --pipelines prompts`" in message
 
 
 def test_an_input_that_a_stage_can_do_without_may_be_missing(toy):
@@ -223,43 +236,39 @@ def test_an_input_that_a_stage_can_do_without_may_be_missing(toy):
     kind = "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
     catalog.write_text(catalog.read_text().replace("words: {type: json.JSONDataset", f"words: {{type: {kind}"))
     result = kedro(toy, "--pipelines", "train")
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.code == 0, result.output
     assert json.loads((toy / "data/history.json").read_text()) == {}
 
 
 def test_a_missing_raw_file_is_named_with_its_path(toy):
     (toy / "data/prompts.txt").unlink()
-    assert refusal(kedro(toy, "--pipelines", "prompts")).startswith("missing prompts (data/prompts.txt): put it there")
+    assert "prompts (data/prompts.txt)" in refusal(kedro(toy, "--pipelines", "prompts"))
 
 
 def test_a_damaged_input_is_named(toy):
     (toy / "data/words.json").write_text('["a"')
-    assert refusal(kedro(toy, "--pipelines", "train")).startswith(
-        "words (data/words.json) cannot be read: Expecting ',"
-    )
+    message = refusal(kedro(toy, "--pipelines", "train"))
+    assert "words (data/words.json)" in message and "Expecting ','" in message
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
 def test_a_full_disk_is_one_line_with_the_remedy(toy):
     (toy / "data/history.json").symlink_to("/dev/full")  # not the device itself: a writer that renames would replace it
     message = refusal(kedro(toy, "--pipelines", "train"))
-    assert message.startswith("the disk is full: history (data/history.json) could not be written; free some space")
+    assert "disk is full" in message and "history (data/history.json)" in message
 
 
 @pytest.mark.parametrize(
-    "words, line",
+    "text, reason",
     [
-        (
-            "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534",
-            "the disk is full: the student could",
-        ),
-        ("[enforce fail at inline_container.cc:747] . open file failed: Permission denied", "no permission for"),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "disk is full"),
+        ("[enforce fail at inline_container.cc:747] . open file failed: Permission denied", "no permission"),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", None),
     ],
 )
-def test_torch_on_a_disk_that_refuses_is_told_from_a_bug(words, line):
-    found = error_line(RuntimeError(words), "the student")
-    assert found is None if line is None else found.startswith(line)
+def test_an_error_of_torch_on_a_closed_disk_is_no_bug(text, reason):
+    line = error_line(RuntimeError(text), "the student")
+    assert line is None if reason is None else reason in line and "the student" in line
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").exists(), reason="Linux has a folder that nobody may write to")
@@ -270,16 +279,16 @@ def test_a_folder_that_may_not_be_written_is_one_line(toy):
 
 def test_what_this_package_refuses_is_one_line_and_its_traceback_is_in_the_log(toy):
     message = refusal(kedro(toy, "--pipelines", "train", "--params", "train.what=refuse"))
-    assert message == "backbone.family is 'sd9': choose one of sd3, sdxl, sana"
+    assert "'sd9'" in message and message.endswith("sd3, sdxl, sana")
     written = (toy / "logs/dpdmd.log").read_text()
     assert "Traceback" in written and "load_backbone" in written
 
 
 def test_a_bug_keeps_its_traceback(toy):
     result = kedro(toy, "--pipelines", "train", "--params", "train.what=bug")
-    assert result.returncode == 1
-    assert "Traceback" in result.stdout + result.stderr
-    assert "TypeError" in result.stdout + result.stderr
+    assert result.code == 1
+    assert "Traceback" in result.output
+    assert "TypeError" in result.output
 
 
 def test_control_c_gives_one_line(toy):
@@ -328,29 +337,30 @@ def test_a_run_that_could_not_measure_all_writes_everything_and_ends_with_exit_c
         file.write("metrics: {type: json.JSONDataset, filepath: data/metrics.json}\n")
     (toy / "data/words.json").write_text(json.dumps(words))
     result = kedro(toy, "--pipelines", "evaluate")
-    assert result.returncode == code, result.stdout + result.stderr
+    assert result.code == code, result.output
     assert json.loads((toy / "data/history.json").read_text()) == ["dmd", "rank_correlation", "teacher"]
-    told = "Error: not measured: diversity.dino_v2: metrics (data/metrics.json) says why; all the rest is done"
-    assert result.stderr.strip().endswith(told if code else "") and "Traceback" not in result.stderr
-    assert kedro(toy, "--pipelines", "prompts").returncode == 0  # which measures nothing
+    last = result.output.strip().splitlines()[-1]
+    assert ("Error:" in last and "diversity.dino_v2" in last and "data/metrics.json" in last) == bool(code)
+    assert "Traceback" not in result.output
+    assert kedro(toy, "--pipelines", "prompts").code == 0  # which measures nothing
 
 
 def test_a_read_only_log_folder_does_not_stop_a_run(toy):
     (toy / "logs").write_text("a file where a folder should be")
     result = kedro(toy, "--pipelines", "train")
-    assert result.returncode == 0
-    assert "Logging error" not in result.stderr
+    assert result.code == 0
+    assert "Logging error" not in result.output
 
 
 def test_the_stages_of_this_project_refuse_what_they_do_not_know():
     result = kedro(PROJECT, "--pipelines", "prompts", "--params", "prompt.seed=1,prompts.nonsense=1")
     lines = refusal(result).splitlines()
-    assert lines[1].strip() == "prompt: unknown parameter group; did you mean 'prompts'?"
-    assert lines[2].strip().startswith("prompts.nonsense = 1: unknown option; there are ")
+    assert lines[1].strip().startswith("prompt:") and "'prompts'" in lines[1]
+    assert lines[2].strip().startswith("prompts.nonsense = 1:")
 
 
 def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_path):
     (tmp_path / "foreign.txt").write_text("a red circle\na fox\n")
     result = kedro(PROJECT, "--env", "ci", "--pipeline=distill", "--params", f"raw_prompts={tmp_path}/foreign.txt")
     message = refusal(result)
-    assert message.startswith("1 prompt is not of the shapes world") and message.endswith("set evaluate.judge=null")
+    assert "'a fox'" in message and "'a red circle'" not in message and "evaluate.judge=null" in message
