@@ -132,7 +132,7 @@ def test_pictures_are_drawn_again_only_after_a_change_that_alters_them(students,
     )
     others = {identity(seed=1), identity(images_per_prompt=4), identity(backbone_options(guidance_scale=2.0))}
     others |= {identity(folders=students[::-1])}
-    monkeypatch.setattr("dpdmd_pipeline.pipelines.evaluate.sampling.code_hash", lambda *places: "of other code")
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.evaluate.sampling.code_hash", lambda *paths: "of other code")
     assert len(others | {first, identity()}) == 6
 
 
