@@ -13,6 +13,8 @@ from tests.pipelines.conftest import (
     train_options,
 )
 
+from dpdmd_pipeline.errors import MissingInputError, StageError
+from dpdmd_pipeline.pipelines.study import nodes
 from dpdmd_pipeline.pipelines.study.figure import rows_of
 from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, write_study
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
@@ -103,6 +105,12 @@ def test_invalid_changes_are_refused_before_the_first_run(study, tmp_path):
     with pytest.raises(ValueError, match=r"^runs\.wrong: .*student\.kind=adamw_8bit"):
         study(options(wrong={"train": {"student": {**OPTIMIZER, "kind": "adamw_8bit"}}}), tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_error_in_a_run_names_the_run_and_the_stage_that_must_run_first():
+    with pytest.raises(StageError, match=r"^runs\.wrong: .*12ab") as error, nodes._naming("wrong"):
+        raise MissingInputError("no anchors of 12ab", stage="anchors")
+    assert type(error.value) is MissingInputError and error.value.stage == "anchors"
 
 
 def test_the_baseline_must_be_a_run():

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dpdmd_pipeline.pipelines.report.wording import MODELS
+from dpdmd_pipeline.pipelines.report.wording import MODELS, first_common
 
 # Axes of the scatter: the first figure that all models have, of the exact reader if possible.
 _QUALITY = ("quality.shapes.aligned", "quality.", "preference.", "alignment.")
 _DIVERSITY = ("diversity.shapes.effective_modes", "diversity.")
-_PIXELS = "diversity.pixels"  # the weakest diversity metric, used only without another
 PLOT = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in an image of 560 x 340
 BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in an image 360 wide
 
@@ -39,7 +38,7 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
 def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]] | None:
     """Names of a diversity and a quality that all models have, and (model, diversity, quality, text) of each prompt."""
     tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
-    x_name, y_name = (_first_common(tables, prefixes) for prefixes in (_DIVERSITY, _QUALITY))
+    x_name, y_name = (first_common(tables, prefixes) for prefixes in (_DIVERSITY, _QUALITY))
     if x_name is None or y_name is None:
         return None
     points = [
@@ -66,13 +65,6 @@ def prompt_table(scores: Mapping[str, Any], max_prompts: int) -> dict[str, Any] 
 def _position(marks: Sequence[float], start: float, end: float, value: float) -> float:
     """Coordinate of a value on an axis whose first and last marks lie at `start` and `end`."""
     return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
-
-
-def _first_common(tables: Mapping[str, Mapping[str, Any]], prefixes: Sequence[str]) -> str | None:
-    first, *others = tables.values()
-    common = [name for name in first if all(name in table for table in others)]
-    common.sort(key=lambda name: name.startswith(_PIXELS))
-    return next((name for prefix in prefixes for name in common if name.startswith(prefix)), None)
 
 
 def _ticks(low: float, high: float) -> list[float]:

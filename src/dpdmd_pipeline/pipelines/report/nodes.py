@@ -121,10 +121,7 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         for name in metrics["teacher"][kind]
         if name != "residual" and all(name in metrics[model][kind] for model in MODELS)
     ]
-    titles = [metric_named(name) for _, name in names]
-    table = _empty_table(
-        box, [f"{metric.title}, {metric.unit}" if metric.unit else metric.title for metric in titles] + ["NFE"]
-    )
+    table = _empty_table(box, [*(metric_named(name).heading for _, name in names), "NFE"])
     for model, title in MODELS.items():
         values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in names]
         table.add_row(title, *values, str(metrics[model]["nfe"]))

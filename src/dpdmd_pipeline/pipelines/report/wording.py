@@ -1,6 +1,6 @@
 """Words for the metrics: titles, explanations, numbers, and the verdict."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ class Metric:
     digits: int = 3
     percent: bool = False
     unit: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Title with the unit: `entropy, bits`."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def number(self, value: float) -> str:
         """`93.1 %`, `4.21`."""
@@ -152,15 +157,21 @@ def _not_worse(
     return f", but DP-DMD's pictures {verbs[2]} DMD's, {numbers}"
 
 
-def headline(metrics: dict[str, Any], axes: tuple[str, ...]) -> str | None:
-    """First figure of these axes that all models have; differences of pixels come last."""
-    names = [name for name in metrics["dp_dmd"]["figures"] if all(_has(metrics[model], name) for model in MODELS)]
-    ordered = [name for axis in axes for name in names if name.startswith(axis)]
-    return next(iter(sorted(ordered, key=lambda name: name.startswith("diversity.pixels"))), None)
+def headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> str | None:
+    """First figure with one of these prefixes that was measured for all models."""
+    figures = {model: metrics[model]["figures"].items() for model in MODELS}
+    measured = {
+        model: [name for name, figure in items if figure["value"] is not None] for model, items in figures.items()
+    }
+    return first_common(measured, prefixes)
 
 
-def _has(of_model: dict[str, Any], name: str) -> bool:
-    return of_model["figures"].get(name, {}).get("value") is not None
+def first_common(names: Mapping[str, Collection[str]], prefixes: Sequence[str]) -> str | None:
+    """First of the names that all models have, in the order of the prefixes; differences of pixels come last."""
+    first, *others = names.values()
+    common = [name for name in first if all(name in other for other in others)]
+    common.sort(key=lambda name: name.startswith("diversity.pixels"))
+    return next((name for prefix in prefixes for name in common if name.startswith(prefix)), None)
 
 
 def make_captions(metrics: dict[str, Any]) -> dict[str, str]:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
-from dpdmd_pipeline.pipelines.study.students import Judge, Student, judged_student, make_all
+from dpdmd_pipeline.pipelines.study.students import Judge, Student, judge_student, make_all
 from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_optimizers
 from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
@@ -71,7 +72,7 @@ def run_study(
             "steps": anchor_options.anchor_levels[0].steps,
         },
         "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
-        "teacher": judge.judged(None),
+        "teacher": judge.measure(None),
         "rows": [results[student] for student in options.students],
     }
 
@@ -115,6 +116,8 @@ def _naming(run: str) -> Iterator[None]:
     """Start error messages with the name of the run."""
     try:
         yield
+    except StageError as error:
+        raise type(error)(f"runs.{run}: {error.fact}", error.stage) from error
     except ValueError as error:
         raise ValueError(f"runs.{run}: {error}") from error
 
@@ -147,7 +150,7 @@ def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Stud
     own_inputs = inputs._replace(anchors=run.anchors)._asdict()
     train = partial(train_student, **own_inputs, anchor_options=run.anchor_options, options=options)
     identity = run_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
-    return {"run": name, "seed": seed, **judged_student(train, judge, identity)}
+    return {"run": name, "seed": seed, **judge_student(train, judge, identity)}
 
 
 def _with_changes(options: Options, changes: dict[str, Any]) -> Options:

@@ -49,7 +49,7 @@ class Judge(NamedTuple):
     options: EvaluateOptions
     state: Path
 
-    def judged(self, student: Path | None) -> dict[str, Any]:
+    def measure(self, student: Path | None) -> dict[str, Any]:
         """Quality and diversity of a student's folder, or of the teacher for None."""
         from dpdmd_pipeline.metrics.shapes import judge
 
@@ -61,7 +61,7 @@ class Judge(NamedTuple):
         """Number of prompts, and of pictures per prompt, of each model."""
         return {"prompts": len(self.chosen), "per_prompt": self.options.images_per_prompt}
 
-    def record(self, identity: str) -> Path:
+    def path(self, identity: str) -> Path:
         """File of a student's result; its name hashes everything that decides it.
 
         Args:
@@ -75,20 +75,20 @@ class Judge(NamedTuple):
 Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the student, and its history
 
 
-def judged_student(train: Callable[[], Trained], judge: Judge, identity: str) -> dict[str, Any]:
+def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> dict[str, Any]:
     """Quality, diversity and last history record of a student; train and judge it unless its result is stored.
 
     Raises:
         HeldError: if another process is training or judging it.
     """
-    path = judge.record(identity)
+    path = judge.path(identity)
     with locked(Folders.of(path)):
         result = _load(path)
         if result is None:
             write, history = train()
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder))
-                result = {**judge.judged(Path(folder)), "last": history[-1]}
+                result = {**judge.measure(Path(folder)), "last": history[-1]}
             text = json.dumps(result)
             write_atomically(path, lambda temporary: temporary.write_text(text))
     return result
