@@ -31,8 +31,7 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import score_images
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.pipelines.evaluate.sampling import SHARD, sample_images
-from dpdmd_pipeline.pipelines.evaluate.scoring import asked_presets, make_settings
-from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
+from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_index
 from record import ROOT, record
@@ -68,7 +67,7 @@ class Evaluation:
     @property
     def a_turn(self) -> dict[str, int]:
         """Pictures of each contender's turn."""
-        presets = {preset.full_name: self.pictures for preset in asked_presets(self.options)}
+        presets = {preset.full_name: self.pictures for preset in requested_presets(self.options)}
         return {TEACHER: SHARD, STUDENT: SHARD, SCORING: len(MODELS) * self.pictures, **presets}
 
     def sampling(self, model: str) -> Callable[[], Any]:
@@ -90,7 +89,7 @@ class Evaluation:
         settings = make_settings(self.folder / "no_weights", FOLDERS / "shapes_clip", self.options)
         shards = [*self.drawn.shards()][: len(self.prompts)]  # of the first model
         sets = [TensorSet(text, text, shard["image"]) for text, shard in zip(self.prompts, shards, strict=True)]
-        return {p.full_name: partial(_score_anew, sets, p, settings) for p in asked_presets(self.options)}
+        return {p.full_name: partial(_score_anew, sets, p, settings) for p in requested_presets(self.options)}
 
 
 def _score_anew(sets: list[TensorSet], preset: Any, settings: Any) -> None:

@@ -1,1 +1,1 @@
-"""The line: one room per stage, no doors between rooms; `distill` is their sum."""
+"""The stages, a package each; they do not import each other. `distill` is their sum."""

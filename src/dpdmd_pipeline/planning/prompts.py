@@ -1,4 +1,4 @@
-"""What is found out before anything is made: prompts that the exact reader of the embedded world cannot judge."""
+"""Check before a run that the exact reader of the embedded world can judge every prompt."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from dpdmd_pipeline.planning.messages import describe
 from dpdmd_pipeline.wording import counted, listed
 
-USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_study"}  # nodes that prompts are for
-FEW, LETTERS = 3, 40  # how many foreign prompts are named, and how much of each
+USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_study"}  # nodes that use prompts
+FEW, LETTERS = 3, 40  # foreign prompts in the message, and characters of each
 
 
-def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
-    """What stands against the prompts of a run of the line, before its first node; for the hooks.
+def refuse_prompts(pipeline: Any, catalog: Any) -> list[str]:
+    """Errors about the prompts of a run, before its first node; for the hooks.
 
-    Prompts that are trained on count too: the embedded teacher has never seen other words, and draws nothing by them.
+    Training prompts count too: the embedded teacher has never seen other words, so it cannot draw them.
     """
     if not USERS & {node.name for node in pipeline.nodes} or "params:evaluate" not in catalog:
         return []
@@ -27,21 +27,21 @@ def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[
 
 
 def foreign_line(texts: Iterable[str]) -> str | None:
-    """The line that refuses what is not of the embedded world; None if all is."""
+    """Error message about prompts outside the embedded world; None if there are none."""
     from dpdmd_pipeline.shapes.world import COLOURS, SHAPES
 
-    foreign = [text for text in texts if not _is_of_the_world(text)]
+    foreign = [text for text in texts if not _is_in_the_world(text)]
     if not foreign:
         return None
-    named = listed([repr(text if len(text) <= LETTERS else f"{text[:LETTERS]}...") for text in foreign], FEW)
+    examples = listed([repr(text if len(text) <= LETTERS else f"{text[:LETTERS]}...") for text in foreign], FEW)
     return (
-        f"{counted(len(foreign), 'prompt is', 'prompts are')} not of the shapes world, the only one that "
-        f"evaluate.judge=shapes reads ({named}): name one colour of {', '.join(COLOURS)} and one shape of "
-        f"{', '.join(SHAPES)} in each, take an --env with a teacher of your own, or set evaluate.judge=null"
+        f"{counted(len(foreign), 'prompt is', 'prompts are')} not of the shapes world ({examples}), and "
+        f"evaluate.judge=shapes reads no other pictures: name one colour ({', '.join(COLOURS)}) and one shape "
+        f"({', '.join(SHAPES)}) in each prompt, choose an environment with your own teacher, or set evaluate.judge=null"
     )
 
 
-def _is_of_the_world(text: str) -> bool:
+def _is_in_the_world(text: str) -> bool:
     from dpdmd_pipeline.shapes.world import prompt_index
 
     try:
@@ -52,7 +52,7 @@ def _is_of_the_world(text: str) -> bool:
 
 
 def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
-    """The prompts; where they are yet to be cleaned, the lines of their files.
+    """Texts of the prompts, or the lines of their files if this run cleans them first.
 
     Raises:
         ValueError, OSError: see PromptFile.
@@ -66,6 +66,6 @@ def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
 
 
 def _option(catalog: Any, group: str, name: str) -> Any:
-    """One option of a stage; plain where the stage itself is not asked for."""
+    """One option of a stage; its group is a dict if the stage itself does not run."""
     options = catalog.get(f"params:{group}").load()
     return options.get(name) if isinstance(options, Mapping) else getattr(options, name)

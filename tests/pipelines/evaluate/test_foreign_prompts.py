@@ -1,4 +1,4 @@
-"""Prompts that the exact reader cannot judge are refused before anything is made of them."""
+"""A run stops before its first node if the exact reader cannot judge its prompts."""
 
 import pytest
 from kedro.io import DataCatalog, MemoryDataset
@@ -10,16 +10,19 @@ from dpdmd_pipeline.planning.prompts import refuse_prompts
 
 WORLD = "a red circle\n\nblue square\n"
 FOREIGN = "a fox\na red circle\na dog\na red and blue square\n" + "a house " * 20 + "\n"
-REFUSED = (
-    "4 prompts are not of the shapes world, the only one that evaluate.judge=shapes reads ('a fox', 'a dog', "
-    "'a red and blue square' and 1 more): name one colour of red, green, blue, yellow and one shape of circle, square, "
-    "triangle in each, take an --env with a teacher of your own, or set evaluate.judge=null"
-)
+
+
+def assert_foreign(lines):
+    """One message counts the foreign prompts, shows the first three, and names the remedies."""
+    (line,) = lines
+    assert line.startswith("4 prompts") and "'a fox', 'a dog', 'a red and blue square' and 1 more" in line
+    assert "red, green, blue, yellow" in line and "circle, square, triangle" in line
+    assert "evaluate.judge=shapes" in line and "evaluate.judge=null" in line
 
 
 @pytest.fixture
-def given(tmp_path):
-    """A catalog of two prompt files, or of prompts that are cleaned already."""
+def make_catalog(tmp_path):
+    """A catalog of two prompt files, or of clean prompts."""
 
     def make(train=WORLD, judged=WORLD, cleaned=None, eval_share=None, **changes) -> DataCatalog:
         files = {"raw_prompts": train, "raw_eval_prompts": judged}
@@ -35,39 +38,39 @@ def given(tmp_path):
     return make
 
 
-def test_prompts_of_the_world_are_not_refused(given):
-    assert refuse_prompts(distill.create_pipeline(), given()) == []
+def test_prompts_of_the_world_are_accepted(make_catalog):
+    assert refuse_prompts(distill.create_pipeline(), make_catalog()) == []
 
 
 @pytest.mark.parametrize("which", ["train", "judged"])
-def test_foreign_prompts_are_counted_and_some_named_with_the_remedy(given, which):
-    assert refuse_prompts(distill.create_pipeline(), given(**{which: FOREIGN})) == [REFUSED]
+def test_foreign_prompts_are_counted_and_some_named_with_the_remedy(make_catalog, which):
+    assert_foreign(refuse_prompts(distill.create_pipeline(), make_catalog(**{which: FOREIGN})))
 
 
 @pytest.mark.parametrize("stage", [anchors, train, evaluate, study])
-def test_cleaned_prompts_are_asked_too_by_every_stage_that_uses_them(given, stage):
-    assert refuse_prompts(stage.create_pipeline(), given(cleaned=FOREIGN.replace("\n\n", "\n"))) == [REFUSED]
+def test_every_stage_that_uses_prompts_checks_clean_ones_too(make_catalog, stage):
+    assert_foreign(refuse_prompts(stage.create_pipeline(), make_catalog(cleaned=FOREIGN.replace("\n\n", "\n"))))
 
 
 @pytest.mark.parametrize("stage", [prompts, report, export])
-def test_stages_that_make_nothing_of_prompts_do_not_mind(given, stage):
-    assert refuse_prompts(stage.create_pipeline(), given(FOREIGN, cleaned=FOREIGN)) == []
+def test_stages_that_do_not_use_clean_prompts_accept_any(make_catalog, stage):
+    assert refuse_prompts(stage.create_pipeline(), make_catalog(FOREIGN, cleaned=FOREIGN)) == []
 
 
-def test_without_the_exact_reader_any_prompt_will_do(given):
-    assert refuse_prompts(distill.create_pipeline(), given(FOREIGN, judge=None)) == []
+def test_without_the_exact_reader_any_prompt_is_accepted(make_catalog):
+    assert refuse_prompts(distill.create_pipeline(), make_catalog(FOREIGN, judge=None)) == []
 
 
-def test_options_may_be_plain_or_the_stages_own(given):
-    catalog = given(FOREIGN)
+def test_options_may_be_a_dict_or_the_stages_own_class(make_catalog):
+    catalog = make_catalog(FOREIGN)
     catalog["params:evaluate"] = MemoryDataset(evaluate_options())
-    assert refuse_prompts(distill.create_pipeline(), catalog) == [REFUSED]
+    assert_foreign(refuse_prompts(distill.create_pipeline(), catalog))
 
 
-def test_a_file_that_is_not_read_is_not_asked(given):
-    assert refuse_prompts(distill.create_pipeline(), given(judged=FOREIGN, eval_share=0.5)) == []
+def test_a_file_that_the_run_does_not_read_is_not_checked(make_catalog):
+    assert refuse_prompts(distill.create_pipeline(), make_catalog(judged=FOREIGN, eval_share=0.5)) == []
 
 
-def test_a_file_that_is_not_there_is_missed_at_once(given):
-    (line,) = refuse_prompts(distill.create_pipeline(), given(judged=None))
-    assert "raw_eval_prompts.txt does not exist: create it" in line
+def test_a_missing_file_is_reported(make_catalog):
+    (line,) = refuse_prompts(distill.create_pipeline(), make_catalog(judged=None))
+    assert "raw_eval_prompts.txt" in line

@@ -1,6 +1,7 @@
-"""Scores of drawn pictures: any metric, each kept by itself, and never a number for what is not there."""
+"""Scores of drawn pictures: any metric, each cached by itself, and no number without a measurement."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from dpdmd_pipeline.pipelines.evaluate import scoring
 from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
     lay_out_pictures,
-    say_what_is_missing,
+    make_metrics,
+    make_summary,
     score_images,
-    summarise,
+    warn_about_missing_weights,
 )
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption, gallery
 
@@ -40,12 +42,12 @@ def evaluate_options(**changes):
 
 
 def pictures_of(model: int) -> torch.Tensor:
-    """[prompts, n, 3, 32, 32] uint8: of 72, 2 and 24 modes, a little noisy."""
+    """Slightly noisy pictures of 72, 2 or 24 modes, uint8 [prompts, n, 3, 32, 32]."""
     generator = torch.Generator().manual_seed(model)
     world = gallery().view(NUM_PROMPTS, NUM_MODES, 3, 32, 32)[: len(CHOSEN)]
     modes = torch.randint((72, 2, 24)[model], (len(CHOSEN), PER_PROMPT), generator=generator)
-    found = torch.stack([world[prompt, modes[prompt]] for prompt in range(len(CHOSEN))])
-    return ((found + 0.02 * torch.randn(found.shape, generator=generator)).clamp(0, 1) * 255).round().to(torch.uint8)
+    clean = torch.stack([world[prompt, modes[prompt]] for prompt in range(len(CHOSEN))])
+    return ((clean + 0.02 * torch.randn(clean.shape, generator=generator)).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def shard(model: int, prompts: list[int]) -> dict[str, torch.Tensor]:
@@ -60,12 +62,13 @@ def shard(model: int, prompts: list[int]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """As the catalog gives them, each model's pictures in one shard."""
+    """The cache of the catalog, with one shard per model."""
     return drawn(tmp_path_factory.mktemp("drawn"), [(model, [0, 1, 2]) for model in range(3)])
 
 
-def drawn(folder, places, fingerprint="of the tests"):
-    shards = {f"{number:05d}": lambda place=place: shard(*place) for number, place in enumerate(places)}
+def drawn(folder, contents, fingerprint="of the tests"):
+    """Cache with one shard per (model, prompts)."""
+    shards = {f"{number:05d}": lambda content=content: shard(*content) for number, content in enumerate(contents)}
     manifest = {"nfe": {"teacher": 60, "dmd": 4, "dp_dmd": 4}, "models": HASHES}
     return cached(folder / "images", LazyShards(shards, fingerprint, manifest))
 
@@ -85,33 +88,33 @@ def files(tmp_path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "state").glob("*.json")}
 
 
-# ---- what is measured
+# ---- figures
 
 
-def test_the_exact_reader_s_figures_are_those_of_its_own_function(score, images):
-    metrics = summarise(images, score(), evaluate_options())
+def test_the_exact_figures_are_those_of_the_reader_s_own_function(score, images):
+    metrics = make_metrics(images, score(), evaluate_options())
     for number, name in enumerate(("teacher", "dmd", "dp_dmd")):
         pictures = pictures_of(number) / 255
         expected = judge(list(pictures), TEXTS, seed=0)
         assert metrics[name]["quality"] == expected["quality"]
         distance = expected["diversity"].pop("pairwise_distance")
-        found = dict(metrics[name]["diversity"])
-        assert found.pop("pairwise_distance") == pytest.approx(distance, rel=1e-6)
-        assert found == expected["diversity"]
+        diversity = dict(metrics[name]["diversity"])
+        assert diversity.pop("pairwise_distance") == pytest.approx(distance, rel=1e-6)
+        assert diversity == expected["diversity"]
         assert metrics[name]["n"] == {"prompts": 3, "per_prompt": PER_PROMPT}
         assert metrics[name]["nfe"] == images.manifest["nfe"][name]
         assert not metrics[name]["figures"] and not metrics[name]["missing"]
 
 
-def test_the_metrics_say_which_models_were_measured(score, images):
-    metrics = summarise(images, score(), evaluate_options())
+def test_the_metrics_hold_the_hash_of_each_model(score, images):
+    metrics = make_metrics(images, score(), evaluate_options())
     assert all(metrics[name]["model"] and HASHES[name].startswith(metrics[name]["model"]) for name in HASHES)
     assert len({metrics[name]["model"] for name in HASHES}) == 3
 
 
 def test_every_gap_has_an_interval_its_prompts_and_its_protocol(score, images):
     scores = score(by=CLIP)
-    ours = summarise(images, scores, evaluate_options(by=CLIP))["dp_dmd"]
+    ours = make_metrics(images, scores, evaluate_options(by=CLIP))["dp_dmd"]
     assert ours["gap_recovered"].keys() == ours["diversity"].keys()
     assert ours["gap_recovered"]["effective_modes"] == scores["gaps"]["diversity.shapes.effective_modes"]
     assert ours["gaps"].keys() == {name for name in ours["figures"] if name.startswith("diversity.")}
@@ -120,61 +123,98 @@ def test_every_gap_has_an_interval_its_prompts_and_its_protocol(score, images):
         assert gap["value"] is None or gap["low"] is None or gap["low"] <= gap["value"] <= gap["high"]
 
 
-def test_the_presets_of_the_exact_figures_are_told_once_a_model(score, images):
-    metrics = summarise(images, score(), evaluate_options())
-    protocols = {preset.full_name: preset.protocol for preset in scoring.asked_presets(evaluate_options())}
+def test_each_model_has_the_presets_of_the_exact_figures_once(score, images):
+    metrics = make_metrics(images, score(), evaluate_options())
+    protocols = {preset.full_name: preset.protocol for preset in scoring.requested_presets(evaluate_options())}
     assert protocols.keys() == {"quality.shapes", "diversity.shapes", "diversity.pixels"}
     assert all(metrics[name]["exact_presets"] == protocols for name in ("teacher", "dmd", "dp_dmd"))
 
 
-def test_a_metric_more_comes_under_its_full_name_with_count_interval_and_protocol(score, images):
+def test_another_metric_has_its_full_name_count_interval_and_protocol(score, images):
     scores = score(by=CLIP)
-    metrics = summarise(images, scores, evaluate_options(by=CLIP))
+    metrics = make_metrics(images, scores, evaluate_options(by=CLIP))
     names = {f"diversity.clip_shapes.{name}" for name in ("one_minus_cosine", "vendi", "duplicate_rate")}
     names |= {"alignment.clip_shapes.score"}
-    for found in (metrics[name] for name in ("teacher", "dmd", "dp_dmd")):
-        assert set(found["figures"]) == names
-        for figure in found["figures"].values():
+    for of_model in (metrics[name] for name in ("teacher", "dmd", "dp_dmd")):
+        assert set(of_model["figures"]) == names
+        for figure in of_model["figures"].values():
             assert figure["low"] <= figure["value"] <= figure["high"] and "open_clip" in figure["preset"]
             assert figure["n"] == {"prompts": 3, "pictures": 18, "prompts_not_measured": 0}
     vendi = [metrics[name]["figures"]["diversity.clip_shapes.vendi"]["value"] for name in ("dmd", "dp_dmd", "teacher")]
     assert vendi[0] < vendi[1] < vendi[2]
     assert metrics["teacher"]["figures"]["alignment.clip_shapes.score"]["value"] > 50
-    of_weights = CLIP_SHAPES.digest(SHIPPED)
-    assert metrics["dmd"]["weights"] == {name: {"shapes_clip": of_weights} for name in CLIP} and len(of_weights) == 64
+    digest = CLIP_SHAPES.digest(SHIPPED)
+    assert metrics["dmd"]["weights"] == {name: {"shapes_clip": digest} for name in CLIP} and len(digest) == 64
     assert 0 < metrics["dp_dmd"]["gaps"]["diversity.clip_shapes.vendi"]["value"] < 1
     assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["value"] > 0.5
     assert metrics["rank_correlation"]["diversity.clip_shapes.vendi"]["n"] == {"prompts": 3, "models": 3}
     json.dumps(metrics, allow_nan=False)
 
 
+def test_the_summary_holds_the_main_numbers_of_the_metrics(score, images):
+    metrics = make_metrics(images, score(by=CLIP), evaluate_options(by=CLIP))
+    summary = make_summary(metrics)
+    for name in ("teacher", "dmd", "dp_dmd"):
+        numbers = dict(summary[name])
+        assert numbers.pop("aligned") == metrics[name]["quality"]["aligned"]["value"]
+        assert numbers.pop("modes") == metrics[name]["diversity"]["effective_modes"]["value"]
+        assert numbers.pop("evaluations") == metrics[name]["nfe"]
+        assert list(numbers) == (["gap"] if name == "dp_dmd" else [])
+    assert summary["dp_dmd"]["gap"] == metrics["dp_dmd"]["gap_recovered"]["effective_modes"]["value"]
+    assert all(type(value) in (int, float) for numbers in summary.values() for value in numbers.values())
+
+
+def test_without_the_reader_the_summary_holds_the_first_diversity_that_all_models_have(score, images):
+    by = ["diversity.pixels", *CLIP]
+    metrics = make_metrics(images, score(judge=None, by=by), evaluate_options(judge=None, by=by))
+    summary = make_summary(metrics)
+    name = "diversity.clip_shapes.one_minus_cosine"
+    assert {model: list(numbers) for model, numbers in summary.items()} == {
+        "teacher": [name, "evaluations"], "dmd": [name, "evaluations"], "dp_dmd": [name, "evaluations", "gap"]
+    }  # fmt: skip
+    assert summary["dmd"][name] == metrics["dmd"]["figures"][name]["value"]
+    assert summary["dp_dmd"]["gap"] == metrics["dp_dmd"]["gaps"][name]["value"]
+    for model in ("teacher", "dmd", "dp_dmd"):
+        pixels = metrics[model]["figures"]["diversity.pixels.mean_distance"]
+        metrics[model]["figures"] = {"diversity.pixels.mean_distance": pixels}
+    metrics["dp_dmd"]["gaps"]["diversity.pixels.mean_distance"]["value"] = None
+    assert list(make_summary(metrics)["dp_dmd"]) == ["diversity.pixels.mean_distance", "evaluations"]
+
+
+def test_the_summary_of_nothing_measured_holds_the_evaluations_alone(score, images):
+    by = ["preference.pickscore"]
+    metrics = make_metrics(images, score(judge=None, by=by), evaluate_options(judge=None, by=by))
+    assert make_summary(metrics) == {
+        "teacher": {"evaluations": 60}, "dmd": {"evaluations": 4}, "dp_dmd": {"evaluations": 4}
+    }  # fmt: skip
+
+
 def test_scores_are_bit_identical_over_batch_sizes_processes_and_shards(score, tmp_path):
     expected = score(by=CLIP)
     assert score(state="processes", by=CLIP, metric_processes=2, metric_batch_size=7) == expected
-    places = [(model, [prompt]) for model in range(3) for prompt in range(3)]
-    assert score(images=drawn(tmp_path, places), state="shards", by=CLIP) == expected
+    contents = [(model, [prompt]) for model in range(3) for prompt in range(3)]
+    assert score(images=drawn(tmp_path, contents), state="shards", by=CLIP) == expected
 
 
-def test_attributes_are_counted_over_the_right_pictures_of_each_model(score):
+def test_attributes_are_counted_over_the_correct_pictures_of_each_model(score):
     attributes = score()["attributes"]
-    for found in attributes.values():
-        assert {name: sum(counts.values()) for name, counts in found.items()} == dict.fromkeys(found, 18)
-    assert (
-        sum(count > 0 for count in attributes["dmd"]["position"].values()) == 1
-    )  # of two modes, that differ elsewhere
+    for of_model in attributes.values():
+        assert {name: sum(counts.values()) for name, counts in of_model.items()} == dict.fromkeys(of_model, 18)
+    # DMD's two modes differ in another attribute
+    assert sum(count > 0 for count in attributes["dmd"]["position"].values()) == 1
     assert sum(count > 0 for count in attributes["teacher"]["position"].values()) > 4
 
 
-def test_a_distribution_is_compared_with_the_teacher_s_and_the_teacher_has_none(score):
+def test_distributions_are_compared_with_the_teacher_s_which_has_no_score_itself(score):
     scores = score(judge=None, by=["distribution.inception"])
     assert not scores["models"]["teacher"]["missing"]
     assert set(scores["models"]["dmd"]["missing"]) == {"distribution.inception"}
 
 
-# ---- what is kept
+# ---- the cache of scores
 
 
-def test_one_metric_more_measures_no_other_again(score, tmp_path, caplog):
+def test_another_metric_does_not_measure_the_others_again(score, tmp_path, caplog):
     caplog.set_level("INFO")
     score(by=CLIP[1:])
     before = files(tmp_path)
@@ -183,20 +223,23 @@ def test_one_metric_more_measures_no_other_again(score, tmp_path, caplog):
     after = files(tmp_path)
     assert {name: after[name] for name in before} == before
     assert {name.split("-")[0] for name in after.keys() - before.keys()} == {CLIP[0]}
-    assert caplog.text.count("reused") == len(before) and caplog.text.count("measured in") == 3
+    assert (
+        sum("reused" in line for line in caplog.messages) == len(before)
+        and sum("measured" in line for line in caplog.messages) == 3
+    )
     assert scores == score(state="fresh", by=CLIP)
 
 
-def test_features_are_kept_for_the_next_metric_and_those_of_other_pictures_are_dropped(score, tmp_path):
+def test_features_serve_the_next_metric_and_those_of_other_pictures_are_deleted(score, tmp_path):
     (tmp_path / "state/features_of_before").mkdir(parents=True)
     score(by=CLIP[:1])
     (folder,) = (tmp_path / "state").glob("features_*")
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    score(by=CLIP)  # one more metric of the same network
+    score(by=CLIP)  # another metric of the same network
     assert before and {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
-def test_a_student_s_near_duplicates_are_judged_by_the_kept_teacher(score, tmp_path):
+def test_a_student_s_near_duplicates_are_judged_by_the_cached_teacher(score, tmp_path):
     whole = score(by=CLIP)
     for path in (tmp_path / "state").glob("diversity.clip_shapes-d*"):
         path.unlink()
@@ -206,9 +249,7 @@ def test_a_student_s_near_duplicates_are_judged_by_the_kept_teacher(score, tmp_p
 def test_other_pictures_weights_or_seeds_are_measured_anew(images, tmp_path):
     def path(pictures="a", clip=SHIPPED, **changes):
         settings = scoring.make_settings(tmp_path, clip, evaluate_options(**changes))
-        return scoring.KnownScores(tmp_path, pictures, settings).path("dmd", *scoring.choose(CLIP[0]))
-
-    import shutil
+        return scoring.ScoreCache(tmp_path, pictures, settings).path("dmd", *scoring.choose(CLIP[0]))
 
     other = shutil.copytree(SHIPPED, tmp_path / "other")
     assert path(clip=other) == path()
@@ -225,29 +266,29 @@ def test_a_damaged_record_is_measured_again(score, tmp_path):
     assert score() == whole
 
 
-def test_the_code_that_a_score_is_known_by_is_all_that_measures():
-    """A new module of formulas must be added to it, or its scores would outlive a change."""
+def test_the_code_hash_of_a_score_covers_every_module_that_measures():
+    """A new module of formulas must be added to CODE, or its scores would outlive a change."""
     from tests.test_dvc_sync import closure
 
     packages = ("src/dpdmd_pipeline/metrics/", "src/dpdmd_pipeline/shapes/")
     used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
-    # names and words; what is made of scores afterwards; the function of the teacher's stage
-    apart = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
-    apart |= {"metrics/libraries.py"}
-    apart |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
-    assert used - set(scoring.CODE) == apart
+    # names and words; later uses of the scores; functions of the stages clip and teacher
+    no_formulas = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
+    no_formulas |= {"metrics/libraries.py"}
+    no_formulas |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
+    assert used - set(scoring.CODE) == no_formulas
 
 
-# ---- what is not there
+# ---- missing weights and wrong options
 
 
-def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(score, images, tmp_path, caplog):
+def test_missing_weights_are_reported_before_drawing_and_cost_no_other_metric(score, images, tmp_path, caplog):
     by = ["diversity", "preference.pickscore"]
     options = evaluate_options(judge=None, by=by)
-    say_what_is_missing(tmp_path, SHIPPED, options)
-    assert "preference.pickscore needs yuvalkirstain/PickScore_v1" in caplog.text and "hf download" in caplog.text
+    warn_about_missing_weights(tmp_path, SHIPPED, options)
+    assert all(word in caplog.text for word in ("preference.pickscore", "yuvalkirstain/PickScore_v1", "hf download"))
     scores = score(judge=None, by=by)
-    metrics = summarise(images, scores, options)
+    metrics = make_metrics(images, scores, options)
     for name in ("teacher", "dmd", "dp_dmd"):
         assert list(metrics[name]["figures"]) == ["diversity.pixels.mean_distance"]
         assert set(metrics[name]["missing"]) == {
@@ -269,23 +310,23 @@ def test_what_lacks_its_weights_is_said_before_the_pictures_and_costs_no_other(s
 def test_no_path_of_a_machine_is_written_into_the_metrics(score, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reason = score(judge=None, by=["preference.pickscore"])["models"]["dmd"]["missing"]["preference.pickscore"]
-    assert "not in weights/pickscore" in reason and str(tmp_path) not in reason
+    assert "weights/pickscore" in reason and str(tmp_path) not in reason
 
 
-def test_a_metric_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path):
-    with pytest.raises(ValueError, match="beauty is no metric: name axes"):
-        say_what_is_missing(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))
+def test_an_unknown_metric_is_refused_before_drawing(tmp_path):
+    with pytest.raises(ValueError, match="beauty"):
+        warn_about_missing_weights(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))
 
 
 def test_options_that_measure_nothing_are_refused():
-    with pytest.raises(ValueError, match="judge=null and by=.*: nothing would be measured"):
+    with pytest.raises(ValueError, match=r"judge=null and by=\[\]"):
         evaluate_options(judge=None, by=[])
 
 
 # ---- grids
 
 
-def test_grids_have_only_so_many_rows_and_pixels_as_asked(images):
+def test_grids_have_the_requested_rows_columns_and_size(images):
     grids = draw_grids(images, CHOSEN, evaluate_options(grid_prompts=2, grid_columns=3, grid_tile=16))
     for grid in grids:
         scale = grid.width // (3 * 17)
@@ -301,27 +342,30 @@ def saved(folder, images, **changes):
     return dataset.load()
 
 
-def test_the_line_s_pictures_are_read_by_score_with_their_prompts_counts_and_pixels(images, tmp_path):
+def test_score_reads_the_saved_pictures_with_their_prompts_counts_and_pixels(images, tmp_path):
     folder = saved(tmp_path, images, save_pictures=True)
     assert sorted(path.name for path in folder.iterdir()) == ["dmd", "dp_dmd", "teacher"]
     for number, name in enumerate(("teacher", "dmd", "dp_dmd")):
-        sets, rest = find_pictures(folder / name)
-        assert not rest and {one.text: len(one) for one in sets} == dict.fromkeys(TEXTS, PER_PROMPT)
+        sets, strays = find_pictures(folder / name)
+        assert not strays and {one.text: len(one) for one in sets} == dict.fromkeys(TEXTS, PER_PROMPT)
         for one in sets:
             pixels = torch.stack([pil_to_tensor(image) for image in one.load().images])
             assert torch.equal(pixels, pictures_of(number)[TEXTS.index(one.text)])
 
 
-def test_the_line_s_pictures_give_the_line_s_figures_and_an_arena(score, images, tmp_path, capsys, monkeypatch):
+def test_saved_pictures_give_the_same_figures_and_an_arena(score, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(SHIPPED.parents[2])  # where the command looks for the CLIP
     expected = score(by=CLIP[1:])["models"]["dmd"]["figures"]
     folder = saved(tmp_path, images, save_pictures=True)
     command = [str(folder / "dmd"), "--by", "quality.shapes,alignment.clip_shapes", "--json", str(tmp_path / "x.json")]
     score_command([*command, "--weights", str(tmp_path)])
-    found = json.loads((tmp_path / "x.json").read_text())["figures"]
-    assert found and all(figure["value"] == pytest.approx(expected[name]["value"]) for name, figure in found.items())
+    figures = json.loads((tmp_path / "x.json").read_text())["figures"]
+    assert figures and all(
+        figure["value"] == pytest.approx(expected[name]["value"]) for name, figure in figures.items()
+    )
     arena_command([str(folder / "dmd"), str(folder / "dp_dmd"), "--out", str(tmp_path / "arena.html")])
-    assert "9 questions about 3 prompts" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "9 questions" in shown and "3 prompts" in shown
 
 
 def test_pictures_are_saved_only_on_request(images, tmp_path):

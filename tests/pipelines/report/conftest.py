@@ -1,4 +1,4 @@
-"""What the report is made of: metrics, histories, grids and options, all made up."""
+"""Artificial inputs of the report: metrics, histories, grids and options."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def made_gap(value, spread=0.05):
 
 
 def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02):
-    """Metrics of three models; `spread` is the half width of every interval, relative for the modes."""
+    """Metrics of three models; `spread` is half the width of every interval, relative for the modes."""
     metrics = {}
     for name, mode, share, nfe in zip(COLOURS, modes, valid, (60, 4, 4), strict=True):
         metrics[name] = {
@@ -54,7 +54,7 @@ def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02)
 
 
 def without_reader(figures=((0.3, 0.1, 0.25), (21.0, 22.0, 22.5)), spread=0.02):
-    """Metrics where no exact reader has judged: a diversity and a preference, of teacher, DMD and DP-DMD."""
+    """Metrics without the exact reader: a diversity and a preference of teacher, DMD and DP-DMD."""
     metrics = made_metrics()
     names = ("diversity.dino_v2.one_minus_cosine", "preference.pickscore.score")
     n = {"prompts": 3, "pictures": 27, "prompts_not_measured": 0}
@@ -73,16 +73,14 @@ def without_reader(figures=((0.3, 0.1, 0.25), (21.0, 22.0, 22.5)), spread=0.02):
 
 
 def made_scores(texts, attributes=True):
-    """Two metrics prompt by prompt, and, of the embedded world, the free attributes."""
+    """Two metrics prompt by prompt, and the free attributes of the embedded world."""
     names = ("diversity.shapes.effective_modes", "quality.shapes.aligned") if attributes else ()
     ids = [str(row) for row in range(len(texts))]
     counts = {"radius": {"small": 3, "large": 1}, "background": {"black": 0, "white": 4}}
     return {
         "prompts": dict(zip(ids, texts, strict=True)),
         "models": {
-            model: {
-                "per_prompt": {name: {key: 10.0 * number + place for place, key in enumerate(ids)} for name in names}
-            }
+            model: {"per_prompt": {name: {key: 10.0 * number + row for row, key in enumerate(ids)} for name in names}}
             for number, model in enumerate(COLOURS)
         },
         "attributes": dict.fromkeys(COLOURS, counts) if attributes else {},
@@ -95,8 +93,9 @@ def made_history(anchored, steps=120):
         | {"student_grad_norm": 1.0, "fake_score_grad_norm": 1.0}
         for step in range(1, steps + 1)
     ]
-    watched = {"latent_diversity": 1.0, "correction": 0.1, "latent_diversity_teacher": 1.2, "correction_teacher": 0.05}
-    rows = [row | watched if row["step"] % 25 == 0 else row for row in rows]
+    measurements = {"latent_diversity": 1.0, "correction": 0.1}
+    measurements |= {"latent_diversity_teacher": 1.2, "correction_teacher": 0.05}
+    rows = [row | measurements if row["step"] % 25 == 0 else row for row in rows]
     return [
         {**row, "grad_ratio": 2.0, "diversity_weight": 0.5} if anchored and row["step"] % 10 == 0 else row
         for row in rows
@@ -104,8 +103,8 @@ def made_history(anchored, steps=120):
 
 
 def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
-    def group(name, of=None):
-        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{of or name}.yml").read_text())[name]
+    def group(name, file=None):
+        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{file or name}.yml").read_text())[name]
 
     inputs = {
         "metrics": made_metrics(),

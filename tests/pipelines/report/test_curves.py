@@ -1,4 +1,4 @@
-"""Curves stay in their frame, and there is none of nothing."""
+"""Curves stay in their frame, and only positive values are drawn."""
 
 from tests.pipelines.report.conftest import made_history
 
@@ -16,17 +16,17 @@ def test_a_curve_stays_in_its_frame_and_within_its_points():
         assert curve["last"] == "120" and 1 <= len(curve["ticks"]) <= 6
 
 
-def test_a_curve_without_positive_values_is_left_out():
+def test_a_curve_without_positive_values_is_not_drawn():
     assert make_curve("grad_ratio", {"dmd": made_history(0.0)}, 50) is None
     runs = {"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}
     assert list(make_curve("diversity_loss", runs, 50)["lines"]) == ["dp_dmd"]
 
 
-def test_what_was_measured_of_the_teacher_is_a_line_of_its_own():
+def test_the_teacher_s_measurements_are_a_line_of_their_own():
     curves = {
         curve["title"]: curve for curve in make_curves({"dmd": made_history(0.0), "dp_dmd": made_history(1.0)}, 50)
     }
-    for title in ("Diversity while training", "Quality while training"):
+    for title in ("Diversity during training", "Quality during training"):
         heights = {pair.split(",")[1] for pair in curves[title]["lines"]["teacher"].split()}
         assert len(heights) == 1 and heights != {pair.split(",")[1] for pair in curves[title]["lines"]["dmd"].split()}
     assert "teacher" not in curves["DMD loss"]["lines"]

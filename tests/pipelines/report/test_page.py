@@ -1,4 +1,4 @@
-"""Text stays text."""
+"""Markdown shows text unchanged."""
 
 from dpdmd_pipeline.pipelines.report.page import escape_markdown
 

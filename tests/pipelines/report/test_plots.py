@@ -1,4 +1,4 @@
-"""The rows for `dvc plots`, read as DVC reads them."""
+"""DVC draws the rows for `dvc plots`."""
 
 from pathlib import Path
 
@@ -18,34 +18,34 @@ def series(name, rows):
     from dvc.render.converter.vega import VegaConverter
 
     (properties,) = (plot[title] for plot in DVC["plots"] for title in plot if name in plot[title]["y"])
-    points, found = VegaConverter("plot", {name: rows}, properties).flat_datapoints("workspace")
+    points, axes = VegaConverter("plot", {name: rows}, properties).flat_datapoints("workspace")
     columns = {field: [] for field in properties["y"][name]}
     for point in points:
-        columns[point["field"]].append((point[found["x"]], point[found["y"]]))
+        columns[point["field"]].append((point[axes["x"]], point[axes["y"]]))
     return {field: [(x, y) for x, y in column if y is not None] for field, column in columns.items()}
 
 
-def test_dvc_draws_the_dmd_loss_of_both_students_whatever_else_was_measured_at_some_turns():
+def test_dvc_draws_the_dmd_loss_of_both_students_although_some_cycles_have_more_measurements():
     losses, *_ = make_plots(made_scores(TEXTS), made_history(1.0), made_history(0.0))
-    found = series("data/08_reporting/plot_losses.json", losses)
-    assert found == dict.fromkeys(("DMD", "DP-DMD"), [(step, 0.3) for step in range(1, 121)])
+    columns = series("data/08_reporting/plot_losses.json", losses)
+    assert columns == dict.fromkeys(("DMD", "DP-DMD"), [(step, 0.3) for step in range(1, 121)])
 
 
-def test_dvc_draws_the_watched_diversity_of_both_students_and_of_the_teacher():
+def test_dvc_draws_the_diversity_of_both_students_and_of_the_teacher_during_training():
     _, watched, _ = make_plots(made_scores(TEXTS), made_history(1.0), made_history(0.0))
-    found = series("data/08_reporting/plot_watched.json", watched)
-    assert list(found) == list(MODELS)
+    columns = series("data/08_reporting/plot_watched.json", watched)
+    assert list(columns) == list(MODELS)
     steps = (25, 50, 75, 100)
-    assert found["DMD"] == found["DP-DMD"] == [(step, 1.0) for step in steps]
-    assert found["teacher"] == [(step, 1.2) for step in steps]
+    assert columns["DMD"] == columns["DP-DMD"] == [(step, 1.0) for step in steps]
+    assert columns["teacher"] == [(step, 1.2) for step in steps]
 
 
-def test_students_that_were_watched_at_other_turns_keep_their_own_points():
+def test_students_that_were_measured_at_other_cycles_have_their_own_points():
     later = [row | {"step": row["step"] + 10} for row in made_history(1.0)]
     _, watched, _ = make_plots(made_scores(TEXTS), later, made_history(0.0))
-    found = series("data/08_reporting/plot_watched.json", watched)
-    assert [step for step, _ in found["DMD"]] == [25, 50, 75, 100]
-    assert [step for step, _ in found["DP-DMD"]] == [35, 60, 85, 110]
+    columns = series("data/08_reporting/plot_watched.json", watched)
+    assert [step for step, _ in columns["DMD"]] == [25, 50, 75, 100]
+    assert [step for step, _ in columns["DP-DMD"]] == [35, 60, 85, 110]
 
 
 def test_dvc_draws_quality_against_diversity_prompt_by_prompt():
@@ -53,15 +53,15 @@ def test_dvc_draws_quality_against_diversity_prompt_by_prompt():
     *_, prompts = make_plots(scores, made_history(1.0), made_history(0.0))
     assert {row["prompt"] for row in prompts} == set(TEXTS) and len(prompts) == 6
     assert {row["quality_is"] for row in prompts} == {"quality.shapes.aligned"}
-    found = series("data/08_reporting/plot_prompts.json", prompts)
+    columns = series("data/08_reporting/plot_prompts.json", prompts)
     for model, column in zip(("teacher", "dmd", "dp_dmd"), MODELS, strict=True):
         table = scores["models"][model]["per_prompt"]
         expected = zip(*(table[name].values() for name in sorted(table)), strict=True)
-        assert sorted(found[column]) == sorted(expected)
+        assert sorted(columns[column]) == sorted(expected)
 
 
 @pytest.mark.parametrize("attributes", [True, False])
-def test_what_was_not_measured_gives_no_rows(attributes):
-    unwatched = [{"step": 1, "dmd_loss": 0.3}]
-    _, watched, prompts = make_plots(made_scores(TEXTS, attributes=attributes), unwatched, unwatched)
+def test_missing_measurements_give_no_rows(attributes):
+    history = [{"step": 1, "dmd_loss": 0.3}]
+    _, watched, prompts = make_plots(made_scores(TEXTS, attributes=attributes), history, history)
     assert watched == [] and bool(prompts) == attributes

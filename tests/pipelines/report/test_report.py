@@ -1,11 +1,9 @@
-"""The page tells what the numbers say, shows what it is given, and leans on nothing outside itself."""
+"""The page shows its inputs, states the result, and needs no other file."""
 
 import base64
 import copy
 import io
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from tests.pipelines.report.conftest import (
 )
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.pipelines.report import create_pipeline
 from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
@@ -54,7 +53,7 @@ class Tags(HTMLParser):
 # ---- the page
 
 
-def test_the_html_needs_nothing_but_itself():
+def test_the_html_needs_no_other_file():
     html, _ = make_report(**made_inputs())
     tags = Tags(html).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "base", "form"}
@@ -73,7 +72,7 @@ def test_each_row_holds_one_prompt_and_the_three_models_in_order():
     assert [strip.getpixel((5, 5)) for strip in strips] == list(COLOURS.values()) * 3
 
 
-def test_rows_of_pictures_are_cut_where_the_prompts_are():
+def test_each_row_of_pictures_belongs_to_its_prompt():
     grids = made_inputs()
     for row in range(3):
         grids["grid_teacher"].paste((row, row, row), (0, 10 * row, 90, 10 * row + 10))
@@ -83,13 +82,13 @@ def test_rows_of_pictures_are_cut_where_the_prompts_are():
     assert [strip.getcolors() for strip in strips] == [[(900, (row, row, row))] for row in range(3)]
 
 
-def test_captions_name_the_cost():
+def test_captions_show_the_cost():
     for page in make_report(**made_inputs()):
         assert "teacher, 60 network evaluations" in page
         assert "DMD, 4" in page and "DP-DMD, 4" in page
 
 
-def test_prompts_are_text_whatever_they_hold():
+def test_prompts_with_markup_stay_text():
     html, md = make_report(**made_inputs())
     parsed = Tags(html)
     assert HOSTILE in parsed.text
@@ -99,7 +98,7 @@ def test_prompts_are_text_whatever_they_hold():
     assert "<script>" not in md and "{% raw %}" in md.replace("\\", "") and not re.search(r"(?<!\\)\]\(http", md)
 
 
-def test_the_markdown_shows_the_pictures_of_the_catalog_that_lie_beside_it():
+def test_the_markdown_shows_the_pictures_of_the_catalog_in_its_own_folder():
     _, md = make_report(**made_inputs())
     catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog.yml").read_text())
     folder = Path(catalog["report_md"]["filepath"]).parent
@@ -115,13 +114,13 @@ def test_every_table_of_the_markdown_has_as_many_cells_in_each_row():
         assert len(cells) == 1 and len(table.splitlines()) >= 3, table
 
 
-def test_a_gap_that_is_not_there_is_a_dash_that_is_explained():
+def test_a_missing_gap_is_a_dash_with_an_explanation():
     for page in make_report(**made_inputs()):
-        assert page.count("\N{EM DASH}") >= 2 and "DMD lost nothing in this metric" in page
+        assert page.count("\N{EM DASH}") >= 2 and "No gap to recover" in page
     complete = made_metrics()
     complete["dp_dmd"]["gap_recovered"]["pairwise_distance"] = made_gap(1.0)
     for page in make_report(**made_inputs(metrics=complete)):
-        assert "DMD lost nothing in this metric" not in page
+        assert "No gap to recover" not in page
 
 
 def test_a_gap_of_the_exact_reader_has_its_interval_too():
@@ -130,7 +129,7 @@ def test_a_gap_of_the_exact_reader_has_its_interval_too():
         assert "90 % (85 to 95)" in page
 
 
-def test_an_unknown_metric_is_shown_under_its_own_name():
+def test_an_unknown_metric_has_its_raw_name():
     metrics = made_metrics()
     for model in COLOURS:
         metrics[model]["diversity"]["vendi_score"] = measured(3.0, 0.5)
@@ -153,31 +152,32 @@ def test_typed_and_plain_options_give_the_same_bytes():
     assert make_report(**{**plain, "train_options": recipe}) == make_report(**{**plain, **typed})
 
 
-def test_what_differs_between_the_students_is_marked():
+def test_options_that_differ_between_the_students_are_marked():
     html, md = make_report(**made_inputs())
     assert r"| **diversity\_weight** |" in md
     assert "| fake\\_score\\_turns | 5 | 5 |" in md
     assert '<tr class="differs"><th scope="row">diversity_weight</th>' in html
 
 
-def test_only_so_many_prompts_and_pixels_are_inlined_as_asked():
+def test_the_page_embeds_only_the_configured_prompts_and_pixels():
     small = ReportOptions(max_prompts=2, max_strip_width=45, curve_points=50)
     html, _ = make_report(**made_inputs(options=small))
     images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"]
     assert len(images) == 6
     assert Image.open(io.BytesIO(base64.b64decode(images[0].split(",")[1]))).size == (45, 5)
-    assert "The first 2 of 3 evaluation prompts" in html
+    assert "first 2 of 3" in html
 
 
 @pytest.mark.parametrize("texts", [(), ("one", "two", "three", "four")])
-def test_a_grid_of_other_prompts_is_refused_with_both_numbers(texts):
+def test_a_grid_of_other_prompts_is_an_error_with_both_numbers(texts):
     inputs = made_inputs()
     inputs["prompts"] = [{"text": text, "train": False, "eval": True} for text in texts]
-    with pytest.raises(ValueError, match=rf"grid_teacher is 30 pixels high and cannot show {len(texts)} .*evaluate"):
+    with pytest.raises(StageError, match=rf"grid_teacher .*\b30\b.*\b{len(texts)}\b") as error:
         make_report(**inputs)
+    assert error.value.stage == "evaluate"
 
 
-# ---- the library's metrics
+# ---- metrics of the library
 
 
 def test_any_metric_is_a_row_with_its_protocol_its_count_and_its_gap():
@@ -188,7 +188,7 @@ def test_any_metric_is_a_row_with_its_protocol_its_count_and_its_gap():
     assert "effective modes" not in Tags(html).text
 
 
-def test_what_is_missing_is_said_once_with_its_remedy():
+def test_the_reason_of_missing_metrics_is_shown_once():
     metrics = without_reader()
     reason = "needs facebook/dinov2-base: hf download <it>"
     for model in COLOURS:
@@ -197,23 +197,23 @@ def test_what_is_missing_is_said_once_with_its_remedy():
     html, md = make_report(**made_inputs(metrics=metrics))
     for page in (Tags(html).text, md.replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")):
         assert page.count(reason) == 1 and "diversity.dino_v2, diversity.dino_v2_patch" in page
-        assert "DMD: 2 x the network gave no finite number" in page
+        assert "DMD: 2 x the network" in page
 
 
-def test_what_limits_the_figures_is_told_once_with_the_models_it_is_true_of(capsys):
+def test_each_note_is_shown_once_with_its_models(capsys):
     metrics = without_reader()
     for model in COLOURS:
         metrics[model]["notes"] = ["3 of 9 prompts are longer than 77 tokens and were cut (alignment.clip_score)"]
     metrics["dmd"]["notes"] = [*metrics["dmd"]["notes"], "FID of fewer than 10000 pictures is too high"]
     metrics["dp_dmd"]["gap_notes"] = ["diversity.dino_v2.vendi: 2 of 9 prompts are left out of the gap"]
-    told = ["3 of 9 prompts", "DMD: FID of fewer than 10000", "diversity.dino_v2.vendi: 2 of 9 prompts"]
+    starts = ["3 of 9 prompts", "DMD: FID of fewer than 10000", "diversity.dino_v2.vendi: 2 of 9 prompts"]
     html, md = make_report(**made_inputs(metrics=metrics))
     show_result(metrics, "", "")
     for page in (Tags(html).text, md.replace("\\", ""), capsys.readouterr().out):
-        assert [page.count(line) for line in told] == [1, 1, 1]
+        assert [page.count(start) for start in starts] == [1, 1, 1]
 
 
-def test_the_markdown_has_the_drawings_numbers():
+def test_the_markdown_has_the_numbers_of_the_drawings():
     _, md = make_report(**made_inputs())
     assert "| a red circle | 0 / 0 | 10 / 10 | 20 / 20 |" in md and "of 3 prompts." in md
     assert "| radius | small | 50 % | 75.0 % | 75.0 % | 75.0 % |" in md
@@ -224,27 +224,27 @@ def test_the_markdown_has_the_drawings_numbers():
     assert "of the first 2 of 3 prompts." in make_report(**made_inputs(options=few))[1]
 
 
-def test_a_figure_of_one_prompt_has_no_interval_and_no_verdict_is_made_of_it(capsys):
+def test_a_figure_of_one_prompt_has_no_interval_and_gives_no_verdict(capsys):
     metrics = without_reader()
     for model in COLOURS:
         for figure in metrics[model]["figures"].values():
             figure |= {"low": None, "high": None}
     metrics["dp_dmd"]["gaps"]["diversity.dino_v2.one_minus_cosine"] |= {"low": None, "high": None}
     for page in make_report(**made_inputs(metrics=metrics)):
-        assert "One prompt cannot tell" in page and "None" not in page
+        assert "One prompt" in page and "recovers 75 %" not in page and "None" not in page
     show_result(metrics, "", "")
     assert "None" not in capsys.readouterr().out
 
 
-def test_a_report_of_nothing_measured_says_so():
+def test_a_report_without_measurements_has_no_drawings_of_them():
     metrics = without_reader()
     for model in COLOURS:
         metrics[model]["figures"] = {}
     metrics["dp_dmd"]["gaps"] = {}
     html, md = make_report(**made_inputs(metrics=metrics, scores=made_scores("abc", attributes=False)))
     for page in (html, md):
-        assert "No diversity was measured of all three models" in page
-    assert "No scatter of quality against diversity" in html and "What the prompts leave free" not in html
+        assert "No diversity metric" in page and "Attributes that the prompts leave open" not in page
+    assert "No scatter" in html and "circle" not in {tag for tag, _ in Tags(html).tags}
 
 
 def test_each_prompt_is_a_point_of_each_model():
@@ -257,7 +257,7 @@ def test_each_prompt_is_a_point_of_each_model():
     assert f"DP-DMD: {HOSTILE}" in parsed.text
 
 
-def test_bars_are_shares_of_each_model_s_right_pictures():
+def test_bars_are_shares_of_each_model_s_correct_pictures():
     html, _ = make_report(**made_inputs())
     bars = [float(attrs["width"]) for tag, attrs in Tags(html).tags if tag == "rect"]
     whole = 344 - 96
@@ -265,7 +265,7 @@ def test_bars_are_shares_of_each_model_s_right_pictures():
     assert "even: 50 %, longest bar: 75 %" in html
 
 
-def test_metrics_set_against_the_reader_are_listed():
+def test_correlations_with_the_exact_reader_are_listed():
     metrics = made_metrics()
     within = {"value": 0.123, "low": None, "high": None}
     metrics["rank_correlation"] = {
@@ -275,40 +275,42 @@ def test_metrics_set_against_the_reader_are_listed():
     assert "<td>0.76 (0.50 to 0.90)</td><td>0.12</td>" in html and "| 0.76 (0.50 to 0.90) | 0.12 |" in md
 
 
-def test_the_page_says_which_turn_each_student_is_of():
+def test_the_page_names_the_cycle_of_each_student():
     for page in make_report(**made_inputs()):
-        assert "Both students are those of their last turn." in page
+        assert "last cycle" in page and "train.watch.diversity_floor" not in page
     history = [row | {"best_step": 80 if row["step"] >= 80 else 25} for row in made_inputs()["train_history"]]
     for page in make_report(**made_inputs(train_history=history)):
-        assert "DMD is that of turn 120, DP-DMD is that of turn 80." in page and "diversity_floor" in page
+        assert re.search(r"\bDMD [^.]*\b120, DP-DMD [^.]*\b80\.", page) and "train.watch.diversity_floor" in page
 
 
-def test_a_report_on_nothing_is_refused():
-    with pytest.raises(ValueError, match="nothing was measured: run `kedro run --pipelines evaluate` first"):
+def test_missing_metrics_are_an_error():
+    with pytest.raises(MissingInputError, match="metrics") as error:
         make_report(**made_inputs(metrics={}))
+    assert error.value.stage == "evaluate"
 
 
-def test_metrics_of_an_older_version_are_refused_with_what_measures_them_again():
+def test_metrics_of_an_older_version_are_an_error_with_the_missing_part():
     metrics = made_metrics()
     metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
-    with pytest.raises(ValueError, match=r"older version \(.*shapes.vendi.*: `kedro run --pipelines evaluate,report`"):
+    with pytest.raises(StageError, match=r"clip_shapes\.vendi") as error:
         make_report(**made_inputs(metrics=metrics))
+    assert error.value.stage == "evaluate"
     metrics = made_metrics()
     metrics["dp_dmd"]["gap_recovered"]["coverage"] = 0.5
-    with pytest.raises(ValueError, match=r"older version \(the interval of gap_recovered.coverage is not there\)"):
+    with pytest.raises(StageError, match=r"gap_recovered\.coverage"):
         make_report(**made_inputs(metrics=metrics))
 
 
-def test_grids_of_the_first_prompts_only_are_labelled_with_those():
+def test_grids_of_the_first_prompts_have_their_labels():
     inputs = made_inputs()
     inputs["evaluate_options"] = {**inputs["evaluate_options"], "grid_prompts": 2}
-    with pytest.raises(ValueError, match="cannot show 2 evaluation prompts"):
+    with pytest.raises(StageError, match=r"\b31\b.*\b2\b"):
         make_report(**{**inputs, "grid_teacher": Image.new("RGB", (90, 31))})
     html, md = make_report(**{**inputs, **{f"grid_{name}": Image.new("RGB", (90, 20)) for name in COLOURS}})
-    assert "The first 2 of 3 evaluation prompts" in html and "3. " not in md.split("## Numbers")[0]
+    assert "first 2 of 3" in html and "3. " not in md.split("## Numbers")[0]
 
 
-def test_the_page_says_how_to_do_it_again_in_its_own_environment():
+def test_the_page_shows_how_to_reproduce_the_run_in_its_environment():
     for page in make_report(**made_inputs()):
         assert "make distill" in page and "dvc exp run -S" in page and "--env" not in page
     for page in make_report(**made_inputs(environment="sd35")):
@@ -317,16 +319,16 @@ def test_the_page_says_how_to_do_it_again_in_its_own_environment():
         assert "make distill" not in page and "dvc exp" not in page
 
 
-# ---- the terminal, the line
+# ---- the terminal and the pipeline
 
 
-def test_the_terminal_shows_any_metric_and_what_is_missing(capsys):
+def test_the_terminal_shows_every_metric_and_missing_ones(capsys):
     metrics = without_reader()
     metrics["dmd"]["missing"] = {"distribution.inception": "pip install 'dpdmd-pipeline[metrics]'"}
     show_result(metrics, "", "")
     shown = capsys.readouterr().out
     assert "preference.pickscore.score" in shown and "75 (70 to 80)" in shown and shown.isascii()
-    assert "not measured: distribution.inception: pip install 'dpdmd-pipeline[metrics]'" in shown
+    assert "distribution.inception: pip install 'dpdmd-pipeline[metrics]'" in shown
     assert shown.splitlines()[-1] == make_verdict(metrics)
 
 
@@ -344,15 +346,9 @@ def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(ca
 def test_the_pipeline_makes_both_reports_and_then_shows_the_result(capsys, tmp_path):
     stages = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
     renamed = {"options": "params:report", **{f"{name}_options": f"params:{name}" for name in stages}}
-    given = {renamed.get(name, name): MemoryDataset(value) for name, value in made_inputs().items()}
+    inputs = {renamed.get(name, name): MemoryDataset(value) for name, value in made_inputs().items()}
     reports = {name: TextDataset(filepath=str(tmp_path / name)) for name in ("report_html", "report_md")}
-    SequentialRunner().run(create_pipeline(), DataCatalog({**given, **reports}))
+    SequentialRunner().run(create_pipeline(), DataCatalog({**inputs, **reports}))
     assert reports["report_html"].load().startswith("<!doctype html>")
     assert reports["report_md"].load().startswith("# DP-DMD")
     assert "gap recovered" in capsys.readouterr().out
-
-
-def test_the_stage_is_imported_without_anything_heavy():
-    code = "import sys, dpdmd_pipeline.pipelines.report as r; r.create_pipeline(); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"torch", "diffusers", "transformers", "jinja2", "PIL"} & set(loaded)

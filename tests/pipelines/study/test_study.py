@@ -1,3 +1,8 @@
+"""A study compares runs seed by seed; its table shows every run with its changes."""
+
+import json
+from pathlib import Path
+
 import pytest
 from tests.pipelines.conftest import (
     OPTIMIZER,
@@ -8,9 +13,14 @@ from tests.pipelines.conftest import (
     train_options,
 )
 
+from dpdmd_pipeline.errors import MissingInputError, StageError
+from dpdmd_pipeline.pipelines.study import nodes
+from dpdmd_pipeline.pipelines.study.figure import rows_of
 from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, write_study
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
 
+REPORTING = Path(__file__).parents[3] / "data/08_reporting"
+COMMITTED = sorted(path for path in REPORTING.rglob("*.json") if path.stem in ("study", "beyond"))
 DMD = {"train": {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}}
 
 
@@ -18,50 +28,56 @@ def options(**runs):
     return StudyOptions(seeds=[0, 1], baseline="dmd", runs={"dmd": DMD, **runs})
 
 
-@pytest.fixture
-def study(tiny_teacher, embeddings, anchors, tmp_path):
-    """The study of some runs, in one folder of states."""
+@pytest.fixture(scope="module")
+def shared_state(tmp_path_factory):
+    """State folder of several tests, so that they train a student once."""
+    return tmp_path_factory.mktemp("state")
 
-    def run(chosen):
-        inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path
+
+@pytest.fixture
+def study(tiny_teacher, embeddings, anchors, shared_state):
+    """Function that runs a study."""
+
+    def run(study_options, state=shared_state):
+        inputs = PROMPTS, embeddings, anchors, tiny_teacher, state
         groups = backbone_options(), anchor_options(), train_options(), evaluate_options()
-        return run_study(*inputs, *groups, chosen)
+        return run_study(*inputs, *groups, study_options)
 
     return run
 
 
-def test_every_run_is_trained_once_per_seed_and_finished_ones_are_kept(study, tmp_path):
-    first = study(options(dp_dmd={}))
+def test_every_run_is_trained_once_per_seed_and_finished_ones_are_reused(study, tmp_path):
+    first = study(options(dp_dmd={}), tmp_path)
     states = {path.name for path in tmp_path.iterdir()}
     assert [(row["run"], row["seed"]) for row in first["rows"]] == [
         ("dmd", 0), ("dp_dmd", 0), ("dmd", 1), ("dp_dmd", 1)
     ]  # fmt: skip
-    assert study(options(dp_dmd={})) == first and {path.name for path in tmp_path.iterdir()} == states
+    assert study(options(dp_dmd={}), tmp_path) == first and {path.name for path in tmp_path.iterdir()} == states
 
 
-def test_a_run_may_have_other_seeds_and_the_table_tells_which(study):
-    found = study(options(dp_dmd={"seeds": [1]}))
-    assert [(row["run"], row["seed"]) for row in found["rows"]] == [("dmd", 0), ("dmd", 1), ("dp_dmd", 1)]
-    table = write_study(found)
+def test_a_run_may_have_other_seeds_and_the_table_shows_them(study):
+    result = study(options(dp_dmd={"seeds": [1]}))
+    assert [(row["run"], row["seed"]) for row in result["rows"]] == [("dmd", 0), ("dmd", 1), ("dp_dmd", 1)]
+    table = write_study(result)
     assert "| dp_dmd |  | 1 |" in table and "| 0, 1 |" in table
 
 
 def test_a_run_and_its_baseline_may_have_more_seeds_than_the_study():
     more = {"seeds": [0, 1, 2], "baseline": "longer"}
-    chosen = options(longer={**DMD, **more}, dp_dmd={}, two_anchors=more)
-    assert chosen.students[-2:] == [(2, "longer"), (2, "two_anchors")] and len(chosen.students) == 10
+    students = options(longer={**DMD, **more}, dp_dmd={}, two_anchors=more).students
+    assert students[-2:] == [(2, "longer"), (2, "two_anchors")] and len(students) == 10
 
 
 def test_seeds_that_the_baseline_lacks_are_refused():
-    with pytest.raises(ValueError, match=r"runs.dp_dmd has the seeds \[7\]: give it seeds of \[0, 1\],"):
+    with pytest.raises(ValueError, match=r"runs.dp_dmd .*\[7\].*dmd.*\[0, 1\]"):
         options(dp_dmd={"seeds": [1, 7]})
-    with pytest.raises(ValueError, match=r"runs.dp_dmd has the seeds \[0, 1\]: give it seeds of \[2\]"):
+    with pytest.raises(ValueError, match=r"runs.dp_dmd .*\[0, 1\].*dmd.*\[2\]"):
         StudyOptions(seeds=[0, 1], baseline="dmd", runs={"dmd": {**DMD, "seeds": [2]}, "dp_dmd": {}})
 
 
-def test_a_run_may_have_anchors_of_its_own_and_its_teacher_is_asked_online(study):
-    same = study(options(dp_dmd={}, same={"anchors": {"anchor_levels": [{"steps": 2}]}}, later=later()))
-    losses = {row["run"]: row["last"]["diversity_loss"] for row in same["rows"] if row["seed"] == 0}
+def test_a_run_may_have_own_anchors_that_the_teacher_draws_online(study):
+    result = study(options(dp_dmd={}, same={"anchors": {"anchor_levels": [{"steps": 2}]}}, later=later()))
+    losses = {row["run"]: row["last"]["diversity_loss"] for row in result["rows"] if row["seed"] == 0}
     assert 0 < losses["same"] != losses["later"]
 
 
@@ -70,33 +86,39 @@ def later():
 
 
 def test_the_table_names_what_each_run_changes(study):
-    found = study(options(dp_dmd={}, later=later(), left_out=None))
-    assert list(summarise(found)) == ["dmd", "dp_dmd", "later"]
-    table = write_study(found)
+    result = study(options(dp_dmd={}, later=later(), unused=None))
+    assert list(summarise(result)) == ["dmd", "dp_dmd", "later"]
+    table = write_study(result)
     assert '| later | `anchors.mode="online"`, `anchors.anchor_levels=[{"steps": 4}]` |' in table
-    assert "`stop_gradient=false`" in table and "left_out" not in table
-    assert "for each of 2 prompts (" in table and "; quality.shapes: exact reader of the embedded world)." in table
+    assert "`stop_gradient=false`" in table and "unused" not in table
+    assert "2 prompts" in table and "quality.shapes: exact reader of the embedded world" in table
 
 
-def test_changes_that_make_no_recipe_are_refused_before_the_first_run(study, tmp_path):
+def test_invalid_changes_are_refused_before_the_first_run(study, tmp_path):
     with pytest.raises(ValueError, match=r"^runs\.wrong: anchored_steps=9"):
-        study(options(wrong={"train": {"anchored_steps": 9}}))
+        study(options(wrong={"train": {"anchored_steps": 9}}), tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"^runs\.wrong: anchors\.anchor_levels steps=6 must be below the teacher's backbone.num_steps=6",
+        match=r"^runs\.wrong: .*steps=6.*backbone\.num_steps=6",
     ):
-        study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}))
-    with pytest.raises(ValueError, match=r"^runs\.wrong: student.kind=adamw_8bit: 8-bit moments need a CUDA device"):
-        study(options(wrong={"train": {"student": {**OPTIMIZER, "kind": "adamw_8bit"}}}))
+        study(options(wrong={"anchors": {"anchor_levels": [{"steps": 6}]}}), tmp_path)
+    with pytest.raises(ValueError, match=r"^runs\.wrong: .*student\.kind=adamw_8bit"):
+        study(options(wrong={"train": {"student": {**OPTIMIZER, "kind": "adamw_8bit"}}}), tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_the_baseline_cannot_be_left_out():
-    with pytest.raises(ValueError, match="baseline=dmd is none of the runs dp_dmd"):
+def test_an_error_in_a_run_names_the_run_and_the_stage_that_must_run_first():
+    with pytest.raises(StageError, match=r"^runs\.wrong: .*12ab") as error, nodes._naming("wrong"):
+        raise MissingInputError("no anchors of 12ab", stage="anchors")
+    assert type(error.value) is MissingInputError and error.value.stage == "anchors"
+
+
+def test_the_baseline_must_be_a_run():
+    with pytest.raises(ValueError, match="baseline=dmd .*dp_dmd"):
         StudyOptions(seeds=[0], baseline="dmd", runs={"dmd": None, "dp_dmd": {}})
 
 
-def test_a_run_may_be_compared_with_another_baseline():
+def test_a_run_may_have_another_baseline():
     def judged(modes):
         numbers = {name: {"value": modes} for name in SHOWN}
         return {"quality": numbers, "diversity": numbers}
@@ -106,16 +128,27 @@ def test_a_run_may_be_compared_with_another_baseline():
     runs = {"dmd": DMD, "dmd_longer": DMD, "longer": longer, "same": {}}
     rows = [{"run": run, "seed": seed, **judged(modes[run][seed])} for seed in (0, 1) for run in runs]
     count = {"prompts": 12, "per_prompt": 64, "exact_presets": {"diversity.shapes": "exact reader"}}
-    found = {"baseline": "dmd", "runs": runs, "judged": count, "teacher": judged(20.0), "rows": rows}
-    assert summarise(found)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
-    assert summarise(found)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
-    table = write_study(found)
+    result = {"baseline": "dmd", "runs": runs, "judged": count, "teacher": judged(20.0), "rows": rows}
+    assert summarise(result)["longer"]["gap_recovered"] == [(2 - 1) / (20 - 1), (6 - 5) / (20 - 5)]
+    assert summarise(result)["same"]["gap_recovered"] == [3 / 20, (7 - 4) / (20 - 4)]
+    table = write_study(result)
     assert "| longer | `max_steps=200`, gap of dmd_longer | 0, 1 |" in table
-    assert "64 pictures a student for each of 12 prompts (diversity.shapes: exact reader)." in table
+    assert "64 pictures" in table and "12 prompts (diversity.shapes: exact reader)" in table
 
 
-def test_a_baseline_that_is_no_run_or_lacks_a_seed_is_refused():
-    with pytest.raises(ValueError, match="runs.longer.baseline=dmd_200 is none of the runs dmd, longer"):
+def test_an_unknown_baseline_or_one_without_a_seed_is_refused():
+    with pytest.raises(ValueError, match="runs.longer.baseline=dmd_200 .*dmd, longer"):
         options(longer={"baseline": "dmd_200"})
-    with pytest.raises(ValueError, match=r"runs.longer has the seeds \[1\]: .* which its baseline short"):
+    with pytest.raises(ValueError, match=r"runs.longer .*\[1\].*short.*\[0\]"):
         options(longer={"baseline": "short"}, short={**DMD, "seeds": [0]})
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "/".join(path.parts[-2:]))
+def test_a_committed_study_is_shown_with_runs_and_options_that_conf_no_longer_declares(path):
+    committed = json.loads(path.read_text())
+    name = list(committed["runs"])[-1]
+    committed["runs"][name]["train"] = {"removed_option": "balanced"}
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in write_study(committed).splitlines()]
+    assert [row.name for row in rows_of(committed)] == list(committed["runs"])
+    assert [run for run in shown if run in committed["runs"]] == list(committed["runs"])
+    assert f'| {name} | `removed_option="balanced"`' in write_study(committed)

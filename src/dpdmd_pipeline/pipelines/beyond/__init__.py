@@ -1,4 +1,4 @@
-"""Stage `beyond`: the study of what the paper does not vary."""
+"""Stage `beyond`: the study of options that the paper does not vary."""
 
 from dpdmd_pipeline.pipelines.beyond.pipeline import create_pipeline
 

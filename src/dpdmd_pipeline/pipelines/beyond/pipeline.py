@@ -6,14 +6,14 @@ from dpdmd_pipeline.pipelines.study.pipeline import create_pipeline as create_st
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """The study again, of other runs."""
+    """The nodes of the study, with other runs."""
     study = create_study()
-    given = study.inputs()
-    options = {name for name in given if name.startswith("params:")}
+    inputs = study.inputs()
+    options = {name for name in inputs if name.startswith("params:")}
     return Pipeline(
         study,
         namespace="beyond",
-        inputs=given - options,
+        inputs=inputs - options,
         parameters={**{name: name for name in options}, "params:study": "params:beyond"},
         outputs={"study": "beyond", "study_table": "beyond_table", "study_plot": "beyond_plot"},
     )

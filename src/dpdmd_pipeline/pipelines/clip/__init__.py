@@ -1,4 +1,4 @@
-"""Stage `clip`: the embedded world's own CLIP, from nothing, so that its metrics need no download."""
+"""Stage `clip`: train the embedded world's own CLIP from scratch, so that its metrics need no download."""
 
 from dpdmd_pipeline.pipelines.clip.pipeline import create_pipeline
 

@@ -14,10 +14,10 @@ SCHEMA = 1
 
 
 def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Path], None]:
-    """Train on the legal pictures and their captions, on the CPU; what is finished is not trained again.
+    """Train on the legal pictures and their captions, on the CPU; a finished training is reused.
 
     Returns:
-        What writes the model into a folder that open_clip loads.
+        Function that writes the model into a folder for open_clip.
     """
     from dpdmd_pipeline.training.clip import train_clip
 
@@ -26,11 +26,11 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
 
     def follow(total: int, records: Iterator[tuple[int, float]]) -> None:
         loss = None
-        for done, loss in records:
-            if done % recipe.checkpoint_every == 0 or done == total:
-                log.info("clip: step %d of %d, loss %.4f", done, total, loss)
+        for step, loss in records:
+            if step % recipe.checkpoint_every == 0 or step == total:
+                log.info("clip: step %d of %d, loss %.4f", step, total, loss)
         if loss is None:
-            log.info("clip: reused, was finished")
+            log.info("clip: reused the finished training")
 
     def write(folder: Path) -> None:
         train_clip(recipe, folder, state, follow)
@@ -39,9 +39,9 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
 
 
 def judge_clip(shapes_clip: Path) -> dict[str, dict[str, float]]:
-    """Share of legal pictures whose nearest caption is their own; by chance it is 1 in 864, and 1 in 12 prompts.
+    """Share of legal pictures whose nearest caption is their own; chance gives 1 in 864, and 1 in 12 for prompts.
 
-    It is over all legal pictures, not some of them, so it has a count and no interval.
+    It covers all legal pictures, so it has a count and no interval.
     """
     from dpdmd_pipeline.metrics.embedders import load_open_clip
     from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS

@@ -8,7 +8,7 @@ from dpdmd_pipeline.training.clip_recipe import ClipRecipe
 
 
 class ClipOptions(BaseModel):
-    """The recipe."""
+    """Recipe of the training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 

@@ -6,7 +6,7 @@ from dpdmd_pipeline.pipelines.clip.nodes import judge_clip, train_embedded_clip
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """Nothing to the embedded world's CLIP, and how well it finds captions."""
+    """Train the embedded world's CLIP, and measure how well it finds captions."""
     return Pipeline(
         [
             Node(train_embedded_clip, ["clip_state", "params:clip"], "shapes_clip", name="train_clip"),

@@ -1,4 +1,4 @@
-"""The main job: the sum of the stages, from prompts to report."""
+"""The main job: all stages from prompts to export."""
 
 from dpdmd_pipeline.pipelines.distill.pipeline import create_pipeline
 

@@ -6,5 +6,5 @@ from dpdmd_pipeline.pipelines import anchors, evaluate, export, prompts, report,
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """prompts, anchors, train, evaluate, report and export; the teacher is trained apart and kept."""
+    """Sum of prompts, anchors, train, evaluate, report and export; the trained teacher is an input."""
     return sum((stage.create_pipeline() for stage in (prompts, anchors, train, evaluate, report, export)), Pipeline([]))

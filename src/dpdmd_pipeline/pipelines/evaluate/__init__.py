@@ -1,4 +1,4 @@
-"""Stage `evaluate`: the same prompts and seeds through teacher, DMD and DP-DMD, judged."""
+"""Stage `evaluate`: draw the same prompts and seeds with teacher, DMD and DP-DMD, and score them."""
 
 from dpdmd_pipeline.pipelines.evaluate.pipeline import create_pipeline
 

@@ -9,11 +9,11 @@ from typing import Any
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import (
     MODELS,
+    cache_rows,
     draw_grid,
     picture_sets,
     pictures_by_seed,
     read_pictures,
-    rows_of,
 )
 from dpdmd_pipeline.planning.prompts import foreign_line
 
@@ -21,28 +21,29 @@ log = logging.getLogger(__name__)
 
 
 def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[int, str]:
-    """Row and text of every evaluation prompt; depends on nothing trained, so that it refuses before training.
+    """Map the row of every evaluation prompt to its text; needs no model, so it can fail before training.
 
     Raises:
-        ValueError: if there is none, or the judge does not know some of them.
+        ValueError: if there is no evaluation prompt, or the judge does not know some of them.
     """
     chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
     if not chosen:
-        raise ValueError("no evaluation prompt: name a file (raw_eval_prompts) or set prompts.eval_share")
+        raise ValueError("no evaluation prompts: set raw_eval_prompts to a file, or set prompts.eval_share")
     if options.judge == "shapes" and (line := foreign_line(chosen.values())):
         raise ValueError(line)
     return chosen
 
 
-def say_what_is_missing(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
-    """Warn of metrics that lack their weights; depends on nothing drawn, so that there is time to fetch them.
+def warn_about_missing_weights(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
+    """Warn about metrics without weights; needs no pictures, so there is time to fetch the weights.
 
     Raises:
-        ValueError: for a metric that is not there.
+        ValueError: if a requested metric does not exist.
     """
-    from dpdmd_pipeline.pipelines.evaluate.scoring import asked_presets, make_settings, missing_weights
+    from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, missing_weights, requested_presets
 
-    for reason in missing_weights(asked_presets(options), make_settings(metric_weights, shapes_clip, options)).values():
+    settings = make_settings(metric_weights, shapes_clip, options)
+    for reason in missing_weights(requested_presets(options), settings).values():
         log.warning("%s", reason)
 
 
@@ -54,73 +55,111 @@ def score_images(
     shapes_clip: Path,
     options: EvaluateOptions,
 ) -> dict[str, Any]:
-    """Everything that is measured of the three models, prompt by prompt too, and everything that is not."""
+    """Score the pictures of the three models, also prompt by prompt, and list what was not measured."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
     from dpdmd_pipeline.metrics.score import gap_notes, gaps_recovered
     from dpdmd_pipeline.metrics.table import as_record
-    from dpdmd_pipeline.pipelines.evaluate.scoring import KnownScores, asked_presets, make_settings, score_models
+    from dpdmd_pipeline.pipelines.evaluate.scoring import ScoreCache, make_settings, requested_presets, score_models
 
     sets = picture_sets(images, chosen)
-    known = KnownScores(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
-    scores = score_models(sets, asked_presets(options), known)
+    cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
+    scores = score_models(sets, requested_presets(options), cache)
+    models = [scores[name] for name in MODELS]
     attributes = {}
     if options.judge == "shapes":
         attributes = {name: count_attributes(images, sets[name]) for name in MODELS}
     return {
         "prompts": {str(row): text for row, text in chosen.items()},
-        "models": {name: as_record(found) for name, found in scores.items()},
-        "gaps": gaps_recovered(*(scores[name] for name in MODELS), options.seed),
-        "gap_notes": gap_notes(*(scores[name] for name in MODELS)),
-        "rank_correlation": rank_correlations([scores[name].per_prompt for name in MODELS], options.seed),
+        "models": {name: as_record(of_model) for name, of_model in scores.items()},
+        "gaps": gaps_recovered(*models, options.seed),
+        "gap_notes": gap_notes(*models),
+        "rank_correlation": rank_correlations([of_model.per_prompt for of_model in models], options.seed),
         "attributes": attributes,
     }
 
 
 def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, int]]:
-    """How often one model's right pictures have each value of the attributes that the prompts leave free."""
+    """Count the values of the attributes that no prompt names, over one model's correct pictures."""
     from dpdmd_pipeline.metrics.attributes import attribute_counts, mode_counts
 
     return attribute_counts(sum(mode_counts(read_pictures(images, one.rows) / 255, one.text) for one in sets))
 
 
-def summarise(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
-    """The figures of the three models, and the share of DMD's loss that DP-DMD gets back, under the same names.
+def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
+    """Figures of the three models, and the share of DMD's lost diversity that DP-DMD recovers.
 
-    Each says by the start of its folder's hash which model was measured: an export asks whether it is its own.
+    `model` is the start of each folder's hash: the export compares it with the hash of its own student.
     """
-    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
+    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_names
 
-    results = {name: _figures_of(scores["models"][name], options) for name in MODELS}
-    for name, found in results.items():
-        found["nfe"] = images.manifest["nfe"][name]
-        found["model"] = images.manifest["models"][name][:16]
+    metrics = {name: _model_metrics(name, images.manifest, scores, options) for name in MODELS}
     gaps = dict(scores["gaps"])
-    exact = EXACT["diversity"] if options.judge == "shapes" else {}
-    recovered = {name: gaps.pop(full) for name, full in exact.items() if full in gaps}
-    results["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
-    return {**results, "rank_correlation": scores["rank_correlation"]}
+    short_names = exact_names(options)["diversity"].items()
+    recovered = {name: gaps.pop(full_name) for name, full_name in short_names if full_name in gaps}
+    metrics["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
+    return {**metrics, "rank_correlation": scores["rank_correlation"]}
 
 
-def _figures_of(record: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
-    """One model's figures: the exact ones by short names, their presets told once; the others by their full names."""
-    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT
+def _model_metrics(
+    model: str, manifest: dict[str, Any], scores: dict[str, Any], options: EvaluateOptions
+) -> dict[str, Any]:
+    """One model's figures: exact figures by short names, their presets once per model; all others by full names."""
+    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_names
 
-    figures = dict(record["figures"])
-    n = {"prompts": record["prompts"], "per_prompt": options.images_per_prompt}
-    found: dict[str, Any] = {"nfe": 0, "model": "", "n": n, "exact_presets": {}}
-    for kind, names in EXACT.items():
-        known = names if options.judge == "shapes" else {}
-        taken = {name: figures.pop(full) for name, full in known.items() if full in figures}
-        found[kind] = {name: {end: figure[end] for end in ("value", "low", "high")} for name, figure in taken.items()}
-        found["exact_presets"] |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in taken.items()}
-    faults = {kind: fault["count"] for kind, fault in record["faults"].items()}
-    told = {name: record[name] for name in ("missing", "notes", "weights")}
-    return {**found, "figures": figures, "faults": faults, **told}
+    record = scores["models"][model]
+    figures, presets, exact = dict(record["figures"]), {}, {}
+    for kind, names in exact_names(options).items():
+        moved = {name: figures.pop(full_name) for name, full_name in names.items() if full_name in figures}
+        exact[kind] = {name: {key: figure[key] for key in ("value", "low", "high")} for name, figure in moved.items()}
+        presets |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in moved.items()}
+    return {
+        "nfe": manifest["nfe"][model],
+        "model": manifest["models"][model][:16],
+        "n": {"prompts": record["prompts"], "per_prompt": options.images_per_prompt},
+        "exact_presets": presets,
+        **exact,
+        "figures": figures,
+        "faults": {kind: fault["count"] for kind, fault in record["faults"].items()},
+        **{name: record[name] for name in ("missing", "notes", "weights")},
+    }
+
+
+def make_summary(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """At most ten numbers of metrics.json, for `dvc metrics diff` and `dvc exp show`.
+
+    Returns:
+        For each model `aligned` and effective `modes` by the exact reader, and network `evaluations` per picture; for
+        DP-DMD also `gap`, the share of the lost diversity that it recovers. Without the reader, the first diversity
+        metric that all models have replaces `modes`, under its full name. Numbers that do not exist are left out.
+    """
+    diversity = {model: _diversity_figures(metrics[model]) for model in MODELS}
+    common = [name for name in diversity["dp_dmd"] if all(name in figures for figures in diversity.values())]
+    summary = {}
+    for model in MODELS:
+        figures = {"aligned": metrics[model]["quality"].get("aligned")}
+        figures |= {name: diversity[model][name] for name in common[:1]}
+        summary[model] = {**_values(figures), "evaluations": metrics[model]["nfe"]}
+    ours = metrics["dp_dmd"]
+    gaps = {"modes": ours["gap_recovered"].get("effective_modes"), **ours["gaps"]}
+    summary["dp_dmd"] |= _values({"gap": gaps.get(common[0]) if common else None})
+    return summary
+
+
+def _diversity_figures(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One model's measured diversity: the exact reader's modes first, differences of pixels last."""
+    figures = {"modes": metrics["diversity"].get("effective_modes")}
+    figures |= {name: figure for name, figure in metrics["figures"].items() if name.startswith("diversity.")}
+    names = sorted(_values(figures), key=lambda name: name.startswith("diversity.pixels"))
+    return {name: figures[name] for name in names}
+
+
+def _values(figures: dict[str, dict[str, Any] | None]) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in figures.items() if figure and figure["value"] is not None}
 
 
 def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> tuple[Any, Any, Any]:
-    """One picture per model: a row per prompt, a column per seed, the same in all three."""
-    rows, shown = rows_of(images), list(chosen)[: options.grid_prompts]
+    """One grid per model: a row per prompt, a column per seed, the same prompts and seeds in all three."""
+    rows, shown = cache_rows(images), list(chosen)[: options.grid_prompts]
     return tuple(
         draw_grid(images, [rows[number, prompt][: options.grid_columns] for prompt in shown], options.grid_tile)
         for number in range(len(MODELS))
@@ -128,10 +167,10 @@ def draw_grids(images: Any, chosen: dict[int, str], options: EvaluateOptions) ->
 
 
 def lay_out_pictures(images: Any, chosen: dict[int, str], options: EvaluateOptions) -> dict[str, Any]:
-    """By model and prompt, what reads the pictures by their seeds; nothing where they are not to be saved."""
+    """Functions that read the pictures of a prompt by seed, by model and prompt; empty without save_pictures."""
     if not options.save_pictures:
         return {}
-    rows = rows_of(images)
+    rows = cache_rows(images)
     return {
         name: {text: partial(pictures_by_seed, images, rows[number, row]) for row, text in chosen.items()}
         for number, name in enumerate(MODELS)

@@ -10,21 +10,21 @@ from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 
 class EvaluateOptions(BaseModel):
-    """How many pictures are drawn, and what judges them.
+    """Number of pictures, and metrics that score them.
 
     Attributes:
-        judge: `shapes` is the exact reader of the embedded world; null where prompts are not of that world.
-        by: further metrics, or axes for their default ones: names of metrics/presets.py.
-        seed: of the pictures and of resampling.
+        judge: `shapes` is the exact reader of the embedded world; null for prompts outside that world.
+        by: further metrics, or axes for their default metrics: names of metrics/presets.py.
+        seed: seed of the pictures and of the bootstrap.
         images_per_prompt: pictures of each prompt.
-        batch_size: pictures a GPU draws at once, 64 at most; a CPU draws 16, so that its pictures are always the same.
-        metric_batch_size: pictures that a metric's network sees at once on a GPU; on a CPU it is always one.
-        metric_processes: over which prompts are spread when they are judged.
-        grid_prompts: rows of the grids, the first so many prompts.
+        batch_size: pictures per batch on a GPU, 64 at most; a CPU always uses 16, so that its pictures do not change.
+        metric_batch_size: pictures per batch of a metric's network on a GPU; a CPU always uses one.
+        metric_processes: processes that share the prompts while scoring.
+        grid_prompts: rows of the grids: the first evaluation prompts.
         grid_columns: pictures of each prompt in the grids.
         grid_tile: largest side of a picture in the grids, in pixels.
-        save_pictures: whether every drawn picture is also written as a file, for `score`, `arena`, and to look at.
-        device: where models and metrics run.
+        save_pictures: if true, every picture is also written as a file, for `score`, `arena` and your own eyes.
+        device: device of models and metrics.
         launch: processes that share the drawing.
     """
 
@@ -47,5 +47,5 @@ class EvaluateOptions(BaseModel):
     @model_validator(mode="after")
     def _measures_something(self) -> Self:
         if self.judge is None and not self.by:
-            raise ValueError("judge=null and by=[]: nothing would be measured, name metrics or axes in `by`")
+            raise ValueError("judge=null and by=[] measure nothing: name metrics or axes in `by`")
         return self

@@ -6,27 +6,29 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
     judged_prompts,
     lay_out_pictures,
-    say_what_is_missing,
+    make_metrics,
+    make_summary,
     score_images,
-    summarise,
+    warn_about_missing_weights,
 )
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_images
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """students and teacher to images, to scores, to metrics, grids and pictures."""
+    """From the students and the teacher to images, scores, metrics, grids and pictures."""
     models = ["prompts", "embeddings", "teacher", "student_dmd", "student", "params:backbone", "params:evaluate"]
-    measured = ["metric_weights", "shapes_clip", "params:evaluate"]
-    drawn = ["images", "judged_prompts"]
+    scoring = ["metric_weights", "shapes_clip", "params:evaluate"]
+    pictures = ["images", "judged_prompts"]
     grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd"]
     return Pipeline(
         [
             Node(judged_prompts, ["prompts", "params:evaluate"], "judged_prompts", name="judged_prompts"),
-            Node(say_what_is_missing, measured, None, name="say_what_is_missing"),
+            Node(warn_about_missing_weights, scoring, None, name="say_what_is_missing"),
             Node(sample_images, ["judged_prompts", *models], "images", name="sample_images"),
-            Node(score_images, [*drawn, "score_state", *measured], "scores", name="score_images"),
-            Node(summarise, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
-            Node(draw_grids, [*drawn, "params:evaluate"], grids, name="draw_grids"),
-            Node(lay_out_pictures, [*drawn, "params:evaluate"], "pictures", name="lay_out_pictures"),
+            Node(score_images, [*pictures, "score_state", *scoring], "scores", name="score_images"),
+            Node(make_metrics, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
+            Node(make_summary, "metrics", "summary", name="make_summary"),
+            Node(draw_grids, [*pictures, "params:evaluate"], grids, name="draw_grids"),
+            Node(lay_out_pictures, [*pictures, "params:evaluate"], "pictures", name="lay_out_pictures"),
         ]
     )

@@ -1,4 +1,4 @@
-"""Pictures of all three models: the same prompts and seeds, whatever the batch."""
+"""Draw pictures with all three models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -11,8 +11,8 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 
-SHARD = 64  # pictures a file; whole batches of a CPU
-ON_CPU = 16  # pictures that a CPU draws at once: in another batch, a product of matrices may sum in another order
+SHARD = 64  # pictures per file; a multiple of ON_CPU
+ON_CPU = 16  # pictures per batch on a CPU: another batch size may change the order of sums in a matrix product
 
 Sample = tuple[int, int]  # row of the embeddings, seed
 
@@ -27,7 +27,7 @@ def sample_images(
     backbone: BackboneOptions,
     options: EvaluateOptions,
 ) -> LazyShards:
-    """Draw every evaluation prompt from the same seeds with all three models, model after model."""
+    """Shards with the pictures of every evaluation prompt, from the same seeds for all three models."""
     from dpdmd_pipeline.backbones.student_file import load_header
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
@@ -54,19 +54,19 @@ def sample_images(
 
 
 def image_seeds(options: EvaluateOptions, text: str) -> list[int]:
-    """Seeds of one prompt's pictures: the same for every model, whatever the batch and the other prompts."""
+    """Seeds of one prompt's pictures; they depend on no model, batch size or other prompt."""
     from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 
     return sample_seeds(options.seed, f"evaluate/{text}", 0, options.images_per_prompt)
 
 
 def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
-    """Every picture of one model: prompt after prompt, seed after seed."""
+    """Every sample of one model, ordered by prompt and seed."""
     return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
 
 
 def _shard(number: int, load: Held, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
-    """Some pictures of one of the three models."""
+    """One shard: some pictures of one model."""
     import torch
 
     return {"model": torch.full((len(samples),), number), **load(folder)(samples)}
@@ -80,14 +80,14 @@ def sample_model(
     backbone: BackboneOptions,
     options: EvaluateOptions,
 ) -> dict[str, Any]:
-    """Pictures of the teacher, or of a student's folder, as 8-bit images with their prompt and seed."""
+    """Draw all pictures of a student's folder, or of the teacher, as 8-bit images with their prompt and seed."""
     return _load_model(embeddings, teacher, backbone, options, folder)(_samples(chosen, options))
 
 
 def _load_model(
     embeddings: Any, teacher: Path, backbone: BackboneOptions, options: EvaluateOptions, folder: Path | None
 ) -> Callable[[list[Sample]], dict[str, Any]]:
-    """The teacher, or a student from its folder, ready to draw."""
+    """Load the teacher, or a student from its folder, as a function that draws samples."""
     model = backbone.load(teacher, options.device)
     sampler = (
         _teacher_sampler(model, embeddings, backbone) if folder is None else _student_sampler(model, folder, backbone)
@@ -98,7 +98,7 @@ def _load_model(
 def _draw(
     model: Any, sampler: Callable, embeddings: Any, options: EvaluateOptions, samples: list[Sample]
 ) -> dict[str, Any]:
-    """Pictures of samples as 8-bit images [N, 3, H, W], with their prompt and seed."""
+    """Draw samples as 8-bit images [N, 3, H, W], with their prompt and seed."""
     import torch
 
     images = []
@@ -113,17 +113,17 @@ def _draw(
 
 
 def _batches(samples: list[Sample], options: EvaluateOptions) -> Iterator[tuple[list[Sample], int]]:
-    """What is drawn at once, and how many of it count: a CPU's batches are all of one size, the last is filled up."""
+    """Batches with their number of samples to keep; on a CPU the last batch is padded, so that all have one size."""
     on_cpu = resolve_device(options.device).type == "cpu"
     size = ON_CPU if on_cpu else options.batch_size
     for start in range(0, len(samples), size):
         batch = samples[start : start + size]
-        filling = batch[-1:] * (size - len(batch)) if on_cpu else []
-        yield batch + filling, len(batch)
+        padding = batch[-1:] * (size - len(batch)) if on_cpu else []
+        yield batch + padding, len(batch)
 
 
 def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:
-    """Conditioning and seeds to clean latents, at the teacher's own settings."""
+    """Function from conditioning and seeds to clean latents, at the teacher's own settings."""
     from dpdmd_pipeline.backbones.base import guided
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
@@ -140,7 +140,7 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
 
 
 def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
-    """The same with a student, as its file says."""
+    """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
     from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
 

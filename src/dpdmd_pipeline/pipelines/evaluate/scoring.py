@@ -1,4 +1,4 @@
-"""Scores of the drawn pictures, one model and one metric at a time: what is known is not measured again."""
+"""Score the drawn pictures, one model and one metric at a time; cached scores are not measured again."""
 
 import json
 import logging
@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 
-
-# What the exact reader of the embedded world measures: names in metrics.json to full names.
+# Figures of the exact reader of the embedded world: names in metrics.json to full names.
 EXACT = {
     "quality": {name: f"quality.shapes.{name}" for name in ("valid", "aligned", "residual")},
     "diversity": {
@@ -34,18 +33,23 @@ EXACT = {
 _EXACT_PRESETS = ("quality.shapes", "diversity.shapes", "diversity.pixels")
 
 
-def asked_presets(options: EvaluateOptions) -> list[Preset]:
-    """What is to be measured, the judge's own metrics first.
+def exact_names(options: EvaluateOptions) -> dict[str, dict[str, str]]:
+    """Short to full names of the judge's own figures, by kind; empty without a judge."""
+    return EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
+
+
+def requested_presets(options: EvaluateOptions) -> list[Preset]:
+    """Metrics of a run, the judge's own first.
 
     Raises:
-        ValueError: for a name that is not there.
+        ValueError: for the name of a metric that does not exist.
     """
     exact = _exact(options)
     return [*exact, *(preset for preset in choose(",".join(options.by)) if preset not in exact)]
 
 
 def exact_presets(options: EvaluateOptions) -> dict[str, str]:
-    """Full name to protocol of the judge's own metrics."""
+    """Protocols of the judge's own metrics, by full name."""
     return {preset.full_name: preset.protocol for preset in _exact(options)}
 
 
@@ -54,12 +58,12 @@ def _exact(options: EvaluateOptions) -> list[Preset]:
 
 
 def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> Settings:
-    """How the pictures of a run are judged."""
+    """Settings of a run's metrics."""
     from dpdmd_pipeline.backbones.options import resolve_device
     from dpdmd_pipeline.metrics.passes import Passes
     from dpdmd_pipeline.metrics.pictures import read_parts
 
-    weights = _from_here(metric_weights)
+    weights = _relative(metric_weights)
     records = weights / GENEVAL / "evaluation_metadata.jsonl"
     return Settings(
         weights=weights,
@@ -67,38 +71,38 @@ def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOpti
         processes=options.metric_processes,
         seed=options.seed,
         parts=read_parts(records) if records.is_file() else {},
-        elsewhere={CLIP_SHAPES.folder: _from_here(shapes_clip)},
+        elsewhere={CLIP_SHAPES.folder: _relative(shapes_clip)},
     )
 
 
-def _from_here(folder: Path) -> Path:
-    """As seen from the working folder where that is above it: what is missing is written into files of git."""
+def _relative(folder: Path) -> Path:
+    """Path relative to the working folder if it lies inside: messages with it are written into files of git."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def missing_weights(presets: Sequence[Preset], settings: Settings) -> dict[str, str]:
-    """Metrics that will not be measured, with the reason."""
-    found = {}
+    """Reasons why metrics cannot be measured, by full name."""
+    reasons = {}
     for preset in presets:
         try:
             preset.require(settings)
         except UnavailableError as error:
-            found[preset.full_name] = str(error)
-    return found
+            reasons[preset.full_name] = str(error)
+    return reasons
 
 
-class KnownScores:
-    """Scores of earlier runs, a file each.
+class ScoreCache:
+    """Scores of earlier runs, one file per model and metric.
 
     Args:
-        folder: of the files, and of features that metrics share.
+        folder: folder of the files, and of the features that metrics share.
         pictures: fingerprint of the drawn pictures.
-        settings: how they are judged.
+        settings: settings of the metrics.
     """
 
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
         self.folder = folder
-        # Features of all models by the same libraries: another preprocessing in one would pass for their difference.
+        # The features of all models need the same libraries: else a change of preprocessing looks like a difference.
         libraries = list(versions().values())
         features = fingerprint(
             code_hash("metrics.embedders", "metrics.features", "metrics.passes"), libraries, pictures
@@ -107,69 +111,71 @@ class KnownScores:
         self._common = (SCHEMA, code_hash("metrics.score"), libraries, pictures, settings.seed, settings.passes.device)
 
     def path(self, model: str, preset: Preset) -> Path:
-        """Where the scores of one model by one preset are kept; its name tells all that decides them."""
+        """File of one model's scores by one preset; its name hashes everything that decides them."""
         parts = self.settings.parts if preset.name == "geneval_vqa" else {}
         weights = preset.digests(self.settings)
         key = fingerprint(*self._common, model, preset.full_name, preset.protocol, weights, parts)
         return self.folder / f"{preset.full_name}-{model}-{key[:16]}.json"
 
     def load(self, path: Path) -> dict[str, Any] | None:
-        """A record of `keep`; None if there is none, or not a whole one."""
+        """Load a saved record; None if it does not exist or is not complete."""
         try:
             return json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError):
             return None
 
-    def drop_other_features(self) -> None:
-        """Delete the features of earlier pictures, code and libraries: they are large, and nothing asks for them."""
-        for other in self.folder.glob("features_*"):
-            if other != self.settings.features:
-                shutil.rmtree(other, ignore_errors=True)
+    def delete_stale_features(self) -> None:
+        """Delete the features of earlier pictures, code and libraries: they are large and no longer used."""
+        for folder in self.folder.glob("features_*"):
+            if folder != self.settings.features:
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, path: Path, record: dict[str, Any]) -> None:
+    def save(self, path: Path, record: dict[str, Any]) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record)))
 
 
-def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], known: KnownScores) -> dict[str, Scores]:
-    """All presets of all models. Distributions are compared with the teacher's pictures, so it has none itself.
+def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], cache: ScoreCache) -> dict[str, Scores]:
+    """Score all models by all presets.
+
+    Distributions are compared with the teacher's pictures, so the teacher has no score of them.
 
     Args:
-        sets: of each model, the teacher's first.
-        presets: what to measure.
-        known: earlier scores, and how to measure.
+        sets: sets of pictures by model, the teacher's first.
+        presets: metrics.
+        cache: earlier scores and the settings of the metrics.
     """
-    known.drop_other_features()
+    cache.delete_stale_features()
     teacher = next(iter(sets))
-    found = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
-    with workers(known.settings) as pool:
+    scores = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
+    with workers(cache.settings) as pool:
         for preset in presets:
             reference = Reference(sets[teacher])
             for name, pictures in sets.items():
                 if preset.axis != "distribution" or name != teacher:
-                    found[name].join(_scored(name, pictures, preset, reference, known, pool))
-    return found
+                    scores[name].join(_score_model(name, pictures, preset, reference, cache, pool))
+    return scores
 
 
-def _scored(
-    model: str, pictures: Sequence[Any], preset: Preset, reference: Reference, known: KnownScores, pool: Any
+def _score_model(
+    model: str, pictures: Sequence[Any], preset: Preset, reference: Reference, cache: ScoreCache, pool: Any
 ) -> Scores:
-    """Scores of one model by one preset; with the teacher's come the near-duplicates' threshold for all."""
-    if missing_weights([preset], known.settings):
-        return score(pictures, [preset], known.settings, reference, pool)  # which says what is missing
-    path, begun = known.path(model, preset), time.monotonic()
-    record = known.load(path)
+    """Load or measure one model's scores by one preset; the teacher's set the threshold of near-duplicates for all."""
+    if missing_weights([preset], cache.settings):
+        return score(pictures, [preset], cache.settings, reference, pool)  # a record of the reason only
+    path, start = cache.path(model, preset), time.monotonic()
+    record = cache.load(path)
     if record is None:
-        scores = score(pictures, [preset], known.settings, reference, pool)
+        scores = score(pictures, [preset], cache.settings, reference, pool)
         record = _as_record(scores, reference)
         if scores.figures:
-            known.keep(path, record)
-        log.info("%s of %s: measured in %.1f s", preset.full_name, model, time.monotonic() - begun)
+            cache.save(path, record)
+        log.info("%s of %s: measured in %.1f s", preset.full_name, model, time.monotonic() - start)
     else:
         log.info("%s of %s: reused", preset.full_name, model)
-    reference.duplicates.update({name: tuple(found) for name, found in record.pop("duplicates").items()})
+    reference.duplicates.update({name: tuple(pair) for name, pair in record.pop("duplicates").items()})
     return Scores(**record)
 
 
 def _as_record(scores: Scores, reference: Reference) -> dict[str, Any]:
-    kept = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable", "weights")
-    return {**{name: getattr(scores, name) for name in kept}, "duplicates": reference.duplicates}
+    names = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable", "weights")
+    return {**{name: getattr(scores, name) for name in names}, "duplicates": reference.duplicates}

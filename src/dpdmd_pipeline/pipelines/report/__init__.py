@@ -1,4 +1,4 @@
-"""Stage `report`: what came out, in one page to look at."""
+"""Stage `report`: the results on one page."""
 
 from dpdmd_pipeline.pipelines.report.pipeline import create_pipeline
 

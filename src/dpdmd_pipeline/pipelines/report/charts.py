@@ -1,29 +1,28 @@
-"""What was measured prompt by prompt, and what the pictures show, laid out to be drawn as SVG."""
+"""Lay out the scores per prompt and the attributes of the pictures for SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dpdmd_pipeline.pipelines.report.wording import MODELS
+from dpdmd_pipeline.pipelines.report.wording import MODELS, first_common
 
-# Axes of the scatter, the first that all models have: the exact reader's, else any.
+# Axes of the scatter: the first figure that all models have, of the exact reader if possible.
 _QUALITY = ("quality.shapes.aligned", "quality.", "preference.", "alignment.")
 _DIVERSITY = ("diversity.shapes.effective_modes", "diversity.")
-_WITHOUT_MODEL = "diversity.pixels"  # says least of all, and is taken last
-PLOT = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in a picture of 560 x 340
-BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in a picture 360 wide
+PLOT = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in an image of 560 x 340
+BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in an image 360 wide
 
 
 def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A point per prompt and model, diversity to the right and quality up; None where not both are measured."""
-    found = scatter_points(scores)
-    if found is None:
+    """One point per prompt and model, diversity on the x axis and quality on the y axis; None if one is missing."""
+    scatter = scatter_points(scores)
+    if scatter is None:
         return None
-    x_name, y_name, points = found
+    x_name, y_name, points = scatter
     x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
-    x = partial(_between, x_marks, PLOT["left"], PLOT["right"])
-    y = partial(_between, y_marks, PLOT["bottom"], PLOT["top"])
+    x = partial(_position, x_marks, PLOT["left"], PLOT["right"])
+    y = partial(_position, y_marks, PLOT["bottom"], PLOT["top"])
     return {
         "x_name": x_name,
         "y_name": y_name,
@@ -37,9 +36,9 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]] | None:
-    """A diversity and a quality that all models have, and each prompt of each: (model, diversity, quality, text)."""
+    """Names of a diversity and a quality that all models have, and (model, diversity, quality, text) of each prompt."""
     tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
-    x_name, y_name = (_first_common(tables, wanted) for wanted in (_DIVERSITY, _QUALITY))
+    x_name, y_name = (first_common(tables, prefixes) for prefixes in (_DIVERSITY, _QUALITY))
     if x_name is None or y_name is None:
         return None
     points = [
@@ -51,35 +50,25 @@ def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str,
     return (x_name, y_name, points) if points else None
 
 
-def prompt_table(scores: Mapping[str, Any], most: int) -> dict[str, Any] | None:
-    """The scatter for a page without drawings: of the first prompts, quality and diversity by model."""
-    found = scatter_points(scores)
-    if found is None:
+def prompt_table(scores: Mapping[str, Any], max_prompts: int) -> dict[str, Any] | None:
+    """The scatter as a table of the first prompts, with quality and diversity by model."""
+    scatter = scatter_points(scores)
+    if scatter is None:
         return None
-    x_name, y_name, points = found
+    x_name, y_name, points = scatter
     rows: dict[str, dict[str, str]] = {}
     for model, x, y, text in points:
         rows.setdefault(text, {})[model] = f"{y:.3g} / {x:.3g}"
-    return {"x_name": x_name, "y_name": y_name, "rows": list(rows.items())[:most], "of": len(rows)}
+    return {"x_name": x_name, "y_name": y_name, "rows": list(rows.items())[:max_prompts], "of": len(rows)}
 
 
-def _between(marks: Sequence[float], start: float, end: float, value: float) -> float:
-    """Place of a value on an axis whose first and last marks lie at `start` and `end`."""
+def _position(marks: Sequence[float], start: float, end: float, value: float) -> float:
+    """Coordinate of a value on an axis whose first and last marks lie at `start` and `end`."""
     return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
 
 
-def _first_common(tables: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> str | None:
-    first, *others = tables.values()
-    common = sorted((name for name in first if all(name in table for table in others)), key=_says_little)
-    return next((name for start in wanted for name in common if name.startswith(start)), None)
-
-
-def _says_little(name: str) -> bool:
-    return name.startswith(_WITHOUT_MODEL)
-
-
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, about five."""
+    """About five round numbers that span `low` to `high`."""
     if low == high:
         low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
     rough = (high - low) / 5
@@ -90,15 +79,15 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
-    """A panel per free attribute: for each of its values a bar per model, the share of the model's right pictures."""
+    """One panel per free attribute: for each value a bar per model, the share of the model's correct pictures."""
     first = next(iter(attributes.values()), {})
     return [_panel(name, {model: attributes[model][name] for model in attributes}) for name in first]
 
 
 def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     words = list(next(iter(counts.values())))
-    shares = {model: _shares(found) for model, found in counts.items()}
-    largest = max(share for found in shares.values() for share in found.values()) or 1
+    shares = {model: _shares(of_model) for model, of_model in counts.items()}
+    largest = max(share for of_model in shares.values() for share in of_model.values()) or 1
     width, height = BARS["right"] - BARS["left"], BARS["row"] * len(words)
 
     def length(share: float) -> float:
@@ -113,12 +102,12 @@ def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]
             model: [
                 (
                     BARS["top"] + BARS["row"] * row + BARS["bar"] * number,
-                    length(found[word]),
-                    f"{100 * found[word]:.1f} %",
+                    length(of_model[word]),
+                    f"{100 * of_model[word]:.1f} %",
                 )
                 for row, word in enumerate(words)
             ]
-            for number, (model, found) in enumerate(shares.items())
+            for number, (model, of_model) in enumerate(shares.items())
         },
         "even": BARS["left"] + length(1 / len(words)),
         "even_share": f"{100 / len(words):.0f} %",
@@ -127,6 +116,6 @@ def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]
 
 
 def _shares(counts: Mapping[str, int]) -> dict[str, float]:
-    """Of each value; of a model without a right picture, 0."""
+    """Share of each value; 0 for a model without a correct picture."""
     total = sum(counts.values())
     return {word: count / total if total else 0.0 for word, count in counts.items()}

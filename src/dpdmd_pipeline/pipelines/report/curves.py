@@ -1,32 +1,38 @@
-"""Curves of the histories, laid out to be drawn as SVG."""
+"""Lay out the curves of the histories for SVG."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 CURVES = {
-    "dmd_loss": ("DMD loss", "The pull towards what the teacher finds likely; it need not fall."),
-    "diversity_loss": ("Diversity loss", "Distance of DP-DMD's anchored steps from the teacher's; DMD has none."),
-    "fake_score_loss": ("Fake-score loss", "How well the second network follows the changing student."),
-    "diversity_weight": ("Weight of the diversity loss", "Where it is set anew as training goes, by the gradients."),
-    "latent_diversity": (
-        "Diversity while training",
-        "Distance between one prompt's latents; it falls as variety is lost.",
+    "dmd_loss": ("DMD loss", "Pulls the pictures towards what the teacher finds likely; it need not fall."),
+    "diversity_loss": (
+        "Diversity loss",
+        "Distance of DP-DMD's anchored steps from the teacher's; DMD has no such loss.",
     ),
-    "correction": ("Quality while training", "What the teacher changes of a latent under noise; less is better."),
-    "grad_ratio": ("Gradient ratio", "Weighted diversity gradient over DMD gradient; near 1 they are in balance."),
+    "fake_score_loss": (
+        "Fake-score loss",
+        "Error of the network that tracks the student's distribution.",
+    ),
+    "diversity_weight": ("Weight of the diversity loss", "Shown if training adjusted it to the gradients."),
+    "latent_diversity": (
+        "Diversity during training",
+        "Distance between latents of the same prompt; it falls as diversity is lost.",
+    ),
+    "correction": ("Quality during training", "Change that the teacher makes to a noised latent; lower is better."),
+    "grad_ratio": ("Gradient ratio", "Weighted diversity gradient divided by the DMD gradient; 1 means balance."),
 }
 PLOT = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in a picture of 360 x 196
 
 
 def make_curves(runs: Mapping[str, list[dict]], num_points: int) -> list[dict[str, Any]]:
-    """A panel per entry of CURVES that has something to draw."""
-    runs = {**runs, "teacher": _of_teacher(runs)}
+    """One panel per entry of CURVES with positive values."""
+    runs = {**runs, "teacher": _teacher_history(runs)}
     return [curve for key in CURVES if (curve := make_curve(key, runs, num_points))]
 
 
 def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dict[str, Any] | None:
-    """One panel on a logarithmic axis, ready to draw; None where no run has a positive value of this."""
+    """One panel with a logarithmic axis, ready to draw; None if no run has a positive value."""
     averaged = {name: _averaged(rows, key, num_points) for name, rows in runs.items()}
     averaged = {name: points for name, points in averaged.items() if points}
     if not averaged:
@@ -53,30 +59,28 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
     }
 
 
-def kept_turns(runs: Mapping[str, list[dict]]) -> str:
-    """Which turn each student is of: where one was chosen by what was watched, that one."""
-    best = {name: int(turns[-1]) for name, rows in runs.items() if (turns := _chosen(rows))}
-    if not best:
-        return "Both students are those of their last turn."
-    kept = [f"{name} is that of turn {best.get(name, rows[-1]['step'])}" for name, rows in runs.items()]
+def student_cycles(runs: Mapping[str, list[dict]]) -> str:
+    """Sentence that names the cycle of each student: the one that training chose, or the last."""
+    chosen = {name: [int(row["best_step"]) for row in rows if row.get("best_step")] for name, rows in runs.items()}
+    if not any(chosen.values()):
+        return "Both students come from their last cycle."
+    last = {name: [rows[-1]["step"]] for name, rows in runs.items()}
+    cycles = [f"{name} comes from cycle {(chosen[name] or last[name])[-1]}" for name in runs]
     return (
-        f"{', '.join(kept)}. Where it is not the last: of the measured turns whose diversity is at least "
-        "train.watch.diversity_floor of the teacher's, the one whose pictures the teacher corrects least."
+        f"{', '.join(cycles)}. If that is not the last cycle, training chose it among the measured cycles with at "
+        "least train.watch.diversity_floor of the teacher's diversity: the teacher corrects its pictures least."
     )
 
 
-def _chosen(rows: Sequence[dict]) -> list[float]:
-    return [row["best_step"] for row in rows if row.get("best_step")]
-
-
-def _of_teacher(runs: Mapping[str, list[dict]]) -> list[dict]:
-    """Rows of what was measured of the teacher beside the last of the students, under the students' names of it."""
-    measured = ((row["step"], {name: row.get(f"{name}_teacher") for name in CURVES}) for row in [*runs.values()][-1])
-    return [{"step": step, **of_teacher} for step, of_teacher in measured]
+def _teacher_history(runs: Mapping[str, list[dict]]) -> list[dict]:
+    """The teacher's measurements from the last student's history, under the students' keys."""
+    return [
+        {"step": row["step"], **{name: row.get(f"{name}_teacher") for name in CURVES}} for row in [*runs.values()][-1]
+    ]
 
 
 def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[float, float]]:
-    """(step, value) of the positive values, in bins of equally many where there are more than `num_points`."""
+    """Positive values as (step, value), averaged in bins of equal size if there are more than `num_points`."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) and row[key] > 0]
     width = math.ceil(len(points) / num_points) or 1
     bins = [points[start : start + width] for start in range(0, len(points), width)]
@@ -84,7 +88,7 @@ def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[flo
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1-2-5 numbers from the last below `low` to the first above `high`."""
+    """Numbers of the series 1, 2, 5, 10 from the last below `low` to the first above `high`."""
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     steps = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in (1, 2, 5)]
     below = max(step for step in steps if step <= low)
@@ -93,5 +97,5 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _labelled(ticks: list[float]) -> list[float]:
-    """All of a few ticks; of many, the powers of ten."""
+    """Ticks with a label: all of them, or only the powers of ten if there are more than five."""
     return ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]

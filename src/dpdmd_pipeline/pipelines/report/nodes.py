@@ -1,22 +1,22 @@
 """Nodes of the report stage."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter, prompt_table
-from dpdmd_pipeline.pipelines.report.curves import kept_turns, make_curves
+from dpdmd_pipeline.pipelines.report.curves import make_curves, student_cycles
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
-from dpdmd_pipeline.pipelines.report.plots import prompt_rows, turn_rows
+from dpdmd_pipeline.pipelines.report.plots import cycle_rows, prompt_rows
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
 from dpdmd_pipeline.pipelines.report.tables import (
+    all_notes,
+    describe_metrics,
     figure_rows,
     gap_cell,
-    gaps_missing,
+    has_missing_gap,
     missing_metrics,
-    result_words,
-    to_know,
 )
 from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, make_verdict, metric_named
 
@@ -34,38 +34,29 @@ def make_report(
     environment: str,
     **stage_options: Any,
 ) -> tuple[str, str]:
-    """One page as HTML and as Markdown; the same inputs and versions give the same bytes.
+    """Render the page as HTML and as Markdown; the same inputs and versions give the same bytes.
 
     Args:
-        metrics: of the three models.
-        scores: the same prompt by prompt.
-        prompts: the evaluation ones label the rows of the grids, in their order.
-        train_history, train_history_dmd: rows of step and losses.
-        grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first evaluation prompts
-            (evaluate.grid_prompts), all of equal height.
-        options: of this stage.
-        environment: name of the folder of conf/ that the run was made with.
-        stage_options: of the other stages, `<stage>_options`: plain, or as the models that their own nodes ask for.
+        grid_teacher, grid_dmd, grid_dp_dmd: PIL images of equal height, with one row for each of the first evaluation
+            prompts (evaluate.grid_prompts).
+        environment: folder of conf/ that the run used.
+        stage_options: options of the other stages, as `<stage>_options`: a dict or the model of the stage's own nodes.
 
     Returns:
-        report.html, which needs no other file, and report.md, which shows the pictures beside it.
+        report.html, which needs no other file, and report.md, which links the pictures in its own folder.
 
     Raises:
-        ValueError: if a grid does not divide into the evaluation prompts.
+        StageError: if metrics or grids are missing, or belong to another version or to other prompts.
     """
-    texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
-    grids = {"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}
     groups = {name.removesuffix("_options"): plain_options(group) for name, group in stage_options.items()}
-    shown = texts[: int(groups["evaluate"]["grid_prompts"])]
+    grids = {"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}
     page = {
-        **result_words(metrics),
-        "prompts": shown,
-        "num_prompts": len(texts),
-        "pictures": picture_rows(grids, shown, options),
+        **describe_metrics(metrics),
+        **_describe_pictures(prompts, grids, int(groups["evaluate"]["grid_prompts"]), options),
         "scatter": make_scatter(scores),
         "prompt_table": prompt_table(scores, options.max_prompts),
         "bars": make_bars(scores["attributes"]),
-        "kept": kept_turns({"DMD": train_history_dmd, "DP-DMD": train_history}),
+        "student_cycles": student_cycles({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
         "options": option_tables({**groups, "report": plain_options(options)}),
         "environment": environment,
@@ -74,67 +65,76 @@ def make_report(
     return render("report.html.j2", page), render("report.md.j2", page)
 
 
+def _describe_pictures(
+    prompts: Iterable[dict], grids: Mapping[str, Any], grid_prompts: int, options: ReportOptions
+) -> dict[str, Any]:
+    """Rows of pictures with their prompts, under the names that the templates use."""
+    texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
+    shown = texts[:grid_prompts]
+    return {"prompts": shown, "num_prompts": len(texts), "pictures": picture_rows(grids, shown, options)}
+
+
 def make_plots(
     scores: dict[str, Any], train_history: list[dict], train_history_dmd: list[dict]
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Some of the page's drawings as rows for `dvc plots`: the DMD loss, diversity while training, prompt by prompt."""
+    """Rows for `dvc plots`: the DMD loss, diversity during training, and quality against diversity per prompt."""
     runs = {"dmd": train_history_dmd, "dp_dmd": train_history}
-    return turn_rows(runs, "dmd_loss"), turn_rows(runs, "latent_diversity"), prompt_rows(scores)
+    return cycle_rows(runs, "dmd_loss"), cycle_rows(runs, "latent_diversity"), prompt_rows(scores)
 
 
 def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> None:
-    """Print the result; takes the reports only to come after them."""
+    """Print the result; the reports are inputs so that this node runs after them."""
     from rich import box
     from rich.console import Console
 
     screen = Console()
-    # piped, it must neither be cut to 80 columns nor hold boxes
+    # a pipe gets neither lines cut to 80 columns nor boxes
     console = screen if screen.is_terminal else Console(width=120)
-    console.print(_result_table(metrics, box.SIMPLE if console.is_terminal else None))
+    style = box.SIMPLE if console.is_terminal else None
+    console.print(_result_table(metrics, style))
     if any(metrics[model]["figures"] for model in MODELS):
-        console.print(_figure_table(metrics, box.SIMPLE if console.is_terminal else None))
-    for names, reason in missing_metrics(metrics):
-        console.print(f"not measured: {names}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    for note in to_know(metrics):
-        console.print(f"to know: {note}", markup=False, highlight=False, soft_wrap=True)
-    if gaps_missing(metrics):
-        console.print(
-            "-: DMD lost nothing in this, or no more than by chance: there is no gap to recover", soft_wrap=True
-        )
+        console.print(_figure_table(metrics, style))
+    lines = [f"not measured: {names}: {reason}" for names, reason in missing_metrics(metrics)]
+    lines += [f"note: {note}" for note in all_notes(metrics)]
+    if has_missing_gap(metrics):
+        lines.append("-: no gap to recover: DMD lost nothing in this metric, or no more than chance explains")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(make_verdict(metrics), style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
-def _result_table(metrics: dict[str, Any], box: Any) -> Any:
+def _empty_table(box: Any, columns: Iterable[str]) -> Any:
     from rich.table import Table
 
     table = Table(box=box, pad_edge=False, collapse_padding=True)
-    kinds = [(kind, name) for kind in ("quality", "diversity") for name in metrics["teacher"][kind]]
-    measured = [
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _result_table(metrics: dict[str, Any], box: Any) -> Any:
+    """The exact reader's metrics: a row per model, then the gap recovered and its interval."""
+    names = [
         (kind, name)
-        for kind, name in kinds
+        for kind in ("quality", "diversity")
+        for name in metrics["teacher"][kind]
         if name != "residual" and all(name in metrics[model][kind] for model in MODELS)
     ]
-    table.add_column("", no_wrap=True)
-    for metric in (metric_named(name) for _, name in measured):
-        table.add_column(f"{metric.title}, {metric.unit}" if metric.unit else metric.title, justify="right")
-    table.add_column("NFE", justify="right")
+    table = _empty_table(box, [*(metric_named(name).heading for _, name in names), "NFE"])
     for model, title in MODELS.items():
-        values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in measured]
+        values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in names]
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
-    cells = [gap_cell(gaps[name]) if name in gaps else ("", "") for _, name in measured]
+    cells = [gap_cell(gaps[name]) if name in gaps else ("", "") for _, name in names]
     table.add_row("gap recovered", *(share.replace(DASH, "-") for share, _ in cells), "")
-    table.add_row("  95 % interval", *(spread for _, spread in cells), "")
+    table.add_row("  95 % interval", *(interval for _, interval in cells), "")
     return table
 
 
 def _figure_table(metrics: dict[str, Any], box: Any) -> Any:
-    from rich.table import Table
-
-    table = Table(box=box, pad_edge=False, collapse_padding=True)
-    table.add_column("", no_wrap=True)
-    for title in (*MODELS.values(), "gap recovered, %"):
-        table.add_column(title, justify="right")
+    """The other metrics: a row per metric."""
+    table = _empty_table(box, [*MODELS.values(), "gap recovered, %"])
     for row in figure_rows(metrics):
         gap = (row["gap"] or "").replace(DASH, "-").replace(" %", "")
         table.add_row(row["title"], *(value for value, _ in row["cells"]), gap)

@@ -6,10 +6,10 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 
 
 class ReportOptions(BaseModel):
-    """How much the page shows."""
+    """Limits of the page."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    max_prompts: PositiveInt  # rows of pictures in report.html; the grids beside it hold all
-    max_strip_width: PositiveInt  # pixels of one row of one model's pictures; wider ones are made smaller
-    curve_points: PositiveInt  # of a curve in report.html; longer histories are averaged
+    max_prompts: PositiveInt  # rows of pictures in report.html; the grids next to it hold all of them
+    max_strip_width: PositiveInt  # pixels of one row of one model's pictures; wider rows are scaled down
+    curve_points: PositiveInt  # points of a curve in report.html; longer histories are averaged

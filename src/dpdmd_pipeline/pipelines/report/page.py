@@ -1,11 +1,11 @@
-"""A page from its template."""
+"""Fill the templates of the page."""
 
 import re
 from typing import Any
 
 
 def render(template: str, page: dict[str, Any]) -> str:
-    """A template of this folder, filled; one for HTML escapes what it is given, one for Markdown has `md` for it."""
+    """Fill a template of this folder; HTML templates escape their values, Markdown templates use the filter `md`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -21,7 +21,7 @@ def render(template: str, page: dict[str, Any]) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it stands, in a paragraph, a list or a cell of a table."""
+    """Escape text so that Markdown shows it unchanged in a paragraph, a list or a table cell."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]{}|~$#!])", r"\\\1", text)
     return re.sub(r"^(\d+)([.)])(?=\s|$)|^([-+])(?=\s|$)", lambda m: f"{m[1] or ''}\\{m[2] or m[3]}", text)

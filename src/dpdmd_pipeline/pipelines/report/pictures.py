@@ -1,35 +1,36 @@
-"""Rows of the grids as pictures that lie in the page itself."""
+"""Cut the grids into rows and embed them in the page."""
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 
 
 def picture_rows(
     grids: Mapping[str, Any], texts: Sequence[str], options: ReportOptions
 ) -> list[tuple[str, dict[str, str]]]:
-    """A row per prompt, as many as are shown: its text, and each model's pictures of it as a data URI.
+    """One row per shown prompt: its text, and each model's pictures as a data URI.
 
     Raises:
-        ValueError: see `cut_strips`.
+        StageError: see `cut_strips`.
     """
     strips = [cut_strips(model, grid, len(texts), options) for model, grid in grids.items()]
     return [(text, dict(zip(grids, row, strict=True))) for text, *row in zip(texts, *strips, strict=False)]
 
 
 def cut_strips(model: str, grid: Any, num_prompts: int, options: ReportOptions) -> list[str]:
-    """The first rows of a grid, each as a data URI of a PNG.
+    """Cut the first rows of a grid, each as a data URI of a PNG.
 
     Raises:
-        ValueError: if the grid's height is no multiple of the number of prompts.
+        StageError: if the grid's height is not a multiple of the number of prompts.
     """
     if not num_prompts or grid.height % num_prompts:
-        raise ValueError(
-            f"grid_{model} is {grid.height} pixels high and cannot show {num_prompts} evaluation prompts, one a row: "
-            "run `kedro run --pipelines evaluate` again"
+        raise StageError(
+            f"grid_{model} is {grid.height} pixels high and cannot show {num_prompts} evaluation prompts in equal rows",
+            stage="evaluate",
         )
     height = grid.height // num_prompts
     rows = range(min(num_prompts, options.max_prompts))

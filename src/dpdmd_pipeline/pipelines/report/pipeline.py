@@ -18,9 +18,9 @@ RESULTS = (
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """metrics, grids and histories to a page, to rows for `dvc plots`, and to a table in the terminal."""
-    given = {f"{stage}_options": f"params:{stage}" for stage in STAGES}
-    inputs = {**{name: name for name in (*RESULTS, "environment")}, "options": "params:report", **given}
+    """From metrics, grids and histories to a page, rows for `dvc plots`, and a table in the terminal."""
+    stage_options = {f"{stage}_options": f"params:{stage}" for stage in STAGES}
+    inputs = {**{name: name for name in (*RESULTS, "environment")}, "options": "params:report", **stage_options}
     reports = ["report_html", "report_md"]
     rows = ["scores", "train_history", "train_history_dmd"]
     plots = ["plot_losses", "plot_watched", "plot_prompts"]

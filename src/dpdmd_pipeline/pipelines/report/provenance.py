@@ -1,4 +1,4 @@
-"""What the page was made with: options and versions."""
+"""Options and versions behind the page."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,10 +9,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 
 
 def plain_options(group: Any) -> dict[str, str]:
-    """Dotted names and values as text, sorted.
+    """Flatten options into sorted dotted names with their values as text.
 
-    The line's other pipelines ask for typed options, so in one run with them a group comes as a model and
-    alone as a dict: both give the same here.
+    Kedro passes a model if another stage of the run declares the group's type, and a dict otherwise; both give the
+    same text.
     """
     if hasattr(group, "model_dump"):
         group = group.model_dump(mode="json", exclude_unset=True)
@@ -33,11 +33,11 @@ def _flat(name: str, value: Any) -> Iterable[tuple[str, str]]:
 def _scalar(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)  # as YAML has it
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)  # as in YAML
 
 
 def option_tables(groups: Mapping[str, dict[str, str]]) -> list[dict[str, Any]]:
-    """A table per stage; the two students side by side, with what differs marked."""
+    """One table per stage; the two students side by side, with their differences marked."""
     tables = []
     for name, group in groups.items():
         if name == "train_dmd":
@@ -54,16 +54,16 @@ def option_tables(groups: Mapping[str, dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, str]:
-    """What this was made with."""
+    """Versions of this package, Python, the main libraries and the platform."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
     from dpdmd_pipeline import __version__
 
-    found = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
+    installed = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a wheel may come without
-            found[package] = "not installed"
-    return {**found, "platform": platform.platform()}
+            installed[package] = version(package)
+        except PackageNotFoundError:  # some wheels have no metadata
+            installed[package] = "not installed"
+    return {**installed, "platform": platform.platform()}

@@ -1,4 +1,4 @@
-"""Stage `study`: many recipes and seeds on one cache, with mean and spread."""
+"""Stage `study`: train many recipes and seeds on one cache; report mean and spread."""
 
 from dpdmd_pipeline.pipelines.study.pipeline import create_pipeline
 

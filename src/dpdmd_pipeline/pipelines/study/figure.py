@@ -1,4 +1,4 @@
-"""The picture of the study: a row per run, a dot per student."""
+"""Figure of the study: a row per run, a dot per student."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpdmd_pipeline.pipelines.study.nodes import SHOWN, summarise
+from dpdmd_pipeline.pipelines.study.nodes import figure_value, summarise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLES = {"effective_modes": "effective modes (diversity)", "aligned": "aligned (quality)"}
-# Okabe and Ito's, which colour-blind people tell apart
-TURN_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
-LOOKS = (  # of the lines over what is varied
+# colours by Okabe and Ito, which colour-blind people can distinguish
+CYCLE_COLOURS = ("#0072B2", "#D55E00", "#CC79A7", "#E69F00")
+LOOKS = (  # lines of the sweeps
     {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     {"color": "#009E73", "marker": "s", "linestyle": ":"},
 )
@@ -25,27 +25,27 @@ _BASELINE = {"marker": "D", "s": 26, "facecolors": "none", "edgecolors": "0.65"}
 
 
 class Row(NamedTuple):
-    """One run as it is drawn.
+    """One run of the figure.
 
     Attributes:
-        values: by metric, one per training seed.
-        baseline: the run it is compared with; its own name where it is a baseline.
-        turns: of the student.
-        colour: of its number of turns.
+        values: one value per training seed, by metric.
+        baseline: name of its baseline; its own name for a baseline.
+        cycles: training cycles of the students.
+        colour: colour of this number of cycles.
     """
 
     name: str
     values: dict[str, list]
     baseline: str
-    turns: int
+    cycles: int
     colour: str
 
 
 class Sweep(NamedTuple):
-    """What was varied by itself.
+    """Runs that vary one option alone.
 
     Attributes:
-        lines: by label, the values by metric at each place.
+        lines: values by metric at each value of the option, by the line's label.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Sweep(NamedTuple):
 
 
 def draw_study(study: dict[str, Any]) -> Any:
-    """A figure: diversity and quality of every run in the table's order, and over what was varied by itself."""
+    """Draw diversity and quality of every run, in the order of the table, and over each option that varies alone."""
     from matplotlib.figure import Figure
 
     rows = rows_of(study)
@@ -66,30 +66,30 @@ def draw_study(study: dict[str, Any]) -> Any:
     aligned = figure.add_subplot(grid[:, 1], sharey=modes)
     for axis, metric in ((modes, "effective_modes"), (aligned, "aligned")):
         _draw_rows(axis, rows, metric)
-        axis.axvline(_teacher(study, metric), **_TEACHER, label="teacher")
+        axis.axvline(figure_value(study["teacher"], metric), **_TEACHER, label="teacher")
     _draw_baselines(modes, rows)
     _name_rows(modes, aligned, rows)
-    for place, sweep in enumerate(sweeps, 2):
-        _draw_sweep(figure.add_subplot(grid[0, place]), figure.add_subplot(grid[1, place]), sweep, study)
+    for column, sweep in enumerate(sweeps, 2):
+        _draw_sweep(figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column]), sweep, study)
     figure.suptitle("One dot per training seed, a bar at their mean")
     figure.legend(*_legend(modes), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def rows_of(study: dict[str, Any]) -> list[Row]:
-    """The runs in the table's order."""
-    found = summarise(study)
-    turns = {run: {**study["defaults"], **study["runs"][run].get("train", {})}["max_steps"] for run in found}
-    kinds = list(dict.fromkeys(turns.values()))
-    colours = {run: TURN_COLOURS[kinds.index(turns[run]) % len(TURN_COLOURS)] for run in found}
-    baselines = {run: study["runs"][run].get("baseline", study["baseline"]) for run in found}
-    return [Row(run, values, baselines[run], turns[run], colours[run]) for run, values in found.items()]
+    """Runs in the order of the table."""
+    summary = summarise(study)
+    cycles = {run: {**study["defaults"], **study["runs"][run].get("train", {})}["max_steps"] for run in summary}
+    kinds = list(dict.fromkeys(cycles.values()))
+    colours = {run: CYCLE_COLOURS[kinds.index(cycles[run]) % len(CYCLE_COLOURS)] for run in summary}
+    baselines = {run: study["runs"][run].get("baseline", study["baseline"]) for run in summary}
+    return [Row(run, values, baselines[run], cycles[run], colours[run]) for run, values in summary.items()]
 
 
 def weight_sweep(study: dict[str, Any]) -> Sweep:
-    """The paper's ablation: over the diversity weight, with the stop-gradient and without.
+    """The paper's ablation: the diversity weight, with the stop-gradient and without.
 
-    A run belongs if it changes nothing else.
+    Runs with other changes do not count.
     """
     labels = {True: "stop-gradient", False: "no stop-gradient"}
     lines: dict[str, dict[float, dict[str, list]]] = {label: {} for label in labels.values()}
@@ -102,7 +102,7 @@ def weight_sweep(study: dict[str, Any]) -> Sweep:
 
 
 def steps_sweep(study: dict[str, Any]) -> Sweep:
-    """Over K, the teacher's steps before the anchor. All these anchors are drawn online, the default's too."""
+    """K, the number of teacher steps before the anchor; all runs draw their anchors online, the default K too."""
     line = {}
     for run, values in summarise(study).items():
         changes = study["runs"][run]
@@ -116,29 +116,25 @@ def _is_line(line: dict[float, dict[str, list]]) -> bool:
     return len(line) > 1
 
 
-def _teacher(study: dict[str, Any], metric: str) -> float:
-    return study["teacher"][SHOWN[metric]][metric]["value"]
-
-
 def _draw_rows(axis: Axes, rows: Sequence[Row], metric: str) -> None:
     """A line of dots per run, the first at the top."""
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         values = row.values[metric]
-        if place % 2:
-            axis.axhspan(place - 0.5, place + 0.5, color="0.955", linewidth=0, zorder=0)  # leads the eye across
-        axis.scatter([mean(values)], [place], color=row.colour, **_MEAN, zorder=3)
-        axis.scatter(values, [place] * len(values), color=row.colour, **_SEED, zorder=4, label=f"{row.turns} turns")
+        if number % 2:
+            axis.axhspan(number - 0.5, number + 0.5, color="0.955", linewidth=0, zorder=0)  # stripes guide the eye
+        axis.scatter([mean(values)], [number], color=row.colour, **_MEAN, zorder=3)
+        axis.scatter(values, [number] * len(values), color=row.colour, **_SEED, zorder=4, label=f"{row.cycles} cycles")
     axis.set_xlabel(TITLES[metric])
-    axis.locator_params(axis="x", nbins=6)  # more of them touch each other
+    axis.locator_params(axis="x", nbins=6)  # more labels would touch
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_baselines(axis: Axes, rows: Sequence[Row]) -> None:
-    """In the row of each run, where the run that it is compared with has its mean."""
+    """Mark the mean of each run's baseline in the row of the run."""
     means = {row.name: mean(row.values["effective_modes"]) for row in rows}
-    compared = {place: means[row.baseline] for place, row in enumerate(rows) if row.baseline != row.name}
+    compared = {number: means[row.baseline] for number, row in enumerate(rows) if row.baseline != row.name}
     axis.scatter(list(compared.values()), list(compared), **_BASELINE, zorder=2, label="mean of the run's baseline")
 
 
@@ -153,20 +149,20 @@ def _name_rows(modes: Axes, aligned: Axes, rows: Sequence[Row]) -> None:
 def _draw_sweep(top: Axes, bottom: Axes, sweep: Sweep, study: dict[str, Any]) -> None:
     for axis, metric in zip((top, bottom), TITLES, strict=True):
         _draw_lines(axis, sweep, metric)
-        axis.axhline(_teacher(study, metric), **_TEACHER)
+        axis.axhline(figure_value(study["teacher"], metric), **_TEACHER)
     bottom.set_xlabel(sweep.title)
     if sum(map(bool, sweep.lines.values())) > 1:
-        # between the panels, where no dot is
+        # between the panels, clear of the dots
         top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), frameon=False)
 
 
 def _draw_lines(axis: Axes, sweep: Sweep, metric: str) -> None:
-    """A line over the means, and the seeds' dots; two lines a little apart, so that neither hides the other."""
-    ticks = sorted({place for line in sweep.lines.values() for place in line})
-    apart = 0.03 * (ticks[-1] - ticks[0]) * (len(sweep.lines) > 1)
-    for (label, line), look, shift in zip(sweep.lines.items(), LOOKS, (-apart, apart), strict=False):
-        means = [(place + shift, mean(line[place][metric])) for place in sorted(line)]
-        seeds = [(place + shift, value) for place in line for value in line[place][metric]]
+    """A line through the means, and a dot per seed; two lines are shifted, so that neither hides the other."""
+    ticks = sorted({x for line in sweep.lines.values() for x in line})
+    offset = 0.03 * (ticks[-1] - ticks[0]) * (len(sweep.lines) > 1)
+    for (label, line), look, shift in zip(sweep.lines.items(), LOOKS, (-offset, offset), strict=False):
+        means = [(x + shift, mean(line[x][metric])) for x in sorted(line)]
+        seeds = [(x + shift, value) for x in line for value in line[x][metric]]
         if line:
             axis.plot(*zip(*means, strict=True), **look, markersize=8, label=label)
             axis.scatter(*zip(*seeds, strict=True), color=look["color"], marker=look["marker"], **_SEED)
@@ -178,6 +174,6 @@ def _draw_lines(axis: Axes, sweep: Sweep, metric: str) -> None:
 
 
 def _legend(axis: Axes) -> tuple[list, list[str]]:
-    """Each label once: every run of as many turns has the same."""
+    """Legend with each label once; runs with the same number of cycles share one."""
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     return list(handles.values()), list(handles)

@@ -10,13 +10,14 @@ Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 class RunOptions(BaseModel):
-    """One recipe, as what it changes.
+    """One recipe, as changes to the options.
 
     Attributes:
-        train: of the group `train`.
-        anchors: of the group `anchors`; the cache has others, so such a run asks the teacher in each student turn.
-        seeds: of this run alone; None takes the study's.
-        baseline: the run whose lost diversity is this one's gap, as one of as many turns; None takes the study's.
+        train: changes in the group `train`.
+        anchors: changes in the group `anchors`. The cache has other anchors, so the teacher draws them in every cycle.
+        seeds: training seeds of this run; None takes the study's.
+        baseline: run whose lost diversity is this run's gap, trained for the same number of cycles; None takes the
+            study's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -28,12 +29,12 @@ class RunOptions(BaseModel):
 
 
 class StudyOptions(BaseModel):
-    """Which recipes are compared.
+    """Recipes to compare.
 
     Attributes:
-        seeds: every recipe is trained once per seed, unless it has seeds of its own.
-        baseline: the run whose lost diversity is the gap, of all runs that name no other.
-        runs: name of a recipe to what it changes; null leaves out a run of conf/base.
+        seeds: training seeds of every recipe without its own seeds.
+        baseline: run whose lost diversity is the gap of every run without its own baseline.
+        runs: recipes by name; null removes a run of conf/base.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -43,42 +44,42 @@ class StudyOptions(BaseModel):
     runs: dict[str, RunOptions | None]
 
     @property
-    def kept(self) -> dict[str, RunOptions]:
-        """The runs that are not left out."""
+    def active_runs(self) -> dict[str, RunOptions]:
+        """Runs that are not null."""
         return {name: run for name, run in self.runs.items() if run is not None}
 
     @property
     def students(self) -> list[tuple[int, str]]:
-        """Seed and run of every student, seed after seed: the study's, then those that only some runs have."""
-        every = dict.fromkeys([*self.seeds, *(seed for name in self.kept for seed in self._seeds_of(name))])
-        return [(seed, name) for seed in every for name in self.kept if seed in self._seeds_of(name)]
+        """Seed and run of every student: ordered by seed, the study's seeds before those of single runs."""
+        seeds = dict.fromkeys([*self.seeds, *(seed for name in self.active_runs for seed in self._seeds_of(name))])
+        return [(seed, name) for seed in seeds for name in self.active_runs if seed in self._seeds_of(name)]
 
     def _seeds_of(self, name: str) -> list[int]:
-        own = self.kept[name].seeds
+        own = self.active_runs[name].seeds
         return self.seeds if own is None else own
 
     def baseline_of(self, name: str) -> str:
-        """The run that a run is compared with."""
-        return self.kept[name].baseline or self.baseline
+        """Baseline of a run."""
+        return self.active_runs[name].baseline or self.baseline
 
     @model_validator(mode="after")
-    def _has_its_baselines(self) -> Self:
-        if self.baseline not in self.kept:
-            raise ValueError(f"baseline={self.baseline} is none of the runs {', '.join(self.kept)}")
-        for name in self.kept:
-            if (baseline := self.baseline_of(name)) not in self.kept:
-                raise ValueError(f"runs.{name}.baseline={baseline} is none of the runs {', '.join(self.kept)}")
+    def _check_baselines(self) -> Self:
+        names = ", ".join(self.active_runs)
+        if self.baseline not in self.active_runs:
+            raise ValueError(f"baseline={self.baseline} is not a run: name one of {names}")
+        for name in self.active_runs:
+            if (baseline := self.baseline_of(name)) not in self.active_runs:
+                raise ValueError(f"runs.{name}.baseline={baseline} is not a run: name one of {names}")
         return self
 
     @model_validator(mode="after")
-    def _has_the_baselines_at_every_seed(self) -> Self:
-        """A share of the gap is of one seed's own gap."""
-        for name in self.kept:
+    def _check_seeds(self) -> Self:
+        """Gaps are compared seed by seed."""
+        for name in self.active_runs:
             baseline = self.baseline_of(name)
-            compared = self._seeds_of(baseline)
-            if missing := sorted(set(self._seeds_of(name)) - set(compared)):
+            seeds = self._seeds_of(baseline)
+            if missing := sorted(set(self._seeds_of(name)) - set(seeds)):
                 raise ValueError(
-                    f"runs.{name} has the seeds {missing}: give it seeds of {compared}, which its baseline {baseline} "
-                    "is trained with"
+                    f"runs.{name} has seeds {missing} that its baseline {baseline} lacks: choose seeds from {seeds}"
                 )
         return self

@@ -7,12 +7,12 @@ from dpdmd_pipeline.pipelines.study.nodes import run_study, write_study
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """anchors to a table and a plot of many students: what the paper varies."""
-    learned = ["prompts", "embeddings", "anchors", "teacher", "train_state"]
+    """From the anchors to a table and a plot of many students, for the options that the paper varies."""
+    inputs = ["prompts", "embeddings", "anchors", "teacher", "train_state"]
     options = ["params:backbone", "params:anchors", "params:train", "params:evaluate", "params:study"]
     return Pipeline(
         [
-            Node(run_study, [*learned, *options], "study", name="run_study"),
+            Node(run_study, [*inputs, *options], "study", name="run_study"),
             Node(write_study, "study", "study_table", name="write_study"),
             Node(draw_study, "study", "study_plot", name="draw_study"),
         ]

@@ -1,4 +1,4 @@
-"""The students of a study, one after the other: each is trained once, by whichever process comes to it first."""
+"""Train and judge the students of a study; several processes can share the work."""
 
 import json
 import logging
@@ -20,15 +20,25 @@ log = logging.getLogger(__name__)
 
 Student = tuple[int, str]  # seed and run
 
-_POLL = 5.0  # seconds between looks at students that other processes train
+# A stored result is only reused by the code that made it.
+CODE = (
+    *sampling.CODE,
+    "metrics/modes.py",
+    "metrics/pixels.py",
+    "metrics/shapes.py",
+    "metrics/summary.py",
+    "shapes/reader.py",
+    "shapes/world.py",
+)
+_POLL = 5.0  # seconds between checks of students that other processes train
 
 
 class Judge(NamedTuple):
-    """The exact reader over one model's pictures of the evaluation's prompts and seeds.
+    """The exact reader, applied to a model's pictures of the evaluation's prompts and seeds.
 
     Attributes:
-        chosen: row and text of every prompt.
-        state: folder of the judgements that were made.
+        chosen: text of every evaluation prompt, by row.
+        state: folder of the stored results.
     """
 
     chosen: dict[int, str]
@@ -38,54 +48,53 @@ class Judge(NamedTuple):
     options: EvaluateOptions
     state: Path
 
-    def judged(self, student: Path | None) -> dict[str, Any]:
-        """Quality and diversity of a student's folder, or of the teacher."""
+    def measure(self, student: Path | None) -> dict[str, Any]:
+        """Quality and diversity of a student's folder, or of the teacher for None."""
         from dpdmd_pipeline.metrics.shapes import judge
 
-        drawn = sample_model(student, self.chosen, self.embeddings, self.teacher, self.backbone, self.options)
-        per_prompt = [drawn["image"][drawn["prompt"] == row] / 255 for row in self.chosen]
+        samples = sample_model(student, self.chosen, self.embeddings, self.teacher, self.backbone, self.options)
+        per_prompt = [samples["image"][samples["prompt"] == row] / 255 for row in self.chosen]
         return judge(per_prompt, list(self.chosen.values()), self.options.seed)
 
     def count(self) -> dict[str, int]:
-        """Over how much each model is judged."""
+        """Number of prompts, and of pictures per prompt, of each model."""
         return {"prompts": len(self.chosen), "per_prompt": self.options.images_per_prompt}
 
-    def record(self, identity: str) -> Path:
-        """Where what is known of a student is kept; its name tells all that decides it.
+    def path(self, identity: str) -> Path:
+        """File of a student's result; its name hashes everything that decides it.
 
         Args:
-            identity: of the student.
+            identity: fingerprint of the student's training.
         """
-        asked = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
-        drawn = (list(self.chosen.items()), asked, folder_hash(self.teacher))
-        key = fingerprint(identity, *drawn, code_hash("pipelines.study.students"))
-        return self.state / f"judged_{key[:16]}.json"
+        options = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
+        inputs = (list(self.chosen.items()), options, folder_hash(self.teacher))
+        return self.state / f"judged_{fingerprint(identity, *inputs, code_hash(*CODE))[:16]}.json"
 
 
-Made = tuple[Callable[[Path], None], list[dict]]  # what writes a student, and its history
+Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the student, and its history
 
 
-def judged_student(train: Callable[[], Made], judge: Judge, identity: str) -> dict[str, Any]:
-    """Quality, diversity and last record of a student, which is trained and judged unless that is done.
+def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> dict[str, Any]:
+    """Quality, diversity and last history record of a student; train and judge it unless its result is stored.
 
     Raises:
         HeldError: if another process is training or judging it.
     """
-    path = judge.record(identity)
+    path = judge.path(identity)
     with locked(Folders.of(path)):
-        known = _known(path)
-        if known is not None:
-            return known
-        write, history = train()
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder))
-            found = {**judge.judged(Path(folder)), "last": history[-1]}
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(found)))
-    return found
+        result = _load(path)
+        if result is None:
+            write, history = train()
+            with tempfile.TemporaryDirectory() as folder:
+                write(Path(folder))
+                result = {**judge.measure(Path(folder)), "last": history[-1]}
+            text = json.dumps(result)
+            write_atomically(path, lambda temporary: temporary.write_text(text))
+    return result
 
 
-def _known(path: Path) -> dict[str, Any] | None:
-    """A judgement that was kept; None if there is none, or not a whole one."""
+def _load(path: Path) -> dict[str, Any] | None:
+    """Load a stored result; None if it does not exist or is not complete."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -93,25 +102,25 @@ def _known(path: Path) -> dict[str, Any] | None:
 
 
 def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, Any]]) -> dict[Student, dict[str, Any]]:
-    """Make every student in turn; those that another process is training are waited for at the end.
+    """Make every student in turn, then wait for the students of other processes.
 
-    So the same command may be started as often as there are cores or machines over one file system.
+    You can start the same command once per core, and on several machines with a shared file system.
 
     Args:
-        students: in the order in which they are begun.
-        make: trains and judges one; raises HeldError where somebody else trains it.
+        students: students in the order of their training.
+        make: trains and judges one student; raises HeldError if another process trains it.
     """
-    found: dict[Student, dict[str, Any]] = {}
-    told: set[Student] = set()
-    while left := [student for student in students if student not in found]:
-        for seed, run in left:
+    results: dict[Student, dict[str, Any]] = {}
+    logged: set[Student] = set()
+    while remaining := [student for student in students if student not in results]:
+        for seed, run in remaining:
             try:
-                found[seed, run] = make((seed, run))
-                log.info("study: %s, seed %d: %d of %d students are there", run, seed, len(found), len(students))
+                results[seed, run] = make((seed, run))
+                log.info("study: %s, seed %d is done: %d of %d students", run, seed, len(results), len(students))
             except HeldError as error:
-                if (seed, run) not in told:
-                    log.info("study: %s, seed %d is left to another process: %s", run, seed, error)
-                told.add((seed, run))
-        if all(student not in found for student in left):
+                if (seed, run) not in logged:
+                    log.info("study: another process trains %s, seed %d: %s", run, seed, error)
+                logged.add((seed, run))
+        if all(student not in results for student in remaining):
             time.sleep(_POLL)
-    return found
+    return results

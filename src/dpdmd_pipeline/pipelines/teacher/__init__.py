@@ -1,4 +1,4 @@
-"""Stage `teacher`: trains the embedded teacher; its result is in git, so that nobody has to."""
+"""Stage `teacher`: train the embedded teacher; its result is in git, so you need not run it."""
 
 from dpdmd_pipeline.pipelines.teacher.pipeline import create_pipeline
 

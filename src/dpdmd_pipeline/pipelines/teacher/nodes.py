@@ -13,24 +13,24 @@ from dpdmd_pipeline.planning.identity import code_hash
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-_AT_ONCE = 250  # pictures that are drawn together
+_BATCH_SIZE = 250  # pictures per batch
 
 
 def train_embedded_teacher(
     teacher_state: Path, backbone: BackboneOptions, options: TeacherOptions
 ) -> Callable[[Path], None]:
-    """Train tokenizer, text encoders, autoencoder and denoising network from nothing, on the CPU.
+    """Train tokenizer, text encoders, autoencoder and denoising network from scratch, on the CPU.
 
     Returns:
-        What writes the pipeline into a folder, in half precision.
+        Function that writes the pipeline into a folder, in half precision.
 
     Raises:
-        ValueError: if the recipe is of another family than the one that will read the result.
+        ValueError: if the recipe has another family than backbone.family.
     """
     if options.recipe.family != backbone.family:
         raise ValueError(
-            f"backbone.family is {backbone.family!r}, teacher.recipe is of an {options.recipe.family} teacher: "
-            "choose the environment that has both, base or shapes_sdxl"
+            f"backbone.family is {backbone.family!r}, but teacher.recipe trains a {options.recipe.family} teacher: "
+            "choose the environment base or shapes_sdxl, where both agree"
         )
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -51,27 +51,27 @@ def train_embedded_teacher(
         def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
             bar = progress.add_task(name, total=total, facts="")
             loss = None
-            for done, loss in records:
-                progress.update(bar, completed=done, facts=f"loss {loss:.4f}")
+            for step, loss in records:
+                progress.update(bar, completed=step, facts=f"loss {loss:.4f}")
             progress.update(bar, completed=total)
-            log.info("%s: %s", name, "reused, was finished" if loss is None else f"trained, last loss {loss:.4f}")
+            log.info("%s: %s", name, "reused" if loss is None else f"trained, last loss {loss:.4f}")
 
         pipeline = train_teacher(options.recipe, state, follow)
     return pipeline.to(dtype=torch.float16).save_pretrained
 
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
-    """Quality and diversity of the teacher at its own settings, and the rarest mode of any prompt."""
+    """Judge quality and diversity of the teacher at its own settings, and count the rarest mode of any prompt."""
     from dpdmd_pipeline.metrics.shapes import judge
     from dpdmd_pipeline.shapes.reader import read
     from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
 
     prompts = [caption(index) for index in range(NUM_PROMPTS)]
     images, rarest = [], []
-    for row, pictures in enumerate(_drawn(teacher, prompts, backbone, options)):
+    for row, pictures in enumerate(_draw(teacher, prompts, backbone, options)):
         images.append(pictures)
         rarest.append(_rarest(read(pictures), row))
-        log.info("judged %r: rarest mode drawn %d times, clean %d times", prompts[row], *rarest[-1])
+        log.info("%r: rarest mode drawn %d times, %d of them clean", prompts[row], *rarest[-1])
     drawn, clean = zip(*rarest, strict=True)
     return {
         **judge(images, prompts, options.judge_seed),
@@ -81,8 +81,8 @@ def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOpti
     }
 
 
-def _drawn(teacher: Path, prompts: Sequence[str], backbone: BackboneOptions, options: TeacherOptions) -> Iterator[Any]:
-    """The teacher's pictures, one prompt after the other: each [judged_per_prompt, 3, H, W] in [0, 1]."""
+def _draw(teacher: Path, prompts: Sequence[str], backbone: BackboneOptions, options: TeacherOptions) -> Iterator[Any]:
+    """Yield the teacher's pictures of each prompt, [judged_per_prompt, 3, H, W] in [0, 1]."""
     import torch
 
     from dpdmd_pipeline.backbones.base import guided
@@ -103,18 +103,18 @@ def _drawn(teacher: Path, prompts: Sequence[str], backbone: BackboneOptions, opt
 
     for row in range(len(prompts)):
         seeds = sample_seeds(options.judge_seed, "teacher", row, options.judged_per_prompt)
-        parts = [seeds[start : start + _AT_ONCE] for start in range(0, len(seeds), _AT_ONCE)]
-        yield torch.cat([draw(row, part) for part in parts])
+        batches = [seeds[start : start + _BATCH_SIZE] for start in range(0, len(seeds), _BATCH_SIZE)]
+        yield torch.cat([draw(row, batch) for batch in batches])
 
 
 def _rarest(reading: Any, prompt: int) -> tuple[int, int]:
-    """How often the rarest mode of a prompt was drawn: nearest to a legal picture of it, and close to that one, too."""
+    """Count the rarest mode of a prompt: its nearest pictures, and those of them that are close enough to be valid."""
     import torch
 
     from dpdmd_pipeline.shapes.world import NUM_MODES
 
     of_prompt = reading.prompt == prompt
     return tuple(
-        int(torch.bincount(reading.mode[kept], minlength=NUM_MODES).min())
-        for kept in (of_prompt, of_prompt & reading.valid)
+        int(torch.bincount(reading.mode[mask], minlength=NUM_MODES).min())
+        for mask in (of_prompt, of_prompt & reading.valid)
     )

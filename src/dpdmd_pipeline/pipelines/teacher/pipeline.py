@@ -6,17 +6,11 @@ from dpdmd_pipeline.pipelines.teacher.nodes import judge_teacher, train_embedded
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """Nothing to an embedded teacher, and how good it is."""
+    """Train the embedded teacher, and judge its pictures."""
+    options = ["params:backbone", "params:teacher"]
     return Pipeline(
         [
-            Node(
-                train_embedded_teacher,
-                ["teacher_state", "params:backbone", "params:teacher"],
-                "teacher",
-                name="train_teacher",
-            ),
-            Node(
-                judge_teacher, ["teacher", "params:backbone", "params:teacher"], "teacher_metrics", name="judge_teacher"
-            ),
+            Node(train_embedded_teacher, ["teacher_state", *options], "teacher", name="train_teacher"),
+            Node(judge_teacher, ["teacher", *options], "teacher_metrics", name="judge_teacher"),
         ]
     )
