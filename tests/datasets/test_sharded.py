@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kedro.io import DataCatalog, DatasetError
 
 from dpdmd_pipeline.datasets import sharded
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, ShardedDataset, ShardedTensors, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, ShardedDataset, ShardedTensors, fingerprint
 from dpdmd_pipeline.publishing import Folders, locked, publish, recover, writing
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
@@ -765,10 +765,10 @@ def test_what_another_machine_wrote_and_this_one_does_not_see_is_named_with_a_re
 
 def test_what_is_held_is_loaded_once_a_key_and_stays_with_its_process():
     loads: list[str] = []
-    held = Held(lambda key: loads.append(key) or [key])
+    held = LastLoaded(lambda key: loads.append(key) or [key])
     assert held("a") is held("a") and held("b") == ["b"] and held("a") == ["a"]
     assert loads == ["a", "b", "a"]
-    held = Held(partial(make_shard, 0))
+    held = LastLoaded(partial(make_shard, 0))
     held()
     assert len(pickle.dumps(held)) < 200
     assert torch.equal(pickle.loads(pickle.dumps(held))()["prompt"], held()["prompt"])

@@ -91,7 +91,7 @@ def test_two_processes_do_not_train_the_same_run(tmp_path):
         "import sys\n"
         "from pathlib import Path\n"
         "from dpdmd_pipeline.training.checkpoint import Checkpoints\n"
-        "with Checkpoints(Path(sys.argv[1]) / 'run').held():\n"
+        "with Checkpoints(Path(sys.argv[1]) / 'run').locked():\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )
@@ -99,9 +99,9 @@ def test_two_processes_do_not_train_the_same_run(tmp_path):
     run = Checkpoints(tmp_path / "run")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"being written by process {other.pid}"), run.held():
+        with pytest.raises(ValueError, match=f"being written by process {other.pid}"), run.locked():
             pass
         other.stdin.close()
         other.wait()
-    with run.held():
+    with run.locked():
         pass

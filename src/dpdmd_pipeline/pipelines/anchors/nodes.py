@@ -8,7 +8,7 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash, network_folder
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
 
@@ -110,7 +110,7 @@ def _shards(
     samples = [rows[index % len(rows)] for index in range(total)]
     seeds = sample_seeds(options.seed, "anchors", 0, total)
 
-    ask = Held(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
+    ask = LastLoaded(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
     starts = range(0, total, options.shard_size)
     return {
         f"{number:05d}": partial(
@@ -138,7 +138,7 @@ def _load_teacher(
     )
 
 
-def _shard(ask: Held, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
+def _shard(ask: LastLoaded, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
     """Tensors of one shard: prompt, seed, and the anchors in the dtype of the cache."""
     import torch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.lineage import check_embeddings, code_hash
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 
@@ -50,7 +50,7 @@ def sample_images(
         "images_per_prompt": options.images_per_prompt,
     }
     samples = _samples(chosen, options)
-    load = Held(partial(_load_model, embeddings, teacher, backbone, options))
+    load = LastLoaded(partial(_load_model, embeddings, teacher, backbone, options))
     shards = {
         f"{name}-{start // SHARD:05d}": partial(_shard, number, load, folders[name], samples[start : start + SHARD])
         for number, name in enumerate(MODELS)
@@ -75,7 +75,7 @@ def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
     return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
 
 
-def _shard(number: int, load: Held, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
+def _shard(number: int, load: LastLoaded, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
     """Some pictures of one of the three models."""
     import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.lineage import code_hash, text_side_hash
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
 from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, rows_of, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
@@ -92,7 +92,7 @@ def encode_prompts(
         "token_limits": {name: limit.tokens for name, limit in limits.items()},
         "truncated": _truncated(rows, teacher, limits),
     }
-    load = Held(partial(backbone.load, teacher, options.device))
+    load = LastLoaded(partial(backbone.load, teacher, options.device))
     starts = range(0, len(rows), options.shard_size)
     shards = {
         f"{index:05d}": partial(encode_rows, rows, start, start + options.shard_size, load, options.batch_size)

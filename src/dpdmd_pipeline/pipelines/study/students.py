@@ -15,7 +15,7 @@ from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.evaluate import sampling
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
-from dpdmd_pipeline.publishing import Folders, HeldError, locked, write_atomically
+from dpdmd_pipeline.publishing import Folders, LockedError, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def judged_student(train: Callable[[], Made], judge: Judge, identity: str) -> di
     """Quality, diversity and last record of a student, which is trained and judged unless that is done.
 
     Raises:
-        HeldError: if another process is training or judging it.
+        LockedError: if another process is training or judging it.
     """
     path = judge.record(identity)
     with locked(Folders.of(path)):
@@ -109,7 +109,7 @@ def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, An
 
     Args:
         students: in the order in which they are begun.
-        make: trains and judges one; raises HeldError where somebody else trains it.
+        make: trains and judges one; raises LockedError where somebody else trains it.
     """
     found: dict[Student, dict[str, Any]] = {}
     told: set[Student] = set()
@@ -118,7 +118,7 @@ def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, An
             try:
                 found[seed, run] = make((seed, run))
                 log.info("study: %s, seed %d: %d of %d students are there", run, seed, len(found), len(students))
-            except HeldError as error:
+            except LockedError as error:
                 if (seed, run) not in told:
                     log.info("study: %s, seed %d is left to another process: %s", run, seed, error)
                 told.add((seed, run))
