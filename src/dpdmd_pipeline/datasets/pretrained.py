@@ -163,7 +163,7 @@ def _hub_errors_in_one_line(model: str, revision: str | None) -> Iterator[None]:
 
 def _hub_error_line(error: Exception, model: str, revision: str | None) -> str | None:
     """One line for an error of the hub's client; None for other errors."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     page, login = f"https://huggingface.co/{model}", "log in with `hf auth login` (or set HF_TOKEN)"
     reason = " ".join(str(error).split())
@@ -177,18 +177,9 @@ def _hub_error_line(error: Exception, model: str, revision: str | None) -> str |
         case errors.HFValidationError():
             return f"{model!r} is no hub id <owner>/<name>: {reason}"
         case errors.LocalEntryNotFoundError():
-            return _unreachable(model, error)
+            cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+            cache = f"the local cache {constants.HF_HUB_CACHE}"
+            return f"{model} is not completely in {cache}, and {cause}: run once with a network, or name a local folder"
     if isinstance(error, OSError) or type(error).__module__.startswith("http"):
         return f"{model} could not be downloaded ({reason[:200]}): run again, finished files are kept"
     return None
-
-
-def _unreachable(model: str, error: Exception) -> str:
-    from huggingface_hub import constants
-
-    state = "is incomplete in" if type(error).__name__ == "IncompleteSnapshotError" else "is not in"
-    cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    return (
-        f"{model} {state} the local cache {constants.HF_HUB_CACHE}, and {cause}: run once with a network, "
-        "or name a local diffusers folder instead"
-    )

@@ -38,17 +38,9 @@ def cache_identity(content: str, names: Sequence[str]) -> str:
     return fingerprint(VERSION, content, list(names))
 
 
-def write_manifest(folder: Path, content: str, shards: list[dict], tensors: dict[str, Any], facts: dict) -> None:
-    """Write the manifest of a complete cache.
-
-    Args:
-        content: fingerprint of everything that decides the content.
-        shards: name, rows, bytes and sha256 of each shard.
-        tensors: name -> dtype, shape of a row.
-        facts: JSON-able, of the stage.
-    """
-    record = {"version": VERSION, "fingerprint": content, "shards": shards, "tensors": tensors, "manifest": facts}
-    text = json.dumps(record, indent=1)
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """Write a record with fingerprint, shards (name, rows, bytes, sha256), tensors (dtype, row shape) and manifest."""
+    text = json.dumps({"version": VERSION, **record}, indent=1)
     write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
 

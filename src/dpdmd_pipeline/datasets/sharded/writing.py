@@ -10,8 +10,9 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +45,12 @@ def write_cache(data: LazyShards, folders: Folders) -> None:
     if data.launch is not None and data.shards:
         if not _is_published(data, folders.published):
             with closing(data.launch(_write_share, (replace(data, launch=None), folders))) as reports:
-                for report in reports:
-                    _log_shard(data, folders, report)
+                _log_shards(data, folders, reports)
         return
     with locked(folders):
         recover(folders)
         if not _is_published(data, folders.published):
-            _write_missing(data, folders, _Alone(data, folders))
+            _log_shards(data, folders, _write_missing(data, folders, _Alone()))
 
 
 def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
@@ -60,27 +60,18 @@ def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
     with locked(folders) if member.rank == 0 else nullcontext():
         if member.rank == 0:
             recover(folders)
-        _write_missing(data, folders, member)
+        for report in _write_missing(data, folders, member):
+            member.report(report)
     return True
 
 
-@dataclass(frozen=True)
 class _Alone:
-    """The only process that writes a cache, as a `Member`."""
+    """The only process that writes a cache."""
 
-    data: LazyShards
-    folders: Folders
-    rank: int = 0
-    size: int = 1
-
-    def end_at_once(self) -> None:
-        pass
+    rank, size = 0, 1
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
-
-    def report(self, record: dict[str, Any]) -> None:
-        _log_shard(self.data, self.folders, record)
 
 
 class _Finished(NamedTuple):
@@ -91,8 +82,11 @@ class _Finished(NamedTuple):
     action: str  # "kept" or "written"
 
 
-def _write_missing(data: LazyShards, folders: Folders, member: Member) -> None:
-    """Share the shards in rounds, so that all processes soon notice the end of one; rank 0 publishes."""
+def _write_missing(data: LazyShards, folders: Folders, member: Member | _Alone) -> Iterator[dict[str, Any]]:
+    """Share the shards in rounds, so that all processes soon notice the end of one.
+
+    Rank 0 publishes, and yields a report of each finished shard.
+    """
     identity = cache_identity(data.fingerprint, list(data.shards))
     names, *_ = member.gather(_reuse_shards(data, folders, identity) if member.rank == 0 else None)
     _wait_until_visible(folders.partial)
@@ -101,15 +95,16 @@ def _write_missing(data: LazyShards, folders: Folders, member: Member) -> None:
         own_names = names[start + member.rank : start + member.size][:1]
         shards = chain(*member.gather([_finish_shard(data, folders, identity, name) for name in own_names]))
         for shard in shards if member.rank == 0 else []:
-            name, rows = shard.entry["name"], shard.entry["rows"]
+            name = shard.entry["name"]
             _wait_until_visible(shard_path(folders.partial, name))
             _check_tensors(shard, finished, folders)
             finished[name] = shard
-            member.report({"name": name, "action": shard.action, "rows": rows})
+            yield {"name": name, "action": shard.action, "rows": shard.entry["rows"]}
     if member.rank == 0:
-        tensors = next(iter(finished.values())).tensors if finished else {}
         entries = [finished[name].entry for name in data.shards]
-        write_manifest(folders.partial, data.fingerprint, entries, tensors, data.manifest)
+        tensors = next(iter(finished.values())).tensors if finished else {}
+        record = {"fingerprint": data.fingerprint, "shards": entries, "tensors": tensors, "manifest": data.manifest}
+        write_manifest(folders.partial, record)
         publish(folders)
 
 
@@ -187,10 +182,11 @@ def _check_tensors(shard: _Finished, finished: dict[str, _Finished], folders: Fo
         raise ValueError(f"shard {name} of {cache} has tensors {shard.tensors}, shards before it {expected}")
 
 
-def _log_shard(data: LazyShards, folders: Folders, report: dict[str, Any]) -> None:
-    number = list(data.shards).index(report["name"]) + 1
-    message = "%s: shard %d of %d %s (%d rows)"
-    log.info(message, folders.published.name, number, len(data.shards), report["action"], report["rows"])
+def _log_shards(data: LazyShards, folders: Folders, reports: Iterator[dict[str, Any]]) -> None:
+    numbers = {name: number for number, name in enumerate(data.shards, start=1)}
+    for report in reports:
+        facts = numbers[report["name"]], len(numbers), report["action"], report["rows"]
+        log.info("%s: shard %d of %d %s (%d rows)", folders.published.name, *facts)
 
 
 def _wait_until_visible(path: Path) -> None:
