@@ -32,6 +32,7 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.pipelines.evaluate.sampling import SHARD, sample_images
 from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
+from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_index
 from record import ROOT, record

@@ -1,4 +1,13 @@
-"""Folders and files that are there whole or not at all: staged beside their place, then renamed."""
+"""Replace files and folders as a whole: they are written beside their target, then renamed.
+
+A kill or a power cut at any moment leaves one complete version. A folder has hidden siblings on the same disk:
+
+    anchors/              the published version
+    .anchors.partial/     the next version, while it is written
+    .anchors.ready/       the next version, complete and about to be published
+    .anchors.old/         the previous version, while it is deleted
+    .anchors.lock         locked by the process that writes; holds its id
+"""
 
 from __future__ import annotations
 
@@ -10,81 +19,75 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
 
-@dataclass(frozen=True)
-class Folders:
-    """A published folder and its hidden siblings (on the same disk, so that renames are atomic)."""
+class Folders(NamedTuple):
+    """A published folder and its siblings."""
 
     published: Path
+    partial: Path
+    ready: Path
+    old: Path
+    lock: Path
 
     @classmethod
-    def of(cls, filepath: Path) -> Folders:
-        # A link to a bigger disk must stay a link: the siblings live where it points.
-        return cls(filepath.resolve())
-
-    def _sibling(self, ending: str) -> Path:
-        return self.published.with_name(f".{self.published.name}.{ending}")
-
-    @property
-    def partial(self) -> Path:
-        return self._sibling("partial")
-
-    @property
-    def ready(self) -> Path:
-        return self._sibling("ready")
-
-    @property
-    def old(self) -> Path:
-        return self._sibling("old")
-
-    @property
-    def lock(self) -> Path:
-        return self._sibling("lock")
+    def of(cls, path: Path) -> Folders:
+        path = path.resolve()  # a link to a bigger disk stays a link: the siblings lie beside its target
+        return cls(path, *(path.with_name(f".{path.name}.{field}") for field in cls._fields[1:]))
 
 
+# ---- errors of the disk
+
+_FREE_SPACE = "free some space and run the same command again: finished work is kept"
+_MAKE_WRITABLE = "make the folder writable and run the same command again"
 _REMEDIES = {
-    errno.ENOSPC: "free some space and run the same command again: what is finished is kept",
-    errno.EDQUOT: "free some space and run the same command again: what is finished is kept",
-    errno.EFBIG: "raise the file size limit and run the same command again: what is finished is kept",
-    errno.EACCES: "make the folder writable and run the same command again",
-    errno.EPERM: "make the folder writable and run the same command again",
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "raise the file size limit and run the same command again: finished work is kept",
+    errno.EACCES: _MAKE_WRITABLE,
+    errno.EPERM: _MAKE_WRITABLE,
     errno.EROFS: "the disk is mounted read-only: make it writable or choose another path",
 }
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Make an OSError of what fails on the disk, with a path and a remedy; a full disk names neither by itself."""
+    """Add the path and a remedy to errors of the disk; a full disk by itself names neither.
+
+    Raises:
+        OSError: for every OSError and for the system's errors that safetensors reports.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
-        if isinstance(error, SafetensorError):  # it hides the system's error in its text
-            found = re.search(r"os error (\d+)", str(error))
-            if not found:
+        if isinstance(error, SafetensorError):  # the system's error is in its text only
+            match = re.search(r"os error (\d+)", str(error))
+            if not match:
                 raise
-            number = int(found[1])
+            number = int(match[1])
         reason = os.strerror(number) if number else str(error)
-        remedy = _REMEDIES.get(number, "see to it and run the same command again")
+        remedy = _REMEDIES.get(number, "fix the cause and run the same command again")
         raise OSError(number, f"{reason} ({remedy})", str(getattr(error, "filename", None) or path)) from error
 
 
-class HeldError(ValueError):
+# ---- one writer at a time
+
+
+class LockedError(ValueError):
     """Another process is writing the folder."""
 
 
 @contextlib.contextmanager
 def locked(folders: Folders) -> Iterator[None]:
-    """Hold the folder for writing; the system lets go of it when the process ends, however it ends.
+    """Lock a folder for writing; the system releases the lock when the process ends, however it ends.
 
     Raises:
-        HeldError: if another process is writing it; names that process.
+        LockedError: if another process is writing the folder; names that process.
     """
     with writing(folders.lock):
         folders.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -95,36 +98,34 @@ def locked(folders: Folders) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 file.seek(0)
-                raise HeldError(
+                raise LockedError(
                     f"{folders.published} is being written by process {file.read().strip() or 'unknown'}: "
                     "wait until it has finished, then run again"
                 ) from error
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the number
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without the id
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# ---- one file
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
-    """Write a file that is there whole or not at all, also after a power cut.
+    """Write a file that is complete or absent, even after a power cut. Its mode is that of any new file.
 
     Args:
         write: writes the file at the path it is given.
-        temporary: that path, beside the file; None adds an ending, so that a killed process leaves one at the most.
+        temporary: that path, beside the file. The default is the same for every process, so that killed processes
+            leave at most one; choose another where two processes may write the same file.
     """
     temporary = temporary or path.with_name(path.name + ".tmp")
     with writing(path):
         try:
+            temporary.unlink(missing_ok=True)
+            mode = _mode_of_new_file(temporary)
             write(temporary)
+            _set_mode(temporary, mode)
             sync(temporary)
             os.replace(temporary, path)
         except BaseException:
@@ -134,9 +135,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path |
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that a user has named, where other files are not ours to touch.
+    """Write a file that the user named, and touch no other file there.
 
-    A link stays a link, and what is no file, as a pipe or a device, is written to as it is.
+    A link stays a link. Pipes, devices and other special files are written in place.
     """
     is_stream = path.exists() and not path.is_file()
     if is_stream or any(path.absolute().is_relative_to(system) for system in ("/dev", "/proc")):
@@ -144,17 +145,20 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
         return
     path = path.resolve()
-    own = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), own)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), temporary)
+
+
+# ---- one folder
 
 
 @contextlib.contextmanager
 def replacing(folders: Folders) -> Iterator[Path]:
-    """A new folder to be filled, which then takes the old one's place; killed at any moment, one of the two is whole.
+    """Yield a new folder to fill, then publish it. The modes in it become those of any new file and folder.
 
     Raises:
-        HeldError: if another process is writing it.
-        OSError: naming the path, if it cannot be written.
+        LockedError: if another process is writing the folder.
+        OSError: if it cannot be written; names the path.
     """
     with locked(folders):
         recover(folders)
@@ -163,17 +167,17 @@ def replacing(folders: Folders) -> Iterator[Path]:
             folders.partial.mkdir()
             try:
                 yield folders.partial
-            except Exception:  # half of it only fills the disk
+                _settle(folders.partial)
+            except Exception:  # an incomplete folder only fills the disk
                 shutil.rmtree(folders.partial, ignore_errors=True)
                 raise
         publish(folders)
 
 
 def publish(folders: Folders) -> None:
-    """Put the partial folder, now whole, in the place of the published one.
+    """Replace the published folder by the partial one, which is complete now.
 
-    From the first rename on, the new folder is whole under a name that says so, and `recover` finishes
-    what a kill interrupts. Until then the old one is in its place.
+    After the first rename `recover` can finish what a kill interrupts; until then the old folder is in place.
     """
     with writing(folders.published):
         sync(folders.partial)
@@ -182,7 +186,7 @@ def publish(folders: Folders) -> None:
 
 
 def recover(folders: Folders) -> None:
-    """Finish the publishing that a kill has interrupted, if there is one."""
+    """Finish a publication that a kill interrupted, if there is one."""
     with writing(folders.published):
         if folders.ready.exists():
             if folders.published.exists():
@@ -194,7 +198,7 @@ def recover(folders: Folders) -> None:
 
 
 def load_published(folders: Folders) -> Path | None:
-    """The published folder, after finishing an interrupted publishing that left none; None without one."""
+    """Path of the published folder, or None; recovers it if a kill left only the complete next version."""
     if not folders.published.exists() and folders.ready.exists():
         with locked(folders):
             recover(folders)
@@ -202,12 +206,49 @@ def load_published(folders: Folders) -> Path | None:
 
 
 def delete(folder: Path) -> None:
-    """Remove a folder, if it is there."""
+    """Delete a folder if it exists."""
     if folder.exists():
         shutil.rmtree(folder)
 
 
+# ---- contents and modes
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256(path: Path) -> str:
-    """Of a file's content, hexadecimal."""
+    """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _settle(folder: Path) -> None:
+    """Set the usual modes below a folder and flush all of it to the disk."""
+    probe = folder / ".mode"
+    file_mode, folder_mode = _mode_of_new_file(probe), folder.stat().st_mode
+    probe.unlink()
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            _set_mode(path, file_mode)
+            sync(path)
+        _set_mode(Path(parent), folder_mode)
+        sync(Path(parent))
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """Mode of a file that is created at `path`; os.umask cannot be read without changing it for all threads."""
+    path.touch()
+    return path.stat().st_mode
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Undo the private mode (0600) of files that a library made through a temporary file."""
+    if not path.is_symlink() and path.stat().st_mode != mode:
+        path.chmod(mode & 0o7777)

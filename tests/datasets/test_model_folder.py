@@ -1,5 +1,6 @@
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -39,21 +40,30 @@ def test_a_function_that_writes_a_folder_is_saved(dataset, folder):
     assert sorted(path.name for path in folder.parent.iterdir()) == [".student.lock", "student"]
 
 
-def test_a_diffusers_model_is_saved_and_read_back(dataset):
+@pytest.fixture
+def usual_umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("usual_umask")
+def test_a_diffusers_model_is_saved_and_read_back_and_everybody_may_read_its_files(dataset):
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
     dataset.save(model)
     again = AutoencoderKL.from_pretrained(dataset.load())
+    assert {stat.S_IMODE(path.stat().st_mode) for path in dataset.load().iterdir()} == {0o644}
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_second_model_takes_the_whole_place_of_the_first(dataset, folder):
+def test_a_second_model_replaces_all_of_the_first(dataset, folder):
     dataset.save(writer("one"))
-    (folder / "left_over.json").write_text("{}")
+    (folder / "stale.json").write_text("{}")
     dataset.save(writer("two"))
     assert (folder / "model_index.json").read_text() == "two"
-    assert not (folder / "left_over.json").exists()
+    assert not (folder / "stale.json").exists()
     assert sorted(path.name for path in folder.parent.iterdir()) == [".student.lock", "student"]
 
 
@@ -90,7 +100,7 @@ def test_killed_while_writing_the_old_model_stays_and_the_next_save_works(datase
 
 
 @pytest.mark.parametrize("published_exists", [False, True])
-def test_killed_while_publishing_the_new_model_is_found(dataset, folder, published_exists):
+def test_killed_while_publishing_a_whole_model_is_loaded(dataset, folder, published_exists):
     dataset.save(writer("new"))
     folder.rename(Folders.of(folder).ready)
     if published_exists:
@@ -102,19 +112,20 @@ def test_killed_while_publishing_the_new_model_is_found(dataset, folder, publish
 
 def test_a_missing_or_foreign_folder_names_the_path_and_the_remedy(dataset, folder):
     assert not dataset.exists()
-    with pytest.raises(DatasetError, match=f"{folder} does not exist: run the stage") as caught:
+    with pytest.raises(DatasetError, match=f"{folder} .*run the stage") as caught:
         dataset.load()
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     folder.mkdir(parents=True)
     assert not dataset.exists()
-    with pytest.raises(DatasetError, match=r"holds no model_index.json or config.json"):
+    with pytest.raises(DatasetError, match=f"{folder} .*model_index.json.*config.json.*run the stage") as caught:
         dataset.load()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_what_writes_no_model_is_refused(dataset):
-    with pytest.raises(DatasetError, match=r"wrote no model_index.json or config.json"):
+def test_a_writer_without_a_model_and_a_dict_are_refused(dataset):
+    with pytest.raises(DatasetError, match=r"<lambda>.*model_index.json.*config.json"):
         dataset.save(lambda folder: None)
-    with pytest.raises(DatasetError, match="it was given dict"):
+    with pytest.raises(DatasetError, match="dict"):
         dataset.save({"weights": 1})
     assert not dataset.exists()
 
@@ -137,12 +148,12 @@ def test_a_model_too_big_for_the_disk_names_path_and_remedy_and_leaves_no_half(f
     result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     kind, text = result.stdout.strip().split("|")
     assert kind == "OSError"
-    assert "File too large (raise the file size limit" in text
+    assert "File too large" in text and "file size limit" in text
     assert str(Folders.of(folder).partial) in text
     assert not Folders.of(folder).partial.exists()
 
 
-def test_a_hash_depends_on_names_and_contents_and_not_on_place_or_time(tmp_path):
+def test_a_hash_depends_on_names_and_contents_and_not_on_path_or_time(tmp_path):
     first = tmp_path / "first"
     first.mkdir()
     writer("one")(first)
@@ -157,8 +168,8 @@ def test_a_hash_depends_on_names_and_contents_and_not_on_place_or_time(tmp_path)
     assert len({folder_hash(first), changed, folder_hash(second)}) == 3
 
 
-def test_a_hash_of_nothing_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model folder"):
+def test_a_hash_of_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         folder_hash(tmp_path)
 
 
@@ -167,7 +178,7 @@ def test_a_scratch_folder_is_created_by_loading_and_refuses_saving(tmp_path):
     assert dataset.exists()
     assert dataset.load().is_dir()
     assert dataset.load() == tmp_path / "a" / ".train_state"
-    with pytest.raises(DatasetError, match="is a scratch folder"):
+    with pytest.raises(DatasetError, match="scratch"):
         dataset.save("anything")
 
 

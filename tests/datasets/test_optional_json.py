@@ -1,4 +1,4 @@
-"""A JSON file that may be absent: said, and read as empty."""
+"""A JSON file that may be missing: it is read as empty, and the log says so."""
 
 import json
 import logging
@@ -9,14 +9,14 @@ from kedro.io import DatasetError
 from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
 
 
-def test_what_is_not_there_is_empty_and_said(tmp_path, caplog):
+def test_a_missing_file_is_read_as_empty_and_logged(tmp_path, caplog):
     dataset = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
     with caplog.at_level(logging.INFO):
         assert dataset.load() == {} and not dataset.exists()
-    assert "metrics.json is not there" in caplog.text
+    assert "metrics.json" in caplog.text
 
 
-def test_what_is_there_is_read_and_what_is_damaged_is_refused(tmp_path):
+def test_an_existing_file_is_read_and_a_damaged_one_is_refused(tmp_path):
     dataset = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
     dataset.save({"a": 1})
     assert dataset.exists() and dataset.load() == json.loads((tmp_path / "metrics.json").read_text()) == {"a": 1}

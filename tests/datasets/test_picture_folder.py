@@ -1,4 +1,4 @@
-"""What is saved is found again by what scores folders of pictures: prompts, numbers, pixels."""
+"""Saved pictures are found by the reader of scored folders: prompts, seeds, pixels."""
 
 import weakref
 from functools import partial
@@ -35,56 +35,59 @@ def pictures(colour, seeds):
     return {seed: Image.new("RGB", (4, 4), (colour, seed % 256, 0)) for seed in seeds}
 
 
-def asked(prompts=PROMPTS, seeds=(7, 10, 9)):
+def drawings(prompts=PROMPTS, seeds=(7, 10, 9)):
     return {prompt: partial(pictures, number, seeds) for number, prompt in enumerate(prompts)}
 
 
-def test_every_prompt_is_found_again_with_its_pictures_in_the_order_of_seeds(dataset):
-    dataset.save(asked())
+def test_every_prompt_is_read_back_with_its_pictures_in_the_order_of_seeds(dataset):
+    dataset.save(drawings())
     sets, rest = find_pictures(dataset.load())
     assert not rest and len({one.id.casefold() for one in sets}) == len(PROMPTS)
-    found = {one.text: one for one in sets}
-    assert found.keys() == set(PROMPTS)
+    sets_by_prompt = {one.text: one for one in sets}
+    assert sets_by_prompt.keys() == set(PROMPTS)
     for number, prompt in enumerate(PROMPTS):
-        assert [file.name for file in found[prompt].files] == ["7.png", "9.png", "10.png"]
-        assert [image.getpixel((0, 0)) for image in found[prompt].load().images] == [(number, s, 0) for s in (7, 9, 10)]
+        assert [file.name for file in sets_by_prompt[prompt].files] == ["7.png", "9.png", "10.png"]
+        assert [image.getpixel((0, 0)) for image in sets_by_prompt[prompt].load().images] == [
+            (number, s, 0) for s in (7, 9, 10)
+        ]
 
 
-def test_a_folder_is_named_by_its_prompt_where_it_can_be(dataset):
+def test_a_folder_is_named_after_its_prompt_if_possible(dataset):
     names = folder_names(PROMPTS)
     assert {prompt for prompt, name in names.items() if prompt == name} == {"a red circle", "雨の夜の街"}
     assert names["a cat / a dog"] == "00002_a-cat-a-dog" and names[".."] == "00003_prompt"
-    dataset.save(asked())
+    dataset.save(drawings())
     assert sorted(path.parent.name for path in dataset.load().glob("*/prompt.txt")) == sorted(
         name for prompt, name in names.items() if prompt != name
     )
 
 
-def test_folders_inside_hold_prompts_of_their_own(dataset):
-    dataset.save({"teacher": asked(PROMPTS[:1]), "dmd": asked(PROMPTS[2:3])})
+def test_subfolders_have_prompts_of_their_own(dataset):
+    dataset.save({"teacher": drawings(PROMPTS[:1]), "dmd": drawings(PROMPTS[2:3])})
     assert [find_pictures(dataset.load() / name)[0][0].text for name in ("teacher", "dmd")] == [
         "a red circle",
         "a cat / a dog",
     ]
 
 
-def test_without_pictures_there_is_a_folder_with_a_note_and_the_old_pictures_are_gone(dataset):
-    dataset.save(asked())
+def test_without_pictures_a_folder_with_a_note_replaces_the_old_pictures(dataset):
+    dataset.save(drawings())
     assert dataset.exists()
     dataset.save({})
     assert [path.name for path in dataset.load().iterdir()] == [EMPTY]
     assert dataset.exists()
 
 
-def test_what_fails_on_the_way_leaves_the_old_pictures(dataset):
-    dataset.save(asked())
+def test_an_error_while_drawing_leaves_the_old_pictures(dataset):
+    dataset.save(drawings())
     before = sorted(dataset.load().rglob("*"))
 
     def fail():
-        raise ValueError("the cache was replaced")
+        raise ZeroDivisionError
 
-    with pytest.raises(DatasetError, match="the cache was replaced"):
+    with pytest.raises(DatasetError) as error:
         dataset.save({"a red circle": partial(pictures, 0, (1,)), "another": fail})
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
     assert sorted(dataset.load().rglob("*")) == before
     assert sorted(path.name for path in dataset.load().parent.iterdir()) == [".pictures.lock", "pictures"]
 
@@ -93,15 +96,16 @@ def test_one_prompt_is_in_memory_at_a_time(dataset):
     alive = []
 
     def draw(number):
-        assert not any(kept() is not None for kept in alive), f"prompt {number} was drawn while another was held"
-        drawn = pictures(number, (1, 2))
-        alive[:] = [weakref.ref(picture) for picture in drawn.values()]
-        return drawn
+        assert not any(picture() is not None for picture in alive), f"prompt {number}: pictures of another are alive"
+        new = pictures(number, (1, 2))
+        alive[:] = [weakref.ref(picture) for picture in new.values()]
+        return new
 
     dataset.save({prompt: partial(draw, number) for number, prompt in enumerate(PROMPTS[:3])})
 
 
-def test_a_folder_that_is_not_there_is_refused_with_the_remedy(dataset):
+def test_a_missing_folder_is_refused_with_the_remedy(dataset):
     assert not dataset.exists()
-    with pytest.raises(DatasetError, match="does not exist: run the stage that writes it"):
+    with pytest.raises(DatasetError, match="pictures .*run the stage") as error:
         dataset.load()
+    assert isinstance(error.value.__cause__, FileNotFoundError)

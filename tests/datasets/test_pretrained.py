@@ -1,4 +1,4 @@
-"""The hub's own client against a server of this test, its own cache, or none; nothing leaves this machine."""
+"""The hub's client against a server of this test, a local cache, or no network; nothing leaves this machine."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ FILES = {
     "transformer/big-1.safetensors": "one",
     "transformer/big-2.safetensors": "two",
 }
-WANTED = set(FILES) - {
+NEEDED = set(FILES) - {
     "README.md",
     "single_file.safetensors",
     "text_encoder/model.fp16.safetensors",
@@ -52,7 +52,7 @@ def etag(content: str) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download takes; `refusal` is (status, X-Error-Code) for everything."""
+    """The part of the hub's protocol that a download uses; `refusal` is (status, X-Error-Code) for every request."""
 
     refusal: tuple[int, str] | None = None
 
@@ -86,10 +86,10 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Points the hub's client at a server that answers, or refuses; `hub(None)` is an address where nobody answers."""
+    """Point the hub's client at a server that answers or refuses, or at an address without a server."""
     servers = []
 
-    def at(refusal: tuple[int, str] | None = None, *, answers: bool = True) -> Path:
+    def start(refusal: tuple[int, str] | None = None, *, answers: bool = True) -> Path:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Refusing", (Hub,), {"refusal": refusal}))
         servers.append(server)
         configure(monkeypatch, tmp_path / "cache", f"http://127.0.0.1:{server.server_port}", offline=False)
@@ -99,14 +99,14 @@ def hub(tmp_path, monkeypatch):
             servers.pop().server_close()
         return tmp_path / "cache"
 
-    yield at
+    yield start
     for server in servers:
         server.shutdown()
         server.server_close()
 
 
 def configure(monkeypatch, cache: Path, endpoint: str, *, offline: bool) -> None:
-    """What HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE say when the client is first imported."""
+    """Set what the client reads from HF_HUB_CACHE, HF_ENDPOINT and HF_HUB_OFFLINE when it is imported."""
     from huggingface_hub import constants
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -118,7 +118,7 @@ def configure(monkeypatch, cache: Path, endpoint: str, *, offline: bool) -> None
 
 
 def warm_cache(root: Path, files: dict[str, str] = FILES) -> Path:
-    """A cache as the client lays it out: blobs, links to them by commit, and the commit of the branch."""
+    """Make a cache in the client's layout: blobs, links to them by commit, and the commit of the branch."""
     folder = root / f"models--{MODEL.replace('/', '--')}"
     for name, content in files.items():
         blob, link = folder / "blobs" / etag(content), folder / "snapshots" / COMMIT / name
@@ -138,11 +138,11 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def found(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- what there is
+# ---- models that load
 
 
 def test_a_local_folder_is_used_as_it_is(tmp_path, offline):
@@ -153,22 +153,22 @@ def test_a_local_folder_is_used_as_it_is(tmp_path, offline):
     assert dataset.load() == dataset.load_configs() == tmp_path / "teacher" and dataset.exists()
 
 
-def test_configs_come_first_and_weights_when_they_are_asked_for(hub):
+def test_configs_are_downloaded_first_and_weights_on_loading(hub):
     hub()
     dataset = PretrainedModelDataset(model=MODEL)
     assert dataset.exists()
     configs = dataset.load_configs()
-    assert found(configs) == {name for name in WANTED if not name.endswith(".safetensors")}
-    assert dataset.load() == configs and found(configs) == WANTED
+    assert files_in(configs) == {name for name in NEEDED if not name.endswith(".safetensors")}
+    assert dataset.load() == configs and files_in(configs) == NEEDED
 
 
-def test_a_warm_cache_serves_without_a_network(offline):
+def test_a_warm_cache_loads_without_a_network(offline):
     folder = warm_cache(offline)
     dataset = PretrainedModelDataset(model=MODEL)
     assert dataset.load() == dataset.load_configs() == folder
 
 
-def test_what_was_downloaded_serves_without_a_network(hub, monkeypatch):
+def test_a_downloaded_model_loads_without_a_network(hub, monkeypatch):
     cache = hub()
     folder = PretrainedModelDataset(model=MODEL).load()
     configure(monkeypatch, cache, "http://127.0.0.1:9", offline=True)
@@ -180,15 +180,15 @@ def test_the_files_of_a_real_pipeline_are_complete(tiny_teacher, offline):
     assert PretrainedModelDataset(model=str(tiny_teacher)).load() == tiny_teacher
 
 
-# ---- what stands in the way, in one line
+# ---- refusals, each in one line
 
 
-def refused(dataset: PretrainedModelDataset) -> str:
-    """The message, the same for loading and for asking whether it is there."""
+def refusal(dataset: PretrainedModelDataset) -> str:
+    """Message of the error, the same for loading and for `exists`."""
     messages = []
-    for ask in (dataset.load, dataset.load_configs, dataset.exists):
+    for method in (dataset.load, dataset.load_configs, dataset.exists):
         with pytest.raises(Exception) as error:
-            ask()
+            method()
         cause = error.value.__cause__ if type(error.value).__name__ == "DatasetError" else error.value
         assert isinstance(cause, OSError | ValueError), repr(cause)
         messages.append(str(cause))
@@ -199,88 +199,87 @@ def refused(dataset: PretrainedModelDataset) -> str:
 def test_a_gated_model_names_its_licence_page_and_the_login(hub):
     hub((403, "GatedRepo"))
     page = f"https://huggingface.co/{MODEL}"
-    message = refused(PretrainedModelDataset(model=MODEL))
-    assert message == (
-        f"{MODEL} is gated: accept its licence on {page}, then log in with `hf auth login` (or set HF_TOKEN)"
-    )
+    message = refusal(PretrainedModelDataset(model=MODEL))
+    assert message.startswith(f"{MODEL} ") and "gated" in message
+    assert all(remedy in message for remedy in (page, "`hf auth login`", "HF_TOKEN"))
 
 
 def test_a_missing_model_is_named(hub):
     hub((401, "RepoNotFound"))
-    assert refused(PretrainedModelDataset(model=MODEL)).startswith(
-        f"{MODEL} is not on the hub, or private: mend the id"
-    )
+    message = refusal(PretrainedModelDataset(model=MODEL))
+    assert message.startswith(f"{MODEL} ") and "private" in message and "HF_TOKEN" in message
 
 
 def test_a_missing_revision_is_named(hub):
     hub((404, "RevisionNotFound"))
-    message = refused(PretrainedModelDataset(model=MODEL, revision="v9"))
-    assert message.startswith(f"{MODEL} has no revision 'v9': see https://huggingface.co/{MODEL}/commits")
+    message = refusal(PretrainedModelDataset(model=MODEL, revision="v9"))
+    assert (
+        message.startswith(f"{MODEL} ") and "'v9'" in message and f"https://huggingface.co/{MODEL}/commits" in message
+    )
 
 
 def test_without_a_network_the_remedy_is_a_network_or_a_folder(hub):
     cache = hub(answers=False)
-    message = refused(PretrainedModelDataset(model=MODEL))
-    assert message.startswith(
-        f"{MODEL} is not in the local cache {cache}, and the hub cannot be reached: run once with"
-    )
+    message = refusal(PretrainedModelDataset(model=MODEL))
+    assert message.startswith(f"{MODEL} ") and str(cache) in message
+    assert "HF_HUB_OFFLINE" not in message and "network" in message and "folder" in message
 
 
 def test_offline_and_not_cached_says_so(offline):
-    message = refused(PretrainedModelDataset(model=MODEL))
-    assert f"{MODEL} is not in the local cache {offline}, and HF_HUB_OFFLINE is set" in message
+    message = refusal(PretrainedModelDataset(model=MODEL))
+    assert message.startswith(f"{MODEL} ") and str(offline) in message and "HF_HUB_OFFLINE" in message
 
 
-@pytest.mark.parametrize("lost", ["transformer/big-2.safetensors", "text_encoder/model.safetensors"])
-def test_a_cache_whose_download_was_broken_off_is_refused(offline, lost):
+@pytest.mark.parametrize("missing", ["transformer/big-2.safetensors", "text_encoder/model.safetensors"])
+def test_a_cache_with_an_interrupted_download_is_refused(offline, missing):
     folder = warm_cache(offline)
-    (folder / lost).resolve().unlink()  # the link stays
+    (folder / missing).resolve().unlink()  # the link stays
     (folder / "text_encoder/model.fp16.safetensors").unlink()
-    with pytest.raises(Exception, match=rf"{lost.split('/')[0]} has no .*safetensors: run again with a network"):
+    with pytest.raises(Exception, match=rf"{missing.split('/')[0]} .*safetensors.* network.*HF_HUB_OFFLINE"):
         PretrainedModelDataset(model=MODEL).load()
     assert PretrainedModelDataset(model=MODEL).load_configs() == folder
 
 
-def test_a_cache_that_knows_what_it_lacks_says_that_it_is_not_whole(hub, monkeypatch):
+def test_a_cache_that_lists_a_missing_file_is_refused(hub, monkeypatch):
     cache = hub()
     dataset = PretrainedModelDataset(model=MODEL)
     folder = dataset.load()
     (folder / "transformer/big-2.safetensors").unlink()
     configure(monkeypatch, cache, "http://127.0.0.1:9", offline=True)
-    with pytest.raises(Exception, match="is not whole in the local cache|transformer has no big-2.safetensors"):
+    with pytest.raises(Exception, match=f"{MODEL} .*{cache}|transformer .*big-2.safetensors"):
         dataset.load()
 
 
 @pytest.mark.parametrize("model", ["data/06_models/no_such/teacher", "./teacher", "teacher", "~/teacher"])
-def test_a_path_where_nothing_is_is_not_asked_of_the_hub(offline, model):
-    assert f"teacher {model} is no folder here, and no hub id" in refused(PretrainedModelDataset(model=model))
+def test_a_missing_path_is_not_sought_on_the_hub(offline, model):
+    assert f"teacher {model} " in refusal(PretrainedModelDataset(model=model))
 
 
 @pytest.mark.parametrize("name", ["sd_xl_base_1.0.safetensors", "models/sd_xl.safetensors"])
-def test_a_single_file_is_refused_with_what_makes_a_folder_of_it(tmp_path, monkeypatch, offline, name):
+def test_a_single_file_is_refused_with_the_code_that_makes_a_folder_of_it(tmp_path, monkeypatch, offline, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / name).touch()
-    message = refused(PretrainedModelDataset(model=name))
-    assert message.startswith(f"teacher {name} is a single file, a folder is needed: ")
+    message = refusal(PretrainedModelDataset(model=name))
+    assert message.startswith(f"teacher {name} is a single file")
     assert f"`StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained(FOLDER)`" in message
     assert "StableDiffusion3Pipeline" in message and message.endswith("give teacher_model=FOLDER")
 
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path, offline):
     (tmp_path / "teacher").mkdir()
-    message = refused(PretrainedModelDataset(model=str(tmp_path / "teacher")))
-    assert message.startswith(f"{tmp_path / 'teacher' / 'model_index.json'} does not exist")
+    message = refusal(PretrainedModelDataset(model=str(tmp_path / "teacher")))
+    assert message.startswith(f"{tmp_path / 'teacher' / 'model_index.json'} ")
 
 
 def test_a_local_folder_without_weights_is_refused_only_for_weights(tiny_teacher, tmp_path, offline):
     copy = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert PretrainedModelDataset(model=str(copy)).load_configs() == copy
-    with pytest.raises(Exception, match=r"transformer has no \*.safetensors: give a whole diffusers pipeline folder"):
+    with pytest.raises(Exception, match=r"transformer .*\*.safetensors: .*diffusers pipeline folder"):
         PretrainedModelDataset(model=str(copy)).load()
 
 
 def test_nothing_is_saved_over_somebody_elses_model(offline):
-    with pytest.raises(Exception, match="somebody/pictures is only read"):
+    with pytest.raises(Exception, match="somebody/pictures"):
         PretrainedModelDataset(model=MODEL).save(lambda folder: None)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpdmd_pipeline.datasets.prompt_file import MAX_LINE, Line, PromptFile, PromptFileDataset
+from dpdmd_pipeline.errors import MissingInputError
 
 TRICKY = [
     "50-year-old man",
@@ -43,7 +44,7 @@ def write_parquet(path, **columns):
 
 
 @pytest.mark.parametrize("key", ["text", "prompt", "caption"])
-def test_every_format_gives_back_what_was_written(tmp_path, key):
+def test_every_format_gives_back_the_written_texts(tmp_path, key):
     files = [
         write(tmp_path / "a.txt", "\n".join(TRICKY)),
         write(tmp_path / "a.jsonl", "\n".join(json.dumps({key: text, "other": 1}) for text in TRICKY)),
@@ -106,13 +107,13 @@ def test_a_numbered_list_loses_its_numbers(tmp_path, content):
         ["1. same", "1. same"],
     ],
 )
-def test_other_numbers_are_words(tmp_path, lines):
+def test_other_numbers_are_part_of_the_prompts(tmp_path, lines):
     file = write(tmp_path / "a.txt", "\n".join(lines))
     assert not file.is_numbered_list()
     assert texts(file) == lines
 
 
-def test_lines_carry_their_place(tmp_path):
+def test_lines_carry_their_numbers(tmp_path):
     assert list(write(tmp_path / "a.txt", "a\n\nb\n").lines()) == [Line(1, "a"), Line(2, ""), Line(3, "b")]
     rows = 'text\n"two\nlines"\n\nlast\n'
     assert list(write(tmp_path / "a.csv", rows).lines()) == [Line(2, "two\nlines"), Line(4, ""), Line(5, "last")]
@@ -121,32 +122,32 @@ def test_lines_carry_their_place(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"ok\na \x00 cat", "a.txt, line 2, byte 5: NUL in a prompt; remove it"),
-        ("a.txt", b"\xef\xbb\xbf\xc3\xa9\x1b[0m", "line 1, byte 5: control character U.001B in a prompt"),
-        ("a.txt", b"ok\r\n\xc3\xa9 \xff", "line 2, byte 7: 0xff is not UTF-8; save the file as UTF-8"),
-        ("a.txt", b"\xff\xfea\x00", "line 1, byte 0: 0xff is not UTF-8"),
-        ("a.txt", b"x" * (MAX_LINE + 1), "line 1, byte 0: more than 1048576 bytes"),
-        ("a.doc", b"a cat", "ends in '.doc': give one of .txt, .jsonl, .csv, .parquet"),
-        ("a", b"a cat", "ends in '': give one of"),
-        ("a.jsonl", b'"ok"\n{"text": ', "line 2, byte 14: not JSON"),
-        ("a.jsonl", b'{"body": "a cat"}', "a.jsonl, line 1 names none of text, prompt, caption; it has 'body'"),
-        ("a.jsonl", b'{"text": 7}', "line 1, byte 0: 7 where a string is due"),
-        ("a.jsonl", b"[1]", "where a string is due"),
-        ("a.jsonl", b'"ok"\n"a \\u0000"', "line 2, byte 5: NUL in a prompt"),
-        ("a.jsonl", b'"\\ud800"', "line 1, byte 0: half a surrogate pair U.D800"),
-        ("a.jsonl", b"[" * 100_000, "line 1, byte 0: JSON nested too deeply"),
+        ("a.txt", b"ok\na \x00 cat", "a.txt, line 2, byte 5: NUL"),
+        ("a.txt", b"\xef\xbb\xbf\xc3\xa9\x1b[0m", r"line 1, byte 5: .*U\+001B"),
+        ("a.txt", b"ok\r\n\xc3\xa9 \xff", "line 2, byte 7: 0xff .*UTF-8"),
+        ("a.txt", b"\xff\xfea\x00", "line 1, byte 0: 0xff .*UTF-8"),
+        ("a.txt", b"x" * (MAX_LINE + 1), "line 1, byte 0: .*1048576"),
+        ("a.doc", b"a cat", r"a\.doc .*'\.doc'.*\.txt, \.jsonl, \.csv, \.parquet"),
+        ("a", b"a cat", r"''.*\.txt, \.jsonl"),
+        ("a.jsonl", b'"ok"\n{"text": ', "line 2, byte 14: .*JSON"),
+        ("a.jsonl", b'{"body": "a cat"}', "a.jsonl, line 1 .*text, prompt, caption.*'body'"),
+        ("a.jsonl", b'{"text": 7}', r"line 1, byte 0: .*string.*\b7"),
+        ("a.jsonl", b"[1]", r"line 1, byte 0: .*string.*\[1\]"),
+        ("a.jsonl", b'"ok"\n"a \\u0000"', "line 2, byte 5: NUL"),
+        ("a.jsonl", b'"\\ud800"', r"line 1, byte 0: .*surrogate.*U\+D800"),
+        ("a.jsonl", b"[" * 100_000, "line 1, byte 0: JSON"),
         (
             "a.csv",
             b"id,body\n1,a cat",
-            "the header of .*a.csv names none of text, prompt, caption; it has 'id', 'body'",
+            "header of .*a.csv .*text, prompt, caption.*'id', 'body'",
         ),
-        ("a.csv", b"text\na red, shiny car", "line 2: 2 fields, but 1 in the header; put texts with commas in quotes"),
-        ("a.csv", b'text\nok\n"open', "line 3: malformed CSV"),
-        ("a.csv", b'text\n"a\n\xff"', "line 3, byte 8: 0xff is not UTF-8"),
-        ("a.parquet", b"PAR1 not really", "a.parquet is not a readable Parquet file"),
+        ("a.csv", b"text\na red, shiny car", "line 2: 2 fields.* 1 .*quotes"),
+        ("a.csv", b'text\nok\n"open', "line 3: .*CSV"),
+        ("a.csv", b'text\n"a\n\xff"', "line 3, byte 8: 0xff .*UTF-8"),
+        ("a.parquet", b"PAR1 not really", "a.parquet .*Parquet"),
     ],
 )
-def test_bad_content_is_refused_with_its_place(tmp_path, name, content, message):
+def test_bad_content_is_refused_with_its_position(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         texts(write(tmp_path / name, content))
     assert "\n" not in str(caught.value)
@@ -155,12 +156,12 @@ def test_bad_content_is_refused_with_its_place(tmp_path, name, content, message)
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"body": ["a"]}, "the schema of .* names none of"),
-        ({"text": [1]}, "row 1: 1 where a string is due"),
-        ({"text": ["ok", "é\x00"]}, "row 2, byte 2 of the text: NUL"),
+        ({"body": ["a"]}, "schema of .*a.parquet .*text, prompt, caption.*'body'"),
+        ({"text": [1]}, r"row 1: .*string.*\b1"),
+        ({"text": ["ok", "é\x00"]}, "row 2, byte 2 .*NUL"),
     ],
 )
-def test_bad_parquet_is_refused_with_its_place(tmp_path, columns, message):
+def test_bad_parquet_is_refused_with_its_position(tmp_path, columns, message):
     with pytest.raises(ValueError, match=message):
         texts(write_parquet(tmp_path / "a.parquet", **columns))
 
@@ -168,30 +169,28 @@ def test_bad_parquet_is_refused_with_its_place(tmp_path, columns, message):
 def test_undecodable_parquet_is_refused_with_its_row(tmp_path):
     pa = pytest.importorskip("pyarrow")
     broken = pa.array([b"ok", b"a \xff"], pa.binary()).view(pa.string())
-    with pytest.raises(ValueError, match="row 2, byte 2 of the text: not UTF-8"):
+    with pytest.raises(ValueError, match="row 2, byte 2 .*UTF-8"):
         texts(write_parquet(tmp_path / "a.parquet", text=broken))
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
-def test_a_missing_file_is_named(tmp_path, suffix):
-    remedy = r"create it, or name another with `--params raw_prompts=FILE` \(or raw_eval_prompts=FILE"
-    with pytest.raises(FileNotFoundError, match=f"prompt file .*nope{suffix} does not exist: {remedy}"):
+def test_a_missing_file_is_named_with_the_options_that_name_another(tmp_path, suffix):
+    with pytest.raises(FileNotFoundError, match=f"nope{suffix} .*raw_prompts=FILE.*raw_eval_prompts=FILE"):
         texts(PromptFile(tmp_path / f"nope{suffix}"))
 
 
-def test_the_prompts_of_this_project_are_missed_with_the_stage_that_writes_them(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"nope.jsonl does not exist: run `kedro run --pipelines prompts` first"
-    ):
+def test_missing_prompts_of_this_project_name_the_stage_that_writes_them(tmp_path):
+    with pytest.raises(MissingInputError, match="nope.jsonl") as error:
         list(PromptFile(tmp_path / "nope.jsonl"))
+    assert error.value.stage == "prompts"
 
 
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(IsADirectoryError, match="is a folder: give a file"):
+    with pytest.raises(IsADirectoryError, match=r"a\.txt"):
         texts(PromptFile(tmp_path / "a.txt"))
 
 
 def test_only_jsonl_is_written(tmp_path):
-    with pytest.raises(Exception, match=r"only \.jsonl can be written"):
+    with pytest.raises(Exception, match=r"a\.csv.*\.jsonl"):
         PromptFileDataset(filepath=str(tmp_path / "a.csv")).save([{"text": "a"}])

@@ -1,4 +1,4 @@
-"""Stages in miniature: the real classes and datasets, random weights, three prompts."""
+"""Small stages: the real classes and datasets, random weights, three prompts."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def evaluate_options(**changes: Any) -> EvaluateOptions:
 
 
 def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
-    """What the catalog gives to the next stage."""
+    """Save shards and load them as the catalog does for the next stage."""
     dataset = ShardedDataset(filepath=str(folder))
     dataset.save(shards)
     return dataset.load()

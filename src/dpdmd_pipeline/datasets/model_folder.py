@@ -1,17 +1,15 @@
-"""Model folders as diffusers writes them, replaced as a whole; and a scratch folder for training states."""
+"""Model folders as diffusers writes them, replaced as a whole; and scratch folders for checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kedro.io import AbstractDataset
-
-from dpdmd_pipeline.publishing import Folders, load_published, replacing, sync, writing
+from dpdmd_pipeline.datasets.folder import FolderDataset
+from dpdmd_pipeline.publishing import replacing, sha256, writing
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +19,7 @@ _CONFIGS = ("model_index.json", "config.json", "open_clip_config.json")
 def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the *.safetensors and *.json files of a folder, hexadecimal.
 
-    The same for a copy elsewhere, another time stamp, or other files beside these.
+    Copies elsewhere, other time stamps and other files beside these do not change it.
 
     Raises:
         FileNotFoundError: if the folder holds no such file.
@@ -32,80 +30,52 @@ def folder_hash(folder: Path) -> str:
         if path.suffix in (".safetensors", ".json") and path.is_file()
     }
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors and no *.json: it is no model folder")
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no *.safetensors and no *.json")
     digest = hashlib.sha256()
     for name, path in sorted(paths.items()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{name}\0{content}\n".encode())
+        digest.update(f"{name}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-class ModelFolderDataset(AbstractDataset[Any, Path]):
-    """A model on disk. Saves what can write itself into a folder, loads the path.
-
-    Args:
-        filepath: the folder.
-        metadata: ignored; for Kedro plugins.
-    """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath = Path(filepath)
-        self.metadata = metadata
+class ModelFolderDataset(FolderDataset):
+    """A model on disk: saves an object that can write itself into a folder, loads the folder's path."""
 
     def load(self) -> Path:
-        """The folder, which holds a model_index.json, a config.json or an open_clip_config.json.
+        """Path of the folder, which has a model_index.json, a config.json or an open_clip_config.json.
 
         Raises:
-            FileNotFoundError: if it does not.
+            FileNotFoundError: if there is no such folder.
         """
-        folders = Folders.of(self._filepath)
-        folder = load_published(folders)
-        if folder is None or not _is_model(folder):
-            state = "holds no " + " or ".join(_CONFIGS) if folder else "does not exist"
+        folder = self._load_folder()
+        if not _is_model(folder):
             raise FileNotFoundError(
-                f"{folders.published} {state}: run the stage that writes it, or put a diffusers model folder there"
+                f"{folder} has no {' or '.join(_CONFIGS)}: run the stage that writes it, or put a diffusers model there"
             )
         return folder
 
     def save(self, data: Any) -> None:
-        """Write beside the old folder and take its place; killed at any moment, one of the two is whole.
+        """Replace the folder.
 
         Args:
-            data: has `save_pretrained(folder)`, or is a function that writes into the folder it is given.
+            data: has `save_pretrained(folder)`, or is a function that writes into the folder it gets.
 
         Raises:
             ValueError: if it is neither, if it wrote no model, or if another process is writing.
-            OSError: naming the path, if it cannot be written.
+            OSError: if the folder cannot be written; names the path.
         """
         write = _writer(data)
-        folders = Folders.of(self._filepath)
-        with replacing(folders) as folder:
+        with replacing(self._folders) as folder:
             write(folder)
             if not _is_model(folder):
                 raise ValueError(f"{data!r:.100} wrote no {' or '.join(_CONFIGS)} into {folder}")
-            _sync_tree(folder)
-        log.info("%s: saved", folders.published.name)
+        log.info("%s: saved", self._folders.published.name)
 
     def _exists(self) -> bool:
-        folders = Folders.of(self._filepath)
-        return _is_model(folders.published) or _is_model(folders.ready)
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._filepath)}
+        return _is_model(self._folders.published) or _is_model(self._folders.ready)
 
 
-class ScratchFolderDataset(AbstractDataset[Any, Path]):
-    """A folder that belongs to one stage between its runs, as for its checkpoints. Loads the path.
-
-    Args:
-        filepath: the folder, which is created on loading.
-        metadata: ignored; for Kedro plugins.
-    """
-
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath = Path(filepath)
-        self.metadata = metadata
+class ScratchFolderDataset(FolderDataset):
+    """A folder that one stage keeps between its runs, as for checkpoints; loading creates it and gives its path."""
 
     def load(self) -> Path:
         with writing(self._filepath):
@@ -113,13 +83,10 @@ class ScratchFolderDataset(AbstractDataset[Any, Path]):
         return self._filepath
 
     def save(self, data: Any) -> None:
-        raise ValueError(f"{self._filepath} is a scratch folder: a stage writes into it itself, nothing is saved to it")
+        raise ValueError(f"{self._filepath} is a scratch folder: its stage writes into it, nothing can be saved to it")
 
     def _exists(self) -> bool:
         return True
-
-    def _describe(self) -> dict[str, Any]:
-        return {"filepath": str(self._filepath)}
 
 
 def _is_model(folder: Path) -> bool:
@@ -131,12 +98,4 @@ def _writer(data: Any) -> Callable[[Path], Any]:
         return data.save_pretrained
     if callable(data):
         return data
-    raise ValueError(f"a model folder saves a model or a function of a folder, it was given {type(data).__name__}")
-
-
-def _sync_tree(folder: Path) -> None:
-    """Bring every file below a folder, and the names, to the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(parent, name))
-        sync(Path(parent))
+    raise ValueError(f"a model folder saves a model or a function of a folder, got {type(data).__name__}")

@@ -1,4 +1,4 @@
-"""JSON that a stage can do without."""
+"""A JSON file that a stage can do without."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ log = logging.getLogger(__name__)
 
 
 class OptionalJSONDataset(JSONDataset):
-    """A JSON object that is {} as long as no stage has written it: a run that reads it is not refused for that.
+    """A JSON object that is {} while its file is missing, so that a run that reads it is not refused.
 
-    Whether it exists is told as it is. Who reads it says what it makes of nothing.
+    `exists` reports the file's real state; the reader decides what a missing file means.
     """
 
     optional = True  # read by the hook that refuses missing inputs
@@ -21,5 +21,5 @@ class OptionalJSONDataset(JSONDataset):
     def load(self) -> Any:
         if self.exists():
             return super().load()
-        log.info("%s is not there: read as empty", self._filepath)
+        log.info("%s does not exist: read as empty", self._filepath)
         return {}

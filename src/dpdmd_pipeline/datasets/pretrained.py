@@ -1,4 +1,4 @@
-"""A teacher that somebody else has trained: a local diffusers folder, or a model of the hub."""
+"""A teacher that somebody else trained: a local diffusers folder, or a model on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kedro.io import AbstractDataset
 INDEX = "model_index.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model is T5's
 WEIGHTS = "*.safetensors"
-VARIANTS = "*.fp16*.safetensors"  # the same weights rounded; which precision is used, the options say
+VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -24,7 +24,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 
     Args:
         model: a folder with a model_index.json, or a hub id as in "stabilityai/stable-diffusion-3.5-medium".
-        revision: branch, tag or commit of the hub's model; None is its main branch.
+        revision: branch, tag or commit on the hub; None is the main branch.
         metadata: ignored; for Kedro plugins.
     """
 
@@ -33,7 +33,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         self.metadata = metadata
 
     def load(self) -> Path:
-        """The folder with its weights; what the hub's cache lacks is downloaded: safetensors, configs, tokenizers.
+        """Path of the folder with its weights; downloads the safetensors, configs and tokenizers that are missing.
 
         Raises:
             OSError: in one line, if the model is missing, gated or incomplete, or the hub cannot be reached.
@@ -42,7 +42,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         return self._folder(with_weights=True)
 
     def load_configs(self) -> Path:
-        """The same folder, of which only configs and tokenizers need be there: a few MB, to refuse early.
+        """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early.
 
         Raises:
             OSError, ValueError: as `load` does.
@@ -50,45 +50,44 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         return self._folder(with_weights=False)
 
     def save(self, data: Any) -> None:
-        raise ValueError(f"{self.model} is only read: the stage `teacher` trains embedded teachers, leave it out here")
+        raise ValueError(f"{self.model} is read-only: leave out the stage `teacher`, which trains embedded teachers")
 
     def _folder(self, *, with_weights: bool) -> Path:
-        folder = Path(self.model).expanduser()
+        folder, remedy = Path(self.model).expanduser(), "give a whole diffusers pipeline folder"
         if not folder.is_dir():
             folder = self._download(with_weights)
-        check_pipeline_folder(folder, self._remedy(folder), with_weights=with_weights)
+            remedy = f"run again with a network and without HF_HUB_OFFLINE, or delete {folder} first"
+        check_pipeline_folder(folder, remedy, with_weights=with_weights)
         return folder
-
-    def _remedy(self, folder: Path) -> str:
-        if folder == Path(self.model).expanduser():
-            return "give a whole diffusers pipeline folder"
-        return f"run again with a network and without HF_HUB_OFFLINE, or delete {folder} first"
 
     def _download(self, with_weights: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        _refuse_path(self.model)
-        with _one_line(self.model, self.revision):
+        _check_hub_id(self.model)
+        with _hub_errors_in_one_line(self.model, self.revision):
             folder = Path(snapshot_download(self.model, revision=self.revision, allow_patterns=[INDEX]))
             kinds = (*TEXT_FILES, WEIGHTS) if with_weights else TEXT_FILES
-            # The hub's folders hold more: single-file copies, other frameworks' weights, pictures.
-            wanted = [f"{component}/{kind}" for component in _components(folder) for kind in kinds]
-            patterns = {"allow_patterns": [INDEX, *wanted], "ignore_patterns": [VARIANTS]}
-            return Path(snapshot_download(self.model, revision=self.revision, **patterns))
+            # Repositories hold more: single-file copies, other frameworks' weights, pictures.
+            patterns = [INDEX, *(f"{component}/{kind}" for component in _components(folder) for kind in kinds)]
+            options = {"allow_patterns": patterns, "ignore_patterns": [VARIANTS]}
+            return Path(snapshot_download(self.model, revision=self.revision, **options))
 
     def _exists(self) -> bool:
-        """Whether it can be had; what stands in the way is raised, since no other stage can mend it."""
+        """True if the configs can be loaded; otherwise raises the reason, which no other stage can mend."""
         return self.load_configs().is_dir()
 
     def _describe(self) -> dict[str, Any]:
         return {"model": self.model, "revision": self.revision}
 
 
+# ---- a pipeline's folder
+
+
 def check_pipeline_folder(folder: Path, remedy: str, *, with_weights: bool) -> None:
-    """Hold a folder against its own index: each part with its config and, of networks, all weights.
+    """Check a folder against its index: each component with its config and, if it is a network, all its weights.
 
     Raises:
-        OSError: names what is missing, and the remedy.
+        OSError: names the missing file and the remedy.
     """
     for component in _components(folder):
         if not any((folder / component).glob("*.json")):
@@ -100,10 +99,10 @@ def check_pipeline_folder(folder: Path, remedy: str, *, with_weights: bool) -> N
 
 
 def _components(folder: Path) -> list[str]:
-    """Names of a pipeline's parts that have a folder.
+    """Names of a pipeline's components that have a folder.
 
     Raises:
-        OSError: if the index is not there or is none.
+        OSError: if the index is missing or malformed.
     """
     path = folder / INDEX
     try:
@@ -111,81 +110,76 @@ def _components(folder: Path) -> list[str]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: give a diffusers pipeline (a folder with that file)") from None
     except ValueError as error:
-        raise OSError(f"{path} is no JSON ({error}): get it again") from error
-    # An absent part is [null, null]; options of the pipeline are no lists of two names.
+        raise OSError(f"{path} is not JSON ({error}): download it again") from error
+    # An absent component is [null, null]; options of the pipeline are not lists of two names.
     return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and all(value)]
 
 
 def _missing_weights(folder: Path) -> str | None:
-    """What a network's folder lacks of the parts that its index names, or of a whole file."""
+    """Name of a weight file that a network's folder lacks, or the pattern if it has none; None if it is complete."""
     indices = sorted(path for path in folder.glob("*.safetensors.index.json") if ".fp16" not in path.name)
     if indices:
-        named = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        return next((name for name in named if not (folder / name).is_file()), None)
-    # A link whose file is gone is no file: so a cache looks whose download was broken off.
+        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        return next((name for name in names if not (folder / name).is_file()), None)
+    # A dangling link is no file: an interrupted download leaves such links in the cache.
     return None if any(path.is_file() for path in folder.glob(WEIGHTS)) else WEIGHTS
 
 
-def _refuse_path(model: str) -> None:
-    """A hub id is two words with one stroke between them.
+# ---- errors of the hub
+
+
+def _check_hub_id(model: str) -> None:
+    """Check that a model is named as <owner>/<name>.
 
     Raises:
-        OSError: if it is meant as a folder, which is not there, or is a file.
+        OSError: if it names a file, or a folder that does not exist.
     """
     if Path(model).expanduser().is_file():
         raise OSError(
-            f"teacher {model} is a single file, a folder is needed: make one with diffusers' "
+            f"teacher {model} is a single file, expected a folder: make one with diffusers' "
             f"`StableDiffusionXLPipeline.from_single_file({model!r}).save_pretrained(FOLDER)` "
             "(SD3 and SD3.5: StableDiffusion3Pipeline) and give teacher_model=FOLDER"
         )
-    owner, stroke, name = model.partition("/")
-    if not (owner and stroke and name) or "/" in name or model.startswith((".", "~")):
-        raise FileNotFoundError(f"teacher {model} is no folder here, and no hub id <owner>/<name>: give one of both")
+    owner, slash, name = model.partition("/")
+    if not (owner and slash and name) or "/" in name or model.startswith((".", "~")):
+        raise FileNotFoundError(f"teacher {model} is neither a folder here nor a hub id <owner>/<name>: give one")
 
 
 @contextmanager
-def _one_line(model: str, revision: str | None) -> Iterator[None]:
-    """Make of the hub's errors one line with the model and the remedy; a full disk's error stays what it is."""
-    from huggingface_hub import errors
+def _hub_errors_in_one_line(model: str, revision: str | None) -> Iterator[None]:
+    """Turn the hub's errors into one line with the model and the remedy; a full disk stays a full disk."""
+    from huggingface_hub import constants
 
-    page = f"https://huggingface.co/{model}"
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise OSError(
-            f"{model} is gated: accept its licence on {page}, then log in with `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise OSError(
-            f"{model} is not on the hub, or private: mend the id, or log in with `hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise OSError(f"{model} has no revision {revision!r}: see {page}/commits, or set revision to null") from error
-    except errors.HFValidationError as error:
-        raise OSError(f"{model!r} is no hub id <owner>/<name>: {' '.join(str(error).split())}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(_unreachable(model, error)) from error
     except Exception as error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"{os.strerror(error.errno)}, {model} does not fit", _cache()) from error
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
+            text = f"{os.strerror(error.errno)}, {model} does not fit"
+            raise OSError(error.errno, text, str(constants.HF_HUB_CACHE)) from error
+        if (line := _hub_error_line(error, model, revision)) is None:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{model} could not be downloaded ({reason}): run again, what has come is kept") from error
+        raise OSError(line) from error
 
 
-def _unreachable(model: str, error: Exception) -> str:
-    from huggingface_hub import constants
+def _hub_error_line(error: Exception, model: str, revision: str | None) -> str | None:
+    """One line for an error of the hub's client; None for other errors."""
+    from huggingface_hub import constants, errors
 
-    state = "is not whole in" if type(error).__name__ == "IncompleteSnapshotError" else "is not in"
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-    return (
-        f"{model} {state} the local cache {_cache()}, and {why}: run once with a network, "
-        "or name a local diffusers folder instead"
-    )
-
-
-def _cache() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.HF_HUB_CACHE)
+    page, login = f"https://huggingface.co/{model}", "log in with `hf auth login` (or set HF_TOKEN)"
+    reason = " ".join(str(error).split())
+    match error:
+        case errors.GatedRepoError():
+            return f"{model} is gated: accept its licence on {page}, then {login}"
+        case errors.RepositoryNotFoundError():
+            return f"{model} does not exist on the hub, or is private: correct the id, or {login}"
+        case errors.RevisionNotFoundError():
+            return f"{model} has no revision {revision!r}: see {page}/commits, or set revision to null"
+        case errors.HFValidationError():
+            return f"{model!r} is no hub id <owner>/<name>: {reason}"
+        case errors.LocalEntryNotFoundError():
+            cause = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+            cache = f"the local cache {constants.HF_HUB_CACHE}"
+            return f"{model} is not completely in {cache}, and {cause}: run once with a network, or name a local folder"
+    if isinstance(error, OSError) or type(error).__module__.startswith("http"):
+        return f"{model} could not be downloaded ({reason[:200]}): run again, finished files are kept"
+    return None

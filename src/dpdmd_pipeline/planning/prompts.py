@@ -10,7 +10,7 @@ USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_st
 FEW, LETTERS = 3, 40  # foreign prompts in the message, and characters of each
 
 
-def refuse_prompts(pipeline: Any, catalog: Any) -> list[str]:
+def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
     """Errors about the prompts of a run, before its first node; for the hooks.
 
     Training prompts count too: the embedded teacher has never seen other words, so it cannot draw them.

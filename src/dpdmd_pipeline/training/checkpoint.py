@@ -1,4 +1,4 @@
-"""Exact resume: checkpoints that are whole or absent."""
+"""Checkpoints for an exact resume: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The last few states of one run, in a folder of its own.
 
-    A state is one file and a small manifest with its hash, each written beside its place and renamed;
-    the manifest comes last, so a kill at any moment leaves the previous state the newest whole one.
+    A state is one file and then a small manifest with its hash, each written atomically: a kill at any moment leaves
+    the previous state as the newest complete one.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
@@ -29,36 +29,37 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Write the state after `step` steps and drop all but the newest `keep_last`.
+        """Write the state after `step` steps and delete all but the newest `keep_last`.
 
         Args:
             step: number of finished steps.
-            state: of tensors, numbers, strings, and containers of these.
-            finished: whether nothing will follow: then no other state is kept.
+            state: tensors, numbers, strings, and containers of these.
+            finished: True for the last state of a run; no other state stays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step_{step:07d}.pt"
+        path = self._manifest(step).with_suffix(".pt")
         write_atomically(path, partial(torch.save, state))
         manifest = json.dumps({"step": step, "sha256": sha256(path)})
-        write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(manifest))
+        write_atomically(self._manifest(step), lambda temporary: temporary.write_text(manifest))
         for old in self._manifests()[: -1 if finished else -self.keep_last]:
             old.with_suffix(".pt").unlink(missing_ok=True)
             old.unlink()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other processes from training the same run at the same time.
 
         Raises:
-            HeldError: names the process that does.
+            LockedError: if another process trains it; names that process.
         """
         with locked(Folders.of(self.folder)):
             yield
 
     def load_latest(self, map_location: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """The newest whole state as (step, state); None if there is none. Copy what is to outlive its file.
+        """Newest complete state as (step, state); None if there is none.
 
-        A state that does not match its hash is passed over with a warning.
+        Its tensors are mapped from the file: copy those that must outlive it. A state that does not match its hash is
+        skipped with a warning.
         """
         for manifest in reversed(self._manifests()):
             path = manifest.with_suffix(".pt")
@@ -66,15 +67,18 @@ class Checkpoints:
                 record = json.loads(manifest.read_text())
                 if sha256(path) != record["sha256"]:
                     raise ValueError("its content does not match its hash")
-                # mapped: the processes of a machine share the pages that they read
+                # mapped, so that the processes of a machine share the pages they read
                 return record["step"], torch.load(path, map_location=map_location, weights_only=True, mmap=True)
             except (OSError, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
         return None
 
     def holds(self, step: int) -> bool:
-        """Whether there is a state after `step` steps; its content is not looked at."""
-        return (self.folder / f"step_{step:07d}.json").is_file()
+        """True if there is a state after `step` steps; its content is not checked."""
+        return self._manifest(step).is_file()
+
+    def _manifest(self, step: int) -> Path:
+        return self.folder / f"step_{step:07d}.json"
 
     def _manifests(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.json"))

@@ -42,17 +42,17 @@ def test_cleaning_is_idempotent_and_leaves_normalised_words(text):
         ("A Cat!", "A Cat!"),
     ],
 )
-def test_words_stay_as_they_are(text, clean):
+def test_cleaning_does_not_change_words(text, clean):
     assert clean_text(text) == clean
 
 
 @given(lines=prompts)
 def test_kept_texts_are_the_unique_clean_ones_in_their_order(folder, lines):
-    found = survey(write(folder, lines))
-    if found.file.is_numbered_list():
+    result = survey(write(folder, lines))
+    if result.file.is_numbered_list():
         return
-    kept = [record["text"] for record in split_by_files(found, found)]
-    assert kept == list(dict.fromkeys(filter(None, map(clean_text, lines))))
+    texts = [record["text"] for record in split_by_files(result, result)]
+    assert texts == list(dict.fromkeys(filter(None, map(clean_text, lines))))
 
 
 @given(lines=prompts)
@@ -98,24 +98,24 @@ def test_a_share_is_about_that_share_and_disjoint(tmp_path):
     assert counts["train"] + counts["eval"] == counts["prompts"] == 2000
 
 
-@given(added=st.lists(prompt), place=st.integers(0, 50))
-def test_added_lines_move_no_prompt_to_the_other_side(folder, added, place):
+@given(added=st.lists(prompt), index=st.integers(0, 50))
+def test_added_lines_change_no_prompts_use(folder, added, index):
     lines = [f"{index} cats" for index in range(50)]
     before = list(split_by_hash(survey(write(folder, lines)), 0.3))
-    after = list(split_by_hash(survey(write(folder, lines[:place] + added + lines[place:])), 0.3))
+    after = list(split_by_hash(survey(write(folder, lines[:index] + added + lines[index:])), 0.3))
     assert all(record in after for record in before)
 
 
-def test_a_split_without_one_side_is_refused(tmp_path):
-    found = survey(write(tmp_path, ["a cat", "a dog"]))
-    with pytest.raises(ValueError, match=r"eval_share 1e-09 leaves no eval prompt of the 2 in .*prompts\.txt"):
-        split_by_hash(found, 1e-9)
-    with pytest.raises(ValueError, match=r"eval_share 0\.999999999 leaves no train prompt"):
-        split_by_hash(found, 0.999999999)
+def test_a_split_without_one_use_is_refused(tmp_path):
+    result = survey(write(tmp_path, ["a cat", "a dog"]))
+    with pytest.raises(ValueError, match=r"prompts\.eval_share 1e-09 .*eval prompt.*\b2\b.*prompts\.txt"):
+        split_by_hash(result, 1e-9)
+    with pytest.raises(ValueError, match=r"prompts\.eval_share 0\.999999999 .*train prompt"):
+        split_by_hash(result, 0.999999999)
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"prompts\.txt is empty: write one prompt a line"):
+    with pytest.raises(ValueError, match=r"prompts\.txt .*empty"):
         survey(write(tmp_path, []))
-    with pytest.raises(ValueError, match=r"prompts\.txt has no prompt: its 2 lines are blank"):
+    with pytest.raises(ValueError, match=r"prompts\.txt .*\b2\b.*blank"):
         survey(write(tmp_path, [" ", "\t", ""]))

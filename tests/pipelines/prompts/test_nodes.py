@@ -1,5 +1,6 @@
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -35,6 +36,10 @@ def backbone(**changes):
     return BackboneOptions(**BACKBONE | changes)
 
 
+def words(caplog) -> set[str]:
+    return set(caplog.text.replace(",", " ").split())
+
+
 def write_records(path, texts):
     dataset = PromptFileDataset(filepath=str(path))
     dataset.save({"text": text, "train": True, "eval": False} for text in texts)
@@ -61,20 +66,19 @@ def test_the_evaluation_file_is_read_only_when_it_decides(tmp_path):
         clean_prompts(*files, options())
 
 
-def test_the_report_is_json_and_says_where_drops_were(tmp_path, caplog):
+def test_the_report_is_json_and_lists_the_dropped_lines(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("1. a cat\n2. a cat\n")
     with caplog.at_level(logging.INFO):
         prompts, report = clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options())
     assert list(prompts) == [{"text": "a cat", "train": True, "eval": True}]
     dropped = json.loads(json.dumps(report))["files"][0]["dropped"]
     assert dropped == [{"file": "a.txt", "line": 2, "reason": "repeats line 1"}]
-    assert "a.txt: 1 of 2 lines kept, 0 empty and 1 repeated dropped" in caplog.text
-    assert "numbered list" in caplog.text
+    numbered, counts = caplog.messages[:2]
+    assert "a.txt" in numbered and "numbered list" in numbered
+    assert "a.txt" in counts and re.findall(r"\d+", counts) == ["1", "2", "0", "1"]  # kept, lines, empty, repeated
 
 
-def test_embeddings_are_those_of_the_diffusers_pipeline_and_the_last_is_of_the_empty_prompt(
-    tmp_path, prompts, tiny_teacher
-):
+def test_embeddings_equal_the_diffusers_pipelines_and_the_last_is_of_the_empty_prompt(tmp_path, prompts, tiny_teacher):
     from diffusers import StableDiffusion3Pipeline
 
     dataset = ShardedDataset(filepath=str(tmp_path / "embeddings"))
@@ -105,7 +109,7 @@ def test_two_processes_leave_the_bytes_of_one(tmp_path, prompts, tiny_teacher):
 def test_several_machines_may_encode_but_not_clean(tmp_path):
     (tmp_path / "a.txt").write_text("a cat")
     several = {"processes": 1, "machines": 2, "rendezvous": "first:29400"}
-    with pytest.raises(ValueError, match="prompts.launch.machines=2: .* --nodes encode_prompts on all"):
+    with pytest.raises(ValueError, match="prompts.launch.machines=2.*clean_prompts.*machines=1.*encode_prompts"):
         clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options(launch=several))
 
 
@@ -120,9 +124,7 @@ def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts,
     assert len(loads) == 1
 
 
-def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(
-    tmp_path, prompts, tiny_teacher, monkeypatch
-):
+def test_the_fingerprint_depends_on_the_content_and_nothing_else(tmp_path, prompts, tiny_teacher, monkeypatch):
     def identity(file=prompts, teacher=tiny_teacher, backbone_changes=(), **changes):
         return encode_prompts(file, teacher, backbone(**dict(backbone_changes)), options(**changes)).fingerprint
 
@@ -139,11 +141,11 @@ def test_the_fingerprint_follows_what_decides_the_content_and_nothing_else(
         identity(write_records(tmp_path / "other.jsonl", TEXTS[::-1])),
         identity(write_records(tmp_path / "more.jsonl", [*TEXTS, "a cat"])),
     ]
-    monkeypatch.setattr("dpdmd_pipeline.pipelines.prompts.nodes.code_hash", lambda *places: "of other code")
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.prompts.nodes.code_hash", lambda *paths: "of other code")
     assert len({same, *others, identity()}) == 7
 
 
-def test_a_prompt_the_tokenizer_cuts_off_is_named_with_its_loss(tmp_path, tiny_teacher, caplog):
+def test_a_truncated_prompt_is_named_with_its_loss(tmp_path, tiny_teacher, caplog):
     from transformers import AutoTokenizer
 
     long = "a picture of a red [/circle] é"
@@ -152,19 +154,19 @@ def test_a_prompt_the_tokenizer_cuts_off_is_named_with_its_loss(tmp_path, tiny_t
     tokens = len(AutoTokenizer.from_pretrained(tiny_teacher / "tokenizer")(long)["input_ids"])
     lost = {"tokenizer": tokens - 12, "tokenizer_2": tokens - 12}
     assert manifest["truncated"] == {"count": 1, "listed": [{"row": 1, "tokens_lost": lost}]}
-    assert f"prompts.jsonl line 2: tokenizer cuts off {tokens - 12} of {tokens} tokens" in caplog.text
+    assert {"prompts.jsonl", "line", "2:", "tokenizer", "tokenizer_2", str(tokens - 12), str(tokens)} < words(caplog)
     assert long in caplog.text
 
 
-def test_of_sana_a_cut_prompt_is_named_too(tmp_path, tiny_sana, caplog):
-    fits, long = "circle", "circle,square"  # a byte for a token
+def test_a_truncated_prompt_of_sana_is_named_too(tmp_path, tiny_sana, caplog):
+    fits, long = "circle", "circle,square"  # a token per byte
     prompts = write_records(tmp_path / "prompts.jsonl", [fits, long])
-    asked = backbone(family="sana", max_sequence_length=len(fits) + 2)
-    manifest = encode_prompts(prompts, tiny_sana, asked, options()).manifest
+    sana = backbone(family="sana", max_sequence_length=len(fits) + 2)
+    manifest = encode_prompts(prompts, tiny_sana, sana, options()).manifest
     assert manifest["token_limits"] == {"tokenizer": len(fits)}
     lost = {"tokenizer": len(long) - len(fits)}
     assert manifest["truncated"] == {"count": 1, "listed": [{"row": 1, "tokens_lost": lost}]}
-    assert f"prompts.jsonl line 2: tokenizer cuts off {lost['tokenizer']} of {len(long)} tokens" in caplog.text
+    assert {"prompts.jsonl", "2:", "tokenizer", str(lost["tokenizer"]), str(len(long))} < words(caplog)
 
 
 def test_warnings_are_capped_and_counted(tmp_path, tiny_teacher, caplog, monkeypatch):
@@ -173,17 +175,18 @@ def test_warnings_are_capped_and_counted(tmp_path, tiny_teacher, caplog, monkeyp
     prompts = write_records(tmp_path / "prompts.jsonl", [f"unknown words everywhere {index}" for index in range(5)])
     truncated = encode_prompts(prompts, tiny_teacher, backbone(), options()).manifest["truncated"]
     assert (truncated["count"], len(truncated["listed"])) == (5, 3)
-    assert caplog.text.count("cuts off") // 2 == 2
-    assert "3 more prompts are cut off" in caplog.text
+    *warnings, rest = caplog.messages
+    assert len(warnings) == 2 and all("tokenizer_2" in warning for warning in warnings)
+    assert {"3", "more"} < set(rest.split())
 
 
-def test_prompts_that_fit_bring_no_warning(prompts, tiny_teacher, caplog):
+def test_prompts_that_fit_are_not_logged(prompts, tiny_teacher, caplog):
     assert encode_prompts(prompts, tiny_teacher, backbone(), options()).manifest["truncated"]["count"] == 0
     assert not caplog.records
 
 
 def test_a_teacher_without_text_encoder_is_refused(tmp_path, prompts):
-    with pytest.raises(FileNotFoundError, match="no text_encoder/ or no tokenizer/"):
+    with pytest.raises(FileNotFoundError, match="text_encoder/"):
         encode_prompts(prompts, tmp_path, backbone(), options())
 
 
@@ -208,22 +211,22 @@ def test_bad_prompts_options_are_refused(changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "option"),
     [
-        ({"family": "sd9"}, "choose one of sd3"),
-        ({"resolution": "32"}, "valid integer"),
-        ({"max_sequence_length": -1}, "greater than or equal to 0"),
-        ({"guidance_scale": 0.5}, "greater than or equal to 1"),
-        ({"guidance_scale": float("nan")}, "finite"),
-        ({"guidance_scale": float("inf")}, "finite"),
-        ({"level_range": [0.9, 0.1]}, "give 0 < low < high <= 1"),
-        ({"level_range": [0, 1.5]}, "give 0 < low < high <= 1"),
-        ({"dtype": "float8"}, "'float32', 'bfloat16' or 'float16'"),
-        ({"typo": 1}, "not permitted"),
+        ({"family": "sd9"}, "family"),
+        ({"resolution": "32"}, "resolution"),
+        ({"max_sequence_length": -1}, "max_sequence_length"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"level_range": [0.9, 0.1]}, "level_range"),
+        ({"level_range": [0, 1.5]}, "level_range"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"typo": 1}, "typo"),
     ],
 )
-def test_bad_backbone_options_are_refused(changes, message):
-    with pytest.raises(ValidationError, match=message):
+def test_bad_backbone_options_are_refused_by_name(changes, option):
+    with pytest.raises(ValidationError, match=option):
         backbone(**changes)
 
 
@@ -232,10 +235,10 @@ def test_no_option_has_a_default(model):
     assert all(field.is_required() for field in model.model_fields.values())
 
 
-def test_auto_is_cuda_where_there_is_one_and_cuda_without_one_is_refused():
+def test_auto_is_cuda_if_it_exists_and_cuda_without_a_device_is_refused():
     if torch.cuda.is_available():
         assert resolve_device("auto").type == "cuda"
     else:
         assert resolve_device("auto").type == "cpu"
-        with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA device here"):
+        with pytest.raises(ValueError, match="'cuda'"):
             resolve_device("cuda")

@@ -1,4 +1,4 @@
-"""Stage `anchors`: where the teacher stands after some of its steps, cached."""
+"""Stage `anchors`: cache the teacher's latents after some of its sampling steps."""
 
 from dpdmd_pipeline.pipelines.anchors.pipeline import create_pipeline
 

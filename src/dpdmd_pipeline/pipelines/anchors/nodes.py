@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash, network_folder
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
@@ -20,12 +20,12 @@ IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"
 def make_anchors(
     prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
 ) -> LazyShards:
-    """Run the guided teacher K steps from seeded noise for every training prompt; keep seeds and latents."""
+    """Run the guided teacher K steps from seeded noise for every training prompt; cache seeds and latents."""
     check_embeddings(embeddings, prompts, teacher)
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     manifest = make_manifest(rows, embeddings, teacher, backbone, options)
     if options.mode == "online":
-        log.info("anchors: online, computed in each student turn")
+        log.info("anchors: online, computed in each cycle")
         shards = {}
     else:
         shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
@@ -36,14 +36,16 @@ def make_anchors(
 def make_manifest(
     rows: list[int], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
 ) -> dict[str, Any]:
-    """The facts that anchors depend on and that training checks: teacher, schedule, guidance, levels, dtype."""
+    """Facts that decide the anchors and that training checks: teacher, schedule, guidance, levels, dtype."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
     model = backbone.load(teacher, "cpu")
     sigmas = model.schedule(backbone.num_steps).sigma.tolist()
-    steps = [_steps_of(level, model, backbone.num_steps) for level in options.anchor_levels]
+    steps = [_teacher_steps(level, model, backbone.num_steps) for level in options.anchor_levels]
     if steps != sorted(set(steps)):
-        raise ValueError(f"anchors.anchor_levels give teacher steps {steps}: they must rise, from noisy to clean")
+        raise ValueError(
+            f"anchors.anchor_levels give teacher steps {steps}: order them from noisy to clean, without repetition"
+        )
     return {
         "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "teacher": folder_hash(network_folder(teacher)),
@@ -56,8 +58,8 @@ def make_manifest(
     }
 
 
-def _steps_of(level: AnchorLevel, model: Any, num_steps: int) -> int:
-    """Teacher steps K of an anchor level."""
+def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
+    """Number K of teacher steps that reach an anchor level."""
     last = num_steps - 1
     if level.steps is not None:
         if level.steps > last:
@@ -66,23 +68,21 @@ def _steps_of(level: AnchorLevel, model: Any, num_steps: int) -> int:
             )
         return level.steps
     if last < 1:
-        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: take at least 2")
-    sigmas = _own_sigmas(model.schedule(num_steps), model.prediction)
-    asked = level.sigma
+        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: set at least 2")
+    sigmas = _family_sigmas(model.schedule(num_steps), model.prediction)
+    sigma = level.sigma
     if level.first_step is not None:
         student = model.student_schedule(level.first_step.grid, level.first_step.num_steps)
-        asked = _own_sigmas(student, model.prediction)[1]
-    if not 0 < asked < sigmas[0]:
-        raise ValueError(f"anchors.anchor_levels sigma={asked:g} must lie below the teacher's start, {sigmas[0]:g}")
-    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - asked))
-    log.info(
-        "anchors: sigma %.4f asked for, the teacher's nearest level is %.4f (K = %d)", asked, sigmas[nearest], nearest
-    )
+        sigma = _family_sigmas(student, model.prediction)[1]
+    if not 0 < sigma < sigmas[0]:
+        raise ValueError(f"anchors.anchor_levels sigma={sigma:g} must lie below the teacher's start, {sigmas[0]:g}")
+    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - sigma))
+    log.info("anchors: the teacher's level nearest to sigma %.4f is %.4f (K = %d)", sigma, sigmas[nearest], nearest)
     return nearest
 
 
-def _own_sigmas(levels: Any, prediction: str) -> list[float]:
-    """Noise levels as a family counts them: flow's sigma, or sigma / alpha of a diffusion model."""
+def _family_sigmas(levels: Any, prediction: str) -> list[float]:
+    """Noise levels in the units of a family: flow's sigma, or sigma / alpha of a diffusion model."""
     return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
@@ -94,18 +94,22 @@ def _shards(
     options: AnchorsOptions,
     anchor_steps: list[int],
 ) -> dict[str, Any]:
-    """One thunk per shard; the teacher is loaded by the first that runs. Prompts alternate within a shard."""
+    """Make one thunk per shard; the first one loads the teacher. Prompts alternate within a shard."""
     from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 
     total = len(rows) * options.seeds_per_prompt
     samples = [rows[index % len(rows)] for index in range(total)]
     seeds = sample_seeds(options.seed, "anchors", 0, total)
 
-    ask = Held(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
+    load = LastLoaded(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
     starts = range(0, total, options.shard_size)
     return {
         f"{number:05d}": partial(
-            _shard, ask, samples[start : start + options.shard_size], seeds[start : start + options.shard_size], options
+            _shard,
+            load,
+            samples[start : start + options.shard_size],
+            seeds[start : start + options.shard_size],
+            options,
         )
         for number, start in enumerate(starts)
     }
@@ -114,7 +118,7 @@ def _shards(
 def _load_teacher(
     embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions, anchor_steps: list[int]
 ) -> Any:
-    """What computes anchors of prompts and seeds."""
+    """Load the teacher as a function of prompts and seeds."""
     from dpdmd_pipeline.training.anchors import TeacherAnchors
 
     model = backbone.load(teacher, options.device)
@@ -129,14 +133,14 @@ def _load_teacher(
     )
 
 
-def _shard(ask: Held, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
-    """Tensors of one shard: prompt, seed, and the anchors in the dtype of the cache."""
+def _shard(load: LastLoaded, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
+    """Compute one shard: prompt, seed, and the anchors in the dtype of the cache."""
     import torch
 
-    teacher, parts = ask(), []
+    teacher, batches = load(), []
     for start in range(0, len(prompts), options.batch_size):
         chunk = slice(start, start + options.batch_size)
-        parts.append(teacher(prompts[chunk], seeds[chunk]))
+        batches.append(teacher(prompts[chunk], seeds[chunk]))
     dtype = getattr(torch, options.dtype)
-    latents = {name: torch.cat([part[name] for part in parts]).to(dtype) for name in parts[0]}
+    latents = {name: torch.cat([batch[name] for batch in batches]).to(dtype) for name in batches[0]}
     return {"prompt": torch.tensor(prompts), "seed": torch.tensor(seeds), **latents}

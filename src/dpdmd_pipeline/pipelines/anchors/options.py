@@ -1,4 +1,4 @@
-"""Options of the anchors stage; training reads them too, to hold a cache against them."""
+"""Options of the anchors stage; training reads them too, to check a cache against them."""
 
 from dpdmd_pipeline.training.recipe import AnchorLevel, AnchorRecipe
 

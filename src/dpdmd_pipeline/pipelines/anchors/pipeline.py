@@ -6,6 +6,5 @@ from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """embeddings and teacher to anchors."""
     inputs = ["prompts", "embeddings", "teacher", "params:backbone", "params:anchors"]
     return Pipeline([Node(make_anchors, inputs, "anchors", name="make_anchors")])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.datasets.sharded import Held, LazyShards, fingerprint
+from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
@@ -40,7 +40,7 @@ def sample_images(
         "images_per_prompt": options.images_per_prompt,
     }
     samples = _samples(chosen, options)
-    load = Held(partial(_load_model, embeddings, teacher, backbone, options))
+    load = LastLoaded(partial(_load_model, embeddings, teacher, backbone, options))
     shards = {
         f"{name}-{start // SHARD:05d}": partial(_shard, number, load, folders[name], samples[start : start + SHARD])
         for number, name in enumerate(MODELS)
@@ -65,7 +65,7 @@ def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
     return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
 
 
-def _shard(number: int, load: Held, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
+def _shard(number: int, load: LastLoaded, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
     """One shard: some pictures of one model."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Stage `prompts`: files of prompts become clean records, and each is encoded once."""
+"""Stage `prompts`: clean the prompt files and encode each prompt once."""
 
 from dpdmd_pipeline.pipelines.prompts.pipeline import create_pipeline
 

@@ -1,4 +1,4 @@
-"""From lines of a prompt file to unique, normalised texts, with some dozen bytes a line in memory."""
+"""Clean, deduplicate and split prompts, with a few dozen bytes per line in memory."""
 
 import hashlib
 import unicodedata
@@ -12,37 +12,37 @@ import numpy as np
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 
-MAX_LISTED = 1000  # dropped lines a file that the report lists; it counts all
+MAX_LISTED = 1000  # dropped lines per file in the report's list; its counts include all
 
 
 def clean_text(text: str) -> str:
-    """The text in NFC, without byte order marks, its white space collapsed; the words stay as they are."""
+    """Normalise a text to NFC without byte order marks, and collapse white space; the words do not change."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
     return " ".join(text.split())
 
 
 def text_hash(text: str) -> int:
-    """64 bits that stand for a text; two of a million differ in it with probability 1 - 3e-8."""
+    """64-bit hash of a text; a million texts all have different hashes with probability 1 - 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def first_places(hashes: np.ndarray) -> np.ndarray:
-    """For each entry the place of the first equal one, [n]."""
+def first_indices(hashes: np.ndarray) -> np.ndarray:
+    """Index of the first equal entry, for each entry, [n]."""
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     return first[inverse]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a prompt file found.
+    """Result of one pass over a prompt file.
 
     Attributes:
-        num_lines: blank ones included.
-        empty: their line numbers.
-        numbers: line numbers of the others, [n].
+        num_lines: of the file, blank lines included.
+        empty: line numbers of the blank lines.
+        numbers: line numbers of the other n lines, [n].
         hashes: of their clean texts, uint64 [n].
-        first: place among the n of the first line with the same text, [n].
+        first: index, among the n, of the first line with the same text, [n].
     """
 
     file: PromptFile
@@ -54,24 +54,24 @@ class Survey:
 
     @property
     def is_first(self) -> np.ndarray:
-        """Which of the n lines are kept, bool [n]."""
+        """True for each of the n lines that is kept, bool [n]."""
         return self.first == np.arange(len(self.first))
 
     def texts(self) -> Iterator[str]:
-        """The n clean texts, read anew."""
+        """Read the n clean texts again."""
         return filter(None, (clean_text(line.text) for line in self.file.lines()))
 
     def dropped(self) -> Iterator[dict[str, Any]]:
-        """Every dropped line and why, in the order of the file."""
+        """Every dropped line with the reason, in the order of the file."""
         repeated = np.flatnonzero(~self.is_first)
         numbers = np.concatenate([self.empty, self.numbers[repeated]])
         originals = np.concatenate([np.zeros_like(self.empty), self.numbers[self.first[repeated]]])
-        for place in np.argsort(numbers):
-            reason = f"repeats line {originals[place]}" if originals[place] else "empty"
-            yield {"file": self.file.path.name, "line": int(numbers[place]), "reason": reason}
+        for index in np.argsort(numbers):
+            reason = f"repeats line {originals[index]}" if originals[index] else "empty"
+            yield {"file": self.file.path.name, "line": int(numbers[index]), "reason": reason}
 
     def report(self) -> dict[str, Any]:
-        """The counts, and the first MAX_LISTED dropped lines."""
+        """Counts, and the first MAX_LISTED dropped lines."""
         return {
             "file": self.file.path.name,
             "numbered_list": self.file.is_numbered_list(),
@@ -87,7 +87,7 @@ def survey(file: PromptFile) -> Survey:
     """Read a prompt file once.
 
     Raises:
-        ValueError: if the file is empty, has blank lines only, or is malformed.
+        ValueError: if the file is empty, has only blank lines, or is malformed.
         OSError: if it cannot be read.
     """
     num_lines, empty, numbers, hashes = 0, array("L"), array("L"), array("Q")
@@ -103,32 +103,32 @@ def survey(file: PromptFile) -> Survey:
     if not hashes:
         raise ValueError(f"prompt file {file.path} has no prompt: its {num_lines} lines are blank")
     codes = np.array(hashes, dtype=np.uint64)
-    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first_places(codes))
+    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first_indices(codes))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Lines of a survey that become records.
+    """Lines of a survey to turn into records.
 
     Attributes:
-        kept, train, evaluate: bool [n].
+        is_kept, train, evaluate: bool [n].
     """
 
     survey: Survey
-    kept: np.ndarray
+    is_kept: np.ndarray
     train: np.ndarray
     evaluate: np.ndarray
 
     def records(self) -> Iterator[dict[str, Any]]:
-        flags = zip(self.kept.tolist(), self.train.tolist(), self.evaluate.tolist(), strict=True)
-        for text, (kept, train, evaluate) in zip(self.survey.texts(), flags, strict=True):
-            if kept:
+        flags = zip(self.is_kept.tolist(), self.train.tolist(), self.evaluate.tolist(), strict=True)
+        for text, (is_kept, train, evaluate) in zip(self.survey.texts(), flags, strict=True):
+            if is_kept:
                 yield {"text": text, "train": train, "eval": evaluate}
 
 
 @dataclass(frozen=True)
 class CleanPrompts:
-    """Records {"text": unique, "train": bool, "eval": bool}, streamed from the files at each iteration."""
+    """Records {"text": unique, "train": bool, "eval": bool}, streamed from the files in each iteration."""
 
     selections: list[Selection]
 
@@ -137,18 +137,19 @@ class CleanPrompts:
             yield from selection.records()
 
     def count(self) -> dict[str, int]:
-        """Unique prompts in all, per use, and in both."""
-        kept = [(part.train[part.kept], part.evaluate[part.kept]) for part in self.selections]
+        """Count unique prompts: all, per use, and with both uses."""
+        train = np.concatenate([selection.train[selection.is_kept] for selection in self.selections])
+        evaluate = np.concatenate([selection.evaluate[selection.is_kept] for selection in self.selections])
         return {
-            "prompts": sum(len(train) for train, _ in kept),
-            "train": int(sum(train.sum() for train, _ in kept)),
-            "eval": int(sum(evaluate.sum() for _, evaluate in kept)),
-            "both": int(sum((train & evaluate).sum() for train, evaluate in kept)),
+            "prompts": len(train),
+            "train": int(train.sum()),
+            "eval": int(evaluate.sum()),
+            "both": int((train & evaluate).sum()),
         }
 
 
 def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
-    """Training prompts, then those that are in the evaluation file only; a text of both files is both."""
+    """Take training prompts, then the other evaluation prompts; a text in both files has both uses."""
     shared = np.isin(train.hashes, evaluation.hashes)
     new = evaluation.is_first & ~np.isin(evaluation.hashes, train.hashes)
     return CleanPrompts(
@@ -160,10 +161,10 @@ def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
 
 
 def split_by_hash(train: Survey, share: float) -> CleanPrompts:
-    """About `share` of the prompts for evaluation, the others for training; a text's side never changes.
+    """Assign about `share` of the prompts to evaluation, the others to training; a text's use never changes.
 
     Raises:
-        ValueError: if either side is empty.
+        ValueError: if either use has no prompts.
     """
     evaluate = train.hashes < np.uint64(share * 2**64)
     prompts = CleanPrompts([Selection(train, train.is_first, ~evaluate, evaluate)])

@@ -1,4 +1,4 @@
-"""From clean records to embeddings: which rows there are, what tokenizers cut off, and the encoding itself."""
+"""Rows of the embeddings: their texts, their truncation by tokenizers, and their encoding."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.planning.identity import texts_digest
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import TokenLimit
 
-_BATCH = 1024  # texts tokenized at once; changes no result
+_BATCH = 1024  # texts tokenized at once; does not change results
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,30 @@ class Rows:
         return self.num_prompts + 1
 
     def texts(self, start: int, stop: int) -> list[str]:
-        """Rows start <= i < stop; only these are read into memory."""
-        found = [record["text"] for record in self.prompts.records(start, min(stop, self.num_prompts))]
-        return [*found, ""] if stop > self.num_prompts else found
+        """Read rows start <= i < stop; only these are in memory."""
+        texts = [record["text"] for record in self.prompts.records(start, min(stop, self.num_prompts))]
+        return [*texts, ""] if stop > self.num_prompts else texts
 
 
-def rows_of(prompts: PromptFile) -> Rows:
+def read_rows(prompts: PromptFile) -> Rows:
     """Read the prompts once.
 
     Raises:
-        ValueError: if there is none.
+        StageError: if there are none.
     """
     count = sum(1 for _ in prompts)
     if not count:
-        raise ValueError(f"{prompts.path} has no prompts: run `kedro run --pipelines prompts`")
+        raise StageError(f"{prompts.path} has no prompts", stage="prompts")
     return Rows(prompts, count, texts_digest(prompts))
 
 
 def truncated_rows(
     rows: Rows, teacher: Path, limits: Mapping[str, "TokenLimit"]
 ) -> Iterator[tuple[int, str, dict[str, int]]]:
-    """Prompts that do not fit, as (row, text, tokens lost by tokenizer); special tokens take room, too.
+    """Find the prompts that are too long, as (row, text, tokens lost by tokenizer); special tokens count too.
 
-    The tokenizers are loaded if some text may be too long: of ASCII, every token takes a character, and
-    no tokenizer adds more than two.
+    Tokenizers are loaded only if a text may be too long: an ASCII text has at most one token per character, and no
+    tokenizer adds more than two.
     """
     tokenizers: dict[str, Any] = {}
     shortest = min((limit.tokens for limit in limits.values()), default=0)
@@ -68,9 +69,9 @@ def truncated_rows(
         tokenizers = tokenizers or {name: _load_tokenizer(teacher / name) for name in limits}
         texts = [text for _, text in chunk]
         counts = {name: limits[name].count(tokenizer, texts) for name, tokenizer in tokenizers.items()}
-        for place, (row, text) in enumerate(chunk):
-            over = {name: counts[name][place] - limit.tokens for name, limit in limits.items()}
-            if lost := {name: tokens for name, tokens in over.items() if tokens > 0}:
+        for index, (row, text) in enumerate(chunk):
+            excess = {name: counts[name][index] - limit.tokens for name, limit in limits.items()}
+            if lost := {name: tokens for name, tokens in excess.items() if tokens > 0}:
                 yield row, text, lost
 
 
@@ -81,18 +82,18 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def encode_rows(rows: Rows, start: int, stop: int, load_backbone: Callable[[], Any], batch_size: int) -> dict[str, Any]:
-    """Embeddings of rows start <= i < stop, on the CPU, as `Backbone.encode` names them."""
+    """Encode rows start <= i < stop; returns embeddings on the CPU, named as by `Backbone.encode`."""
     import torch
 
     texts, backbone = rows.texts(start, stop), load_backbone()
     with _quiet():
-        parts = [backbone.encode(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        batches = [backbone.encode(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
+    return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries from saying again, for each prompt and tokenizer, what `truncated_rows` has found."""
+    """Silence the libraries' truncation warnings: `truncated_rows` has reported them already."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

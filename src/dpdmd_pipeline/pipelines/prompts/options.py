@@ -8,13 +8,13 @@ from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 
 class PromptsOptions(BaseModel):
-    """How prompts are split and encoded.
+    """Options for splitting and encoding prompts.
 
     Attributes:
-        eval_share: of `raw_prompts` that goes to evaluation, and then not to training, chosen by a hash of
-            the text; None takes the evaluation prompts from `raw_eval_prompts`.
-        batch_size: prompts the text encoders see at once.
-        shard_size: prompts a file of the cache, and held in memory.
+        eval_share: share of `raw_prompts` for evaluation instead of training, chosen by a hash of the text;
+            None takes the evaluation prompts from `raw_eval_prompts`.
+        batch_size: prompts per call of the text encoders.
+        shard_size: prompts per file of the cache; as many are in memory.
         device: of the text encoders.
         launch: processes that share the encoding.
     """

@@ -17,9 +17,10 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.study.students import Judge, Student, judge_student, make_all
-from dpdmd_pipeline.pipelines.train.checks import check_anchors, check_optimizers
-from dpdmd_pipeline.pipelines.train.nodes import run_identity, train_student
-from dpdmd_pipeline.pipelines.train.options import TrainOptions
+from dpdmd_pipeline.pipelines.train.nodes import train_student
+from dpdmd_pipeline.planning.checks import check_anchors, check_optimizers
+from dpdmd_pipeline.planning.reuse import student_identity
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
@@ -149,7 +150,7 @@ def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Stud
     options = run.train.model_copy(update={"seed": seed})
     own_inputs = inputs._replace(anchors=run.anchors)._asdict()
     train = partial(train_student, **own_inputs, anchor_options=run.anchor_options, options=options)
-    identity = run_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
+    identity = student_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
     return {"run": name, "seed": seed, **judge_student(train, judge, identity)}
 
 

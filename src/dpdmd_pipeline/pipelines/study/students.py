@@ -14,22 +14,12 @@ from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.planning.identity import code_hash
-from dpdmd_pipeline.publishing import Folders, HeldError, locked, write_atomically
+from dpdmd_pipeline.publishing import Folders, LockedError, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
 Student = tuple[int, str]  # seed and run
 
-# A stored result is only reused by the code that made it.
-CODE = (
-    *sampling.CODE,
-    "metrics/modes.py",
-    "metrics/pixels.py",
-    "metrics/shapes.py",
-    "metrics/summary.py",
-    "shapes/reader.py",
-    "shapes/world.py",
-)
 _POLL = 5.0  # seconds between checks of students that other processes train
 
 
@@ -68,7 +58,8 @@ class Judge(NamedTuple):
         """
         options = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
         inputs = (list(self.chosen.items()), options, folder_hash(self.teacher))
-        return self.state / f"judged_{fingerprint(identity, *inputs, code_hash(*CODE))[:16]}.json"
+        key = fingerprint(identity, *inputs, code_hash("pipelines.study.students"))
+        return self.state / f"judged_{key[:16]}.json"
 
 
 Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the student, and its history
@@ -78,7 +69,7 @@ def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> 
     """Quality, diversity and last history record of a student; train and judge it unless its result is stored.
 
     Raises:
-        HeldError: if another process is training or judging it.
+        LockedError: if another process is training or judging it.
     """
     path = judge.path(identity)
     with locked(Folders.of(path)):
@@ -108,7 +99,7 @@ def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, An
 
     Args:
         students: students in the order of their training.
-        make: trains and judges one student; raises HeldError if another process trains it.
+        make: trains and judges one student; raises LockedError if another process trains it.
     """
     results: dict[Student, dict[str, Any]] = {}
     logged: set[Student] = set()
@@ -117,7 +108,7 @@ def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, An
             try:
                 results[seed, run] = make((seed, run))
                 log.info("study: %s, seed %d is done: %d of %d students", run, seed, len(results), len(students))
-            except HeldError as error:
+            except LockedError as error:
                 if (seed, run) not in logged:
                     log.info("study: another process trains %s, seed %d: %s", run, seed, error)
                 logged.add((seed, run))

@@ -45,7 +45,7 @@ def train_student(
     identity = student_identity(recipe, backbone, anchors, rows)
     checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)
     many = options.launch.total > 1  # then one of the processes holds the checkpoints
-    held = nullcontext() if many else checkpoints.held()
+    held = nullcontext() if many else checkpoints.locked()
     with held, _out_of_memory_explained(teacher, backbone, options):
         resumed = checkpoints.load_latest()
         done = _tell(resumed, recipe, checkpoints.folder)

@@ -21,7 +21,7 @@ def train_in_processes(job: Job) -> Iterator[dict]:
 def train_share(job: Job, member: Member) -> bool:
     """The loop in one process; returns whether it came to its end."""
     # Held by the process that writes: it outlives a killed parent until its step is done.
-    with job.checkpoints.held() if member.rank == 0 else nullcontext():
+    with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
         resumed = job.checkpoints.load_latest()
         *_, records = start(job, resumed)

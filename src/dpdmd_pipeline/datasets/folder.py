@@ -1,0 +1,44 @@
+"""Base of the datasets that are folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset
+
+from dpdmd_pipeline.publishing import Folders, load_published
+
+
+class FolderDataset(AbstractDataset[Any, Any]):
+    """A folder in the catalog.
+
+    Args:
+        filepath: the folder, or a link to a folder on another disk.
+        metadata: ignored; for Kedro plugins.
+    """
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        self._filepath = Path(filepath)
+        self.metadata = metadata
+
+    @property
+    def _folders(self) -> Folders:
+        return Folders.of(self._filepath)
+
+    def _load_folder(self) -> Path:
+        """Path of the published folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        folder = load_published(self._folders)
+        if folder is None:
+            raise FileNotFoundError(f"{self._folders.published} does not exist: run the stage that writes it first")
+        return folder
+
+    def _exists(self) -> bool:
+        return self._folders.published.exists() or self._folders.ready.exists()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": str(self._filepath)}
