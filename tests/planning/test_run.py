@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
-from dpdmd_pipeline.pipelines.train import checks, preflight
+from dpdmd_pipeline.planning import checks, run
 from dpdmd_pipeline.planning.run import Planned, disk_needs, explain_out_of_memory, refusals
 from dpdmd_pipeline.training.cost import Settings, describe_cost
 
@@ -148,7 +148,7 @@ def test_a_gpu_out_of_memory_is_explained_in_one_line(plan):
 
 
 def full_disk(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
 def test_caches_that_do_not_fit_together_are_refused_with_what_helps(plan, tmp_path, monkeypatch):
