@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v  # noqa: F401
 
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_lora, save_student
+from dpdmd_pipeline.backbones.student_file import save_lora, save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
 from dpdmd_pipeline.exporting.folder import Export, read_student
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_options, train
 
-from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
 from dpdmd_pipeline.exporting.folder import Export, read_student
 from dpdmd_pipeline.exporting.formats import About, write_lora
 

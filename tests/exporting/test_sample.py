@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tests.exporting.conftest import CASES, PROMPTS, SEEDS
 
 import dpdmd_pipeline
-from dpdmd_pipeline.backbones.student_file import save_weights
+from dpdmd_pipeline.backbones.tensor_files import save_weights
 from dpdmd_pipeline.exporting.sample import draw_latents, encode, open_student, sample
 
 FORMS = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas, vp_schedule
 from dpdmd_pipeline.exporting.schedulers import trained_schedule
 

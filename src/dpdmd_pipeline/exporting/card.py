@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
 
 PAPER = "https://arxiv.org/abs/2602.03139"

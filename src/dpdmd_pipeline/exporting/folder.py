@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.exporting.card import FORMS, CardFacts, DiffusersUse, Licence, write_card
 from dpdmd_pipeline.exporting.formats import (
     About,

@@ -13,20 +13,10 @@ import torch
 from torch import Tensor
 
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
-from dpdmd_pipeline.backbones.student_file import (
-    COMPONENTS,
-    WEIGHTS,
-    StudentHeader,
-    check_family,
-    check_keys,
-    load_header,
-    load_lora,
-    load_tensors,
-    network_files,
-    save_weights,
-    stored_shapes,
-    weight_file,
-)
+from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, network_files
+from dpdmd_pipeline.backbones.student_file import load_header, load_lora, weight_file
+from dpdmd_pipeline.backbones.student_header import StudentHeader, check_family
+from dpdmd_pipeline.backbones.tensor_files import load_tensors, save_weights, stored_shapes
 from dpdmd_pipeline.exporting.schedulers import TrainedSchedule, trained_schedule
 
 _COPIED = {".json", ".model", ".safetensors", ".txt"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -11,7 +11,9 @@ from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader, load_metadata, save_student
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.tensor_files import load_metadata
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
 from dpdmd_pipeline.hooks import _missing_inputs

@@ -5,7 +5,8 @@ import pytest
 from tests.pipelines.conftest import backbone_options
 
 import dpdmd_pipeline
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.exporting.folder import Export, read_student
 from dpdmd_pipeline.metrics.pictures import find_pictures

@@ -16,7 +16,9 @@ from tests.pipelines.conftest import (
     train_options,
 )
 
-from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, StudentHeader, load_header, save_student
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header, save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.checks import check_anchors
@@ -210,8 +212,9 @@ def test_the_same_student_gives_the_same_bytes_every_time_and_names_no_path(tmp_
 
 
 def test_a_folder_without_a_student_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no student weights there; run `kedro run --pipelines train`"):
+    with pytest.raises(FileNotFoundError, match=WEIGHTS) as error:
         load_header(tmp_path)
+    assert error.value.stage == "train"
 
 
 @pytest.mark.parametrize("metadata", [None, {"dpdmd.format": "2"}], ids=["of another program", "of a newer version"])
