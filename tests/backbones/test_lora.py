@@ -41,7 +41,7 @@ def test_the_sum_is_the_network_under_peft(adapted):
         torch.testing.assert_close(plain(pictures), under_peft(pictures), rtol=1e-5, atol=1e-5)
 
 
-def test_the_sum_is_formed_in_float32_where_the_weights_are_narrow():
+def test_the_sum_with_bfloat16_weights_is_formed_in_float32():
     weights = {"0.weight": torch.full((1, 1), 256.0, dtype=torch.bfloat16)}  # here bfloat16 counts in twos
     add_lora(weights, {"0.lora_A.weight": torch.full((1, 1), 1.5), "0.lora_B.weight": torch.ones(1, 1)}, 1.0)
     assert weights["0.weight"].item() == 258

@@ -99,7 +99,7 @@ def test_every_caption_means_its_prompt():
 
 
 @pytest.mark.parametrize("text", ["A RED  Circle!", "circle, red", "the red circle is a circle", "red-circle"])
-def test_a_prompt_is_understood_however_it_is_written(text):
+def test_case_order_and_punctuation_of_a_prompt_do_not_matter(text):
     assert prompt_index(text) == prompt_index("a red circle")
 
 

@@ -20,7 +20,7 @@ FORMAT = "1"
 KINDS = ("full", "lora")
 PREDICTIONS = ("flow", "eps", "v")
 SAMPLERS = ("euler", "renoise")
-_TEXTS = {"family": FAMILIES, "kind": KINDS, "prediction": PREDICTIONS, "sampler": SAMPLERS}  # other values are JSON
+_CHOICES = {"family": FAMILIES, "kind": KINDS, "prediction": PREDICTIONS, "sampler": SAMPLERS}  # plain text, not JSON
 _REQUIRED = ("family", "guidance", "prediction", "sampler")
 
 
@@ -59,7 +59,7 @@ class StudentHeader:
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for key, choices in _TEXTS.items():
+        for key, choices in _CHOICES.items():
             self._require(key, getattr(self, key) in choices, f"choose one of {', '.join(choices)}")
         self._require("guidance", self.guidance == 1, "a student is sampled without guidance, at 1.0")
         self._check_levels()
@@ -72,18 +72,14 @@ class StudentHeader:
     def _check_levels(self) -> None:
         if self.prediction == "flow":
             self._require_none("timesteps", "belongs to eps and v, prediction flow has sigmas")
-            self._require(
-                "sigmas", _are_sigmas(self.sigmas), "give at least two numbers that fall strictly from at most 1 to 0"
-            )
+            falling = "give at least two numbers that fall strictly from at most 1 to 0"
+            self._require("sigmas", _are_sigmas(self.sigmas), falling)
             self._require("shift", self.shift is None or _is_positive(self.shift), "give a positive number")
         else:
             for key in ("sigmas", "shift"):
                 self._require_none(key, f"belongs to flow, prediction {self.prediction} has timesteps")
-            self._require(
-                "timesteps",
-                _are_timesteps(self.timesteps),
-                f"give integers that fall strictly from below {NUM_TRAIN_TIMESTEPS} to 0",
-            )
+            falling = f"give integers that fall strictly from below {NUM_TRAIN_TIMESTEPS} to 0"
+            self._require("timesteps", _are_timesteps(self.timesteps), falling)
 
     def _check_lora(self) -> None:
         if self.kind == "full":
@@ -159,7 +155,7 @@ def header_error(key: str, value: Any, remedy: str) -> ValueError:
 
 
 def _parse(key: str, text: str) -> Any:
-    if key in _TEXTS:
+    if key in _CHOICES:
         return text
     try:
         return json.loads(text)

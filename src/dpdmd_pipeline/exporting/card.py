@@ -239,11 +239,11 @@ def _use_here(facts: CardFacts) -> str:
 
 def _schedule(header: StudentHeader) -> str:
     sampler = {"flow": "Euler, deterministic", "eps": "DDIM with eta 0", "v": "DDIM with eta 0"}[header.prediction]
+    if header.sampler == "renoise":
+        sampler = "re-noise: each prediction gets fresh noise of the next level"
     rows = {
         "steps": header.num_steps,
-        "sampler": sampler
-        if header.sampler == "euler"
-        else "re-noise: each prediction gets fresh noise of the next level",
+        "sampler": sampler,
         "prediction": header.prediction,
         "sigmas": header.sigmas and ", ".join(f"{sigma:.6g}" for sigma in header.sigmas),
         "timesteps": header.timesteps and ", ".join(map(str, header.timesteps)),

@@ -68,8 +68,8 @@ def test_the_grid_has_a_row_per_prompt_and_a_column_per_seed(export, tiny_teache
     grid = np.asarray(grid)
     assert grid.shape == (2 * 32, 3 * 32, 3)
     for top, drawn in zip((0, 32), pictures.values(), strict=True):
-        for left, picture in zip((0, 32, 64), drawn().values(), strict=True):
-            assert np.array_equal(grid[top : top + 32, left : left + 32], np.asarray(picture))
+        for start, picture in zip((0, 32, 64), drawn().values(), strict=True):
+            assert np.array_equal(grid[top : top + 32, start : start + 32], np.asarray(picture))
 
 
 def test_a_picture_is_that_of_the_packages_own_function(export, tiny_teacher):
