@@ -150,7 +150,7 @@ class PipelineBackbone:
         """
         multiple = pixels * patch_size
         if self.resolution % multiple:
-            raise ValueError(f"backbone.resolution is {self.resolution}: give a multiple of {multiple}")
+            raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {multiple}")
         return self._config["in_channels"], self.resolution // pixels, self.resolution // pixels
 
 
