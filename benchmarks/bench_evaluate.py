@@ -23,8 +23,7 @@ from kedro.config import OmegaConfigLoader
 
 import timing
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.backbones.student_file import save_student
-from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
 from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.metrics.pictures import TensorSet

@@ -146,9 +146,7 @@ def make_student(path: Path) -> None:
     import torch
     from diffusers import SD3Transformer2DModel
 
-    from dpdmd_pipeline.backbones.networks import WEIGHTS
-    from dpdmd_pipeline.backbones.student_file import save_student
-    from dpdmd_pipeline.backbones.student_header import StudentHeader
+    from dpdmd_pipeline.backbones.student_file import WEIGHTS, StudentHeader, save_student
 
     torch.manual_seed(0)
     model = SD3Transformer2DModel(

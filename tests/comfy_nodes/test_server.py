@@ -444,8 +444,7 @@ def test_a_student_that_predicts_v_is_sampled_as_such(server, tiny_sdxl, sdxl_pr
 def embedded_student(server, tmp_path_factory):
     """A network of the embedded world, saved as `train` saves its student; with prompts and its backbone."""
     from dpdmd_pipeline.backbones.base import load_backbone
-    from dpdmd_pipeline.backbones.student_file import save_student
-    from dpdmd_pipeline.backbones.student_header import StudentHeader
+    from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
 
     teacher = REPOSITORY / "data" / "06_models" / "shapes_teacher"
     backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))

@@ -41,14 +41,14 @@ STATE = {"a.weight": torch.ones(2, 3), "b.bias": torch.zeros(4)}
 def test_the_header_that_the_package_writes_is_read_here(tmp_path):
     from diffusers import SD3Transformer2DModel
 
-    from dpdmd_pipeline.backbones import networks, student_file, student_header
+    from dpdmd_pipeline.backbones import student_file
 
     model = SD3Transformer2DModel(
         sample_size=4, num_layers=1, num_attention_heads=1, caption_projection_dim=64, joint_attention_dim=8
     )
     sigmas = [1.0, 0.75, 0.5, 0.25, 0.0]
-    student_file.save_student(tmp_path, model, student_header.StudentHeader(family="sd3", sigmas=sigmas))
-    state, metadata = weights.load_state(str(tmp_path / networks.WEIGHTS), "student")
+    student_file.save_student(tmp_path, model, student_file.StudentHeader(family="sd3", sigmas=sigmas))
+    state, metadata = weights.load_state(str(tmp_path / student_file.WEIGHTS), "student")
     header = weights.read_header(metadata, "student")
     assert (header.family, header.kind, header.prediction, header.sampler) == ("sd3", "full", "flow", "euler")
     assert list(header.sigmas) == sigmas and header.steps == 4
@@ -56,10 +56,10 @@ def test_the_header_that_the_package_writes_is_read_here(tmp_path):
 
 
 def test_a_lora_that_the_package_writes_is_read_here(tmp_path):
-    from dpdmd_pipeline.backbones import student_file, student_header
+    from dpdmd_pipeline.backbones import student_file
 
     timesteps = [999, 749, 499, 249]
-    header = student_header.StudentHeader(
+    header = student_file.StudentHeader(
         family="sdxl",
         kind="lora",
         prediction="v",
@@ -331,9 +331,9 @@ def test_a_lora_of_a_convolution_fits_its_weight():
 
 def test_the_readers_schema_is_the_writers():
     """Everything that a sampler must know is in both classes under the same name."""
-    from dpdmd_pipeline.backbones import student_header
+    from dpdmd_pipeline.backbones import student_file
 
-    written = student_header.StudentHeader(family="sd3", sigmas=[1.0, 0.5, 0.0]).metadata()
+    written = student_file.StudentHeader(family="sd3", sigmas=[1.0, 0.5, 0.0]).metadata()
     header = weights.read_header(written, "x")
     assert json.loads(written["dpdmd.sigmas"]) == list(header.sigmas)
-    assert vars(header).keys() <= {field for field in student_header.StudentHeader.__dataclass_fields__}
+    assert vars(header).keys() <= {field for field in student_file.StudentHeader.__dataclass_fields__}
