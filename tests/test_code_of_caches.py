@@ -36,17 +36,17 @@ def named(code: tuple[str, ...]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("start", "code", "of_loading"),
+    ("start", "code", "of_students"),
     [
-        ("training/anchors.py", anchors.CODE, {"backbones/networks.py", "backbones/tensor_files.py"}),
+        ("training/anchors.py", anchors.CODE, {"backbones/lora.py", "backbones/student_file.py"}),
         ("pipelines/evaluate/sampling.py", sampling.CODE, set()),
     ],
 )
-def test_the_code_that_a_cache_is_known_by_is_all_that_computes_it(start, code, of_loading):
+def test_the_code_that_a_cache_is_known_by_is_all_that_computes_it(start, code, of_students):
     families = {f"backbones/{name}.py" for name in FAMILIES}
     used = {path for path in closure(start) if path.startswith(MODELS)}
     assert families < used  # the one that is asked for is named beside the others
-    assert used - families - APART - of_loading <= named(code)
+    assert used - families - APART - of_students <= named(code)
 
 
 @pytest.mark.parametrize("code", [anchors.CODE, prompts.CODE, sampling.CODE, train.CODE])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
 from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys
-from dpdmd_pipeline.backbones.student_header import StudentHeader, check_family, header_error
+from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
 from dpdmd_pipeline.backbones.tensor_files import (
     check_finite,
     load_metadata,
@@ -154,6 +154,24 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
             tensor = stored.get_tensor(name)
             check_finite(file, {name: tensor})
             value.copy_(tensor)
+
+
+def check_family(path: Path, header: StudentHeader, family: str) -> None:
+    """Refuse a student whose family is not the teacher's."""
+    if header.family != family:
+        raise ValueError(
+            f"{path}: the student is of family {header.family!r}, the teacher of {family!r}: "
+            "give the teacher that it was distilled from"
+        )
+
+
+def check_prediction(path: Path, header: StudentHeader, prediction: str, teacher: Path) -> None:
+    """Refuse a student whose prediction type is not that of the teacher's pipeline."""
+    if header.prediction != prediction:
+        raise ValueError(
+            f"{path}: the student predicts {header.prediction!r}, the pipeline in {teacher} {prediction!r}: "
+            "give the teacher that it was distilled from"
+        )
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> StudentHeader:

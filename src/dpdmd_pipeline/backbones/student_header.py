@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones import FAMILIES
@@ -129,24 +128,6 @@ class StudentHeader:
                 raise ValueError(f"dpdmd.{key} is missing in the header: export the student again")
         texts = {key: metadata.get(f"dpdmd.{key}") for key in cls.__dataclass_fields__}
         return cls(**{key: _parse(key, text) for key, text in texts.items() if text is not None})
-
-
-def check_family(path: Path, header: StudentHeader, family: str) -> None:
-    """Refuse a student whose family is not the teacher's."""
-    if header.family != family:
-        raise ValueError(
-            f"{path}: the student is of family {header.family!r}, the teacher of {family!r}: "
-            "give the teacher that it was distilled from"
-        )
-
-
-def check_prediction(path: Path, header: StudentHeader, prediction: str, teacher: Path) -> None:
-    """Refuse a student whose prediction type is not that of the teacher's pipeline."""
-    if header.prediction != prediction:
-        raise ValueError(
-            f"{path}: the student predicts {header.prediction!r}, the pipeline in {teacher} {prediction!r}: "
-            "give the teacher that it was distilled from"
-        )
 
 
 def header_error(key: str, value: Any, remedy: str) -> ValueError:

@@ -15,10 +15,7 @@ from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 CODE = (
     "backbones/base.py",
     "backbones/lora.py",
-    "backbones/networks.py",
     "backbones/student_file.py",
-    "backbones/student_header.py",
-    "backbones/tensor_files.py",
     "dpdmd/noise.py",
     "dpdmd/sampling.py",
     "exporting/sample.py",
@@ -154,8 +151,7 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
 
 def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
     """The same with a student, as its file says."""
-    from dpdmd_pipeline.backbones.student_file import load_header, load_weights
-    from dpdmd_pipeline.backbones.student_header import check_prediction
+    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
 
     header = load_header(folder)
