@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import timing
 import workload
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, guided
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents

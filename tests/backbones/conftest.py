@@ -1,4 +1,4 @@
-"""Tiny pipelines of the real classes, one folder a family."""
+"""Tiny pipelines of the real classes, one folder per family."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def edited(tmp_path_factory):
-    """Makes a copy of a teacher's folder with other values in one of its JSON files."""
+    """Function that copies a teacher's folder and changes values in one of its JSON files."""
 
     def edit(teacher, file, **values):
         folder = tmp_path_factory.mktemp("edited") / "teacher"
@@ -23,7 +23,7 @@ def edited(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def decoding_teacher(tiny_teacher, edited):
-    """The tiny teacher with SD3.5's scale and shift of latents, so that decoding has both to undo."""
+    """The tiny teacher with SD3.5's scale and shift of latents, so that decoding must undo both."""
     return edited(tiny_teacher, "vae/config.json", scaling_factor=1.5305, shift_factor=0.0609)
 
 
@@ -39,13 +39,13 @@ def tiny_sdxl(tmp_path_factory, edited):
 
 @pytest.fixture(scope="session")
 def tiny_sdxl_v(tiny_sdxl, edited):
-    """The same with a network that returns the v-prediction."""
+    """The tiny SDXL with a network that returns the v-prediction."""
     return edited(tiny_sdxl, "scheduler/scheduler_config.json", prediction_type="v_prediction")
 
 
 @pytest.fixture(scope="session")
 def tiny_sana(tmp_path_factory):
-    """An untrained SanaPipeline directory: 32x32 pixels to 8x8x8 latents, a byte for a token, SANA's shift."""
+    """An untrained SanaPipeline directory: 32x32 pixels to 8x8x8 latents, one token per byte, SANA's shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 
     folder = tmp_path_factory.mktemp("sana") / "teacher"

@@ -1,4 +1,4 @@
-"""Adapters against peft: the sum, and the spellings of files."""
+"""Adapters against peft: the sum, and the key formats of files."""
 
 import pytest
 import torch
@@ -41,29 +41,29 @@ def test_the_sum_is_the_network_under_peft(adapted):
         torch.testing.assert_close(plain(pictures), under_peft(pictures), rtol=1e-5, atol=1e-5)
 
 
-def test_the_sum_is_formed_in_float32_where_the_weights_are_narrow():
+def test_the_sum_with_bfloat16_weights_is_formed_in_float32():
     weights = {"0.weight": torch.full((1, 1), 256.0, dtype=torch.bfloat16)}  # here bfloat16 counts in twos
     add_lora(weights, {"0.lora_A.weight": torch.full((1, 1), 1.5), "0.lora_B.weight": torch.ones(1, 1)}, 1.0)
     assert weights["0.weight"].item() == 258
 
 
-def test_each_spelling_is_undone_by_reading_it(adapted):
+def test_reading_undoes_each_key_format(adapted):
     plain, _, state = adapted
     modules = [name for name, _ in plain.named_modules()]
-    for spelt in (kohya_from_peft(state, alpha=10), transformer_from_peft(state, scale=1.0), state):
-        found = peft_from_file(spelt, modules)
-        assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    for tensors in (kohya_from_peft(state, alpha=10), transformer_from_peft(state, scale=1.0), state):
+        read = peft_from_file(tensors, modules)
+        assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
 
 
-def test_a_transformers_spelling_carries_the_scale_in_one_factor(adapted):
+def test_the_transformer_format_carries_the_scale_in_one_factor(adapted):
     *_, state = adapted
-    spelt = transformer_from_peft(state, scale=2.5)
-    assert set(spelt) == {f"transformer.{name}" for name in state}
-    torch.testing.assert_close(spelt["transformer.blocks.0.lora_B.weight"], 2.5 * state["blocks.0.lora_B.weight"])
-    assert torch.equal(spelt["transformer.blocks.0.lora_A.weight"], state["blocks.0.lora_A.weight"])
+    tensors = transformer_from_peft(state, scale=2.5)
+    assert set(tensors) == {f"transformer.{name}" for name in state}
+    torch.testing.assert_close(tensors["transformer.blocks.0.lora_B.weight"], 2.5 * state["blocks.0.lora_B.weight"])
+    assert torch.equal(tensors["transformer.blocks.0.lora_A.weight"], state["blocks.0.lora_A.weight"])
 
 
-def test_kohyas_spelling_is_one_word_per_module_with_its_alpha(adapted):
+def test_kohyas_format_has_one_word_per_module_with_its_alpha(adapted):
     *_, state = adapted
     words = {name.split(".")[0] for name in kohya_from_peft(state, alpha=10)}
     assert words == {"lora_unet_proj_in", "lora_unet_blocks_0"}
@@ -73,5 +73,5 @@ def test_kohyas_spelling_is_one_word_per_module_with_its_alpha(adapted):
 def test_an_adapter_of_another_shape_is_refused_with_both(adapted):
     plain, _, state = adapted
     state["blocks.0.lora_A.weight"] = torch.zeros(4, 9)
-    with pytest.raises(ValueError, match=r"blocks.0 is of shape \[7, 9\], the network's \[7, 5\]"):
+    with pytest.raises(ValueError, match=r"blocks.0 .*\[7, 9\].*\[7, 5\]"):
         add_lora(plain.state_dict(), state, 1.0)

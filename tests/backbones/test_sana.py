@@ -1,4 +1,4 @@
-"""SANA's own: an instruction before the prompt, a mask, a scaled timestep, two names of one shift."""
+"""Special to SANA: an instruction before the prompt, a mask, a scaled timestep, two names of one shift."""
 
 import shutil
 
@@ -21,8 +21,8 @@ def noise(seed=0):
     return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_prompt_is_cut_off_where_its_tokens_exceed_the_limit(tiny_sana, backbone):
-    """What is beyond the limit changes nothing; the last that is within does."""
+def test_a_prompt_is_truncated_at_the_token_limit(tiny_sana, backbone):
+    """Tokens beyond the limit change nothing; the last token within it does."""
     from transformers import AutoTokenizer
 
     ((name, limit),) = token_limits("sana", tiny_sana, OPTIONS["max_sequence_length"]).items()
@@ -38,16 +38,16 @@ def test_a_prompt_is_cut_off_where_its_tokens_exceed_the_limit(tiny_sana, backbo
 def test_prompts_have_the_instruction_of_the_pipelines_call_and_the_empty_one_has_none(tiny_sana, backbone):
     from diffusers import SanaPipeline
 
-    pipeline, seen = SanaPipeline.from_pretrained(tiny_sana), []
+    pipeline, encodings = SanaPipeline.from_pretrained(tiny_sana), []
     encode = pipeline.encode_prompt
-    pipeline.encode_prompt = lambda *args, **kwargs: seen.append(encode(*args, **kwargs)) or seen[-1]
+    pipeline.encode_prompt = lambda *args, **kwargs: encodings.append(encode(*args, **kwargs)) or encodings[-1]
     pipeline.set_progress_bar_config(disable=True)
     call = {"height": 32, "width": 32, "use_resolution_binning": False, "output_type": "latent"}
     pipeline(
         "a red circle", num_inference_steps=1, guidance_scale=4.5, max_sequence_length=20, latents=noise()[:1], **call
     )
-    embeds, mask, empty_embeds, empty_mask = seen[0]
-    cond = backbone.encode(["", "a red circle", ""])  # an order that has to be kept
+    embeds, mask, empty_embeds, empty_mask = encodings[0]
+    cond = backbone.encode(["", "a red circle", ""])  # the order must survive
     for row, expected, expected_mask in (
         (0, empty_embeds, empty_mask),
         (1, embeds, mask),
@@ -55,7 +55,7 @@ def test_prompts_have_the_instruction_of_the_pipelines_call_and_the_empty_one_ha
     ):
         torch.testing.assert_close(cond["prompt_embeds"][row], expected[0], rtol=1e-5, atol=1e-5)
         assert torch.equal(cond["prompt_mask"][row], expected_mask[0].float())
-    assert bool((cond["prompt_mask"] == 0).any())  # else the mask is not tested
+    assert bool((cond["prompt_mask"] == 0).any())  # otherwise the mask is not tested
 
 
 def test_padding_is_masked(backbone):
@@ -65,7 +65,7 @@ def test_padding_is_masked(backbone):
         torch.testing.assert_close(*(backbone.denoise(model, noise(), level, c) for c in (cond, other)))
 
 
-def test_denoise_is_latents_less_sigma_times_the_networks_velocity(backbone):
+def test_denoise_is_latents_minus_sigma_times_the_networks_velocity(backbone):
     model, cond = backbone.load_model(), backbone.encode(["a red circle", "a blue square"])
     sigma = torch.tensor([0.8, 0.3])
     with torch.no_grad():
@@ -80,12 +80,12 @@ def test_denoise_is_latents_less_sigma_times_the_networks_velocity(backbone):
     torch.testing.assert_close(x0, noise() - sigma.view(-1, 1, 1, 1) * velocity)
 
 
-def test_the_shift_is_read_under_the_name_of_either_sampler(tiny_sana, backbone, tmp_path):
+def test_the_shift_is_read_under_either_samplers_name(tiny_sana, backbone, tmp_path):
     from diffusers import DPMSolverMultistepScheduler
 
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sana, folder)
-    # the config that SANA is published with
+    # the published config of SANA
     DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
@@ -95,14 +95,14 @@ def test_the_shift_is_read_under_the_name_of_either_sampler(tiny_sana, backbone,
 
 
 @pytest.mark.parametrize(
-    ("file", "values", "message"),
+    ("file", "values", "fact"),
     [
-        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "shifts dynamically"),
-        ("transformer/config.json", {"guidance_embeds": True}, "SANA-Sprint is a student already"),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds"),
     ],
 )
-def test_a_folder_of_another_kind_is_refused(tiny_sana, edited, file, values, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_folder_of_another_kind_is_refused(tiny_sana, edited, file, values, fact):
+    with pytest.raises(ValueError, match=fact):
         load(edited(tiny_sana, file, **values), **OPTIONS)
 
 
@@ -112,7 +112,7 @@ def test_a_diffusion_scheduler_is_refused(tiny_sana, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sana, folder)
     DDIMScheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(ValueError, match="neither shift nor flow_prediction"):
+    with pytest.raises(ValueError, match="flow_prediction"):
         load(folder, **OPTIONS)
 
 
@@ -124,5 +124,5 @@ def test_options_that_do_not_fit_are_refused(tiny_sana, options):
 
 
 def test_the_grid_must_have_as_many_levels_as_steps(backbone):
-    with pytest.raises(ValueError, match="grid has 2 levels, num_steps=4 needs as many"):
+    with pytest.raises(ValueError, match="2 .*num_steps=4"):
         backbone.student_schedule([1.0, 0.5], 4)

@@ -1,4 +1,4 @@
-"""SD3's own: static shift, velocity, three text encoders."""
+"""Special to SD3: static shift, velocity, three text encoders."""
 
 import shutil
 
@@ -33,8 +33,8 @@ def t5_teacher(tiny_teacher, tmp_path_factory):
         config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=width, num_layers=1, num_heads=4)
         encoder = T5EncoderModel(config).eval()
     folder = tmp_path_factory.mktemp("t5") / "teacher"
-    parts = pipeline.components | {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
-    StableDiffusion3Pipeline(**parts).save_pretrained(folder)
+    components = pipeline.components | {"text_encoder_3": encoder, "tokenizer_3": tokenizer}
+    StableDiffusion3Pipeline(**components).save_pretrained(folder)
     return folder
 
 
@@ -95,11 +95,11 @@ def test_latents_with_t5_and_shift_3_are_those_of_the_pipeline(t5_teacher, edite
 def test_encoding_reads_neither_the_transformers_weights_nor_the_autoencoders(tiny_teacher, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, folder)
-    for part in ("transformer", "vae"):
-        for weights in (folder / part).glob("*.safetensors"):
+    for component in ("transformer", "vae"):
+        for weights in (folder / component).glob("*.safetensors"):
             weights.unlink()
-    with_all, without = (SD3(path, **OPTIONS).encode(PROMPTS) for path in (tiny_teacher, folder))
-    assert all(torch.equal(with_all[name], without[name]) for name in with_all)
+    complete, textual = (SD3(path, **OPTIONS).encode(PROMPTS) for path in (tiny_teacher, folder))
+    assert all(torch.equal(complete[name], textual[name]) for name in complete)
 
 
 # ---- levels
@@ -120,7 +120,7 @@ def test_a_student_may_have_a_grid_of_its_own(shifted_teacher):
     even = torch.tensor([1, 0.9, 0.75, 0.5, 0])
     torch.testing.assert_close(backbone.student_schedule("shifted", 4).sigma, even)
     torch.testing.assert_close(backbone.student_schedule([1.0, 0.9, 0.75, 0.5], 4).sigma, even)
-    with pytest.raises(ValueError, match=r"0.9.*must fall strictly"):
+    with pytest.raises(ValueError, match="0.9.*fall strictly"):
         backbone.student_schedule([1.0, 0.75, 0.9, 0.5], 4)
 
 
@@ -134,7 +134,7 @@ def test_random_levels_fill_the_shifted_range(shifted_teacher):
 # ---- network
 
 
-def test_denoise_is_latents_less_sigma_times_the_networks_velocity(tiny_teacher):
+def test_denoise_is_latents_minus_sigma_times_the_networks_velocity(tiny_teacher):
     backbone = SD3(tiny_teacher, **OPTIONS)
     model, cond = backbone.load_model(), backbone.encode(PROMPTS[:2])
     sigma = torch.tensor([0.8, 0.3])
@@ -175,13 +175,13 @@ def test_a_network_in_half_precision_still_gives_x0_in_float32(tiny_teacher):
 
 def test_a_scheduler_that_shifts_dynamically_is_refused(tiny_teacher, edited):
     folder = edited(tiny_teacher, "scheduler/scheduler_config.json", use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="shifts dynamically"):
+    with pytest.raises(ValueError, match="use_dynamic_shifting"):
         SD3(folder, **OPTIONS)
 
 
 @pytest.mark.parametrize("resolution", [4, 30, 36])
 def test_a_resolution_that_does_not_divide_into_patches_is_refused(tiny_teacher, resolution):
-    with pytest.raises(ValueError, match=rf"backbone.resolution {resolution} must be a multiple of 8"):
+    with pytest.raises(ValueError, match=rf"backbone.resolution {resolution} .* 8$"):
         SD3(tiny_teacher, **OPTIONS | {"resolution": resolution})
 
 

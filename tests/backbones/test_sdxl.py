@@ -1,4 +1,4 @@
-"""SDXL's own: timesteps, eps and v-prediction, sizes as a conditioning, zeros for the empty prompt."""
+"""Special to SDXL: timesteps, eps and v-prediction, sizes as a conditioning, zeros for the empty prompt."""
 
 import shutil
 
@@ -61,11 +61,11 @@ def test_the_empty_prompt_is_the_pipelines_unconditional_branch(tiny_sdxl, edite
 def test_encoding_reads_neither_the_unets_weights_nor_the_autoencoders(tiny_sdxl, backbone, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sdxl, folder)
-    for part in ("unet", "vae"):
-        for weights in (folder / part).glob("*.safetensors"):
+    for component in ("unet", "vae"):
+        for weights in (folder / component).glob("*.safetensors"):
             weights.unlink()
-    with_all, without = backbone.encode(PROMPTS), SDXL(folder, **OPTIONS).encode(PROMPTS)
-    assert all(torch.equal(with_all[name], without[name]) for name in with_all)
+    complete, textual = backbone.encode(PROMPTS), SDXL(folder, **OPTIONS).encode(PROMPTS)
+    assert all(torch.equal(complete[name], textual[name]) for name in complete)
 
 
 # ---- levels
@@ -81,26 +81,26 @@ def test_the_schedule_is_that_of_the_trailing_ddim_sampler(tiny_sdxl, backbone, 
     torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(num_steps + 1))
 
 
-def test_the_levels_are_those_of_the_betas_whatever_sampler_the_folder_names(tiny_sdxl, backbone, tmp_path):
+def test_the_levels_follow_from_the_betas_whatever_the_scheduler(tiny_sdxl, backbone, tmp_path):
     from diffusers import EulerDiscreteScheduler
 
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sdxl, folder)
-    # the config that SDXL is published with
+    # the published config of SDXL
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     ).save_pretrained(folder / "scheduler")
-    theirs = SDXL(folder, **OPTIONS)
-    assert torch.equal(theirs.alphas_cumprod, backbone.alphas_cumprod) and theirs.prediction == "eps"
-    assert torch.equal(theirs.schedule(50).timestep, backbone.schedule(50).timestep)
-    sigmas = theirs.schedule(4)[:-1].sigma / theirs.schedule(4)[:-1].alpha
+    published = SDXL(folder, **OPTIONS)
+    assert torch.equal(published.alphas_cumprod, backbone.alphas_cumprod) and published.prediction == "eps"
+    assert torch.equal(published.schedule(50).timestep, backbone.schedule(50).timestep)
+    sigmas = published.schedule(4)[:-1].sigma / published.schedule(4)[:-1].alpha
     torch.testing.assert_close(sigmas, torch.tensor([14.614647, 4.081731, 1.612887, 0.693205]), rtol=1e-5, atol=0)
 
 
-def test_a_student_has_the_trailing_grid_or_timesteps_of_its_own(backbone):
+def test_a_student_has_the_trailing_grid_or_its_own_timesteps(backbone):
     trailing = backbone.student_schedule("trailing", 4)
     assert trailing.timestep.tolist() == [999, 749, 499, 249, 0]
-    for grid in ([999, 749, 499, 249], [999.0, 749.0, 499.0, 249.0]):  # the recipe holds numbers, not integers
+    for grid in ([999, 749, 499, 249], [999.0, 749.0, 499.0, 249.0]):  # a recipe may have floats
         own = backbone.student_schedule(grid, 4)
         assert all(torch.equal(*pair) for pair in zip(vars(own).values(), vars(trailing).values(), strict=True))
         assert own.timestep.dtype == torch.int64 and own.sigma[-1] == 0
@@ -109,18 +109,18 @@ def test_a_student_has_the_trailing_grid_or_timesteps_of_its_own(backbone):
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
+    ("grid", "fact"),
     [
-        ("shifted", "grid is 'shifted': SDXL knows trailing"),
-        ([999, 499], "grid has 2 timesteps, num_steps=4 needs as many"),
-        ([999, 749, 749, 249], "must be whole numbers that fall strictly from at most 999"),
-        ([999, 749.5, 499, 249], "749.5.* must be whole numbers"),
-        ([1000, 749, 499, 249], "1000.* from at most 999"),
-        ([1.0, 0.75, 0.5, 0.25], "must be whole numbers"),
+        ("shifted", "'shifted'.*trailing"),
+        ([999, 499], "2 .*num_steps=4"),
+        ([999, 749, 749, 249], "749, 749.*999"),
+        ([999, 749.5, 499, 249], "749.5"),
+        ([1000, 749, 499, 249], "1000.*999"),
+        ([1.0, 0.75, 0.5, 0.25], "0.75"),
     ],
 )
-def test_a_grid_that_is_not_one_of_timesteps_is_refused(backbone, grid, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_grid_that_has_no_valid_timesteps_is_refused(backbone, grid, fact):
+    with pytest.raises(ValueError, match=fact):
         backbone.student_schedule(grid, 4)
 
 
@@ -139,7 +139,7 @@ def test_random_levels_fill_their_share_of_the_timesteps(tiny_sdxl, backbone):
     ("folder", "prediction", "to_x0"),
     [("tiny_sdxl", "eps", x0_from_eps), ("tiny_sdxl_v", "v", x0_from_v_prediction)],
 )
-def test_x0_follows_from_what_the_network_returns(folder, prediction, to_x0, request):
+def test_x0_follows_from_the_prediction(folder, prediction, to_x0, request):
     backbone = SDXL(request.getfixturevalue(folder), **OPTIONS)
     assert backbone.prediction == prediction
     model, cond, level = (
@@ -162,19 +162,19 @@ def test_x0_follows_from_what_the_network_returns(folder, prediction, to_x0, req
     torch.testing.assert_close(x0, to_x0(noise(), output, level))
 
 
-def test_a_network_that_knows_the_noise_gives_back_x0(tiny_sdxl, tiny_sdxl_v):
+def test_the_exact_prediction_gives_x0(tiny_sdxl, tiny_sdxl_v):
     x0, fresh = noise(seed=1), noise(seed=2)
     for folder in (tiny_sdxl, tiny_sdxl_v):
         backbone = SDXL(folder, **OPTIONS)
         level = backbone.random_level(torch.tensor([0.9, 0.2]))
-        known = {"eps": fresh, "v": level.alpha * fresh - level.sigma * x0}[backbone.prediction]
+        exact = {"eps": fresh, "v": level.alpha * fresh - level.sigma * x0}[backbone.prediction]
 
         class Oracle(torch.nn.Module):
-            def forward(self, *args, known=known, **kwargs):
-                return type("Output", (), {"sample": known})
+            def forward(self, *args, exact=exact, **kwargs):
+                return type("Output", (), {"sample": exact})
 
-        found = backbone.denoise(Oracle(), add_noise(x0, fresh, level), level, backbone.encode(PROMPTS))
-        torch.testing.assert_close(found, x0, rtol=1e-4, atol=1e-4)
+        denoised = backbone.denoise(Oracle(), add_noise(x0, fresh, level), level, backbone.encode(PROMPTS))
+        torch.testing.assert_close(denoised, x0, rtol=1e-4, atol=1e-4)
 
 
 def test_the_size_of_the_picture_is_a_conditioning(tiny_sdxl, backbone, model):
@@ -182,7 +182,7 @@ def test_the_size_of_the_picture_is_a_conditioning(tiny_sdxl, backbone, model):
     small = SDXL(tiny_sdxl, **OPTIONS | {"resolution": 16})
     assert small.latent_shape == (4, 4, 4)
     with torch.no_grad():
-        at_32, at_16 = (one.denoise(model, noise(), level, cond) for one in (backbone, small))
+        at_32, at_16 = (family.denoise(model, noise(), level, cond) for family in (backbone, small))
     assert not torch.allclose(at_32, at_16)
 
 
@@ -201,7 +201,7 @@ def test_a_network_in_half_precision_still_gives_x0_in_float32(tiny_sdxl, backbo
 # ---- pictures
 
 
-def test_latents_with_a_mean_and_a_spread_of_their_own_are_decoded_as_by_the_pipeline(tiny_sdxl, edited):
+def test_latents_with_their_own_mean_and_spread_are_decoded_as_by_the_pipeline(tiny_sdxl, edited):
     statistics = {"latents_mean": [-1.6, 1.2, -0.4, 0.3], "latents_std": [8.4, 5.9, 5.2, 6.0], "scaling_factor": 0.5}
     folder = edited(tiny_sdxl, "vae/config.json", **statistics)
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32}
@@ -211,7 +211,7 @@ def test_latents_with_a_mean_and_a_spread_of_their_own_are_decoded_as_by_the_pip
     torch.testing.assert_close(SDXL(folder, **OPTIONS).decode(drawn), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_autoencoder_runs_in_float32_whatever_the_network_does(tiny_sdxl):
+def test_the_autoencoder_runs_in_float32_whatever_the_networks_precision(tiny_sdxl):
     half = SDXL(tiny_sdxl, **OPTIONS, dtype=torch.float16)
     assert torch.equal(half.decode(noise()), SDXL(tiny_sdxl, **OPTIONS).decode(noise()))
 
@@ -220,16 +220,16 @@ def test_the_autoencoder_runs_in_float32_whatever_the_network_does(tiny_sdxl):
 
 
 @pytest.mark.parametrize(
-    ("file", "values", "message"),
+    ("file", "values", "fact"),
     [
-        (SCHEDULER, {"prediction_type": "sample"}, "prediction_type is 'sample': known are epsilon, v_prediction"),
-        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with prediction_type 'epsilon'"),
+        (SCHEDULER, {"prediction_type": "sample"}, "'sample'.*epsilon.*v_prediction"),
+        (SCHEDULER, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr.*'epsilon'"),
         ("unet/config.json", {"addition_embed_type": None}, "addition_embed_type None"),
         ("unet/config.json", {"in_channels": 9}, "9 to 4 channels"),
     ],
 )
-def test_a_folder_of_another_kind_is_refused(tiny_sdxl, edited, file, values, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_folder_of_another_kind_is_refused(tiny_sdxl, edited, file, values, fact):
+    with pytest.raises(ValueError, match=fact):
         SDXL(edited(tiny_sdxl, file, **values), **OPTIONS)
 
 
@@ -248,7 +248,7 @@ def test_a_flow_scheduler_is_refused(tiny_sdxl, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sdxl, folder)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    with pytest.raises(ValueError, match="has no beta_start, .*: it is not one of SDXL"):
+    with pytest.raises(ValueError, match="beta_start, "):
         SDXL(folder, **OPTIONS)
 
 

@@ -1,4 +1,4 @@
-"""Students of tiny random teachers, exported; and what diffusers alone draws with them, by the card's own code."""
+"""Exported students of tiny random teachers, and latents that diffusers alone draws with the card's own code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v  # noqa: F401
 
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_lora, save_student
+from dpdmd_pipeline.backbones.student_file import save_lora, save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
 from dpdmd_pipeline.exporting.folder import Export, read_student
 
@@ -30,7 +31,7 @@ TRAILING = [999, 749, 499, 249]
 
 @dataclass(frozen=True)
 class Case:
-    """A student to be exported.
+    """A student to export.
 
     Attributes:
         teacher: fixture of its teacher's folder.
@@ -73,7 +74,7 @@ def shifted_teacher(tiny_teacher, edited):  # noqa: F811
 
 
 def train(case: Case, teacher: Path, folder: Path) -> None:
-    """What a training leaves: weights or an adapter that are not the teacher's."""
+    """Write a student whose weights or adapter differ from the teacher's."""
     options = {"resolution": RESOLUTION, "max_sequence_length": case.length, "level_range": (0.02, 0.98)}
     model = load_backbone(case.header.family, teacher, **options).load_model()
     generator = torch.Generator().manual_seed(1)
@@ -127,7 +128,7 @@ def export_options(**changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def exports(request, tmp_path_factory) -> dict[str, Exported]:
     """Every case, trained and exported."""
-    made = {}
+    students = {}
     for name, case in CASES.items():
         teacher, trained = request.getfixturevalue(case.teacher), tmp_path_factory.mktemp("trained")
         train(case, teacher, trained)
@@ -135,16 +136,16 @@ def exports(request, tmp_path_factory) -> dict[str, Exported]:
         student = read_student(trained, teacher, case.header.family, RESOLUTION, case.length)
         export = Export(student=student, teacher=teacher, **export_options())
         export.write(folder)
-        made[name] = Exported(case, teacher, folder, export)
-    return made
+        students[name] = Exported(case, teacher, folder, export)
+    return students
 
 
 # ---- diffusers alone
 
 
 def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
-    """Name of a case and form -> where which code runs: that of the card, and for ComfyUI's file plain loading."""
-    found = {}
+    """Folder and code per case and form: the card's own code, and for ComfyUI's file a plain load."""
+    jobs_by_name = {}
     for name, exported in exports.items():
         code = dict(zip(exported.export.files.keys() - {"comfyui"}, ["", ""], strict=False))
         card = (exported.folder / "README.md").read_text()
@@ -157,8 +158,8 @@ def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
         for form, text in code.items():
             text = text.replace("path/to/teacher", str(exported.teacher))
             text = text.replace("generator=[", 'output_type="latent", generator=[')
-            found[f"{name}/{form}"] = {"folder": str(exported.folder), "code": text}
-    return found
+            jobs_by_name[f"{name}/{form}"] = {"folder": str(exported.folder), "code": text}
+    return jobs_by_name
 
 
 DRAW = """
@@ -177,7 +178,7 @@ save_file(drawn, sys.argv[2])
 
 @pytest.fixture(scope="session")
 def drawn_by_diffusers(exports, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """Latents of every job, drawn in a fresh process that knows nothing of this package."""
+    """Latents of every job, drawn in a new process that does not import this package."""
     folder = tmp_path_factory.mktemp("drawn")
     (folder / "jobs.json").write_text(json.dumps(jobs(exports)))
     command = [sys.executable, "-I", "-c", DRAW, str(folder / "jobs.json"), str(folder / "drawn.safetensors")]

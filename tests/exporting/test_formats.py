@@ -1,4 +1,4 @@
-"""What lies in the files: keys, header, precision, and what is refused before anything is written."""
+"""Contents of the files (keys, header, precision), and refusals before a file is written."""
 
 import json
 import shutil
@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_options, train
 
-from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
 from dpdmd_pipeline.exporting.folder import Export, read_student
 from dpdmd_pipeline.exporting.formats import About, write_lora
 
@@ -26,16 +27,16 @@ def network(folder):
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory):
     """Folders of students and teachers that a test may not change."""
-    found = {}
+    folders = {}
     for name in ("sd3_shifted", "sd3_lora"):
         teacher, folder = request.getfixturevalue(CASES[name].teacher), tmp_path_factory.mktemp(name)
         train(CASES[name], teacher, folder)
-        found[name] = (folder, teacher)
-    return found
+        folders[name] = (folder, teacher)
+    return folders
 
 
-def read(place, teacher, family="sd3"):
-    return read_student(place, teacher, family, RESOLUTION, 0)
+def read(folder, teacher, family="sd3"):
+    return read_student(folder, teacher, family, RESOLUTION, 0)
 
 
 def write(student, teacher, folder, **changes):
@@ -45,21 +46,17 @@ def write(student, teacher, folder, **changes):
     return export
 
 
-# ---- what is written
+# ---- contents
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_file_tells_alone_how_it_is_sampled(exports, name):
+def test_every_file_has_all_facts_of_its_sampling(exports, name):
     exported = exports[name]
     for form in exported.export.files:
-        found, case = load_header(exported.file(form)), exported.case
-        assert (found.grid, found.sampler, found.prediction) == (
-            case.header.grid,
-            case.header.sampler,
-            case.header.prediction,
-        )
-        assert (found.resolution, found.max_sequence_length) == (RESOLUTION, case.length)
-        assert found.kind == ("lora" if form == "lora" else "full")
+        header, trained = load_header(exported.file(form)), exported.case.header
+        assert (header.grid, header.sampler, header.prediction) == (trained.grid, trained.sampler, trained.prediction)
+        assert (header.resolution, header.max_sequence_length) == (RESOLUTION, exported.case.length)
+        assert header.kind == ("lora" if form == "lora" else "full")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +66,7 @@ def test_a_comfyui_file_has_the_networks_own_keys(exports, name):
     assert keys == load_file(network(exported.teacher) / WEIGHTS).keys()
 
 
-def test_lora_files_are_spelt_for_their_readers(exports):
+def test_lora_files_have_the_keys_of_their_readers(exports):
     sd3, sdxl = (load_file(exports[name].file("lora")) for name in ("sd3_lora", "sdxl_v_lora"))
     assert all(key.startswith("transformer.") and ".lora_" in key for key in sd3)
     endings = {"lora_down.weight", "lora_up.weight", "alpha"}
@@ -87,7 +84,7 @@ def test_every_module_of_a_lora_changes_the_merged_weights(exports, name):
     assert {key for key in before if not torch.equal(before[key], after[key])} == {f"{m}.weight" for m in modules}
 
 
-def test_other_programs_are_told_architecture_title_and_licence(exports):
+def test_the_modelspec_metadata_have_architecture_title_and_licence(exports):
     full, lora = (metadata(exports["sdxl_v_lora"].file(form)) for form in ("comfyui", "lora"))
     assert full["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
     assert lora["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
@@ -97,7 +94,7 @@ def test_other_programs_are_told_architecture_title_and_licence(exports):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_are_written_in_the_precision_asked_for(trained, tmp_path, dtype):
+def test_weights_are_written_in_the_requested_precision(trained, tmp_path, dtype):
     folder, teacher = trained["sd3_lora"]
     out = tmp_path / "out"
     files = write(read(folder, teacher), teacher, out, dtype=dtype).files
@@ -108,8 +105,8 @@ def test_weights_are_written_in_the_precision_asked_for(trained, tmp_path, dtype
 def test_kohyas_alphas_are_exact_in_every_precision(exports, tmp_path):
     path, student = tmp_path / "lora.safetensors", exports["sdxl_v_lora"].export.student
     write_lora(path, student, "unet", About("tiny", "apache-2.0", torch.bfloat16))
-    found = {name.endswith(".alpha"): tensor.dtype for name, tensor in load_file(path).items()}
-    assert found == {True: torch.float32, False: torch.bfloat16}
+    dtypes = {name.endswith(".alpha"): tensor.dtype for name, tensor in load_file(path).items()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_the_same_student_gives_the_same_export(trained, tmp_path):
@@ -121,14 +118,14 @@ def test_the_same_student_gives_the_same_export(trained, tmp_path):
     assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
 
 
-def test_no_file_names_a_place_on_this_machine(exports):
+def test_no_file_names_a_path_of_this_machine(exports):
     for exported in exports.values():
         for path in exported.folder.rglob("*"):
             if path.suffix in (".json", ".md"):
                 assert str(exported.teacher.parents[1]) not in path.read_text(), path
 
 
-def test_only_the_forms_asked_for_are_written_and_the_index_says_which(trained, tmp_path):
+def test_only_requested_forms_are_written_and_indexed(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
     export = write(read(folder, teacher), teacher, tmp_path / "out", formats=["lora", "comfyui"])
     assert export.left_out == ["lora"]
@@ -136,7 +133,7 @@ def test_only_the_forms_asked_for_are_written_and_the_index_says_which(trained, 
     assert json.loads((tmp_path / "out/config.json").read_text())["files"] == {"comfyui": "comfyui/tiny.safetensors"}
 
 
-def test_pickles_of_a_teacher_are_left_behind(trained, tmp_path):
+def test_pickles_of_a_teacher_are_not_copied(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
     shutil.copytree(teacher, tmp_path / "teacher")
     (tmp_path / "teacher/vae/diffusion_pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")
@@ -144,7 +141,7 @@ def test_pickles_of_a_teacher_are_left_behind(trained, tmp_path):
     assert {path.suffix for path in (tmp_path / "out/diffusers/vae").iterdir()} == {".json", ".safetensors"}
 
 
-def test_an_older_student_takes_the_shift_of_its_teacher(trained, tmp_path):
+def test_an_older_student_gets_the_shift_of_its_teacher(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
     shutil.copytree(folder, tmp_path / "old")
     old = {key: value for key, value in metadata(folder / WEIGHTS).items() if key != "dpdmd.shift"}
@@ -152,18 +149,18 @@ def test_an_older_student_takes_the_shift_of_its_teacher(trained, tmp_path):
     assert read(tmp_path / "old", teacher).header.shift == 3.0
 
 
-# ---- what is refused
+# ---- refusals
 
 
 def test_a_lora_file_of_a_full_student_is_refused(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
-    with pytest.raises(ValueError, match=r"export.formats=\['lora'\], but the student is of kind full"):
+    with pytest.raises(ValueError, match=r"export.formats=\['lora'\].*full"):
         write(read(folder, teacher), teacher, tmp_path / "out", formats=["lora"])
 
 
 def test_a_student_of_another_family_is_refused(trained):
     folder, teacher = trained["sd3_shifted"]
-    with pytest.raises(ValueError, match="the student is of family 'sd3', the teacher of 'sdxl'"):
+    with pytest.raises(ValueError, match="'sd3'.*'sdxl'"):
         read(folder, teacher, family="sdxl")
 
 
@@ -173,7 +170,7 @@ def test_a_student_that_does_not_fit_its_teacher_is_refused(trained, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("proj_out.bias")
     save_file(tensors, tmp_path / "student" / WEIGHTS, metadata=metadata(folder / WEIGHTS))
-    with pytest.raises(ValueError, match=r"0 unknown \(none\) and 1 missing \(proj_out.bias\)"):
+    with pytest.raises(ValueError, match=r"1 missing \(proj_out.bias\)"):
         read(tmp_path / "student", teacher)
 
 
@@ -182,7 +179,7 @@ def test_a_lora_of_another_network_is_refused(trained, tmp_path):
     shutil.copytree(folder, tmp_path / "student")
     tensors = {name.replace("blocks.0", "blocks.9"): value for name, value in load_file(folder / ADAPTER).items()}
     save_file(tensors, tmp_path / "student" / ADAPTER, metadata=metadata(folder / ADAPTER))
-    with pytest.raises(ValueError, match="modules of the LoRA are none of the network's"):
+    with pytest.raises(ValueError, match="LoRA.*blocks.9"):
         read(tmp_path / "student", teacher)
 
 
@@ -190,20 +187,20 @@ def test_weights_too_large_for_the_precision_are_refused(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
     student = read(folder, teacher)
     student.weights["proj_out.bias"][0] = 1e5
-    with pytest.raises(ValueError, match=r"weights are not finite \(proj_out.bias\): .* choose a wider dtype"):
+    with pytest.raises(ValueError, match=r"finite \(proj_out.bias\).*dtype"):
         write(student, teacher, tmp_path / "out", dtype="float16")
 
 
-@pytest.mark.parametrize("part", ["vae", "transformer"])
-def test_a_teacher_with_weights_in_pickles_alone_is_refused(trained, tmp_path, part):
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_a_teacher_with_pickles_only_is_refused(trained, tmp_path, component):
     folder, teacher = trained["sd3_shifted"]
     shutil.copytree(teacher, tmp_path / "teacher")
-    weights = tmp_path / "teacher" / part / WEIGHTS
+    weights = tmp_path / "teacher" / component / WEIGHTS
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises((ValueError, OSError), match="safetensors"):
         write(read(folder, tmp_path / "teacher"), tmp_path / "teacher", tmp_path / "out")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json: not there; give the folder of a diffusers pipeline"):
+    with pytest.raises(FileNotFoundError, match="model_index.json"):
         read(trained["sd3_shifted"][0], tmp_path)

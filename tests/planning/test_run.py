@@ -101,7 +101,7 @@ def test_a_teacher_of_another_family_is_refused(plan, tmp_path, world_teacher):
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_shifting": True}))
     (line,) = refusals(plan(copy))
-    assert line.endswith("the scheduler shifts dynamically, SD3 and SD3.5 use a static shift")
+    assert "scheduler" in line and "static shift" in line
 
 
 def test_adapters_that_match_no_layer_are_refused(plan):

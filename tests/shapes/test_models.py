@@ -1,4 +1,4 @@
-"""The tiny parts are real parts: a whole tokenizer, a loadable transformer, a pipeline that saves."""
+"""The tiny components are complete: the tokenizer loses no text, networks load, pipelines save and draw."""
 
 import json
 import re
@@ -43,31 +43,25 @@ def sdxl_pipeline():
     return pipeline
 
 
+def draw(pipeline, output_type, channels, **call):
+    return pipeline(
+        ["a red circle", "a blue square"],
+        num_inference_steps=3,
+        guidance_scale=3.5,
+        latents=torch.randn(2, channels, 8, 8, generator=torch.Generator().manual_seed(0)),
+        height=RESOLUTION,
+        width=RESOLUTION,
+        output_type=output_type,
+        **call,
+    ).images
+
+
+def draw_sd3(pipeline, output_type="latent"):
+    return draw(pipeline, output_type, 16, max_sequence_length=MAX_LENGTH)
+
+
 def draw_sdxl(pipeline, output_type="latent"):
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipeline(
-        ["a red circle", "a blue square"],
-        num_inference_steps=3,
-        guidance_scale=3.5,
-        latents=latents,
-        height=RESOLUTION,
-        width=RESOLUTION,
-        output_type=output_type,
-    ).images
-
-
-def draw(pipeline, output_type="latent"):
-    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    return pipeline(
-        ["a red circle", "a blue square"],
-        num_inference_steps=3,
-        guidance_scale=3.5,
-        latents=latents,
-        height=RESOLUTION,
-        width=RESOLUTION,
-        max_sequence_length=MAX_LENGTH,
-        output_type=output_type,
-    ).images
+    return draw(pipeline, output_type, 4)
 
 
 # ---- tokenizer
@@ -80,7 +74,7 @@ def test_every_caption_comes_back_from_its_tokens(tokenizer):
         assert len(ids) <= MAX_LENGTH
 
 
-def test_known_words_are_single_tokens(tokenizer):
+def test_words_of_captions_are_single_tokens(tokenizer):
     for word in {word for text in captions() for word in text.split()}:
         assert tokenizer.tokenize(word) == [f"{word}</w>"]
     for text in captions():
@@ -92,7 +86,7 @@ def test_different_captions_have_different_tokens(tokenizer):
 
 
 def byte_of_letter():
-    """The inverse of byte-level BPE's alphabet (GPT-2): printable bytes stand for themselves, others from 256 on."""
+    """Inverse of byte-level BPE's alphabet (GPT-2): printable bytes are themselves, others count from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -116,8 +110,8 @@ def test_no_text_becomes_unknown_and_no_byte_is_lost(tokenizer, text):
     assert all(0 <= index < len(tokenizer) for index in ids)
     alphabet = byte_of_letter()
     pieces = [piece.removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]
-    seen = bytes(alphabet[letter] for piece in pieces for letter in piece).decode()
-    assert without_spaces(seen) == without_spaces(tokenizer.backend_tokenizer.normalizer.normalize_str(text))
+    decoded = bytes(alphabet[letter] for piece in pieces for letter in piece).decode()
+    assert without_spaces(decoded) == without_spaces(tokenizer.backend_tokenizer.normalizer.normalize_str(text))
 
 
 def test_every_byte_has_a_token_inside_and_at_the_end_of_a_word(tokenizer):
@@ -153,7 +147,7 @@ def test_the_pooled_embedding_is_that_of_the_end_of_text_whatever_the_padding(pi
 # ---- networks, autoencoders and schedulers
 
 
-def test_the_transformer_has_the_sizes_from_which_comfyui_recognises_sd3():
+def test_the_transformer_has_the_sizes_by_which_comfyui_recognises_sd3():
     config = make_transformer().config
     assert config.in_channels == config.out_channels == 16
     assert config.attention_head_dim == 64
@@ -188,7 +182,7 @@ def test_the_sdxl_autoencoder_turns_a_picture_into_8x8x4_and_back_without_a_shif
 
 
 def test_untrained_pipelines_draw_pictures(pipeline, sdxl_pipeline):
-    for images in (draw(pipeline, output_type="pt"), draw_sdxl(sdxl_pipeline, output_type="pt")):
+    for images in (draw_sd3(pipeline, output_type="pt"), draw_sdxl(sdxl_pipeline, output_type="pt")):
         assert images.shape == (2, 3, RESOLUTION, RESOLUTION)
 
 
@@ -218,11 +212,11 @@ def test_a_saved_pipeline_draws_the_same_latents(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]
-    # diffusers wants to be told what the index says
+    # diffusers does not read this from the index
     reloaded = StableDiffusion3Pipeline.from_pretrained(tmp_path, text_encoder_3=None, tokenizer_3=None)
     reloaded.set_progress_bar_config(disable=True)
     assert reloaded.text_encoder_3 is None and reloaded.tokenizer_3 is None
-    assert torch.equal(draw(reloaded), draw(pipeline))
+    assert torch.equal(draw_sd3(reloaded), draw_sd3(pipeline))
     assert reloaded.tokenizer("a red circle").input_ids == pipeline.tokenizer("a red circle").input_ids
 
 
@@ -235,25 +229,25 @@ def test_a_saved_sdxl_pipeline_draws_the_same_latents_and_is_small(sdxl_pipeline
     reloaded.set_progress_bar_config(disable=True)
     assert torch.equal(draw_sdxl(reloaded), draw_sdxl(sdxl_pipeline))
     in_half_precision = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) / 2
-    assert in_half_precision < 12e6  # what git holds
+    assert in_half_precision < 12e6  # size in git
 
 
-def test_the_seed_decides_the_weights_of_sdxl_too(sdxl_pipeline):
+def test_the_seed_determines_the_weights_of_sdxl(sdxl_pipeline):
     before = torch.get_rng_state()
     same, other = (make_sdxl_pipeline(max_length=MAX_LENGTH, seed=seed) for seed in (0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    mine, again, different = (pipeline.unet.conv_out.weight for pipeline in (sdxl_pipeline, same, other))
-    assert torch.equal(mine, again) and not torch.equal(mine, different)
+    first, repeated, different = (pipeline.unet.conv_out.weight for pipeline in (sdxl_pipeline, same, other))
+    assert torch.equal(first, repeated) and not torch.equal(first, different)
 
 
-def test_the_seed_decides_the_weights_and_the_global_generator_is_left_alone(pipeline):
+def test_the_seed_determines_the_weights_and_the_global_generator_stays_unchanged(pipeline):
     before = torch.get_rng_state()
     same, other = (make_pipeline(max_length=MAX_LENGTH, shift=1.0, seed=seed) for seed in (0, 1))
     assert torch.equal(torch.get_rng_state(), before)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
-        mine, again, different = (
+        first, repeated, different = (
             torch.cat([value.flatten() for value in getattr(p, name).state_dict().values()])
             for p in (pipeline, same, other)
         )
-        assert torch.equal(mine, again) and not torch.equal(mine, different)
+        assert torch.equal(first, repeated) and not torch.equal(first, different)
     assert not torch.equal(pipeline.text_encoder.text_projection.weight, pipeline.text_encoder_2.text_projection.weight)

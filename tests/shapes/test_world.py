@@ -1,4 +1,4 @@
-"""The world is finite, its pictures are distinct, and its captions say which is meant."""
+"""The world is finite, its pictures are distinct, and its captions are unambiguous."""
 
 from collections import Counter
 from itertools import product
@@ -65,7 +65,7 @@ def test_free_attributes_are_uniform_and_independent_within_every_prompt():
         assert set(counts) == every_combination and set(counts.values()) == {1}
 
 
-def test_every_object_lies_wholly_inside_and_keeps_its_place():
+def test_every_object_is_inside_the_picture_at_its_position():
     middle = POSITIONS.index((16.0, 16.0))
     for index in range(0, 864, 7):
         share = foreground(index)
@@ -80,7 +80,7 @@ def test_every_object_lies_wholly_inside_and_keeps_its_place():
         assert centroid == pytest.approx(centre, abs=0.06)
 
 
-def test_size_does_not_tell_circle_from_square():
+def test_circle_and_square_have_the_same_size():
     areas = {
         (attributes.shape, attributes.radius): foreground(index).sum().item()
         for index, attributes in enumerate(LEGAL[:216])
@@ -99,7 +99,7 @@ def test_every_caption_means_its_prompt():
 
 
 @pytest.mark.parametrize("text", ["A RED  Circle!", "circle, red", "the red circle is a circle", "red-circle"])
-def test_a_prompt_is_understood_however_it_is_written(text):
+def test_case_order_and_punctuation_of_a_prompt_do_not_matter(text):
     assert prompt_index(text) == prompt_index("a red circle")
 
 
@@ -107,6 +107,6 @@ def test_a_prompt_is_understood_however_it_is_written(text):
     "text", ["", "a red", "a circle", "a red and blue circle", "a red circle in a square", "reddish circles"]
 )
 def test_a_prompt_that_does_not_name_one_colour_and_one_shape_is_refused(text):
-    with pytest.raises(ValueError, match="name one colour of red, green, blue, yellow") as error:
+    with pytest.raises(ValueError, match="red, green, blue, yellow") as error:
         prompt_index(text)
     assert repr(text) in str(error.value)

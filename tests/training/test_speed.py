@@ -8,7 +8,9 @@ from tests.training.test_roles import adapted, denoised
 from torch import nn
 
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.backbones.student_file import WEIGHTS, StudentHeader, save_student
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.training.roles import Roles, full_roles, trainable
 from dpdmd_pipeline.training.speed import refuse_missing_compiler, speed_up
 

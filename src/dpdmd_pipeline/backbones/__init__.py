@@ -1,3 +1,3 @@
 """Model families: one file each, named as in the configuration."""
 
-FAMILIES = ("sd3", "sdxl", "sana")  # one file of this folder each; here, since naming them must not load torch
+FAMILIES = ("sd3", "sdxl", "sana")  # files of this folder; listed here so that reading the names does not import torch

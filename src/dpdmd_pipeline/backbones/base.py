@@ -1,10 +1,10 @@
-"""What the method needs of a model family, and how a family is loaded."""
+"""The protocol of a model family, the parts that families share, and how a family is loaded and guided."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.dpdmd.noise import NoiseLevel, noise_share
+from dpdmd_pipeline.backbones.networks import load_network, network_config
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 
 Conditioning = dict[str, Tensor]  # batch-first; fits a safetensors shard as it is
@@ -30,12 +31,12 @@ class Backbone(Protocol):
 
     folder: Path  # the teacher's
     latent_shape: tuple[int, int, int]  # (C, H, W)
-    device: torch.device  # where networks are loaded
+    device: torch.device  # of networks, embeddings and levels
     dtype: torch.dtype  # of the networks, and of the embeddings
-    prediction: str  # what the network returns: flow (velocity), eps or v (v-prediction)
+    prediction: str  # output of the network: flow (velocity), eps or v (v-prediction)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        """The denoising network, of the teacher or, with a folder, of a saved student.
+        """Load the denoising network of the teacher or, with a folder, of a saved student.
 
         Its weights have the configured precision, or float32, which training needs.
         """
@@ -59,14 +60,14 @@ class Backbone(Protocol):
         """x0 in float32, [B, C, H, W]."""
 
     def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as this family's pipeline does it."""
+        """Classifier-free guidance as in this family's pipeline."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], [B, 3, H, W]."""
 
 
 def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
-    """The adapter of a family over a teacher's folder; weights are read on use.
+    """Load the adapter of a family for a teacher's folder; weights are read on use.
 
     Args:
         family: name of a file in `backbones/`.
@@ -77,7 +78,7 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
         ValueError: if the family is unknown.
     """
     module = _module(family)
-    _no_loading_bars()
+    _hide_progress_bars()
     return module.load(folder, **options)
 
 
@@ -87,8 +88,8 @@ def _module(family: str) -> Any:
     return importlib.import_module(f"dpdmd_pipeline.backbones.{family}")
 
 
-def _no_loading_bars() -> None:
-    """Weights of diffusers and transformers load in many parts, each with a bar of its own."""
+def _hide_progress_bars() -> None:
+    """Disable the bars of diffusers and transformers: they draw one for every component they load."""
     import diffusers
     import transformers
 
@@ -96,20 +97,113 @@ def _no_loading_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+# ---- shared by families
+
+
+class PipelineBackbone:
+    """Options, network loading and guidance of a backbone over a diffusers pipeline directory.
+
+    Args:
+        folder: the teacher's directory.
+        component: folder of the denoising network below it.
+        kind: diffusers class of that network.
+        resolution, max_sequence_length, level_range, dtype: see `BackboneOptions`.
+        device: of networks, embeddings and levels.
+
+    Raises:
+        ValueError, OSError: see `network_config`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        component: str,
+        kind: Any,
+        *,
+        resolution: int,
+        max_sequence_length: int,
+        level_range: tuple[float, float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
+        self.resolution, self.max_sequence_length, self.level_range = resolution, max_sequence_length, level_range
+        self._kind, self._network_folder = kind, self.folder / component
+        self._config = network_config(kind, self._network_folder)
+
+    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+        dtype = torch.float32 if float32 else self.dtype
+        return load_network(self._kind, Path(folder or self._network_folder), dtype).to(self.device)
+
+    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
+        return uncond_x0 + scale * (cond_x0 - uncond_x0)
+
+    def _latent_shape(self, pixels: int, patch_size: int = 1) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the latents at the configured resolution.
+
+        Args:
+            pixels: of the picture per latent pixel, along one side.
+            patch_size: of the network, in latent pixels.
+
+        Raises:
+            ValueError: if the resolution does not divide into patches.
+        """
+        multiple = pixels * patch_size
+        if self.resolution % multiple:
+            raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {multiple}")
+        return self._config["in_channels"], self.resolution // pixels, self.resolution // pixels
+
+
+class FlowBackbone(PipelineBackbone):
+    """Levels of a flow model with a static shift.
+
+    Attributes:
+        shift: of the teacher's schedule; set by the family.
+    """
+
+    prediction = "flow"
+    shift: float
+
+    def schedule(self, num_steps: int) -> NoiseLevel:
+        return self.student_schedule("diffusers", num_steps)
+
+    def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
+        return flow_student_schedule(grid, num_steps, self.shift).to(self.device)
+
+    def random_level(self, uniform: Tensor) -> NoiseLevel:
+        return random_flow_level(uniform, self.level_range, self.shift).to(self.device)
+
+
+def static_shift(scheduler: Mapping[str, Any], teacher: Path | str = "the teacher") -> float:
+    """Shift in the scheduler config of a flow model, under either of diffusers' names.
+
+    Raises:
+        ValueError: if there is none, or if it depends on the resolution.
+    """
+    shift = scheduler.get("shift")
+    if shift is None and scheduler.get("prediction_type") == "flow_prediction":  # DPM++, SANA's default
+        shift = scheduler["flow_shift"]
+    if shift is None:
+        raise ValueError(f"{teacher}: the scheduler has neither shift nor flow_shift with flow_prediction")
+    if scheduler.get("use_dynamic_shifting"):
+        raise ValueError(f"{teacher}: the scheduler has use_dynamic_shifting, only a static shift is supported")
+    return shift
+
+
 # ---- prompts that are too long
 
 
 def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt, special ones included."""
+    """Count the tokens of each prompt, special ones included."""
     return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
 
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """Where a tokenizer cuts prompts off.
+    """The length to which a tokenizer truncates prompts.
 
     Attributes:
-        tokens: how many of a prompt are kept.
+        tokens: the most tokens of a prompt.
         count: (tokenizer, prompts) -> tokens of each, as this limit counts them; may import the family's pipeline.
     """
 
@@ -132,13 +226,13 @@ def token_limits(family: str, folder: Path, max_sequence_length: int) -> dict[st
 
 
 def tokenizer_names(folder: Path) -> list[str]:
-    """Folders of a teacher's tokenizers, without those whose text encoder is not there."""
+    """Folders of a teacher's tokenizers, without those that have no text encoder."""
     names = sorted(path.parent.name for path in folder.glob("tokenizer*/tokenizer_config.json"))
     return [name for name in names if (folder / name.replace("tokenizer", "text_encoder")).is_dir()]
 
 
 def tokenizer_length(tokenizer: Path) -> int:
-    """The most tokens that go into the text encoder, by the config in a tokenizer's folder; special ones included."""
+    """The most tokens that the text encoder takes, by the config in a tokenizer's folder; special ones included."""
     return int(json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"])
 
 
@@ -167,19 +261,19 @@ def guided(
     Args:
         cond: batch of B.
         uncond: batch of 1, expanded to B.
-        scale: in the sense of the family's own pipeline.
-        interval: a sample is guided where its `noise_share` lies within, ends included; elsewhere it gets the
-            conditional answer (arXiv:2404.07724). Both halves are computed at every level.
-        batch: whether both halves go through the network in one batch of 2 B, or apart in two of B, which takes less
-            memory. The same but for rounding.
+        scale: as defined by the family's own pipeline.
+        interval: range of `noise_share`, ends included, in which a sample is guided; outside it gets the conditional
+            prediction (arXiv:2404.07724). Both halves are computed at every level.
+        batch: ``joint`` runs both halves in one batch of 2 B, ``apart`` in two of B, which takes less memory. The
+            results differ by rounding only.
     """
     if scale == 1:
         return conditioned(backbone, model, cond)
-    without = {name: uncond[name].expand_as(value) for name, value in cond.items()}
-    ask = {"joint": _joint, "apart": _apart}[batch](backbone, model, cond, without)
+    uncond = {name: uncond[name].expand_as(value) for name, value in cond.items()}
+    predict = {"joint": _in_one_batch, "apart": _in_two_batches}[batch](backbone, model, cond, uncond)
 
     def denoise(latents: Tensor, level: NoiseLevel) -> Tensor:
-        cond_x0, uncond_x0 = ask(latents, level)
+        cond_x0, uncond_x0 = predict(latents, level)
         x0 = backbone.guide(cond_x0, uncond_x0, scale)
         if interval == EVERY_LEVEL:
             return x0
@@ -192,20 +286,16 @@ def guided(
 _Halves = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]  # x0 with the prompts and without, each [B, C, H, W]
 
 
-def _joint(backbone: Backbone, model: nn.Module, cond: Conditioning, without: Conditioning) -> _Halves:
-    both = {name: torch.cat([value, without[name]]) for name, value in cond.items()}
+def _in_one_batch(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning) -> _Halves:
+    both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
 
-    def ask(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        per_sample = level.sigma.ndim > 0
-        twice = (
-            NoiseLevel(*(torch.cat([v, v]) for v in (level.alpha, level.sigma, level.timestep)))
-            if per_sample
-            else level
-        )
-        return backbone.denoise(model, torch.cat([latents, latents]), twice, both).chunk(2)
+    def predict(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        if level.sigma.ndim > 0:  # one level per sample
+            level = NoiseLevel(*(torch.cat([value, value]) for value in (level.alpha, level.sigma, level.timestep)))
+        return backbone.denoise(model, torch.cat([latents, latents]), level, both).chunk(2)
 
-    return ask
+    return predict
 
 
-def _apart(backbone: Backbone, model: nn.Module, cond: Conditioning, without: Conditioning) -> _Halves:
-    return lambda latents, level: tuple(backbone.denoise(model, latents, level, half) for half in (cond, without))
+def _in_two_batches(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning) -> _Halves:
+    return lambda latents, level: tuple(backbone.denoise(model, latents, level, half) for half in (cond, uncond))

@@ -1,4 +1,4 @@
-"""Low-rank adapters as tensors: their three spellings in files, and how they are added to a network's weights.
+"""Low-rank adapters as tensors: their three key formats in files, and their sum with a network's weights.
 
 A module's weight is W + (alpha / rank) B A (arXiv:2106.09685). peft calls A and B ``lora_A`` and ``lora_B``.
 """
@@ -10,10 +10,13 @@ from collections.abc import Iterable, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.backbones.tensor_files import FEW
+from dpdmd_pipeline.wording import listed
+
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _KOHYA = "lora_unet_"
 _KOHYA_ENDINGS = {_A: ".lora_down.weight", _B: ".lora_up.weight"}
-_PEFT_ENDINGS = {theirs: ours for ours, theirs in _KOHYA_ENDINGS.items()}
+_PEFT_ENDINGS = {kohya: peft for peft, kohya in _KOHYA_ENDINGS.items()}
 
 
 def rank_of(name: str, tensor: Tensor) -> int:
@@ -22,17 +25,19 @@ def rank_of(name: str, tensor: Tensor) -> int:
 
 
 def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
-    """Hold an adapter in peft's spelling against its rank.
+    """Hold an adapter with peft's keys against its rank.
 
     Raises:
-        ValueError: if there are other keys, a module has not both factors, or a factor is of another rank.
+        ValueError: if there are other keys, a module lacks one of its factors, or a factor has another rank.
     """
     modules = {name.removesuffix(_A).removesuffix(_B) for name in state}
-    strange = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
-    if strange or not state:
-        raise ValueError(f"this is no LoRA of pairs <module>{_A} and <module>{_B}: {listed(strange)}")
-    if wrong := sorted(name for name in state if rank_of(name, state[name]) != rank):
-        raise ValueError(f"dpdmd.lora_rank is {rank}, but {wrong[0]} has rank {rank_of(wrong[0], state[wrong[0]])}")
+    unpaired = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
+    if unpaired or not state:
+        keys = listed(unpaired, FEW) or "no keys"
+        raise ValueError(f"this is not a LoRA of pairs <module>{_A} and <module>{_B}: {keys}")
+    for name in sorted(state):
+        if rank_of(name, state[name]) != rank:
+            raise ValueError(f"dpdmd.lora_rank is {rank}, but {name} has rank {rank_of(name, state[name])}")
 
 
 @torch.no_grad()
@@ -41,31 +46,30 @@ def add_lora(weights: MutableMapping[str, Tensor], state: Mapping[str, Tensor], 
 
     Args:
         weights: of the network, by name.
-        state: in peft's spelling, as `check_lora` accepts it.
+        state: with peft's keys, as `check_lora` accepts it.
         scale: alpha / rank.
 
     Raises:
-        ValueError: naming the first three modules that the network has not, or has in another shape.
+        ValueError: if the network lacks modules of the adapter (the first three are named), or one has another shape.
     """
+    remedy = "give the teacher that it was trained on"
     modules = sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
-    if strange := [name for name in modules if f"{name}.weight" not in weights]:
-        raise ValueError(
-            f"{len(strange)} of {len(modules)} modules of the LoRA are none of the network's ({listed(strange)}): "
-            "give the teacher that it was trained on"
-        )
+    if unknown := [name for name in modules if f"{name}.weight" not in weights]:
+        count = f"{len(unknown)} of {len(modules)} modules"
+        raise ValueError(f"{count} of the LoRA are not in the network ({listed(unknown, FEW)}): {remedy}")
     for name in modules:
         weight, down, up = weights[f"{name}.weight"], state[name + _A], state[name + _B]
-        if (up.shape[0], *down.shape[1:]) != tuple(weight.shape):
-            shapes = f"{[up.shape[0], *down.shape[1:]]}, the network's {list(weight.shape)}"
-            raise ValueError(f"the LoRA's {name} is of shape {shapes}: give the teacher that it was trained on")
+        shape = [up.shape[0], *down.shape[1:]]
+        if shape != list(weight.shape):
+            raise ValueError(f"{name} has shape {shape} in the LoRA, {list(weight.shape)} in the network: {remedy}")
         change = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape)
         weight.copy_(weight.float() + scale * change.to(weight.device))
 
 
 def transformer_from_peft(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The spelling that diffusers and ComfyUI read for transformers (SD3): prefix ``transformer.``.
+    """Convert to the keys that diffusers and ComfyUI read for transformers (SD3): prefix ``transformer.``.
 
-    It has no place for alpha, readers take alpha = rank: the scale goes into B.
+    The format has no alpha, and readers assume alpha = rank: the scale is multiplied into B.
     """
     return {
         f"transformer.{name}": scale * value.float() if name.endswith(_B) else value for name, value in state.items()
@@ -73,42 +77,37 @@ def transformer_from_peft(state: Mapping[str, Tensor], scale: float) -> dict[str
 
 
 def kohya_from_peft(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """The spelling that diffusers and ComfyUI read for UNets (SDXL): one word per module, and its alpha.
+    """Convert to the keys that diffusers and ComfyUI read for UNets (SDXL): one word per module, and its alpha.
 
-    ComfyUI reads diffusers' own ``unet.`` keys only in part, and does not say so.
+    ComfyUI reads only a part of diffusers' own ``unet.`` keys, without a warning.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in state.items():
         ending = _A if name.endswith(_A) else _B
         word = _kohya_word(name.removesuffix(ending))
-        found[word + _KOHYA_ENDINGS[ending]] = value
-        found[f"{word}.alpha"] = torch.tensor(float(alpha))
-    return found
+        tensors[word + _KOHYA_ENDINGS[ending]] = value
+        tensors[f"{word}.alpha"] = torch.tensor(float(alpha))
+    return tensors
 
 
 def peft_from_file(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Tensor]:
-    """Back from either spelling, or from peft's own; keys it does not know stay, for `check_lora` to name.
+    """Convert any of the three formats to peft's keys; unknown keys stay, for `check_lora` to report.
 
     Args:
         tensors: of a LoRA file.
-        modules: names of the network's modules; kohya's spelling cannot be undone without.
+        modules: names of the network's modules, needed to undo kohya's keys.
     """
     words = {_kohya_word(module): module for module in modules}
-    found = {}
+    state = {}
     for name, value in tensors.items():
         word, dot, ending = name.partition(".")
         if word in words and ending == "alpha":
-            continue  # the header tells it
+            continue  # the header has it
         if word in words and dot + ending in _PEFT_ENDINGS:
             name = words[word] + _PEFT_ENDINGS[dot + ending]
-        found[name.removeprefix("transformer.")] = value
-    return found
+        state[name.removeprefix("transformer.")] = value
+    return state
 
 
 def _kohya_word(module: str) -> str:
     return _KOHYA + module.replace(".", "_")
-
-
-def listed(names: list[str]) -> str:
-    """The first three of many names, for a message."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

@@ -1,4 +1,4 @@
-"""The parameter group `backbone`: which teacher family, and how it is run."""
+"""The parameter group `backbone`: the teacher's family and how it runs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class BackboneOptions(BaseModel):
-    """What every stage must agree on about the teacher.
+    """Options of the teacher that every stage shares.
 
     Attributes:
         family: name of a file in `backbones/`.
@@ -22,7 +22,7 @@ class BackboneOptions(BaseModel):
         max_sequence_length: tokens of SD3's T5 encoder or of SANA's language model; 0 for a teacher without either.
         num_steps: of the teacher's sampling.
         guidance_scale: of the teacher, in the sense of its own pipeline; 1 is no guidance.
-        level_range: where DMD and the fake score draw noise levels, as fractions of the schedule before its shift.
+        level_range: noise levels of DMD and the fake score, as fractions of the schedule before its shift.
         dtype: of the networks; everything outside them is float32.
     """
 
@@ -33,29 +33,29 @@ class BackboneOptions(BaseModel):
     max_sequence_length: NonNegativeInt
     num_steps: PositiveInt
     guidance_scale: float = Field(ge=1, allow_inf_nan=False)
-    # YAML has lists, no tuples
+    # not strict: YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
     dtype: Literal["float32", "bfloat16", "float16"]
 
     @field_validator("family")
     @classmethod
-    def _is_known(cls, family: str) -> str:
+    def _check_family(cls, family: str) -> str:
         if family not in FAMILIES:
             raise ValueError(f"choose one of {', '.join(FAMILIES)}")
         return family
 
     @field_validator("level_range")
     @classmethod
-    def _rises(cls, level_range: tuple[float, float]) -> tuple[float, float]:
+    def _check_level_range(cls, level_range: tuple[float, float]) -> tuple[float, float]:
         if not 0 < level_range[0] < level_range[1] <= 1:
             raise ValueError("give 0 < low < high <= 1")
         return level_range
 
     def load(self, folder: Path, device: Device) -> "Backbone":
-        """The adapter over a teacher's folder; weights are read on use.
+        """Load the adapter for a teacher's folder; weights are read on use.
 
         Raises:
-            ValueError: if the device is not there, or the folder does not fit these options.
+            ValueError: if the device does not exist, or the folder does not fit these options.
         """
         import torch
 
@@ -73,10 +73,10 @@ class BackboneOptions(BaseModel):
 
 
 def resolve_device(device: Device) -> Any:
-    """The torch.device meant: `auto` is CUDA where there is one, else the CPU.
+    """Resolve to a torch.device; `auto` is CUDA if torch finds it, else the CPU.
 
     Raises:
-        ValueError: if CUDA is asked for and absent.
+        ValueError: if the device is CUDA and torch does not find it.
     """
     import torch
 

@@ -1,1 +1,1 @@
-"""What a student becomes outside of this project, as files of other programs; and pictures from any of them."""
+"""Exports of a student as files of other programs, and pictures drawn from any of them."""

@@ -1,4 +1,4 @@
-"""The model card of an export: front matter for a hub, how it is used, how it was made, what was measured."""
+"""The model card of an export: front matter for a hub, usage, schedule, measurements and options."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
 
 PAPER = "https://arxiv.org/abs/2602.03139"
 MEASURE = "kedro run --pipelines evaluate,export"
 FORMS = ("diffusers", "comfyui", "lora")
-_COMFYUI_FAMILIES = ("sd3", "sdxl")  # whose diffusers keys ComfyUI is known to load
-_COMFYUI_SHIFT = 3.0  # what ComfyUI takes for an SD3 file
+_COMFYUI_FAMILIES = ("sd3", "sdxl")  # tested: ComfyUI loads their diffusers keys
+_COMFYUI_SHIFT = 3.0  # ComfyUI's default for an SD3 file
 _CLIP_TOKENS = 77
-_NO_LICENCE = "Licence: that of the teacher, which this run does not know."
-_NOT_MEASURED = f"This student was not measured: `{MEASURE}`, with the `--env` and `--params` of its training, does it."
+_NO_LICENCE = "Licence: unknown. The licence of the teacher applies."
+_NOT_MEASURED = (
+    f"This student was not measured. To measure it, run `{MEASURE}` with the `--env` and `--params` of its training."
+)
 
 
 @dataclass(frozen=True)
 class Licence:
-    """As a hub's front matter names it, None if it is not known; name and link go with the licence `other`."""
+    """Fields of a hub's front matter, None if unknown; name and link belong to the licence `other`."""
 
     license: str | None
     license_name: str | None
@@ -33,14 +35,14 @@ class Licence:
 
 @dataclass(frozen=True)
 class DiffusersUse:
-    """How diffusers is told to draw with the student.
+    """Arguments with which diffusers draws with the student.
 
     Attributes:
         load: further arguments of the pipeline's `from_pretrained`.
         call: arguments of the pipeline's call, without prompts and generators.
         scheduler: name of the scheduler's class.
-        settings: of the scheduler, those that are not its defaults.
-        passes_generators: whether the pipeline's generators also make the noise between the steps.
+        settings: of the scheduler, without its defaults.
+        passes_generators: True if the pipeline's generators also make the noise between the sampling steps.
     """
 
     load: Mapping[str, Any]
@@ -52,19 +54,19 @@ class DiffusersUse:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells.
+    """Facts for a card.
 
     Attributes:
-        title: of the model; its files are called so.
+        title: of the model, and name of its files.
         licence: of the weights.
-        base_model: hub id of the teacher; None if it is on no hub, or nobody said which.
-        teacher_folder: name of the teacher's folder, told where there is no hub id.
+        base_model: hub id of the teacher; None if unknown.
+        teacher_folder: name of the teacher's folder, used without a hub id.
         header: of the student, before a LoRA is added to the teacher's weights.
         dtype: of the exported weights.
-        files: form to path below the card, of those that were written.
-        diffusers: how that is told to draw.
+        files: path below the card of every form that was written.
+        diffusers: arguments for diffusers.
         options: option group to its options.
-        metrics: of this student, as the evaluate stage writes them; {} if it was not measured.
+        metrics: of this student, as the evaluate stage writes them; {} without measurements.
     """
 
     title: str
@@ -80,36 +82,39 @@ class CardFacts:
 
 
 def write_card(facts: CardFacts) -> str:
-    """The card in Markdown."""
-    header, steps, base = facts.header, facts.header.num_steps, facts.base_model or facts.teacher_folder
-    kind = "LoRA" if header.kind == "lora" else "student"
+    """Write the card in Markdown."""
     uses = {"diffusers": _use_diffusers, "comfyui": _use_comfyui, "lora": _use_lora}
-    parts = [
+    sections = [
         _front_matter(facts),
         f"# {facts.title}",
-        f"A {steps}-step {kind} of `{base}`, distilled with {_method(facts)}. A picture costs {steps} "
-        "evaluations of the network, without classifier-free guidance.",
+        _summary(facts),
         *([] if facts.licence.license else [_NO_LICENCE]),
         "## Use",
         *(uses[form](facts) for form in FORMS if form in facts.files),
         _use_here(facts),
         "## Schedule",
-        _schedule(header),
+        _schedule(facts.header),
         *(["## Measured", _measured(facts.metrics)] if facts.metrics else [_NOT_MEASURED]),
         "## Options of the run",
         _options(facts.options),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def _method(facts: CardFacts) -> str:
+def _summary(facts: CardFacts) -> str:
+    steps, base = facts.header.num_steps, facts.base_model or facts.teacher_folder
+    kind = "LoRA" if facts.header.kind == "lora" else "student"
+    method = f"[DP-DMD]({PAPER}). Its first step is trained to give every seed its own picture"
     if facts.options.get("train", {}).get("anchored_steps") == 0:
-        return "DMD, without the steps that keep diversity"
-    return f"[DP-DMD]({PAPER}), whose first step is trained to keep a different picture for every seed"
+        method = "DMD, without the anchored steps that preserve diversity"
+    return (
+        f"A {steps}-step {kind} of `{base}`, distilled with {method}. A picture costs {steps} evaluations of the "
+        "network, without classifier-free guidance."
+    )
 
 
 def _front_matter(facts: CardFacts) -> str:
-    """YAML; every JSON string is one."""
+    """YAML front matter; every JSON string is valid YAML."""
     relation = "adapter" if facts.header.kind == "lora" else "finetune"
     fields = {
         **vars(facts.licence),
@@ -129,7 +134,7 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _use_diffusers(facts: CardFacts) -> str:
     code = _python("from diffusers import DiffusionPipeline", _pipe(facts, facts.files["diffusers"]), _draw(facts))
-    return "\n\n".join(["### diffusers", code, _words_on_the_call(facts)])
+    return "\n\n".join(["### diffusers", code, _call_notes(facts)])
 
 
 def _use_lora(facts: CardFacts) -> str:
@@ -141,12 +146,13 @@ def _use_lora(facts: CardFacts) -> str:
         f"pipe.scheduler = {scheduler}({_arguments(settings)})",
         _draw(facts),
     )
-    return "\n\n".join(["### LoRA", code, "ComfyUI loads the same file from `models/loras`, on top of the teacher."])
+    comfyui = "In ComfyUI, load the teacher and this file from `models/loras`."
+    return "\n\n".join(["### LoRA", code, comfyui])
 
 
-def _pipe(facts: CardFacts, place: str) -> str:
+def _pipe(facts: CardFacts, path: str) -> str:
     more = _arguments(facts.diffusers.load)
-    return f'pipe = DiffusionPipeline.from_pretrained("{place}", torch_dtype=torch.{facts.dtype}{more and ", "}{more})'
+    return f'pipe = DiffusionPipeline.from_pretrained("{path}", torch_dtype=torch.{facts.dtype}{more and ", "}{more})'
 
 
 def _draw(facts: CardFacts) -> str:
@@ -163,52 +169,54 @@ def _arguments(values: Mapping[str, Any], between: str = " ") -> str:
     return f",{between}".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def _words_on_the_call(facts: CardFacts) -> str:
-    words = ["Each picture has a generator of its own, on the CPU: it depends on its prompt and seed alone."]
+def _call_notes(facts: CardFacts) -> str:
+    noise = "Each picture has its own generator on the CPU, so that it depends on its prompt and seed alone."
     if facts.header.sampler == "renoise" and not facts.diffusers.passes_generators:
-        words = ["diffusers takes the noise between this pipeline's steps from torch's global generator."]
-    given = [name for name in ("sigmas", "timesteps") if name in facts.diffusers.call]
-    if given:
-        words.append(
-            f"No stock scheduler has these levels by itself: **always give `{given[0]}`**. With the number of steps "
-            "alone, diffusers would draw at levels that the student was not trained at."
-        )
-    else:
-        words.append("The folder's scheduler has the trained levels at this number of steps, and at no other.")
-    return " ".join(words)
+        noise = "diffusers takes the noise between this pipeline's sampling steps from torch's global generator."
+    levels = "The folder's scheduler has the trained levels at this number of steps only."
+    for name in ("sigmas", "timesteps"):
+        if name in facts.diffusers.call:
+            levels = (
+                f"**Always give `{name}`**: no stock scheduler has these levels by default. With the number of steps "
+                "alone, diffusers draws at levels at which the student was not trained."
+            )
+    return f"{noise} {levels}"
 
 
 def _use_comfyui(facts: CardFacts) -> str:
-    words = [
+    family, length = facts.header.family, facts.header.max_sequence_length
+    notes = [
         f"Put `{facts.files['comfyui']}` into `models/diffusion_models`. The nodes of category DP-DMD read the "
         "schedule from the file."
     ]
-    if facts.header.family in _COMFYUI_FAMILIES:
-        words.append(_stock_nodes(facts.header))
+    if family in _COMFYUI_FAMILIES:
+        notes.append(_stock_nodes(facts.header))
     else:
-        words.append(f"Stock ComfyUI was not tried with the family {facts.header.family}.")
-    if facts.header.max_sequence_length and facts.header.max_sequence_length > _CLIP_TOKENS:
-        length = facts.header.max_sequence_length
-        words.append(f"Pad T5 as in training: `T5TokenizerOptions` with `min_length={length}`.")
-    return "### ComfyUI\n\n" + " ".join(words)
+        notes.append(f"Stock ComfyUI was not tested with the family {family}.")
+    if length and length > _CLIP_TOKENS:
+        notes.append(f"Pad T5 as in training: `T5TokenizerOptions` with `min_length={length}`.")
+    return "### ComfyUI\n\n" + " ".join(notes)
 
 
 def _stock_nodes(header: StudentHeader) -> str:
-    """Which stock scheduler has the trained levels, if one has."""
-    steps = header.num_steps
+    """Settings of ComfyUI's own nodes that give the trained levels."""
     if header.sampler == "renoise":
-        return "Stock samplers do not re-noise in a way that a seed repeats on every version: use the DP-DMD nodes."
+        return (
+            "Use the DP-DMD nodes. With stock samplers that re-noise, the pictures of a seed depend on the version of "
+            "ComfyUI."
+        )
     scheduler = _stock_scheduler(header)
     if scheduler is None:
-        return "No stock scheduler has the trained levels: use the DP-DMD nodes, or give the sigmas below by hand."
-    patch = header.prediction == "flow" and header.shift != _COMFYUI_SHIFT
-    before = f"`ModelSamplingSD3` with `shift={header.shift}`, then " if patch else ""
-    return f"With stock nodes: {before}`KSampler` with `euler`, `{scheduler}`, {steps} steps and cfg 1.0."
+        return "Use the DP-DMD nodes, or enter the sigmas below: no stock scheduler has the trained levels."
+    patched = header.prediction == "flow" and header.shift != _COMFYUI_SHIFT
+    patch = f"`ModelSamplingSD3` with `shift={header.shift}`, then " if patched else ""
+    return f"With stock nodes: {patch}`KSampler` with `euler`, `{scheduler}`, {header.num_steps} steps and cfg 1.0."
 
 
 def _stock_scheduler(header: StudentHeader) -> str | None:
+    """ComfyUI's name of the scheduler with the trained levels; None if there is none."""
     if header.prediction != "flow":
-        trailing = [round(1000 * left / header.num_steps) - 1 for left in range(header.num_steps, 0, -1)]
+        trailing = [round(1000 * count / header.num_steps) - 1 for count in range(header.num_steps, 0, -1)]
         return "simple" if header.timesteps == trailing else None
     for grid, name in (("diffusers", "normal"), ("shifted", "simple")):
         if header.shift:
@@ -223,7 +231,7 @@ def _use_here(facts: CardFacts) -> str:
     teacher = "" if form == "diffusers" else ', teacher="path/to/teacher"'
     call = f'images = sample("{facts.files[form]}", ["a prompt", "another"], seeds=[0, 1]{teacher})'
     code = "\n".join(["```python", "from dpdmd_pipeline import sample", "", f"{call}  # [B, 3, H, W] in [0, 1]", "```"])
-    return "\n\n".join(["### dpdmd_pipeline", code, "Every file tells its own schedule."])
+    return "\n\n".join(["### dpdmd_pipeline", code, "Every file has its own schedule."])
 
 
 # ---- facts
@@ -231,9 +239,11 @@ def _use_here(facts: CardFacts) -> str:
 
 def _schedule(header: StudentHeader) -> str:
     sampler = {"flow": "Euler, deterministic", "eps": "DDIM with eta 0", "v": "DDIM with eta 0"}[header.prediction]
+    if header.sampler == "renoise":
+        sampler = "re-noise: each prediction gets fresh noise of the next level"
     rows = {
         "steps": header.num_steps,
-        "sampler": sampler if header.sampler == "euler" else "re-noise: each prediction is noised to the next level",
+        "sampler": sampler,
         "prediction": header.prediction,
         "sigmas": header.sigmas and ", ".join(f"{sigma:.6g}" for sigma in header.sigmas),
         "timesteps": header.timesteps and ", ".join(map(str, header.timesteps)),
@@ -247,25 +257,27 @@ def _schedule(header: StudentHeader) -> str:
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    """Every figure with its interval: a row per measure, a column per model."""
-    names = {"teacher": "teacher", "dmd": "DMD", "dp_dmd": "DP-DMD (this)"}
-    models = [model for model in names if model in metrics]
-    rows = [["evaluations per picture", *(str(metrics[model].get("nfe", "")) for model in models)]]
+    """Table of all figures with their intervals: a row per measure, a column per model."""
+    titles = {"teacher": "teacher", "dmd": "DMD", "dp_dmd": "DP-DMD (this)"}
+    models = {title: metrics[model] for model, title in titles.items() if model in metrics}
+    rows = [["evaluations per picture", *(str(model.get("nfe", "")) for model in models.values())]]
     for group in ("quality", "diversity", "figures"):
-        found = [metrics[model].get(group, {}) for model in models]
-        for measure in dict.fromkeys(name for of_model in found for name in of_model):
+        columns = [model.get(group, {}) for model in models.values()]
+        for measure in dict.fromkeys(name for column in columns for name in column):
             name = f"`{measure}`" if group == "figures" else measure.replace("_", " ")
-            rows.append([name, *(_interval(of_model.get(measure)) for of_model in found)])
-    parts = [_table(["", *(names[model] for model in models)], rows)]
-    if counts := metrics[models[0]].get("n", {}):
-        parts.append(f"{counts['prompts']} prompts, {counts['per_prompt']} pictures each; in brackets 95 % intervals.")
-    if missing := sorted({name for model in models for name in metrics[model].get("missing", {})}):
-        parts.append(f"Asked for and not measured: {', '.join(f'`{name}`' for name in missing)}.")
-    return "\n\n".join(parts)
+            rows.append([name, *(_interval(column.get(measure)) for column in columns)])
+    paragraphs = [_table(["", *models], rows)]
+    if counts := next(iter(models.values())).get("n", {}):
+        paragraphs.append(
+            f"{counts['prompts']} prompts, {counts['per_prompt']} pictures each; 95 % intervals in brackets."
+        )
+    if missing := sorted({name for model in models.values() for name in model.get("missing", {})}):
+        paragraphs.append(f"Requested but not measured: {', '.join(f'`{name}`' for name in missing)}.")
+    return "\n\n".join(paragraphs)
 
 
 def _interval(figure: Mapping[str, float | None] | None) -> str:
-    """Empty for what was not measured; one prompt alone has no interval."""
+    """Value and interval; empty without a measurement. A single prompt has no interval."""
     if figure is None or figure["value"] is None:
         return ""
     spread = "" if figure["low"] is None else f" [{figure['low']:.4g}, {figure['high']:.4g}]"

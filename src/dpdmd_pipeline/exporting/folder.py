@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.base import static_shift
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.exporting.card import FORMS, CardFacts, DiffusersUse, Licence, write_card
 from dpdmd_pipeline.exporting.formats import (
     About,
@@ -24,38 +25,37 @@ from dpdmd_pipeline.exporting.formats import (
     write_diffusers,
     write_lora,
 )
-from dpdmd_pipeline.exporting.schedulers import static_shift
 
 
 def read_student(student: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
-    """A trained student, with what a file that is moved alone must tell besides the levels.
+    """Load a trained student and add to its header the facts that an exported file needs on its own.
 
     Args:
         student, teacher, family: as in `load_student`.
-        resolution: it was trained at, in pixels.
-        max_sequence_length: of T5, it was trained with.
+        resolution: of training, in pixels.
+        max_sequence_length: of T5 in training.
     """
-    found = load_student(student, teacher, family)
+    loaded = load_student(student, teacher, family)
     facts = {"resolution": resolution, "max_sequence_length": max_sequence_length}
-    if found.header.prediction == "flow" and found.header.shift is None:  # older students do not tell it
-        facts["shift"] = static_shift(teacher_scheduler(teacher))
-    return replace(found, header=replace(found.header, **facts))
+    if loaded.header.prediction == "flow" and loaded.header.shift is None:  # students of older versions
+        facts["shift"] = float(static_shift(teacher_scheduler(teacher), teacher))
+    return replace(loaded, header=replace(loaded.header, **facts))
 
 
 @dataclass(frozen=True)
 class Export:
-    """Everything that decides an export.
+    """Everything that an export depends on.
 
     Attributes:
         student: with its weights.
         teacher: its diffusers pipeline directory.
-        title: of the model; files are called so.
-        formats: forms asked for; see `FORMS`.
-        dtype: of the weights, as torch names it.
-        license, license_name, license_link: as a hub's front matter has them; None if it is not known.
-        base_model: hub id of the teacher; None if it is not known: the card then says its folder's name.
+        title: of the model, and name of its files.
+        formats: requested forms; see `FORMS`.
+        dtype: of the weights, a name in torch.
+        license, license_name, license_link: as in a hub's front matter; None if unknown.
+        base_model: hub id of the teacher; None if unknown: the card then has the name of its folder.
         options: option group to its options, for the card.
-        metrics: of this student, as the evaluate stage writes them, for the card; {} if it was not measured.
+        metrics: of this student, as the evaluate stage writes them, for the card; {} without measurements.
     """
 
     student: Student
@@ -72,24 +72,24 @@ class Export:
 
     @property
     def files(self) -> dict[str, str]:
-        """Form to its path below the folder, of those that are written."""
-        places = {"diffusers": "diffusers", **{form: f"{form}/{self.title}.safetensors" for form in FORMS[1:]}}
-        return {form: places[form] for form in FORMS if form in self.formats and form not in self.left_out}
+        """Path below the folder of every form that is written."""
+        paths = {"diffusers": "diffusers", **{form: f"{form}/{self.title}.safetensors" for form in FORMS[1:]}}
+        return {form: paths[form] for form in FORMS if form in self.formats and form not in self.left_out}
 
     @property
     def left_out(self) -> list[str]:
-        """Forms asked for that the student has not."""
+        """Requested forms that this student cannot have."""
         return ["lora"] if "lora" in self.formats and self.student.adapter is None else []
 
     def write(self, folder: Path) -> None:
-        """Write all of it into an empty folder.
+        """Write all forms, an index and the model card into an empty folder.
 
         Raises:
-            ValueError: if nothing is left to write, or weights are not finite in the dtype.
+            ValueError: if there is no form to write, or weights are not finite in the dtype.
             OSError: if a file of the teacher is missing.
         """
         if not self.files:
-            raise ValueError("export.formats=['lora'], but the student is of kind full: ask for diffusers or comfyui")
+            raise ValueError("export.formats=['lora'], but the student is of kind full: add diffusers or comfyui")
         about = About(self.title, self.license_name or self.license, getattr(torch, self.dtype))
         if "diffusers" in self.files:
             write_diffusers(folder / self.files["diffusers"], self.student, self.teacher, about)
@@ -97,7 +97,7 @@ class Export:
             write_comfyui(folder / self.files["comfyui"], self.student, about)
         if "lora" in self.files:
             write_lora(folder / self.files["lora"], self.student, component(self.teacher), about)
-        # a model folder has a config.json; this one says what lies in it
+        # a model folder has a config.json; this one is an index of the forms
         index = {"title": self.title, "dtype": self.dtype, "files": self.files, **self.student.header.metadata()}
         (folder / "config.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(write_card(self._facts()), encoding="utf-8")
@@ -118,7 +118,7 @@ class Export:
 
 
 def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
-    """What diffusers must be told, from the signatures of the teacher's own pipeline and of the scheduler."""
+    """Arguments for diffusers, from the signatures of the teacher's pipeline and of the scheduler."""
     import diffusers
 
     index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
         "height": header.resolution,
         "width": header.resolution,
         "max_sequence_length": header.max_sequence_length,
-        "use_resolution_binning": False,  # SANA's would draw at another size and scale the picture
+        "use_resolution_binning": False,  # SANA's draws at another size and scales the picture
     }
     return DiffusersUse(
         load=dict.fromkeys(sorted(absent - set(pipeline._optional_components))),
@@ -143,6 +143,6 @@ def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
 
 
 def _settings(scheduler: Any) -> dict[str, Any]:
-    """Of a scheduler's config, what is not its class's default."""
+    """Values of a scheduler's config that are not its class's defaults."""
     defaults = {name: value.default for name, value in inspect.signature(type(scheduler)).parameters.items()}
     return {name: value for name, value in scheduler.config.items() if name in defaults and value != defaults[name]}

@@ -13,36 +13,26 @@ import torch
 from torch import Tensor
 
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
-from dpdmd_pipeline.backbones.student_file import (
-    COMPONENTS,
-    WEIGHTS,
-    StudentHeader,
-    check_family,
-    check_keys,
-    load_header,
-    load_lora,
-    load_tensors,
-    network_files,
-    save_weights,
-    stored_shapes,
-    weight_file,
-)
+from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, network_files
+from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.tensor_files import load_tensors, refuse_pickles, save_weights, stored_shapes
 from dpdmd_pipeline.exporting.schedulers import TrainedSchedule, trained_schedule
 
 _COPIED = {".json", ".model", ".safetensors", ".txt"}
-# as ModelSpec and the trainers that write it name them
+# names of the ModelSpec convention and of the trainers that write it
 _ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}
 _MODELSPEC_PREDICTION = {"eps": "epsilon", "v": "v"}
 
 
 @dataclass(frozen=True)
 class Student:
-    """A student beside its teacher, ready to be written.
+    """A student that fits its teacher, ready to be written.
 
     Attributes:
         header: how it is sampled.
-        weights: of the whole network, a LoRA already added.
-        adapter: the LoRA itself, in peft's spelling; None of a full student.
+        weights: of the whole network; a LoRA is already added.
+        adapter: the LoRA itself, with peft's keys; None for a full student.
     """
 
     header: StudentHeader
@@ -50,19 +40,19 @@ class Student:
     adapter: dict[str, Tensor] | None
 
 
-def load_student(place: Path, teacher: Path, family: str) -> Student:
-    """Read a trained student and hold it against its teacher.
+def load_student(folder: Path, teacher: Path, family: str) -> Student:
+    """Load a trained student and hold it against its teacher.
 
     Args:
-        place: the folder that training wrote.
+        folder: written by training.
         teacher: diffusers pipeline directory of the teacher.
         family: of the teacher.
 
     Raises:
-        ValueError: if it is of another family, or its keys or shapes are not the network's.
-        OSError: if a file is missing or torn.
+        ValueError: if it is of another family, or its keys or shapes differ from the network's.
+        OSError: if a file is missing or incomplete.
     """
-    path, header = weight_file(place), load_header(place)
+    path, header = weight_file(folder), load_header(folder)
     check_family(path, header, family)
     network = network_files(teacher / component(teacher))
     if header.kind == "full":
@@ -75,10 +65,10 @@ def load_student(place: Path, teacher: Path, family: str) -> Student:
 
 
 def component(pipeline: Path) -> str:
-    """What the denoising network is called in a pipeline's folder.
+    """Name of the denoising network in a pipeline's folder.
 
     Raises:
-        OSError: if the folder is no diffusers pipeline.
+        OSError: if the folder is not a diffusers pipeline.
         ValueError: if it has no denoising network.
     """
     index = _model_index(pipeline)
@@ -86,17 +76,17 @@ def component(pipeline: Path) -> str:
         if name in index:
             return name
     raise ValueError(
-        f"{pipeline / 'model_index.json'} names no {' and no '.join(COMPONENTS)}: give a text-to-image one"
+        f"{pipeline / 'model_index.json'} names no {' or '.join(COMPONENTS)}: give a text-to-image pipeline"
     )
 
 
 @dataclass(frozen=True)
 class About:
-    """What every weight file of an export has in common.
+    """Facts that every weight file of an export shares.
 
     Attributes:
         title: of the model.
-        licence: of its weights; None if it is not known.
+        licence: of its weights; None if it is unknown.
         dtype: of its weights.
     """
 
@@ -106,9 +96,9 @@ class About:
 
 
 def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
-    """Metadata that other programs show (the ModelSpec convention of Stability AI)."""
+    """Metadata that other programs display (the ModelSpec convention of Stability AI)."""
     architecture = _ARCHITECTURES.get(header.family, header.family)
-    found = {
+    fields = {
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture}/lora" if header.kind == "lora" else architecture,
         "implementation": "diffusers",
@@ -117,11 +107,11 @@ def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
         "prediction_type": _MODELSPEC_PREDICTION.get(header.prediction),
         "resolution": header.resolution and f"{header.resolution}x{header.resolution}",
     }
-    return {f"modelspec.{key}": value for key, value in found.items() if value}
+    return {f"modelspec.{key}": value for key, value in fields.items() if value}
 
 
 def schedule_of(header: StudentHeader, teacher: Path) -> TrainedSchedule:
-    """The diffusers scheduler with the student's levels, over its teacher's noise table."""
+    """The diffusers scheduler with the student's levels and its teacher's noise table."""
     return trained_schedule(header, teacher_scheduler(teacher))
 
 
@@ -137,9 +127,9 @@ def write_diffusers(folder: Path, student: Student, teacher: Path, about: About)
     """Write a whole pipeline: the teacher's, with the student's network and schedule.
 
     Args:
-        folder: is made.
-        student: its LoRA, if it is one, is already in its weights.
-        teacher: diffusers pipeline directory; its other parts are copied as they are.
+        folder: must not exist.
+        student: a LoRA is already in its weights.
+        teacher: diffusers pipeline directory; its other components are copied unchanged.
         about: title, licence and precision.
     """
     network, index = component(teacher), _model_index(teacher)
@@ -157,9 +147,9 @@ def write_diffusers(folder: Path, student: Student, teacher: Path, about: About)
 
 
 def write_comfyui(path: Path, student: Student, about: About) -> None:
-    """Write one file with diffusers' own keys, which ComfyUI loads from `models/diffusion_models` as it is.
+    """Write one file with diffusers' own keys, which ComfyUI loads from `models/diffusion_models`.
 
-    A prefix, such as ``transformer.``, would make its loader fail.
+    A prefix such as ``transformer.`` would make ComfyUI's loader fail.
     """
     _save(path, student.weights, _as_full(student.header), about)
 
@@ -170,7 +160,7 @@ def write_lora(path: Path, student: Student, network: str, about: About) -> None
     Args:
         path: of the file.
         student: a LoRA.
-        network: ``transformer`` (prefix, and the scale in B) or ``unet`` (kohya's spelling, alpha beside).
+        network: ``transformer`` (prefix, and the scale in B) or ``unet`` (kohya's keys, with alpha).
         about: title, licence and precision.
     """
     header = student.header
@@ -183,13 +173,13 @@ def write_lora(path: Path, student: Student, network: str, about: About) -> None
 
 
 def _as_full(header: StudentHeader) -> StudentHeader:
-    """Of weights that a LoRA was added to."""
+    """Header of weights after a LoRA was added to them."""
     return replace(header, kind="full", lora_rank=None, lora_alpha=None)
 
 
 def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, about: About) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # kohya's alphas are numbers, not weights: half precision would change the scale
+    # kohya's alphas are scalars: half precision would change the scale
     cast = {name: value if name.endswith(".alpha") else value.to(about.dtype) for name, value in weights.items()}
     save_weights(path, cast, header.metadata() | modelspec(header, about))
 
@@ -198,7 +188,7 @@ def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, abou
 
 
 def hub_id(teacher: Path) -> str | None:
-    """The id on the hub of a teacher in the hub's cache, models--<owner>--<name>/snapshots/<commit>; else None."""
+    """Hub id of a teacher in the hub's cache, models--<owner>--<name>/snapshots/<commit>; None for other folders."""
     if teacher.parent.name != "snapshots":
         return None
     kind, *owner_and_name = teacher.parent.parent.name.split("--")
@@ -206,26 +196,25 @@ def hub_id(teacher: Path) -> str | None:
 
 
 def _copy_component(source: Path, target: Path) -> None:
-    """Copy one part of a pipeline without its pickles.
+    """Copy one component of a pipeline without its pickles.
 
     Raises:
-        ValueError: if its weights are there as a pickle alone.
+        ValueError: if its weights are pickles only.
     """
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    pickles = [path for path in files if path.suffix in (".bin", ".ckpt", ".pt")]
-    if pickles and not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(f"{pickles[0]} is a pickle, no safetensors beside it: save the teacher as safetensors")
+    if not any(path.suffix == ".safetensors" for path in files):
+        refuse_pickles(files)
     for path in files:
         if path.suffix in _COPIED:
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, place)
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _model_index(pipeline: Path) -> dict[str, Any]:
     path = Path(pipeline) / "model_index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; give the folder of a diffusers pipeline")
+        raise FileNotFoundError(f"{path} does not exist: give the folder of a diffusers pipeline")
     return _json(path)
 
 
@@ -234,5 +223,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path of this machine
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Stock diffusers schedulers whose `set_timesteps(N)` gives exactly the levels that a student was trained at."""
+"""Stock diffusers schedulers that give exactly the levels that a student was trained at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader
+from dpdmd_pipeline.backbones.base import static_shift
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -27,11 +28,11 @@ _DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 
 @dataclass(frozen=True)
 class TrainedSchedule:
-    """A scheduler, and what a pipeline must be told besides the number of steps.
+    """A scheduler, and further arguments of the pipeline's call.
 
     Attributes:
         scheduler: of a stock class.
-        arguments: of the pipeline's call: {} if `num_inference_steps` is enough, else the levels themselves.
+        arguments: {} if `num_inference_steps` is enough, else the levels themselves.
     """
 
     scheduler: SchedulerMixin
@@ -39,7 +40,7 @@ class TrainedSchedule:
 
 
 def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
-    """The scheduler of an exported pipeline.
+    """Find the scheduler of an exported pipeline.
 
     Args:
         header: of the student.
@@ -54,36 +55,22 @@ def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> T
 
 
 def _flow_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
-    """Euler with the first of the candidate shifts that gives the levels; else with levels given by the caller."""
+    """Euler with the first candidate shift that gives the levels; if none does, the caller passes the levels."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     trained = torch.tensor(header.sigmas)
     fixed = {"stochastic_sampling": header.sampler == "renoise"}
-    for shift, shift_terminal in _shifts(header.sigmas, static_shift(teacher_config)):
+    for shift, shift_terminal in _shifts(header.sigmas, float(static_shift(teacher_config))):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal, **fixed)
         scheduler.set_timesteps(header.num_steps)
         if (scheduler.sigmas - trained).abs().max() <= _ROUNDING:
             return TrainedSchedule(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {})
-    # shift 1: the levels that the caller gives are taken as they are
+    # shift 1 leaves the caller's levels unchanged
     return TrainedSchedule(FlowMatchEulerDiscreteScheduler(shift=1.0, **fixed), {"sigmas": header.sigmas[:-1]})
 
 
-def static_shift(teacher_config: dict[str, Any]) -> float:
-    """The shift of a flow model's own scheduler, by either of the names that diffusers has for it.
-
-    Raises:
-        ValueError: if there is none, or it changes with the resolution.
-    """
-    shift = teacher_config.get("shift", teacher_config.get("flow_shift"))
-    if teacher_config.get("use_dynamic_shifting") or shift is None:
-        raise ValueError(
-            "the teacher's scheduler has no static shift: fixed levels cannot be exported for its pipeline"
-        )
-    return float(shift)
-
-
 def _shifts(sigmas: list[float], teacher_shift: float) -> Iterator[tuple[float, float | None]]:
-    """Pairs (shift, shift_terminal) to try: the teacher's own, then the one that fits second and last level."""
+    """Pairs (shift, shift_terminal) to try: the teacher's, none, then those that fit the second and last level."""
     yield teacher_shift, None
     yield 1.0, None
     last = sigmas[-2]
@@ -94,11 +81,11 @@ def _shifts(sigmas: list[float], teacher_shift: float) -> Iterator[tuple[float, 
 
 
 def _fitted_shift(ratio: float, num_steps: int) -> float:
-    """The shift at which 1 - sigma after the first step is `ratio` of that at the last level; by bisection.
+    """Find, by bisection, the shift at which (1 - second level) / (1 - last level) is `ratio`.
 
     FlowMatchEulerDiscreteScheduler shifts N even levels from 1 to its own (shifted) end point and stretches the
-    result to `shift_terminal`, which leaves this ratio alone. The ratio falls as the shift grows. All grids
-    that were shifted once, as linspace(1, 1/N, N) at shift 3, are of this form.
+    result to `shift_terminal`, which preserves this ratio. The ratio falls as the shift grows. All grids that were
+    shifted once have this form, for example linspace(1, 1/N, N) at shift 3.
     """
     low, high = 1e-3, 1e3
     for _ in range(200):
@@ -120,7 +107,7 @@ def _shift(sigma: float, shift: float) -> float:
 
 
 def _vp_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
-    """Trailing spacing where that gives the timesteps; else with timesteps given by the caller."""
+    """A scheduler with trailing spacing if it gives the timesteps; if not, the caller passes the timesteps."""
     make = _deterministic if header.sampler == "euler" else _renoising
     table = {key: teacher_config[key] for key in _VP_TABLE if key in teacher_config}
     scheduler = make(header, table | {"prediction_type": _DIFFUSERS_PREDICTION[header.prediction]})
@@ -130,8 +117,10 @@ def _vp_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> Train
 
 
 def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMixin:
-    """DDIM with eta 0. diffusers' own supposes evenly spaced timesteps: for others, DPM-Solver++ of order 1, which
-    is the same step between any two levels and also starts from unit variance.
+    """DDIM with eta 0, or DPM-Solver++ of order 1 for uneven timesteps.
+
+    DDIMScheduler assumes evenly spaced timesteps. DPM-Solver++ of order 1 is the same step between any two levels and
+    also starts from unit variance.
 
     Raises:
         ValueError: if no stock scheduler makes these steps exactly.
@@ -139,14 +128,14 @@ def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMix
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
     stride = table["num_train_timesteps"] // header.num_steps
-    landings = [*header.timesteps[1:], None]
-    pairs = zip(header.timesteps, landings, strict=True)
+    ends = [*header.timesteps[1:], None]
+    pairs = zip(header.timesteps, ends, strict=True)
     if all((start - stride if start >= stride else None) == end for start, end in pairs):
         return DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, **table)
-    if table.get("rescale_betas_zero_snr"):  # DPM-Solver cannot start at alpha 0 and takes a small one instead
+    if table.get("rescale_betas_zero_snr"):  # DPM-Solver replaces alpha 0 by a small one
         raise ValueError(
-            f"timesteps {header.timesteps} of a zero-terminal-SNR model: diffusers has no scheduler that is exact at "
-            "uneven timesteps there; train on the grid trailing, or export comfyui alone"
+            f"timesteps {header.timesteps} of a zero-terminal-SNR model (rescale_betas_zero_snr): no scheduler of "
+            "diffusers is exact at uneven timesteps; train on the grid trailing, or export comfyui alone"
         )
     return DPMSolverMultistepScheduler(
         solver_order=1, algorithm_type="dpmsolver++", timestep_spacing="trailing", final_sigmas_type="zero", **table
@@ -154,7 +143,7 @@ def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMix
 
 
 def _renoising(header: StudentHeader, table: dict[str, Any]) -> SchedulerMixin:
-    """LCMScheduler as a plain re-noising sampler: its skip connection, which is of consistency models, scaled away."""
+    """LCMScheduler as a plain re-noising sampler: a large scaling removes the skip connection of consistency models."""
     from diffusers import LCMScheduler
 
     return LCMScheduler(original_inference_steps=header.num_steps, timestep_scaling=1e6, clip_sample=False, **table)

@@ -1,1 +1,1 @@
-"""The embedded world: captioned pictures whose truth is known exactly."""
+"""The embedded world: captioned pictures with exact ground truth."""

@@ -1,7 +1,7 @@
 """A tiny CLIP of the embedded world: open_clip's real classes, small, with a vocabulary of the world's words.
 
-It lets the CLIP path (score and diversity) run offline; the exact reader stays the judge. Captions for it say
-everything that is in a picture, unlike the prompts: a CLIP that never heard of positions could not tell them apart.
+With it the CLIP path (score and diversity) runs offline; the exact reader stays the judge. Its captions describe all
+attributes of a picture, unlike the prompts: a CLIP without words for positions could not distinguish them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 16
 _ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-# What the free attributes are called, in the order of their indices.
+# Words for the free attributes, in the order of their indices.
 FREE_WORDS = {
     "position": tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS),
     "radius": ("small", "large"),
@@ -42,12 +42,12 @@ def full_captions() -> list[str]:
 
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; what it does not know is one unknown word."""
+    """Make a tokenizer with one token per word; any other word is the unknown token."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = sorted({word for text in [*captions(), *full_captions()] for word in text.split()})
-    vocabulary = [_PAD, _UNKNOWN, *words, _END]  # the end last: open_clip pools where the id is highest
+    vocabulary = [_PAD, _UNKNOWN, *words, _END]  # end last: open_clip pools at the highest id
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, _UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -64,10 +64,10 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(vocab_size: int) -> dict[str, Any]:
-    """What open_clip builds the model and its preprocessing from."""
+    """Config from which open_clip builds the model and its preprocessing."""
     vision = {"image_size": RESOLUTION, "patch_size": 8, "width": 96, "layers": 2, "head_width": 32, "mlp_ratio": 2.0}
     text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": 64, "heads": 2, "layers": 1}
-    text["hf_tokenizer_name"] = "tokenizer.json"  # any name: open_clip takes the one in the same folder
+    text["hf_tokenizer_name"] = "tokenizer.json"  # any name works: open_clip uses the tokenizer in the same folder
     return {
         "model_cfg": {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text},
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
@@ -75,7 +75,7 @@ def model_config(vocab_size: int) -> dict[str, Any]:
 
 
 def make_clip(folder: Path, seed: int) -> CLIP:
-    """An untrained model; its configuration and tokenizer are written to the folder, its weights are not."""
+    """Make an untrained model, and write its config and tokenizer, but not its weights, to the folder."""
     import open_clip
 
     tokenizer = make_word_tokenizer()
@@ -88,9 +88,8 @@ def make_clip(folder: Path, seed: int) -> CLIP:
 
 
 def save_clip(model: CLIP, folder: Path) -> None:
-    """Add the weights to a folder that `make_clip` has begun."""
+    """Write the weights to the folder of `make_clip`."""
     from safetensors.torch import save_file
 
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
-    )
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "open_clip_model.safetensors")

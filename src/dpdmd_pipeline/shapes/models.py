@@ -1,8 +1,8 @@
 """The tiny diffusers components of the embedded teachers: the real classes, small.
 
-There are two: an SD3 pipeline (flow matching) and an SDXL pipeline (diffusion). The SD3 transformer keeps
-in_channels 16, head size 64 and as many layers as heads: the sizes from which ComfyUI recognises an SD3
-network. diffusers and transformers are imported on use.
+There are two pipelines: SD3 (flow matching) and SDXL (diffusion). The SD3 transformer has in_channels 16, head size 64
+and as many layers as heads, because ComfyUI recognises an SD3 network by these sizes. diffusers and transformers are
+imported on use.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _TIME_ID_WIDTH = 8  # each of SDXL's six numbers of size and crop
 
 
 def make_tokenizer(max_length: int) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer with a merge path for every word of the world's captions.
+    """Make a byte-level BPE tokenizer in which every word of the world's captions is one token.
 
-    It is a complete CLIP tokenizer: words it does not know fall apart into bytes, never into nothing.
+    It is a complete CLIP tokenizer: other words become bytes, and no byte is lost.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -52,7 +52,7 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
             if pair not in merges:
                 merges.append(pair)
                 vocabulary.append(pieces[0])
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # end last: CLIP pools where the id is highest
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # end last: CLIP pools at the highest id
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(dict.fromkeys(vocabulary))},
         merges=merges,
@@ -61,14 +61,14 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """A two-layer CLIP text model with random weights, its pooled embedding projected."""
+    """Make a two-layer CLIP text model with random weights and a projected pooled embedding."""
     from transformers import CLIPTextModelWithProjection
 
     return CLIPTextModelWithProjection(_text_config(tokenizer))
 
 
 def make_plain_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The same without the projection: SDXL's first text encoder."""
+    """Make a two-layer CLIP text model without the projection: SDXL's first text encoder."""
     from transformers import CLIPTextModel
 
     return CLIPTextModel(_text_config(tokenizer))
@@ -92,17 +92,17 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def make_vae() -> AutoencoderKL:
-    """An SD3-style autoencoder, 32x32x3 to 8x8x16, with random weights."""
+    """Make an SD3-style autoencoder, 32x32x3 to 8x8x16, with random weights."""
     return _make_autoencoder(
         LATENT_CHANNELS,
-        shift_factor=0.0,  # until the trained latents are measured
+        shift_factor=0.0,  # set after training, from the trained latents
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
 
 
 def make_sdxl_vae() -> AutoencoderKL:
-    """An SDXL-style autoencoder, 32x32x3 to 8x8x4, with random weights: its latents are scaled, not shifted."""
+    """Make an SDXL-style autoencoder, 32x32x3 to 8x8x4, with random weights; its latents are scaled, not shifted."""
     return _make_autoencoder(SDXL_LATENT_CHANNELS)
 
 
@@ -123,7 +123,7 @@ def _make_autoencoder(latent_channels: int, **style: Any) -> AutoencoderKL:
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """A three-layer SD3 transformer (3.8 M parameters) with random weights."""
+    """Make a three-layer SD3 transformer (3.8 M parameters) with random weights."""
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -143,7 +143,10 @@ def make_transformer() -> SD3Transformer2DModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A two-level SDXL UNet (4 M parameters) with random weights: no attention at 8x8, as in SDXL's own first level."""
+    """Make a two-level SDXL UNet (4 M parameters) with random weights.
+
+    It has no attention at 8x8, like the first level of SDXL.
+    """
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -172,7 +175,7 @@ def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
 
 
 def make_diffusion_scheduler() -> DDIMScheduler:
-    """DDIM over SDXL's noise levels, with the trailing timesteps that start at full noise and a clean end."""
+    """DDIM on SDXL's noise levels, with trailing timesteps: they start at full noise, and the end is clean."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -186,11 +189,11 @@ def make_diffusion_scheduler() -> DDIMScheduler:
 
 
 def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusion3Pipeline:
-    """An untrained StableDiffusion3Pipeline of the tiny parts, without a T5 encoder.
+    """Make an untrained StableDiffusion3Pipeline of the tiny components, without a T5 encoder.
 
     Args:
         max_length: tokens per prompt, start and end included.
-        shift: of the flow-matching schedule; 1 spends the steps where small pictures decide.
+        shift: of the flow-matching schedule; 1 puts the steps at the levels that matter for small pictures.
         seed: of the initial weights.
     """
     from diffusers import StableDiffusion3Pipeline
@@ -212,7 +215,7 @@ def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusio
 
 
 def make_sdxl_pipeline(*, max_length: int, seed: int) -> StableDiffusionXLPipeline:
-    """An untrained StableDiffusionXLPipeline of the tiny parts; its unconditional embeddings are zeros.
+    """Make an untrained StableDiffusionXLPipeline of the tiny components; its unconditional embeddings are zeros.
 
     Args:
         max_length: tokens per prompt, start and end included.

@@ -1,8 +1,8 @@
-"""Draws every legal picture of the embedded world, and says what is in it.
+"""Draw every legal picture of the embedded world, with its attributes and captions.
 
-A prompt fixes colour and shape; position, radius and background are *free*: the prompt says nothing
-about them, so a faithful model draws all their combinations and a collapsed one draws a few. All
-attributes are discrete, so the world is finite: 12 prompts x 72 modes = 864 legal pictures.
+A prompt determines colour and shape. Position, radius and background are *free*: the prompt does not mention them, so
+that a faithful model draws all their combinations and a collapsed one only a few. All attributes are discrete, so that
+the world is finite: 12 prompts x 72 modes = 864 legal pictures.
 """
 
 import itertools
@@ -33,7 +33,7 @@ BACKGROUNDS = {
     "purple": (0.47, 0.17, 0.55),
 }
 
-# The first is the canonical caption; all say the same.
+# The first is the canonical caption; all have the same meaning.
 CAPTION_TEMPLATES = (
     "a {colour} {shape}",
     "{colour} {shape}",
@@ -44,7 +44,7 @@ CAPTION_TEMPLATES = (
 
 
 class Attributes(NamedTuple):
-    """What is in a picture: indices into COLOURS, SHAPES, POSITIONS, RADII and BACKGROUNDS."""
+    """Contents of a picture: indices into COLOURS, SHAPES, POSITIONS, RADII and BACKGROUNDS."""
 
     colour: int
     shape: int
@@ -68,7 +68,7 @@ LEGAL = tuple(
 
 
 def caption(prompt_index: int, template: str = CAPTION_TEMPLATES[0]) -> str:
-    """The caption of prompt 0..NUM_PROMPTS-1, as in "a red circle"."""
+    """The caption of prompt 0..NUM_PROMPTS-1, such as "a red circle"."""
     colour, shape = divmod(prompt_index, len(SHAPES))
     return template.format(colour=list(COLOURS)[colour], shape=SHAPES[shape])
 
@@ -79,7 +79,7 @@ def captions() -> list[str]:
 
 
 def prompt_index(prompt: str) -> int:
-    """Which of the world's prompts a text means.
+    """Index of the world's prompt with the meaning of a text.
 
     Raises:
         ValueError: unless the text names exactly one colour and one shape of the world.
@@ -102,7 +102,7 @@ def _shape_mask(shape: str, centre: tuple[float, float], radius: float) -> Tenso
     if shape == "circle":
         inside = rows**2 + columns**2 < radius**2
     elif shape == "square":
-        side = 0.88 * radius  # nearly the circle's area, so that size says nothing about shape
+        side = 0.88 * radius  # nearly the circle's area, so that size does not reveal the shape
         inside = (rows.abs() < side) & (columns.abs() < side)
     else:
         height = rows + radius  # apex at the top, base `radius * 0.85` below the centre

@@ -8,7 +8,8 @@ import torch
 from kedro.io import DatasetError
 from tests.pipelines.conftest import PROMPTS, TWO, backbone_options, cached, contents, evaluate_options
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.evaluate.nodes import draw_grids, judged_prompts
 from dpdmd_pipeline.pipelines.evaluate.sampling import image_seeds, sample_images, sample_model
 

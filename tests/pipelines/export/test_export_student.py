@@ -1,4 +1,4 @@
-"""The export stage on a tiny student: options, and what they give."""
+"""The export stage on a tiny student: its options and their effect on files, card and log."""
 
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
 
-from dpdmd_pipeline.backbones.student_file import StudentHeader, load_metadata, save_student
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.tensor_files import load_metadata
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
-from dpdmd_pipeline.hooks import _missing_inputs
+from dpdmd_pipeline.exporting.card import MEASURE
 from dpdmd_pipeline.pipelines.export import create_pipeline
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -53,16 +55,16 @@ def test_the_catalog_gets_a_folder_with_every_form_that_the_student_has(student,
     write = export_student(student, tiny_teacher, {}, train_options(), backbone_options(), ExportOptions(**OPTIONS))
     dataset = ModelFolderDataset(filepath=str(tmp_path / "export"))
     dataset.save(write)
-    found = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
-    assert {"README.md", "config.json", "comfyui/tiny-student.safetensors", "diffusers/model_index.json"} <= found
-    assert not any(path.startswith("lora") for path in found)
+    files = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
+    assert {"README.md", "config.json", "comfyui/tiny-student.safetensors", "diffusers/model_index.json"} <= files
+    assert not any(path.startswith("lora") for path in files)
 
 
 def measured(model):
     """Metrics of one model, as the evaluate stage writes them."""
     figure = {"value": 0.5, "low": 0.25, "high": 0.75}
-    told = {} if model is None else {"model": model}
-    return {"dp_dmd": {"nfe": 4, "quality": {"aligned": figure}, "diversity": {}, "figures": {}, **told}}
+    student = {} if model is None else {"model": model}
+    return {"dp_dmd": {"nfe": 4, "quality": {"aligned": figure}, "diversity": {}, "figures": {}, **student}}
 
 
 def card_with(metrics, student, teacher, folder):
@@ -73,20 +75,22 @@ def card_with(metrics, student, teacher, folder):
 
 def test_the_card_has_the_measurements_of_its_own_student(student, tiny_teacher, tmp_path, caplog):
     card = card_with(measured(folder_hash(student)[:16]), student, tiny_teacher, tmp_path)
-    assert "| aligned | 0.5 [0.25, 0.75] |" in card and "not measured" not in card
+    assert "| aligned | 0.5 [0.25, 0.75] |" in card and MEASURE not in card
     assert not caplog.records
 
 
 @pytest.mark.parametrize(
-    "model, whose",
-    [("0123456789abcdef", "another student (0123456789abcdef)"), (None, "an older version, which did not note")],
+    "model, fact",
+    [("0123456789abcdef", "another student (0123456789abcdef)"), (None, "older version")],
 )
-def test_measurements_of_another_student_are_left_out_and_said(student, tiny_teacher, tmp_path, caplog, model, whose):
+def test_measurements_of_another_student_are_left_out_with_a_warning(
+    student, tiny_teacher, tmp_path, caplog, model, fact
+):
     card = card_with(measured(model), student, tiny_teacher, tmp_path)
     assert "## Measured" not in card and "aligned" not in card
-    assert "This student was not measured: `kedro run --pipelines evaluate,export`" in card
+    assert f"`{MEASURE}`" in card
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert whose in line and "kedro run --pipelines evaluate,export" in line
+    assert fact in line and "evaluate" in line and "kedro run" not in line
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
@@ -95,32 +99,33 @@ def test_every_environment_exports_without_metrics(environment):
     assert entry["type"] == "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
 
 
-def test_a_student_that_nobody_measured_is_exported_and_it_is_said(student, tiny_teacher, tmp_path, caplog):
+def test_a_student_without_measurements_is_exported_with_a_warning(student, tiny_teacher, tmp_path, caplog):
     groups = {"train": train_options(), "backbone": backbone_options(), "export": ExportOptions(**OPTIONS)}
-    given = {"student": student, "teacher": tiny_teacher, **{f"params:{name}": group for name, group in groups.items()}}
-    made = DataCatalog({name: MemoryDataset(value) for name, value in given.items()})
-    made["metrics"] = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
-    assert list(_missing_inputs(create_pipeline(), made, tmp_path)) == []
-    SequentialRunner().run(create_pipeline(), made)["export"].load()(tmp_path / "export")
-    assert "This student was not measured" in (tmp_path / "export" / "README.md").read_text()
-    assert "nothing was measured: `kedro run --pipelines evaluate,export` measures this student" in caplog.text
+    inputs = {"student": student, "teacher": tiny_teacher, **{f"params:{name}": groups[name] for name in groups}}
+    catalog = DataCatalog({name: MemoryDataset(value) for name, value in inputs.items()})
+    catalog["metrics"] = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
+    assert catalog.get("metrics").optional and not catalog.exists("metrics")  # a run without it is not refused
+    SequentialRunner().run(create_pipeline(), catalog)["export"].load()(tmp_path / "export")
+    assert f"`{MEASURE}`" in (tmp_path / "export" / "README.md").read_text()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "not measured" in line and "evaluate" in line
 
 
-def turned_round(train):
-    """As a YAML file may have them: in another order, whole numbers without a point."""
-    plain = dict(reversed(train.model_dump(mode="json").items()))
-    return {name: int(value) if value == 1.0 and isinstance(value, float) else value for name, value in plain.items()}
+def as_in_yaml(train):
+    """Options as a YAML file may have them: in another order, whole numbers without a point."""
+    values = dict(reversed(train.model_dump(mode="json").items()))
+    return {name: int(value) if value == 1.0 and isinstance(value, float) else value for name, value in values.items()}
 
 
-@pytest.mark.parametrize("train", [train_options(), turned_round(train_options())], ids=["typed", "plain"])
+@pytest.mark.parametrize("train", [train_options(), as_in_yaml(train_options())], ids=["typed", "plain"])
 def test_the_card_lists_the_options_of_the_run(student, tiny_teacher, tmp_path, train):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
     export_student(student, tiny_teacher, {}, train, backbone_options(), options)(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| `train.diversity_weight` | `1.0` |" in card and "| `backbone.resolution` | `32` |" in card
     assert front_matter(card)["license"] == "apache-2.0"
-    named = [line.split("`")[1] for line in card.splitlines() if line.startswith("| `train.")]
-    assert named[:2] == ["train.roles", "train.lora.student_rank"]  # in one order, whatever that of the file
+    names = [line.split("`")[1] for line in card.splitlines() if line.startswith("| `train.")]
+    assert names[:2] == ["train.roles", "train.lora.student_rank"]  # the file's order does not matter
 
 
 def front_matter(card):
@@ -128,55 +133,55 @@ def front_matter(card):
 
 
 def exported(student, teacher, folder, **changes):
-    """The card, and the header of the weights."""
+    """Card of an export, and header of its weights."""
     options = ExportOptions(**OPTIONS | UNKNOWN | changes)
     export_student(student, teacher, {}, train_options(), backbone_options(), options)(folder)
     return (folder / "README.md").read_text(), load_metadata(folder / "comfyui" / "tiny-student.safetensors")
 
 
 def fetched(teacher, folder, model):
-    """A teacher where the hub's own client puts what it fetches."""
-    place = folder / repo_folder_name(repo_id=model, repo_type="model") / "snapshots" / "0123456789abcdef"
-    place.parent.mkdir(parents=True)
-    place.symlink_to(teacher)
-    return place
+    """A teacher in the cache layout of the hub's own client."""
+    snapshot = folder / repo_folder_name(repo_id=model, repo_type="model") / "snapshots" / "0123456789abcdef"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(teacher)
+    return snapshot
 
 
-def test_the_environment_s_own_teacher_brings_its_id_and_licence(student, tiny_teacher, tmp_path, caplog):
+def test_the_environments_own_teacher_gives_its_id_and_licence(student, tiny_teacher, tmp_path, caplog):
     card, header = exported(student, fetched(tiny_teacher, tmp_path, "them/theirs"), tmp_path)
-    told = front_matter(card)
-    assert {name: told[name] for name in ("license", "license_name", "license_link")} == {
+    fields = front_matter(card)
+    assert {name: fields[name] for name in KNOWN if name != "model"} == {
         name: value for name, value in KNOWN.items() if name != "model"
     }
-    assert told["base_model"] == "them/theirs" and "student of `them/theirs`" in card
+    assert fields["base_model"] == "them/theirs" and "`them/theirs`" in card
     assert header["modelspec.license"] == "community" and "licence" not in caplog.text
 
 
-def test_of_a_folder_nobody_knows_id_and_licence(student, tiny_teacher, tmp_path, caplog):
-    place = tmp_path / "my_finetune"
-    place.symlink_to(tiny_teacher)
-    card, header = exported(student, place, tmp_path)
+def test_a_folder_has_no_id_and_an_unknown_licence(student, tiny_teacher, tmp_path, caplog):
+    teacher = tmp_path / "my_finetune"
+    teacher.symlink_to(tiny_teacher)
+    card, header = exported(student, teacher, tmp_path)
     assert not front_matter(card).keys() & {"license", "license_name", "license_link", "base_model"}
-    assert "student of `my_finetune`" in card and "theirs" not in card and "modelspec.license" not in header
-    assert "Licence: that of the teacher, which this run does not know." in card
-    assert f"that of the teacher {place} is not known: give export.license and export.base_model" in caplog.text
+    assert "`my_finetune`" in card and "theirs" not in card and "modelspec.license" not in header
+    assert "Licence: unknown" in card
+    assert all(fact in caplog.text for fact in (str(teacher), "export.license", "export.base_model"))
 
 
 def test_another_teacher_of_the_hub_has_its_own_id_and_an_unknown_licence(student, tiny_teacher, tmp_path):
     card, _ = exported(student, fetched(tiny_teacher, tmp_path, "me/my-finetune"), tmp_path)
-    told = front_matter(card)
-    assert told["base_model"] == "me/my-finetune" and "license" not in told and "which this run does not know" in card
+    fields = front_matter(card)
+    assert fields["base_model"] == "me/my-finetune" and "license" not in fields and "Licence: unknown" in card
 
 
-def test_licence_and_base_model_that_are_given_are_told_of_any_teacher(student, tiny_teacher, tmp_path):
-    given = {"license": "mit", "base_model": "me/mine"}
+def test_the_options_licence_and_base_model_apply_to_any_teacher(student, tiny_teacher, tmp_path):
+    origin = {"license": "mit", "base_model": "me/mine"}
     for number, teacher in enumerate((tiny_teacher, fetched(tiny_teacher, tmp_path, "them/theirs"))):
-        card, _ = exported(student, teacher, tmp_path / str(number), **given)
-        assert given.items() <= front_matter(card).items() and "which this run does not know" not in card
+        card, _ = exported(student, teacher, tmp_path / str(number), **origin)
+        assert origin.items() <= front_matter(card).items() and "Licence: unknown" not in card
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_what_an_environment_says_of_its_teacher_is_of_the_teacher_it_fetches(environment):
+def test_an_environments_licence_belongs_to_the_teacher_it_fetches(environment):
     config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)
     options = ExportOptions(**config["parameters"]["export"])
     assert (options.teacher and options.teacher.model) == config["catalog"]["teacher"].get("model")
@@ -184,17 +189,17 @@ def test_what_an_environment_says_of_its_teacher_is_of_the_teacher_it_fetches(en
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, fact",
     [
         ({"title": "../elsewhere"}, "title"),
         ({"formats": []}, "formats"),
         ({"formats": ["onnx"]}, "formats"),
-        ({"license": "other"}, "license=other: license_name and license_link go with `other`"),
+        ({"license": "other"}, "license=other: license_name"),
         ({"license_name": "mine", "license_link": "https://example.org"}, "license=apache-2.0: license_name"),
         ({"license": None, "license_name": "mine", "license_link": "https://example.org"}, "license=None: "),
-        ({"teacher": KNOWN | {"license_link": None}}, "license=other: license_name and license_link go with `other`"),
+        ({"teacher": KNOWN | {"license_link": None}}, r"teacher\n.*license=other: license_name"),
     ],
 )
-def test_options_that_name_no_file_or_half_a_licence_are_refused(changes, message):
-    with pytest.raises(ValidationError, match=message):
+def test_options_that_name_no_file_or_half_a_licence_are_refused(changes, fact):
+    with pytest.raises(ValidationError, match=fact):
         ExportOptions(**OPTIONS | changes)

@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 def export_student(
     student: Path, teacher: Path, metrics: dict, train: Any, backbone: BackboneOptions, options: ExportOptions
 ) -> Callable[[Path], None]:
-    """Read the student, refuse what does not fit, and say how it is written.
+    """Load the student and check it against the teacher.
 
     Returns:
-        What writes every form and the model card into a folder.
+        A function that writes every form and the model card into a folder.
     """
     from dpdmd_pipeline.exporting.folder import Export, read_student
 
@@ -26,52 +26,50 @@ def export_student(
         student=read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length),
         teacher=teacher,
         options={"backbone": backbone.model_dump(mode="json"), "train": _recipe(train).model_dump(mode="json")},
-        metrics=_of_this_student(metrics, student),
+        metrics=_own_metrics(metrics, student),
         **options.model_dump(include={"title", "formats", "dtype"}),
         **_origin(teacher, options),
     )
     for form in export.left_out:
-        log.info("export: no %s, the student is of kind %s", form, export.student.header.kind)
+        log.info("export: no %s file, the student is of kind %s", form, export.student.header.kind)
     return export.write
 
 
 def _origin(teacher: Path, options: ExportOptions) -> dict[str, str | None]:
-    """Base model and licence as the card tells them: what is given, else what is known of this very teacher."""
+    """Base model and licence for the card: from the options, or from the environment's own teacher."""
     from dpdmd_pipeline.exporting.formats import hub_id
 
-    model, known = hub_id(teacher), options.teacher
-    says = known if options.license is None and known and known.model == model else options
-    if says.license is None:
+    model = hub_id(teacher)
+    own_teacher = options.teacher is not None and options.teacher.model == model
+    source = options.teacher if options.license is None and own_teacher else options
+    if source.license is None:
         log.warning(
-            "export: the card has no licence, that of the teacher %s is not known: give export.license and "
+            "export: the card has no licence, that of the teacher %s is unknown: set export.license and "
             "export.base_model",
             model or teacher,
         )
-    licence = {name: getattr(says, name) for name in ("license", "license_name", "license_link")}
+    licence = {name: getattr(source, name) for name in ("license", "license_name", "license_link")}
     return {"base_model": options.base_model or model, **licence}
 
 
-def _of_this_student(metrics: dict, student: Path) -> dict:
-    """The metrics if they were measured on this student; {} if none were, on another, or nobody knows on which."""
+def _own_metrics(metrics: dict, student: Path) -> dict:
+    """The metrics, if they were measured on this student; else {}."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
-    from dpdmd_pipeline.exporting.card import MEASURE
 
-    measured = metrics.get("dp_dmd", {}).get("model")  # the start of a hash; older metrics have none
-    if measured and folder_hash(student).startswith(measured):
+    measured_hash = metrics.get("dp_dmd", {}).get("model")  # the start of a hash; older metrics have none
+    if measured_hash and folder_hash(student).startswith(measured_hash):
         return metrics
-    log.warning("export: the card has no measurements, %s: `%s` measures this student", _why(metrics), MEASURE)
+    if not metrics:
+        reason = "this student was not measured"
+    elif measured_hash:
+        reason = f"they belong to another student ({measured_hash})"
+    else:
+        reason = "they come from an older version and name no student"
+    log.warning("export: the card has no measurements: %s; run the stages evaluate and export again", reason)
     return {}
 
 
-def _why(metrics: dict) -> str:
-    if not metrics:
-        return "nothing was measured"
-    measured = metrics.get("dp_dmd", {}).get("model")
-    whose = f"another student ({measured})" if measured else "an older version, which did not note the student"
-    return f"the metrics are of {whose}"
-
-
 def _recipe(train: Any) -> Recipe:
-    """What decided the student; in one run with its own stage the group comes as a model, alone as a dict."""
-    plain = train if isinstance(train, dict) else train.model_dump()
-    return Recipe(**{name: plain[name] for name in Recipe.model_fields})
+    """Options that change the student; the group is a model in a run with the train stage, a dict in any other."""
+    values = train if isinstance(train, dict) else train.model_dump()
+    return Recipe(**{name: values[name] for name in Recipe.model_fields})

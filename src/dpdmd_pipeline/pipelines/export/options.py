@@ -6,65 +6,58 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+Text = Annotated[str, Field(min_length=1)]
 
 
-class KnownTeacher(BaseModel):
-    """A teacher of the hub, and the licence of its weights, which is also that of its students.
+class Licensed(BaseModel):
+    """A licence, under the hub's name of it.
 
     Attributes:
-        model: id on the hub.
-        license: as the hub names it, as in apache-2.0; `other` with name and link.
+        license: such as apache-2.0; `other` needs name and link. Null if unknown.
         license_name, license_link: of the licence `other`, else null.
     """
 
-    model_config = _STRICT
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: Annotated[str, Field(min_length=1)]
-    license: Annotated[str, Field(min_length=1)]
+    license: Text | None
     license_name: str | None
     license_link: str | None
 
     @model_validator(mode="after")
-    def _names_another_licence(self) -> Self:
-        _check_licence(self)
+    def _check_licence(self) -> Self:
+        if (self.license == "other") != bool(self.license_name and self.license_link):
+            raise ValueError(
+                f"license={self.license}: license_name and license_link belong to `other`, which needs both"
+            )
         return self
 
 
-class ExportOptions(BaseModel):
-    """What is written, and what the model card says of it.
+class KnownTeacher(Licensed):
+    """A teacher on the hub and the licence of its weights, which also applies to its students.
 
     Attributes:
-        title: of the model; its files are called so.
-        formats: which forms are written; `lora` only where the student is one.
-        dtype: of the exported weights.
-        license: as the hub names it, as in apache-2.0; `other` with name and link. Null: that of the teacher, if it is
-            the one that is named below; else the card says that it is not known.
-        license_name, license_link: of the licence `other`, else null.
-        base_model: hub id of the teacher. Null: the id that it was fetched by; of a folder the card says the name.
-        teacher: what is known of the environment's own teacher, which need not be this run's.
+        model: id on the hub.
     """
 
-    model_config = _STRICT
+    model: Text
+    license: Text
+
+
+class ExportOptions(Licensed):
+    """Forms of the export and facts of its model card.
+
+    A license of null means that of `teacher`, if this run uses that teacher; else the card says that it is unknown.
+
+    Attributes:
+        title: of the model, and name of its files.
+        formats: forms to write; `lora` is left out for a student with full weights.
+        dtype: of the exported weights.
+        base_model: hub id of the teacher. Null: the id it was fetched with, or the name of its folder.
+        teacher: the environment's own teacher; a run may use another one.
+    """
 
     title: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     formats: Annotated[list[Literal["diffusers", "comfyui", "lora"]], Field(min_length=1)]
     dtype: Literal["float32", "bfloat16", "float16"]
-    license: Annotated[str, Field(min_length=1)] | None
-    license_name: str | None
-    license_link: str | None
     base_model: str | None
     teacher: KnownTeacher | None
-
-    @model_validator(mode="after")
-    def _names_another_licence(self) -> Self:
-        _check_licence(self)
-        return self
-
-
-def _check_licence(options: KnownTeacher | ExportOptions) -> None:
-    """Name and link belong to the licence `other`, which has none of its own."""
-    if (options.license == "other") != bool(options.license_name and options.license_link):
-        raise ValueError(
-            f"license={options.license}: license_name and license_link go with `other`, and `other` needs both"
-        )

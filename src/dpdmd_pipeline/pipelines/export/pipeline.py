@@ -6,6 +6,6 @@ from dpdmd_pipeline.pipelines.export.nodes import export_student
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """A student and its teacher to files of other programs."""
-    read = ["student", "teacher", "metrics", "params:train", "params:backbone", "params:export"]
-    return Pipeline([Node(export_student, read, "export", name="export_student")])
+    """From a student and its teacher to files of other programs."""
+    inputs = ["student", "teacher", "metrics", "params:train", "params:backbone", "params:export"]
+    return Pipeline([Node(export_student, inputs, "export", name="export_student")])

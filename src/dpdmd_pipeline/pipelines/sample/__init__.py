@@ -1,4 +1,4 @@
-"""Stage `sample`: pictures from what the export stage wrote."""
+"""Stage `sample`: pictures from an export."""
 
 from dpdmd_pipeline.pipelines.sample.pipeline import create_pipeline
 

@@ -10,7 +10,11 @@ from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 
 
 def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[dict[str, Any], Any]:
-    """What gives each prompt's pictures by their seeds, and a grid of all: a row per prompt, a column per seed."""
+    """Draw pictures and a grid of them, with a row per prompt and a column per seed.
+
+    Returns:
+        Per prompt a function that returns its pictures by seed, and the grid as a Pillow image.
+    """
     import torch
     from PIL import Image
 
@@ -18,7 +22,7 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
 
     seeds = [options.seed + number for number in range(options.images_per_prompt)]
     images = sample(
-        exported(export, options.form),
+        form_path(export, options.form),
         [prompt for prompt in options.prompts for _ in seeds],
         seeds * len(options.prompts),
         teacher=None if options.form == "diffusers" else teacher,
@@ -33,19 +37,21 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
 
 
 def _by_seed(seeds: Sequence[int], pictures: Any) -> dict[int, Any]:
-    """Pillow's pictures of one prompt, uint8 [n, H, W, 3], by seed."""
+    """Convert one prompt's pictures, uint8 [n, H, W, 3], to Pillow images by seed."""
     from PIL import Image
 
     return dict(zip(seeds, map(Image.fromarray, pictures.numpy()), strict=True))
 
 
-def exported(export: Path, form: str) -> Path:
-    """Where one form of an export lies.
+def form_path(export: Path, form: str) -> Path:
+    """Path of one form of an export.
 
     Raises:
-        ValueError: if the export has it not.
+        ValueError: if the export does not have it.
     """
     files = json.loads((export / "config.json").read_text(encoding="utf-8"))["files"]
     if form not in files:
-        raise ValueError(f"sample.form={form}: {export} holds {', '.join(files)}; choose one, or export it too")
+        raise ValueError(
+            f"sample.form={form}: {export} has {', '.join(files)}: choose one of them, or add it to export.formats"
+        )
     return export / files[form]

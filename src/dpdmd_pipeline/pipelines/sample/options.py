@@ -8,16 +8,16 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 
 class SampleOptions(BaseModel):
-    """Which pictures are drawn, and from which form of the export.
+    """Pictures to draw, and the form of the export to draw them from.
 
     Attributes:
-        form: diffusers folder, ComfyUI file or LoRA file; the last two take the other parts from the teacher.
-        prompts: a row of the grid each.
+        form: diffusers folder, ComfyUI file or LoRA file; the last two take the other components from the teacher.
+        prompts: one row of the grid each.
         seed: of each prompt's first picture; the next ones have seed + 1, seed + 2, ...
         images_per_prompt: columns of the grid.
-        batch_size: pictures drawn at once; does not change them.
+        batch_size: pictures drawn at once; does not change the pictures.
         dtype: of the networks.
-        device: where they run.
+        device: of the networks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

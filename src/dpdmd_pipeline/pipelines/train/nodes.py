@@ -81,7 +81,8 @@ def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: 
 
 def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe) -> Callable[[Path], None]:
     """What writes the student, whole or as its adapter, with how it is to be sampled in its header."""
-    from dpdmd_pipeline.backbones.student_file import StudentHeader, save_lora, save_student
+    from dpdmd_pipeline.backbones.student_file import save_lora, save_student
+    from dpdmd_pipeline.backbones.student_header import StudentHeader
 
     levels = model.student_schedule(recipe.grid, recipe.num_steps)
     facts: dict[str, Any] = {

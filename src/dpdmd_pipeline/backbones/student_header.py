@@ -1,0 +1,170 @@
+"""The header of a student: how its weights are sampled. It is the safetensors metadata of the weight file.
+
+Metadata are strings; the keys are `dpdmd.*`. Every sampler of this project takes its schedule from the header and from
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS
+
+FORMAT = "1"
+KINDS = ("full", "lora")
+PREDICTIONS = ("flow", "eps", "v")
+SAMPLERS = ("euler", "renoise")
+_CHOICES = {"family": FAMILIES, "kind": KINDS, "prediction": PREDICTIONS, "sampler": SAMPLERS}  # plain text, not JSON
+_REQUIRED = ("family", "guidance", "prediction", "sampler")
+
+
+@dataclass(frozen=True)
+class StudentHeader:
+    """The facts that a sampler needs; values that no sampler of this project can follow are refused.
+
+    Attributes:
+        family: name of a file in `backbones/`.
+        sigmas: flow only: N + 1 falling levels, the first at most 1, the last 0.
+        prediction: output of the network: ``flow``, ``eps`` or ``v``.
+        sampler: ``euler`` (deterministic: Euler for flow, DDIM with eta 0 for VP) or ``renoise``.
+        guidance: 1.0; a student is sampled without classifier-free guidance.
+        kind: ``full`` weights, or a ``lora`` to be added to the teacher's.
+        timesteps: VP only (eps, v): N falling integers below 1000.
+        shift: flow only: the family's static shift, for information; None if unknown.
+        lora_rank, lora_alpha: lora only; the adapter is scaled by alpha / rank.
+        resolution: of the training pictures, in pixels; None if unknown.
+        max_sequence_length: tokens of the T5 encoder in training; None if unknown.
+
+    Raises:
+        ValueError: with the key, its value and the allowed values.
+    """
+
+    family: str
+    sigmas: list[float] | None = None
+    prediction: str = "flow"
+    sampler: str = "euler"
+    guidance: float = 1.0
+    kind: str = "full"
+    timesteps: list[int] | None = None
+    shift: float | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for key, choices in _CHOICES.items():
+            self._require(key, getattr(self, key) in choices, f"choose one of {', '.join(choices)}")
+        self._require("guidance", self.guidance == 1, "a student is sampled without guidance, at 1.0")
+        self._check_levels()
+        self._check_lora()
+        for key, least in (("resolution", 1), ("max_sequence_length", 0)):
+            value = getattr(self, key)
+            valid = value is None or (_is_integer(value) and value >= least)
+            self._require(key, valid, f"give an integer of at least {least}")
+
+    def _check_levels(self) -> None:
+        if self.prediction == "flow":
+            self._require_none("timesteps", "belongs to eps and v, prediction flow has sigmas")
+            falling = "give at least two numbers that fall strictly from at most 1 to 0"
+            self._require("sigmas", _are_sigmas(self.sigmas), falling)
+            self._require("shift", self.shift is None or _is_positive(self.shift), "give a positive number")
+        else:
+            for key in ("sigmas", "shift"):
+                self._require_none(key, f"belongs to flow, prediction {self.prediction} has timesteps")
+            falling = f"give integers that fall strictly from below {NUM_TRAIN_TIMESTEPS} to 0"
+            self._require("timesteps", _are_timesteps(self.timesteps), falling)
+
+    def _check_lora(self) -> None:
+        if self.kind == "full":
+            for key in ("lora_rank", "lora_alpha"):
+                self._require_none(key, "belongs to kind lora, this is full")
+        else:
+            positive = _is_integer(self.lora_rank) and self.lora_rank > 0
+            self._require("lora_rank", positive, "give a positive integer")
+            self._require("lora_alpha", _is_positive(self.lora_alpha), "give a positive number")
+
+    def _require(self, key: str, condition: bool, remedy: str) -> None:
+        if not condition:
+            raise header_error(key, getattr(self, key), remedy)
+
+    def _require_none(self, key: str, reason: str) -> None:
+        self._require(key, getattr(self, key) is None, reason)
+
+    @property
+    def num_steps(self) -> int:
+        """Network evaluations of one picture."""
+        return len(self.sigmas) - 1 if self.prediction == "flow" else len(self.timesteps)
+
+    @property
+    def grid(self) -> list[float] | list[int]:
+        """Levels as `Backbone.student_schedule` takes them: N sigmas, or N timesteps."""
+        return self.sigmas[:-1] if self.prediction == "flow" else self.timesteps
+
+    def metadata(self) -> dict[str, str]:
+        """Convert to safetensors metadata."""
+        return {"format": "pt", "dpdmd.format": FORMAT} | {
+            f"dpdmd.{key}": value if isinstance(value, str) else json.dumps(value)
+            for key, value in vars(self).items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> StudentHeader:
+        """Convert from safetensors metadata; keys of other programs are ignored.
+
+        Raises:
+            ValueError: if the format is unknown, or a key is missing, unreadable or out of range.
+        """
+        if metadata.get("dpdmd.format") != FORMAT:
+            raise ValueError(f"dpdmd.format is {metadata.get('dpdmd.format')!r}, this version reads {FORMAT!r}")
+        for key in _REQUIRED:
+            if f"dpdmd.{key}" not in metadata:
+                raise ValueError(f"dpdmd.{key} is missing in the header: export the student again")
+        texts = {key: metadata.get(f"dpdmd.{key}") for key in cls.__dataclass_fields__}
+        return cls(**{key: _parse(key, text) for key, text in texts.items() if text is not None})
+
+
+def header_error(key: str, value: Any, remedy: str) -> ValueError:
+    """Error about one value of a header."""
+    return ValueError(f"dpdmd.{key} is {value!r}: {remedy}")
+
+
+def _parse(key: str, text: str) -> Any:
+    if key in _CHOICES:
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise header_error(key, text, "it cannot be read; export the student again") from error
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _are_sigmas(values: Any) -> bool:
+    numbers = isinstance(values, list) and len(values) > 1 and all(map(_is_number, values))
+    return numbers and values[0] <= 1 and values[-1] == 0 and _falls(values)
+
+
+def _are_timesteps(values: Any) -> bool:
+    integers = isinstance(values, list) and bool(values) and all(map(_is_integer, values))
+    return integers and values[0] < NUM_TRAIN_TIMESTEPS and values[-1] >= 0 and _falls(values)
+
+
+def _falls(values: list) -> bool:
+    return all(before > after for before, after in zip(values, values[1:], strict=False))
