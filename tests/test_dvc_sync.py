@@ -21,7 +21,7 @@ BY_NAME = {"teacher", "clip", "study", "beyond"}  # stages of data/dvc.yaml, who
 ENVIRONMENTS = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
 EMBEDDED = ("base", "ci", "shapes_sdxl")
 SHIPPED = [("data/06_models/shapes_clip", "shapes_clip")]
-NOT_TRACKED = ("ScratchFolderDataset", "MemoryDataset", "FinishedStudentDataset")
+NOT_TRACKED = ("ScratchFolderDataset", "MemoryDataset", "FinishedModelDataset")
 
 
 def pipeline(stage: str) -> Pipeline:

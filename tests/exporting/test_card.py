@@ -79,7 +79,7 @@ def test_any_metric_has_its_full_name_and_missing_ones_are_listed():
 
 
 def test_a_student_without_anchored_steps_is_not_called_diverse():
-    plain = card(options={"train": {"anchored_steps": 0}})
+    plain = card(recipe={"train": {"anchored_steps": 0}})
     assert "DP-DMD]" not in plain and "DP-DMD](https://arxiv.org/abs/2602.03139)" in card()
 
 

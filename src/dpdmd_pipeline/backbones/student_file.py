@@ -23,6 +23,7 @@ from dpdmd_pipeline.backbones.tensor_files import (
 from dpdmd_pipeline.errors import MissingInputError
 
 ADAPTER = "adapter.safetensors"
+HISTORY = "history.json"  # a record per cycle of the training
 
 
 # ---- writing
@@ -60,6 +61,11 @@ def save_lora(folder: Path, state: Mapping[str, Tensor], header: StudentHeader) 
     config = {"family": header.family, "kind": "lora", "lora_alpha": header.lora_alpha, "lora_rank": header.lora_rank}
     (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_weights(Path(folder) / ADAPTER, state, header.metadata())
+
+
+def save_history(folder: Path, history: list[dict]) -> None:
+    """Write the records of a student's training beside its weights."""
+    (Path(folder) / HISTORY).write_text(json.dumps(history) + "\n")
 
 
 # ---- reading
@@ -100,6 +106,16 @@ def load_header(path: Path) -> StudentHeader:
     """
     file = weight_file(path)
     return _parse_header(file, load_metadata(file))
+
+
+def load_finished(folder: Path, identity: str) -> list[dict] | None:
+    """History of a student's folder if its student has this identity; None if it is another one or cannot be read."""
+    try:
+        header = load_header(folder)
+        history = json.loads((Path(folder) / HISTORY).read_text())
+    except (OSError, ValueError):
+        return None
+    return history if header.identity == identity else None
 
 
 def load_lora(path: Path, modules: Iterable[str] = ()) -> tuple[dict[str, Tensor], StudentHeader]:

@@ -39,6 +39,8 @@ class StudentHeader:
         lora_rank, lora_alpha: lora only; the adapter is scaled by alpha / rank.
         resolution: of the training pictures, in pixels; None if unknown.
         max_sequence_length: tokens of the T5 encoder in training; None if unknown.
+        identity: hash of recipe, teacher, anchors, prompts and code, for reuse; None if unknown.
+        recipe: parameter group to the options that decided the weights; None if unknown.
 
     Raises:
         ValueError: with the key, its value and the allowed values.
@@ -56,6 +58,8 @@ class StudentHeader:
     lora_alpha: float | None = None
     resolution: int | None = None
     max_sequence_length: int | None = None
+    identity: str | None = None
+    recipe: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -67,6 +71,9 @@ class StudentHeader:
             value = getattr(self, key)
             valid = value is None or (_is_integer(value) and value >= least)
             self._require(key, valid, f"give an integer of at least {least}")
+        groups = self.recipe if isinstance(self.recipe, dict) else {"": self.recipe}
+        valid = self.recipe is None or all(isinstance(group, dict) for group in groups.values())
+        self._require("recipe", valid, "give an object of parameter groups")
 
     def _check_levels(self) -> None:
         if self.prediction == "flow":
@@ -136,7 +143,7 @@ def header_error(key: str, value: Any, remedy: str) -> ValueError:
 
 
 def _parse(key: str, text: str) -> Any:
-    if key in _CHOICES:
+    if key in _CHOICES or key == "identity":
         return text
     try:
         return json.loads(text)

@@ -74,6 +74,19 @@ class ModelFolderDataset(FolderDataset):
         return _is_model(self._folders.published) or _is_model(self._folders.ready)
 
 
+class FinishedModelDataset(ModelFolderDataset):
+    """The model of an earlier run or of `dvc pull`, which the stage that writes this folder may reuse; never saved."""
+
+    optional = True  # the check of missing inputs reads it
+
+    def load(self) -> Path | None:
+        """Path of the folder; None if there is no model."""
+        return super().load() if self._exists() else None
+
+    def save(self, data: Any) -> None:
+        raise ValueError(f"{self._folders.published} is read here: save it under the dataset's other name")
+
+
 class ScratchFolderDataset(FolderDataset):
     """A folder that one stage keeps between its runs, as for checkpoints; loading creates it and gives its path."""
 

@@ -19,6 +19,7 @@ _COMFYUI_FAMILIES = ("sd3", "sdxl")  # tested: ComfyUI loads their diffusers key
 _COMFYUI_SHIFT = 3.0  # ComfyUI's default for an SD3 file
 _CLIP_TOKENS = 77
 _NO_LICENCE = "Licence: unknown. The licence of the teacher applies."
+_NO_RECIPE = "The options of this student's training are unknown: its file does not name them."
 _NOT_MEASURED = (
     f"This student was not measured. To measure it, run `{MEASURE}` with the `--env` and `--params` of its training."
 )
@@ -65,7 +66,7 @@ class CardFacts:
         dtype: of the exported weights.
         files: path below the card of every form that was written.
         diffusers: arguments for diffusers.
-        options: option group to its options.
+        recipe: parameter group to the options that decided the student; {} if unknown.
         metrics: of this student, as the evaluate stage writes them; {} without measurements.
     """
 
@@ -77,7 +78,7 @@ class CardFacts:
     dtype: str
     files: Mapping[str, str]
     diffusers: DiffusersUse
-    options: Mapping[str, Mapping[str, Any]]
+    recipe: Mapping[str, Mapping[str, Any]]
     metrics: Mapping[str, Any]
 
 
@@ -95,8 +96,7 @@ def write_card(facts: CardFacts) -> str:
         "## Schedule",
         _schedule(facts.header),
         *(["## Measured", _measured(facts.metrics)] if facts.metrics else [_NOT_MEASURED]),
-        "## Options of the run",
-        _options(facts.options),
+        *(["## Options of the training", _options(facts.recipe)] if facts.recipe else [_NO_RECIPE]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -105,7 +105,7 @@ def _summary(facts: CardFacts) -> str:
     steps, base = facts.header.num_steps, facts.base_model or facts.teacher_folder
     kind = "LoRA" if facts.header.kind == "lora" else "student"
     method = f"[DP-DMD]({PAPER}). Its first step is trained to give every seed its own picture"
-    if facts.options.get("train", {}).get("anchored_steps") == 0:
+    if facts.recipe.get("train", {}).get("anchored_steps") == 0:
         method = "DMD, without the anchored steps that preserve diversity"
     return (
         f"A {steps}-step {kind} of `{base}`, distilled with {method}. A picture costs {steps} evaluations of the "

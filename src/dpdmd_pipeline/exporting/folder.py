@@ -54,7 +54,7 @@ class Export:
         dtype: of the weights, a name in torch.
         license, license_name, license_link: as in a hub's front matter; None if unknown.
         base_model: hub id of the teacher; None if unknown: the card then has the name of its folder.
-        options: option group to its options, for the card.
+        recipe: parameter group to the options that decided the student, for the card; {} if unknown.
         metrics: of this student, as the evaluate stage writes them, for the card; {} without measurements.
     """
 
@@ -67,7 +67,7 @@ class Export:
     license_name: str | None
     license_link: str | None
     base_model: str | None
-    options: Mapping[str, Mapping[str, Any]]
+    recipe: Mapping[str, Mapping[str, Any]]
     metrics: Mapping[str, Any]
 
     @property
@@ -112,7 +112,7 @@ class Export:
             dtype=self.dtype,
             files=self.files,
             diffusers=diffusers_use(self.student.header, self.teacher),
-            options=self.options,
+            recipe=self.recipe,
             metrics=self.metrics,
         )
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
-from dpdmd_pipeline.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 
 def export_student(
-    student: Path, teacher: Path, metrics: dict, train: Any, backbone: BackboneOptions, options: ExportOptions
+    student: Path, teacher: Path, metrics: dict, backbone: BackboneOptions, options: ExportOptions
 ) -> Callable[[Path], None]:
     """Load the student and check it against the teacher.
 
@@ -22,10 +21,13 @@ def export_student(
     """
     from dpdmd_pipeline.exporting.folder import Export, read_student
 
+    loaded = read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length)
+    if loaded.header.recipe is None:
+        log.warning("export: the card has no recipe: the header of %s names none", student)
     export = Export(
-        student=read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length),
+        student=loaded,
         teacher=teacher,
-        options={"backbone": backbone.model_dump(mode="json"), "train": _recipe(train).model_dump(mode="json")},
+        recipe=loaded.header.recipe or {},
         metrics=_own_metrics(metrics, student),
         **options.model_dump(include={"title", "formats", "dtype"}),
         **_origin(teacher, options),
@@ -68,8 +70,3 @@ def _own_metrics(metrics: dict, student: Path) -> dict:
     log.warning("export: the card has no measurements: %s; run the stages evaluate and export again", reason)
     return {}
 
-
-def _recipe(train: Any) -> Recipe:
-    """Options that change the student; the group is a model in a run with the train stage, a dict in any other."""
-    values = train if isinstance(train, dict) else train.model_dump()
-    return Recipe(**{name: values[name] for name in Recipe.model_fields})
