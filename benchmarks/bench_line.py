@@ -94,11 +94,11 @@ def by_library(project: Path) -> None:
     from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
     from dpdmd_pipeline.pipelines.train.options import TrainOptions
 
-    data, histories = project / "data", {}
-    backbone = BackboneOptions(**_options(project, "backbone", "backbone"))
-    *inputs, anchor_recipe = _prepare(project, backbone)
+    data, parameters, histories = project / "data", _parameters(project), {}
+    backbone = BackboneOptions(**parameters["backbone"])
+    *inputs, anchor_recipe = _prepare(project, parameters, backbone)
     for group, name in (("train_dmd", "student_dmd"), ("train", "student")):
-        options = TrainOptions(**_options(project, group, "train"))
+        options = TrainOptions(**parameters[group])
         write, history = train_student(*inputs, data / "06_models/.train_state", backbone, anchor_recipe, options)
         _save_and_load("model_folder.ModelFolderDataset", data / "06_models" / name, write)
         (data / f"08_reporting/{name}_history.json").write_text(json.dumps(history))
@@ -106,7 +106,7 @@ def by_library(project: Path) -> None:
     draw_curves(histories["student"], histories["student_dmd"]).savefig(data / "08_reporting/train_curve.png")
 
 
-def _prepare(project: Path, backbone: Any) -> tuple[Any, ...]:
+def _prepare(project: Path, parameters: dict[str, dict], backbone: Any) -> tuple[Any, ...]:
     """Prompts, embeddings, anchors, the teacher's folder and the anchors' recipe."""
     from dpdmd_pipeline.datasets.prompt_file import PromptFileDataset
     from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
@@ -115,7 +115,7 @@ def _prepare(project: Path, backbone: Any) -> tuple[Any, ...]:
     from dpdmd_pipeline.training.recipe import AnchorRecipe
 
     data, teacher = project / "data", project / "data/06_models/shapes_teacher"
-    stage = PromptsOptions(**_options(project, "prompts", "prompts"))
+    stage = PromptsOptions(**parameters["prompts"])
     files = ("prompts.txt", "prompts_eval.txt")
     raw = [PromptFileDataset(filepath=str(data / "01_raw" / name)).load() for name in files]
     cleaned, report = clean_prompts(*raw, stage)
@@ -123,18 +123,18 @@ def _prepare(project: Path, backbone: Any) -> tuple[Any, ...]:
     prompts = _save_and_load("prompt_file.PromptFileDataset", data / "03_primary/prompts.jsonl", cleaned)
     shards = encode_prompts(prompts, teacher, backbone, stage)
     embeddings = _save_and_load("sharded.ShardedDataset", data / "05_model_input/embeddings", shards)
-    recipe = AnchorRecipe(**_options(project, "anchors", "anchors"))
+    recipe = AnchorRecipe(**parameters["anchors"])
     shards = make_anchors(prompts, embeddings, teacher, backbone, recipe)
     anchors = _save_and_load("sharded.ShardedDataset", data / "05_model_input/anchors", shards)
     return prompts, embeddings, anchors, teacher, recipe
 
 
-def _options(project: Path, group: str, stage: str) -> dict[str, Any]:
-    """A group of conf/base with this benchmark's changes."""
-    import yaml
+def _parameters(project: Path) -> dict[str, dict[str, Any]]:
+    """All groups of conf/base with this benchmark's changes."""
+    from kedro.config import OmegaConfigLoader  # conf/base has interpolations
 
-    text = (project / f"conf/base/parameters_{stage}.yml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)[group] | CHANGES.get(group, {})
+    loader = OmegaConfigLoader(str(project / "conf"), base_env="base", default_run_env="base")
+    return {group: options | CHANGES.get(group, {}) for group, options in loader["parameters"].items()}
 
 
 def _save_and_load(kind: str, path: Path, data: Any) -> Any:
