@@ -1,7 +1,7 @@
-"""Lets a clone of the whole repository work inside ComfyUI's custom_nodes; does nothing anywhere else."""
+"""Makes a clone of the whole repository work in ComfyUI's custom_nodes; does nothing anywhere else."""
 
 try:
-    import comfy.samplers  # noqa: F401  only inside ComfyUI; pytest, too, reads this file
+    import comfy.samplers  # noqa: F401  exists only inside ComfyUI; pytest reads this file too
 except ImportError:
     pass
 else:

@@ -1,6 +1,6 @@
-"""What caching anchors costs on top of the teacher, how long training waits for the cache, and what a sweep spares.
+"""Cost of the anchor cache over the bare teacher, time that training waits for it, and time that a sweep saves.
 
-Bare teacher forwards and the whole anchors stage (seeds, teacher, shards, hashes, fsync) run alternately.
+Bare teacher forwards alternate with the whole anchors stage (seeds, teacher, shards, hashes, fsync).
 
     python benchmarks/bench_anchors.py
     python benchmarks/bench_anchors.py --env sd35 --config sd35_medium --device cuda --batch 4
@@ -32,54 +32,54 @@ from record import record
 from workload import CHEAPER, FAST, Workload
 
 SEEDS_PER_PROMPT = 4
-WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # of the sweep
-SWEEP_CYCLES = 2  # of each of its runs
+WEIGHTS = (0.5, 1.0, 2.0, 4.0)  # diversity weights of the sweep
+SWEEP_CYCLES = 2  # per run of the sweep
 BARE, STAGE, LOADING = "bare teacher forwards", "anchors stage", "loading the teacher"
 
 
-def main(asked: argparse.Namespace) -> None:
-    """The stage against the teacher alone, then a sweep against runs without a cache."""
+def main(args: argparse.Namespace) -> None:
+    """Time the stage against the teacher alone, then a sweep against runs without a cache."""
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
-        work = workload.prepare(asked, Path(folder))
+        work = workload.prepare(args, Path(folder))
         which = timing.clock(work.device)
-        anchors, stage = _stage(work, asked, which)
+        anchors, stage = _stage(work, args, which)
         measured = {**stage, **_sweep(work, which, anchors, {}, "sweep")}
         measured |= _sweep(work, which, anchors, work.cheaper, f"sweep, {CHEAPER}")
         measured |= {f"sweep: cached / online, counted, {name}": value for name, value in _counted(work).items()}
         measured |= _waiting(work)
-    record(asked.result or "anchors", {**measured, "settings": work.settings(), **timing.conditions()})
+    record(args.result or "anchors", {**measured, "settings": work.settings(), **timing.conditions()})
 
 
 # ---- the stage
 
 
-def _stage(work: Workload, asked: argparse.Namespace, which: str) -> tuple[float, dict[str, Any]]:
-    """Seconds per anchor of the whole stage, and what is told of it."""
+def _stage(work: Workload, args: argparse.Namespace, which: str) -> tuple[float, dict[str, Any]]:
+    """Seconds per anchor of the whole stage, and entries for the result."""
     recipe = AnchorRecipe(
         **{**work.anchor_recipe.model_dump(), "mode": "cached", "seeds_per_prompt": SEEDS_PER_PROMPT, "batch_size": 60}
     )
     rows = list(range(len(work.prompts))) * SEEDS_PER_PROMPT
     records = [{"text": text, "train": True, "eval": False} for text in work.prompts]
     lazy = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
-    family = work.backbone.load(work.teacher, asked.device)
+    family = work.backbone.load(work.teacher, args.device)
     network, number = family.load_model().requires_grad_(False).eval(), count()
 
-    def stage() -> None:  # with its manifest, which hashes the teacher
-        made = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
-        ShardedDataset(filepath=str(work.folder / f"stage_{next(number)}")).save(made)
+    def stage() -> None:  # includes the manifest, which hashes the teacher
+        shards = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
+        ShardedDataset(filepath=str(work.folder / f"stage_{next(number)}")).save(shards)
 
     bare = partial(_bare_teacher, work, family, network, rows, recipe.batch_size, lazy.manifest["anchor_steps"][-1])
-    loading = work.backbone.load(work.teacher, asked.device).load_model
-    taken = timing.alternate({BARE: bare, STAGE: stage, LOADING: loading}, asked.seconds / 2, at_least=3)
-    seconds = {name: timing.of(turns, which) for name, turns in taken.items()}
-    loaded = [s - load for s, load in zip(seconds[STAGE], seconds[LOADING], strict=True)]
+    loading = work.backbone.load(work.teacher, args.device).load_model
+    durations = timing.alternate({BARE: bare, STAGE: stage, LOADING: loading}, args.seconds / 2, at_least=3)
+    seconds = {name: timing.seconds(calls, which) for name, calls in durations.items()}
+    without_loading = [s - load for s, load in zip(seconds[STAGE], seconds[LOADING], strict=True)]
     return timing.spread(seconds[STAGE])["median"] / len(rows), {
         "anchors": len(rows),
         **{f"{name}, seconds": timing.spread(values) for name, values in seconds.items()},
         "overhead of the stage": _overhead(seconds[STAGE], seconds[BARE]),
-        "overhead of the stage, the teacher being loaded": _overhead(loaded, seconds[BARE]),
-        "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
+        "overhead of the stage, the teacher being loaded": _overhead(without_loading, seconds[BARE]),
+        "seconds are": timing.UNITS[which],
     }
 
 
@@ -91,13 +91,13 @@ def _overhead(whole: list[float], bare: list[float]) -> dict[str, float]:
 def _bare_teacher(
     work: Workload, family: Backbone, network: nn.Module, rows: list[int], batch_size: int, last_step: int
 ) -> None:
-    """The guided rollouts alone."""
+    """Run the guided rollouts alone."""
     uncond = work.embeddings.rows([len(work.embeddings) - 1])
     levels = family.schedule(work.backbone.num_steps)[: last_step + 1]
     for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        cond, empty = ({n: v.to(family.device) for n, v in e.items()} for e in (work.embeddings.rows(chosen), uncond))
-        noise = noise_from_seeds(range(len(chosen)), family.latent_shape).to(family.device)
+        batch = rows[start : start + batch_size]
+        cond, empty = ({n: v.to(family.device) for n, v in e.items()} for e in (work.embeddings.rows(batch), uncond))
+        noise = noise_from_seeds(range(len(batch)), family.latent_shape).to(family.device)
         rollout(guided(family, network, cond, empty, work.backbone.guidance_scale), noise, levels)
 
 
@@ -105,17 +105,17 @@ def _bare_teacher(
 
 
 def _sweep(work: Workload, which: str, seconds_per_anchor: float, changes: dict[str, Any], name: str) -> dict[str, Any]:
-    """Runs that differ in `diversity_weight`, on one cache that holds each sample of a run once, and without it."""
-    taken: dict[str, list[float]] = {"cached": [], "online": []}
+    """Time runs that differ in `diversity_weight`: with one cache of a run's samples, and with online anchors."""
+    seconds: dict[str, list[float]] = {"cached": [], "online": []}
     for weight in WEIGHTS:
         options = work.options(diversity_weight=weight, **changes)
         with ExitStack() as loops:
-            started = {mode: loops.enter_context(closing(work.start(options, mode)[1])) for mode in taken}
-            found = timing.alternate({m: r.__next__ for m, r in started.items()}, budget=0, at_least=SWEEP_CYCLES)
-        for mode, turns in found.items():
-            taken[mode] += timing.of(turns, which)
+            runs = {mode: loops.enter_context(closing(work.start(options, mode)[1])) for mode in seconds}
+            durations = timing.alternate({m: r.__next__ for m, r in runs.items()}, budget=0, at_least=SWEEP_CYCLES)
+        for mode, cycles in durations.items():
+            seconds[mode] += timing.seconds(cycles, which)
     cache = SWEEP_CYCLES * work.train.batch_size * seconds_per_anchor
-    cached, online = (sum(seconds) for seconds in taken.values())
+    cached, online = (sum(values) for values in seconds.values())
     return {
         f"{name}: values of diversity_weight": len(WEIGHTS),
         f"{name}: cycles of each run": SWEEP_CYCLES,
@@ -127,29 +127,29 @@ def _sweep(work: Workload, which: str, seconds_per_anchor: float, changes: dict[
 
 
 def _counted(work: Workload) -> dict[str, float]:
-    """The same ratio by passes through the network, for other anchors and faster recipes as well."""
+    """The same ratio in passes through the network, also for other anchor steps and faster recipes."""
     own, scale = work.anchor_recipe.anchor_levels[0].steps, work.backbone.guidance_scale
-    found = {}
+    ratios = {}
     for steps in sorted({own, 5, 10}):
         for name, changes in {"all steps graded": {}, "random step graded, shared rollout": FAST}.items():
             recipe = work.options(**changes).recipe()
             cached, online = (cycle_cost(recipe, Settings(scale, False, k)).cycle.total for k in ((), [steps]))
-            made = anchor_passes([steps], False, scale).total
-            found[f"K={steps}, {name}"] = (made + len(WEIGHTS) * cached) / (len(WEIGHTS) * online)
-    return found
+            cache = anchor_passes([steps], False, scale).total
+            ratios[f"K={steps}, {name}"] = (cache + len(WEIGHTS) * cached) / (len(WEIGHTS) * online)
+    return ratios
 
 
 # ---- waiting
 
 
 def _waiting(work: Workload) -> dict[str, float]:
-    """How long training waits for the caches."""
+    """Share of training that waits for the caches."""
     shares = timing.Shares()
     _, records = work.start(work.train)
     with closing(records):
         next(records)  # maps the files
         with timing.replaced(ShardedTensors, "rows", lambda rows: shares.wrapped("reading", rows)):
-            whole = sum(timing.seconds(records.__next__).wall for _ in range(SWEEP_CYCLES))
+            whole = sum(timing.measure(records.__next__).wall for _ in range(SWEEP_CYCLES))
     return {"share of training spent reading caches": shares.spent["reading"] / whole}
 
 

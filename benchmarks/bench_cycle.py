@@ -1,6 +1,6 @@
-"""Cycles per second of our loop against the published one, what each fast option adds, and where a cycle's time goes.
+"""Cycles per second of our loop against the published one, the gain of each fast option, and the shares of a cycle.
 
-A cycle is five turns of the fake score and one of the student. All contenders take turns in one process.
+A cycle is five updates of the fake score and one of the student. All contenders alternate in one process.
 
     python benchmarks/bench_cycle.py
     python benchmarks/bench_cycle.py --env sd35 --config sd35_medium --device cuda --batch 4 --shared-networks --only
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ from dpdmd_pipeline.training import anchors, distill
 from dpdmd_pipeline.training.cost import Settings, cycle_cost
 from dpdmd_pipeline.training.options import TrainOptions
 from record import record
-from timing import Shares, Taken, replaced
+from timing import Duration, Shares, replaced
 from workload import CHEAPER, FAST, Workload
 
 REFERENCE, PLAIN, OURS = "published loop", "published loop without pictures", "ours, paper-faithful"
 ONLINE = "anchors computed online"
-# Name -> what it changes in the group `train`; options that this version lacks are told as absent
+# Name -> its changes in the group `train`; the result lists variants whose options this version lacks
 VARIANTS: dict[str, dict[str, Any]] = {
     ONLINE: {},
-    # What changes the student by rounding only
+    # Variants that change the student only by rounding
     "fused AdamW": {"fused": True},
     "pictures of a cycle drawn at once": {"rollout_micro_batch": "cycle"},
     CHEAPER: {"rollout_micro_batch": "cycle", "fused": True},
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "fake_score_micro_batch": "quarter",
         "rollout_micro_batch": "quarter",
     },
-    # What changes the mathematics
+    # Variants that change the mathematics
     "random graded step": {"graded_steps": "random"},
     "last step graded": {"graded_steps": "last"},
     "shared rollout": {"fake_rollout": "shared"},
@@ -64,84 +64,103 @@ SHARE_CYCLES = 6
 OPTIMIZER = [(torch.nn.utils, "clip_grad_norm_"), (torch.optim.AdamW, "step"), (torch.optim.Optimizer, "zero_grad")]
 
 
-def main(asked: argparse.Namespace) -> None:
-    """Time all contenders, then look into our own cycle."""
+@dataclass(frozen=True)
+class Times:
+    """Times of all contenders.
+
+    Attributes:
+        first: of the first cycle, by contender; it includes compiling.
+        cycles: of later cycles.
+        absent: variants that did not run, and why.
+    """
+
+    first: dict[str, Duration]
+    cycles: dict[str, list[Duration]]
+    absent: dict[str, str]
+
+    @property
+    def baseline(self) -> str:
+        """The contender that all others are compared with."""
+        return REFERENCE if REFERENCE in self.cycles else OURS
+
+    @property
+    def ratio_name(self) -> str:
+        """Name of the ratio to the baseline in the result."""
+        return "times the published loop" if REFERENCE in self.cycles else "times ours, paper-faithful"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Time all contenders, then the parts of our own cycle."""
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
-        work = workload.prepare(asked, Path(folder))
+        work = workload.prepare(args, Path(folder))
         which = timing.clock(work.device)
-        first, taken, told = _taken(work, asked, Path(folder) / "compiled")
-        counted = {name: _counted(work, name) for name in taken}
-        measured = {name: _row(work, taken, name, which, counted) | _begun(first, taken, name) for name in taken}
-        shares = where_time_goes(work)
-    times = _times(taken)
-    ratios = {f"{times}, {name}": row[times] for name, row in measured.items()}
+        times = _time_contenders(work, args, Path(folder) / "compiled")
+        passes = {name: _count_passes(work, name) for name in times.cycles}
+        measured = {name: _row(work, times, name, which, passes) | _compiling(times, name) for name in times.cycles}
+        shares = cycle_shares(work)
+    ratio = times.ratio_name
     record(
-        asked.result or "cycle",
+        args.result or "cycle",
         {
-            **{name: value["median"] for name, value in ratios.items()},
+            **{f"{ratio}, {name}": row[ratio]["median"] for name, row in measured.items()},
             **shares,
-            **told,
+            **times.absent,
             "contenders": measured,
-            "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
+            "seconds are": timing.UNITS[which],
             "settings": work.settings(),
             **timing.conditions(),
         },
     )
 
 
-def _taken(
-    work: Workload, asked: argparse.Namespace, compiled: Path
-) -> tuple[dict[str, Taken], dict[str, list[Taken]], dict[str, str]]:
-    """Times of all contenders' first cycle and of later ones, and what is to be told of absent variants.
-
-    Their networks are gone afterwards.
-    """
-    chosen = VARIANTS if asked.only is None else {name: VARIANTS[name] for name in asked.only}
+def _time_contenders(work: Workload, args: argparse.Namespace, compiled: Path) -> Times:
+    """Time the first cycle of each contender, then all of them in turn; their networks are freed afterwards."""
+    variants = VARIANTS if args.only is None else {name: VARIANTS[name] for name in args.only}
     with ExitStack() as open_loops:
-        contenders, told = _contenders(work, chosen, asked.shared_networks, open_loops)
+        contenders, absent = _contenders(work, variants, args.shared_networks, open_loops)
         first = {}
         for name, cycle in contenders.items():
-            # or what an earlier contender, or an earlier day, compiled would be taken from there
+            # A new folder each: code compiled earlier must not be reused
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled / str(len(first)))
             try:
-                first[name] = timing.seconds(cycle)
-            except ValueError as error:  # options that this teacher's network does not take
-                told[name] = _refused(error)
+                first[name] = timing.measure(cycle)
+            except ValueError as error:  # options that this teacher's network does not support
+                absent[name] = _refused(error)
         running = {name: contenders[name] for name in first}
-        return first, timing.alternate(running, asked.seconds, at_least=3), told
+        return Times(first, timing.alternate(running, args.seconds, at_least=3), absent)
 
 
 def _contenders(
     work: Workload, variants: dict[str, dict], shared: bool, open_loops: ExitStack
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """One call per cycle of each, and what is to be told of the variants that are not there."""
+    """A call per cycle for each contender, and the reason for each variant that is absent."""
     roles, records = work.start(work.train)
     open_loops.enter_context(closing(records))
-    found: dict[str, Callable[[], object]] = {OURS: records.__next__}
-    told = {}
+    contenders: dict[str, Callable[[], object]] = {OURS: records.__next__}
+    absent = {}
     if work.backbone.family == "sd3":
         published = work.reference(work.train, roles if shared else None)
         with_pictures, without = published.settings, replace(published.settings, pictures_every=0)
-        found = {
+        contenders = {
             REFERENCE: lambda: (setattr(published, "settings", with_pictures), published.cycle()),
             PLAIN: lambda: (setattr(published, "settings", without), published.cycle()),
-            **found,
+            **contenders,
         }
     else:
-        told[REFERENCE] = f"is SD3's: with family={work.backbone.family} all are compared with {OURS}"
+        absent[REFERENCE] = f"is SD3's: with family={work.backbone.family} all are compared with {OURS}"
     for name, changes in variants.items():
-        if absent := sorted(set(changes) - set(TrainOptions.model_fields)):
-            told[name] = f"absent: this version has no train.{absent[0]}"
+        if missing := sorted(set(changes) - set(TrainOptions.model_fields)):
+            absent[name] = f"absent: this version has no train.{missing[0]}"
             continue
         try:
             options = _options(work, name)
-        except ValueError as error:  # options that do not go together
-            told[name] = _refused(error)
+        except ValueError as error:  # options that do not fit together
+            absent[name] = _refused(error)
             continue
         _, records = work.start(options, "online" if name == ONLINE else "cached")
-        found[name] = open_loops.enter_context(closing(records)).__next__
-    return found, told
+        contenders[name] = open_loops.enter_context(closing(records)).__next__
+    return contenders, absent
 
 
 def _refused(error: ValueError) -> str:
@@ -149,23 +168,23 @@ def _refused(error: ValueError) -> str:
 
 
 def _options(work: Workload, name: str) -> TrainOptions:
-    """Options of a variant; of the other contenders those of the run."""
+    """Options of a variant; the run's own options for the other contenders."""
     return work.options(**_changes(work, name))
 
 
 def _changes(work: Workload, name: str) -> dict[str, Any]:
-    """What a variant changes, in numbers."""
+    """A variant's changes, with numbers in place of words."""
     batch = work.train.batch_size
-    meant = {
+    values = {
         "other": not work.train.gradient_checkpointing,
         "quarter": max(1, batch // 4),
         "cycle": work.train.fake_score_turns * batch,
     }
-    return {key: meant.get(value, value) for key, value in VARIANTS.get(name, {}).items()}
+    return {key: values.get(value, value) for key, value in VARIANTS.get(name, {}).items()}
 
 
-def _counted(work: Workload, name: str) -> float:
-    """Passes through the network per sample and cycle, before anything is measured."""
+def _count_passes(work: Workload, name: str) -> float:
+    """Passes through the network per sample and cycle, computed from the options."""
     options, steps = _options(work, name), [level.steps for level in work.anchor_recipe.anchor_levels]
     online = steps if name in (REFERENCE, PLAIN, ONLINE) else ()
     return cycle_cost(
@@ -173,66 +192,55 @@ def _counted(work: Workload, name: str) -> float:
     ).cycle.total
 
 
-def _row(
-    work: Workload, taken: dict[str, list[Taken]], name: str, which: str, counted: dict[str, float]
-) -> dict[str, Any]:
-    seconds = timing.spread(timing.of(taken[name], which))
+def _row(work: Workload, times: Times, name: str, which: str, passes: dict[str, float]) -> dict[str, Any]:
+    cycles, baseline, ratio = times.cycles, times.baseline, times.ratio_name
+    seconds = timing.spread(timing.seconds(cycles[name], which))
     pictures = work.train.batch_size * (work.train.fake_score_turns + 1)
-    against, times = _compared(taken), _times(taken)
     return {
         "cycles per second": 1 / seconds["median"],
         "pictures per second": pictures / seconds["median"],
         "seconds per cycle": seconds,
-        "seconds per cycle by the wall": timing.spread(timing.of(taken[name], "wall")),
-        times: timing.ratios(taken[against], taken[name], which),
-        "counted passes": counted[name],
-        f"{times}, by counted passes alone": counted[against] / counted[name],
+        "seconds per cycle by the wall": timing.spread(timing.seconds(cycles[name], "wall")),
+        ratio: timing.ratios(cycles[baseline], cycles[name], which),
+        "counted passes": passes[name],
+        f"{ratio}, by counted passes alone": passes[baseline] / passes[name],
     }
 
 
-def _times(taken: dict[str, list[Taken]]) -> str:
-    """How a ratio is called."""
-    return "times the published loop" if REFERENCE in taken else "times ours, paper-faithful"
+def _compiling(times: Times, name: str) -> dict[str, float]:
+    """Seconds of compiling, which the first cycle does, and the number of cycles that win them back.
 
-
-def _compared(taken: dict[str, list[Taken]]) -> str:
-    """What all are compared with."""
-    return REFERENCE if REFERENCE in taken else OURS
-
-
-def _begun(first: dict[str, Taken], taken: dict[str, list[Taken]], name: str) -> dict[str, float]:
-    """What compiling takes, which is done in the first cycle, and after how many cycles it is won back.
-
-    Of the first contender of its kind alone: what it compiled serves the later ones of this process.
+    Only for the first contender of its kind: later ones in this process reuse its compiled code.
     """
     if not name.startswith(f"{CHEAPER}, "):
         return {}
     cycle, before = (
-        timing.spread(timing.of(taken[each], "wall"))["median"] if each in taken else 0 for each in (name, CHEAPER)
+        timing.spread(timing.seconds(times.cycles[each], "wall"))["median"] if each in times.cycles else 0
+        for each in (name, CHEAPER)
     )
-    compiling = first[name].wall - cycle
+    compiling = times.first[name].wall - cycle
     return {
         "seconds of compiling, by the wall": compiling,
         **({"cycles until that is won back": compiling / (before - cycle)} if before > cycle else {}),
     }
 
 
-# ---- where time goes
+# ---- shares of a cycle's time
 
 
-def where_time_goes(work: Workload) -> dict[str, float]:
-    """Shares of a cycle of ours, paper-faithful and with both fast options, and of the published loop's."""
-    found = {
+def cycle_shares(work: Workload) -> dict[str, float]:
+    """Shares of a cycle: ours, paper-faithful and with the fast options, and the published loop's."""
+    shares_by_loop = {
         "share of a cycle": _our_shares(work, {}),
         f"share of a cycle, {CHEAPER}": _our_shares(work, work.cheaper),
         "share of a fast cycle": _our_shares(work, FAST),
         **({"share of the published cycle": _published_shares(work)} if work.backbone.family == "sd3" else {}),
     }
-    return {f"{whose}: {name}": share for whose, shares in found.items() for name, share in shares.items()}
+    return {f"{loop}: {name}": share for loop, shares in shares_by_loop.items() for name, share in shares.items()}
 
 
 def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
-    # without checkpointing, or backward would hold forward passes
+    # without gradient checkpointing, whose backward contains forward passes
     roles, records = work.start(work.options(gradient_checkpointing=False, **changes))
     data = [(ShardedTensors, "rows")]
     draws = [
@@ -265,8 +273,8 @@ def _published_shares(work: Workload) -> dict[str, float]:
 
 
 def _shares(cycle: Callable[[], object], networks: Sequence[Any], charged: dict[str, list]) -> dict[str, float]:
-    """Medians over cycles; everything that is no network is charged by the functions that do it."""
-    found: dict[str, list[float]] = {}
+    """Medians over cycles. Networks are charged by their forward, other work by the functions in `charged`."""
+    values: dict[str, list[float]] = {}
     cycle()  # warms up
     for network in networks:
         network.plain_forward = network.forward
@@ -275,24 +283,24 @@ def _shares(cycle: Callable[[], object], networks: Sequence[Any], charged: dict[
         for network in networks:
             network.forward = shares.wrapped("network forward", network.plain_forward)
         with _charging(shares, charged):
-            whole = timing.seconds(cycle).wall
+            whole = timing.measure(cycle).wall
         spent = {**shares.spent, "everything else": whole - sum(shares.spent.values())}
-        for name, value in spent.items():
-            found.setdefault(name, []).append(value / whole)
-    return {name: statistics.median(values) for name, values in found.items()}
+        for name, seconds in spent.items():
+            values.setdefault(name, []).append(seconds / whole)
+    return {name: statistics.median(shares) for name, shares in values.items()}
 
 
 @contextmanager
 def _charging(shares: Shares, charged: dict[str, list]) -> Iterator[None]:
     with ExitStack() as stack:
-        for name, places in charged.items():
-            for owner, attribute in places:
+        for name, functions in charged.items():
+            for owner, attribute in functions:
                 stack.enter_context(replaced(owner, attribute, lambda f, name=name: shares.wrapped(name, f)))
         yield
 
 
 if __name__ == "__main__":
     options = workload.parser(__doc__)
-    options.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to time; none of them without a name")
+    options.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to time; without a name, none")
     options.add_argument("--shared-networks", action="store_true", help="both loops train the same networks")
     main(options.parse_args())

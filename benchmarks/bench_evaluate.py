@@ -1,7 +1,7 @@
-"""What the embedded default's evaluation costs: seconds a picture of sampling and of scoring, and all of it together.
+"""Cost of the embedded default's evaluation: seconds per picture for sampling and scoring, and for the whole stage.
 
-A shard of 64 pictures is drawn as the stage draws it, and as many pictures of the world as the stage would draw are
-scored by its own node, with the options of conf/base; the whole is told from these. Students have the teacher's
+Sampling is timed on one shard of 64 pictures. Scoring is timed on a whole evaluation's number of pictures of the world,
+by the stage's own node with the options of conf/base. The whole is computed from both. Students have the teacher's
 weights: a network's time does not depend on them.
 
     python benchmarks/bench_evaluate.py
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kedro.config import OmegaConfigLoader
 
 import timing
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
-from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
+from dpdmd_pipeline.backbones.student_file import save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedTensors
 from dpdmd_pipeline.metrics.pictures import TensorSet
 from dpdmd_pipeline.metrics.score import Reference, score
 from dpdmd_pipeline.pipelines.evaluate.nodes import score_images
@@ -32,10 +32,9 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.pipelines.evaluate.sampling import SHARD, sample_images
 from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
-from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
-from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_index
 from record import ROOT, record
+from workload import cache_embeddings, load_parameters, read_prompts, save_and_load
 
 TEACHER, STUDENT, SCORING = "teacher", "student", "scoring"
 FOLDERS = ROOT / "data/06_models"
@@ -43,13 +42,13 @@ FOLDERS = ROOT / "data/06_models"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is timed, and on what.
+    """The timed work and its inputs.
 
     Attributes:
-        folder: scratch.
+        folder: for temporary files.
         prompts: of the whole evaluation.
-        student: folder of one; both students take the same time.
-        drawn: pictures of three models, as the stage's cache has them.
+        student: folder of one student; both take the same time.
+        images: pictures of three models, like the stage's cache.
     """
 
     folder: Path
@@ -58,37 +57,37 @@ class Evaluation:
     options: EvaluateOptions
     embeddings: ShardedTensors
     student: Path
-    drawn: ShardedTensors
+    images: ShardedTensors
 
     @property
     def pictures(self) -> int:
-        """Of one model."""
+        """Number of pictures per model."""
         return len(self.prompts) * self.options.images_per_prompt
 
     @property
-    def a_turn(self) -> dict[str, int]:
-        """Pictures of each contender's turn."""
+    def pictures_per_call(self) -> dict[str, int]:
+        """Number of pictures in one call of each contender."""
         presets = {preset.full_name: self.pictures for preset in requested_presets(self.options)}
         return {TEACHER: SHARD, STUDENT: SHARD, SCORING: len(MODELS) * self.pictures, **presets}
 
     def sampling(self, model: str) -> Callable[[], Any]:
-        """Draws the first shard of one model, which stays loaded."""
+        """A call that draws the first shard of one model, which stays loaded."""
         records = [{"text": text, "train": False, "eval": True} for text in self.prompts]
-        chosen = dict(enumerate(self.prompts))
+        prompts = dict(enumerate(self.prompts))
         folders = FOLDERS / "shapes_teacher", self.student, self.student
-        lazy = sample_images(chosen, records, self.embeddings, *folders, self.backbone, self.options)
+        lazy = sample_images(prompts, records, self.embeddings, *folders, self.backbone, self.options)
         return lazy.shards[f"{model}-00000"]
 
     def scoring(self) -> None:
-        """All that the stage makes of the pictures, nothing being known of them."""
+        """Score all pictures like the stage, with an empty cache."""
         state = Path(tempfile.mkdtemp(dir=self.folder))
-        places = state, self.folder / "no_weights", FOLDERS / "shapes_clip"
-        score_images(self.drawn, dict(enumerate(self.prompts)), *places, self.options)
+        folders = state, self.folder / "no_weights", FOLDERS / "shapes_clip"
+        score_images(self.images, dict(enumerate(self.prompts)), *folders, self.options)
 
     def presets(self) -> dict[str, Callable[[], Any]]:
-        """Each preset alone, on one model's pictures; none finds features that another has kept."""
+        """Calls that score one preset each, on one model's pictures, without features cached by another preset."""
         settings = make_settings(self.folder / "no_weights", FOLDERS / "shapes_clip", self.options)
-        shards = [*self.drawn.shards()][: len(self.prompts)]  # of the first model
+        shards = [*self.images.shards()][: len(self.prompts)]  # of the first model
         sets = [TensorSet(text, text, shard["image"]) for text, shard in zip(self.prompts, shards, strict=True)]
         return {p.full_name: partial(_score_anew, sets, p, settings) for p in requested_presets(self.options)}
 
@@ -97,62 +96,62 @@ def _score_anew(sets: list[TensorSet], preset: Any, settings: Any) -> None:
     score(sets, [preset], settings, Reference(sets))
 
 
-def main(asked: argparse.Namespace) -> None:
-    """Sampling and scoring in turn."""
+def main(args: argparse.Namespace) -> None:
+    """Time sampling and scoring in turn."""
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
-        found = prepare(Path(folder))
-        sampling = {TEACHER: found.sampling("teacher"), STUDENT: found.sampling("dp_dmd")}
-        contenders = {**sampling, SCORING: found.scoring, **found.presets()}
-        taken = timing.alternate(contenders, asked.seconds, at_least=3)
-    which = timing.clock(resolve_device(found.options.device))
-    record("evaluate", {**_told(found, taken, which), **timing.conditions()})
+        work = prepare(Path(folder))
+        sampling = {TEACHER: work.sampling("teacher"), STUDENT: work.sampling("dp_dmd")}
+        contenders = {**sampling, SCORING: work.scoring, **work.presets()}
+        durations = timing.alternate(contenders, args.seconds, at_least=3)
+    which = timing.clock(resolve_device(work.options.device))
+    record("evaluate", {**_result(work, durations, which), **timing.conditions()})
 
 
-def _told(found: Evaluation, taken: dict[str, list[timing.Taken]], which: str) -> dict[str, Any]:
-    """Seconds a picture, and what was wanted of them."""
-    of = {
-        clock: {name: [s / found.a_turn[name] for s in timing.of(turns, clock)] for name, turns in taken.items()}
+def _result(work: Evaluation, durations: dict[str, list[timing.Duration]], which: str) -> dict[str, Any]:
+    """Seconds per picture, and the limits that they must keep."""
+    by_clock = {
+        clock: {
+            name: [s / work.pictures_per_call[name] for s in timing.seconds(calls, clock)]
+            for name, calls in durations.items()
+        }
         for clock in ("cpu", "wall")
     }
-    seconds, whole = of[which], {clock: _whole(found, values) for clock, values in of.items()}
+    seconds, whole = by_clock[which], {clock: _whole(work, values) for clock, values in by_clock.items()}
     return {
         **{f"{name}, seconds per picture": timing.spread(values) for name, values in seconds.items()},
         "scoring over sampling, mean of teacher and both students (wanted: at most .1)": timing.spread(
             [s / ((t + 2 * u) / 3) for s, t, u in zip(*map(seconds.get, (SCORING, TEACHER, STUDENT)), strict=True)]
         ),
-        "whole evaluation, pictures": found.pictures * len(MODELS),
+        "whole evaluation, pictures": work.pictures * len(MODELS),
         "whole evaluation, seconds of processor time (told from these)": timing.spread(whole["cpu"]),
         "whole evaluation, seconds by the wall (told from these; wanted: at most 120)": timing.spread(whole["wall"]),
-        "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
-        "options": found.options.model_dump(mode="json"),
+        "seconds are": timing.UNITS[which],
+        "options": work.options.model_dump(mode="json"),
     }
 
 
-def _whole(found: Evaluation, seconds: dict[str, list[float]]) -> list[float]:
-    """Seconds of all pictures, drawn and scored, round by round; loading models and Kedro's own start are not in it."""
+def _whole(work: Evaluation, seconds: dict[str, list[float]]) -> list[float]:
+    """Seconds to draw and score all pictures, round by round, without loading models and starting Kedro."""
     rounds = zip(*(seconds[name] for name in (TEACHER, STUDENT, SCORING)), strict=True)
-    return [found.pictures * (teacher + 2 * student + 3 * scoring) for teacher, student, scoring in rounds]
+    return [work.pictures * (teacher + 2 * student + 3 * scoring) for teacher, student, scoring in rounds]
 
 
-# ---- what it runs on
+# ---- workload
 
 
 def prepare(folder: Path) -> Evaluation:
     """The default's options and prompts, a student with the teacher's weights, and pictures of the world itself."""
-    parameters = OmegaConfigLoader(str(ROOT / "conf"), env="base", **CONFIG_LOADER_ARGS)["parameters"]
+    parameters = load_parameters("base")
     backbone, options = BackboneOptions(**parameters["backbone"]), EvaluateOptions(**parameters["evaluate"])
-    prompts = (ROOT / "data/01_raw/prompts_eval.txt").read_text(encoding="utf-8").split("\n")[:-1]
-    teacher = FOLDERS / "shapes_teacher"
-    manifest = {"texts": texts_digest({"text": text} for text in prompts), "teacher_text": text_side_hash(teacher)}
-    encode = {"00000": lambda: backbone.load(teacher, options.device).encode([*prompts, ""])}
-    embeddings = _cached(folder / "embeddings", LazyShards(encode, "of a benchmark", manifest))
-    student = _student(folder / "student", teacher, backbone, parameters["train"])
-    drawn = _cached(folder / "images", _world(prompts, options))
-    return Evaluation(folder, prompts, backbone, options, embeddings, student, drawn)
+    prompts, teacher = read_prompts("prompts_eval.txt"), FOLDERS / "shapes_teacher"
+    embeddings = cache_embeddings(folder / "embeddings", prompts, teacher, backbone, options.device)
+    student = _save_student(folder / "student", teacher, backbone, parameters["train"])
+    images = save_and_load(folder / "images", _world(prompts, options))
+    return Evaluation(folder, prompts, backbone, options, embeddings, student, images)
 
 
-def _student(folder: Path, teacher: Path, backbone: BackboneOptions, train: dict[str, Any]) -> Path:
+def _save_student(folder: Path, teacher: Path, backbone: BackboneOptions, train: dict[str, Any]) -> Path:
     folder.mkdir()
     model = backbone.load(teacher, "cpu")
     levels = model.student_schedule(train["grid"], train["num_steps"])
@@ -161,15 +160,15 @@ def _student(folder: Path, teacher: Path, backbone: BackboneOptions, train: dict
 
 
 def _world(prompts: list[str], options: EvaluateOptions) -> LazyShards:
-    """Pictures as the stage's cache has them: of each model and prompt, some modes of the world."""
+    """Pictures in the layout of the stage's cache: random modes of the world for each model and prompt."""
     world = gallery().view(NUM_PROMPTS, NUM_MODES, *gallery().shape[1:])
 
     def shard(model: int, row: int) -> dict[str, torch.Tensor]:
         count = options.images_per_prompt
         modes = torch.randint(NUM_MODES, (count,), generator=torch.Generator().manual_seed(model))
         pictures = (world[prompt_index(prompts[row]), modes] * 255).round().to(torch.uint8)
-        told = {"model": torch.full((count,), model), "prompt": torch.full((count,), row)}
-        return {**told, "seed": torch.arange(count), "image": pictures}
+        indices = {"model": torch.full((count,), model), "prompt": torch.full((count,), row)}
+        return {**indices, "seed": torch.arange(count), "image": pictures}
 
     shards = {
         f"{name}-{row:05d}": partial(shard, model, row)
@@ -179,14 +178,7 @@ def _world(prompts: list[str], options: EvaluateOptions) -> LazyShards:
     return LazyShards(shards, "of a benchmark", {})
 
 
-def _cached(folder: Path, shards: LazyShards) -> ShardedTensors:
-    """What the catalog gives to the next stage."""
-    dataset = ShardedDataset(filepath=str(folder))
-    dataset.save(shards)
-    return dataset.load()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="after which no other round begins")
+    parser.add_argument("--seconds", type=float, default=60, help="no further round starts after these")
     main(parser.parse_args())

@@ -1,4 +1,4 @@
-"""Pictures from teacher and student: network evaluations, seconds, and what our sampler adds to bare network calls.
+"""Sampling by teacher and student: network evaluations, seconds, and our sampler's overhead over bare network calls.
 
 python benchmarks/bench_sampler.py
 python benchmarks/bench_sampler.py --env sd35 --config sd35_medium --device cuda --batch 4
@@ -31,44 +31,44 @@ TEACHER, BARE_TEACHER = "teacher", "teacher, bare network calls"
 STUDENT, BARE_STUDENT = "student", "student, bare network calls"
 
 
-def main(asked: argparse.Namespace) -> None:
-    """The student has the teacher's weights: a network's time does not depend on them."""
+def main(args: argparse.Namespace) -> None:
+    """Time both. The student has the teacher's weights: a network's time does not depend on them."""
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        work = workload.prepare(asked, Path(folder))
-        family = work.backbone.load(work.teacher, asked.device)
+        work = workload.prepare(args, Path(folder))
+        family = work.backbone.load(work.teacher, args.device)
         network = family.load_model().requires_grad_(False).eval()
         samplers = _samplers(work, family, network)
-        evaluations = {name: _count(network, draw) / asked.batch for name, draw in samplers.items()}
+        evaluations = {name: _count(network, draw) / args.batch for name, draw in samplers.items()}
         latents = samplers[STUDENT]()
         family.decode(latents[:1])  # loads the autoencoder
         contenders = {**samplers, "decoding": partial(family.decode, latents)}
-        taken = timing.alternate(contenders, asked.seconds, at_least=5)
+        durations = timing.alternate(contenders, args.seconds, at_least=5)
     which = timing.clock(work.device)
-    by_name = {name: [value / asked.batch for value in timing.of(turns, which)] for name, turns in taken.items()}
+    per_picture = {name: [s / args.batch for s in timing.seconds(calls, which)] for name, calls in durations.items()}
     record(
-        asked.result or "sampler",
+        args.result or "sampler",
         {
             **{f"{name}, network evaluations per picture": count for name, count in evaluations.items()},
-            **{f"{name}, seconds per picture": timing.spread(values) for name, values in by_name.items()},
+            **{f"{name}, seconds per picture": timing.spread(values) for name, values in per_picture.items()},
             "evaluations, teacher / student": evaluations[TEACHER] / evaluations[STUDENT],
-            "seconds, teacher / student": timing.ratios(taken[TEACHER], taken[STUDENT], which),
-            "overhead of the teacher's sampler": _overhead(taken, TEACHER, BARE_TEACHER, which),
-            "overhead of the student's sampler": _overhead(taken, STUDENT, BARE_STUDENT, which),
-            "seconds are": {"cpu": "of this process's processor time", "wall": "by the wall"}[which],
+            "seconds, teacher / student": timing.ratios(durations[TEACHER], durations[STUDENT], which),
+            "overhead of the teacher's sampler": _overhead(durations, TEACHER, BARE_TEACHER, which),
+            "overhead of the student's sampler": _overhead(durations, STUDENT, BARE_STUDENT, which),
+            "seconds are": timing.UNITS[which],
             "settings": work.settings(),
             **timing.conditions(),
         },
     )
 
 
-def _overhead(taken: dict[str, list[timing.Taken]], sampler: str, bare: str, which: str) -> dict[str, float]:
-    found = timing.ratios(taken[sampler], taken[bare], which)
-    return {name: value if name == "n" else value - 1 for name, value in found.items()}
+def _overhead(durations: dict[str, list[timing.Duration]], sampler: str, bare: str, which: str) -> dict[str, float]:
+    ratios = timing.ratios(durations[sampler], durations[bare], which)
+    return {name: value if name == "n" else value - 1 for name, value in ratios.items()}
 
 
 def _samplers(work: Workload, family: Backbone, network: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Each draws the latents of one batch."""
+    """Calls that draw the latents of one batch each."""
     count, seeds = work.train.batch_size, range(work.train.batch_size)
     rows = [number % len(work.prompts) for number in seeds]
     cond = {name: value.to(family.device) for name, value in work.embeddings.rows(rows).items()}
@@ -101,24 +101,24 @@ def _student(work: Workload, family: Backbone, network: nn.Module) -> OpenStuden
 
 
 def _bare(network: nn.Module, family: Backbone, noise: Tensor, levels: NoiseLevel, cond: Conditioning) -> Tensor:
-    """As many calls of the network on inputs that are ready; nothing is made of its outputs."""
+    """Call the network once per level on the same prepared inputs; returns its last output."""
     inputs = {
         "hidden_states": noise.to(family.dtype),
         "encoder_hidden_states": cond["prompt_embeds"].to(family.dtype),
         "pooled_projections": cond["pooled_embeds"].to(family.dtype),
     }
     for level in levels[:-1]:
-        found = network(timestep=level.timestep.expand(len(noise)), **inputs).sample
-    return found
+        output = network(timestep=level.timestep.expand(len(noise)), **inputs).sample
+    return output
 
 
 def _count(network: nn.Module, draw: Callable[[], Tensor]) -> int:
-    """Samples that pass through the network."""
-    passed: list[int] = []
-    handle = network.register_forward_hook(lambda _module, _args, output: passed.append(len(output[0])))
+    """Count the samples that pass through the network."""
+    batch_sizes: list[int] = []
+    handle = network.register_forward_hook(lambda _module, _args, output: batch_sizes.append(len(output[0])))
     draw()
     handle.remove()
-    return sum(passed)
+    return sum(batch_sizes)
 
 
 if __name__ == "__main__":

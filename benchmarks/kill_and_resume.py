@@ -1,14 +1,13 @@
-"""Kills anchors and training of the default run at random moments; the result must be that of a run left alone.
+"""Kills anchors and training of the default run at random moments; the result must equal that of an unbroken run.
 
     python benchmarks/kill_and_resume.py [kills of each stage]
 
-Takes about twice the time of the default run; its moments are drawn anew each time and told.
+It takes about twice the time of the default run. The moments are random in each run and are recorded.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import signal
 import subprocess
@@ -17,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from record import copy_project, record
+from commands import KEDRO, copy_project, environment
+from record import record
 
 OUTPUTS = {
     "anchors": ("data/05_model_input/anchors",),
@@ -27,64 +27,71 @@ STARTING = 15  # seconds in which a stage only loads
 
 
 def start(project: Path, stage: str) -> subprocess.Popen:
-    """One stage as its user starts it."""
-    command = [sys.executable, "-m", "kedro", "run", "--env", "base", "--pipelines", stage]
+    """Start one stage as a user does."""
+    command = [*KEDRO, "run", "--env", "base", "--pipelines", stage]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, cwd=project, env=os.environ | {"DO_NOT_TRACK": "1"}, **quiet)
+    return subprocess.Popen(command, cwd=project, env=environment(), **quiet)
 
 
 def finish(project: Path, stage: str) -> float:
-    """Run a stage to its end; the seconds it took."""
-    begun = time.perf_counter()
+    """Run a stage to its end; returns the seconds."""
+    begin = time.perf_counter()
     if start(project, stage).wait():
         raise SystemExit(f"Error: `kedro run --pipelines {stage}` failed in {project}; see logs/ there")
-    return time.perf_counter() - begun
+    return time.perf_counter() - begin
 
 
 def kill_once(project: Path, stage: str, after: float) -> bool:
-    """Start a stage and kill it; whether it was still running then."""
-    running = start(project, stage)
+    """Start a stage and kill it after so many seconds; True if it was still running then."""
+    process = start(project, stage)
     try:
-        running.wait(timeout=after)
+        process.wait(timeout=after)
         return False
     except subprocess.TimeoutExpired:
-        running.send_signal(signal.SIGKILL)
-        running.wait()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
         return True
+
+
+def kill_often(project: Path, stage: str, kills: int, seconds: float) -> list[float]:
+    """Kill a stage of so many seconds at random moments; returns the moments, in seconds after each start."""
+    moments: list[float] = []
+    while len(moments) < kills:
+        moment = random.uniform(STARTING, STARTING + seconds / kills)
+        if not kill_once(project, stage, moment):
+            break
+        moments.append(moment)
+    return moments
 
 
 def digest(project: Path, stage: str) -> str:
     """SHA-256 of a stage's results."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for folder in OUTPUTS[stage]:
         for path in sorted(path for path in (project / folder).rglob("*") if path.is_file()):
-            found.update(f"{path.relative_to(project)}\0".encode() + path.read_bytes())
-    return found.hexdigest()
+            sha.update(f"{path.relative_to(project)}\0".encode() + path.read_bytes())
+    return sha.hexdigest()
 
 
 def main(kills: int) -> None:
+    """Compare an unbroken run and a killed one, stage by stage."""
     measured: dict[str, object] = {}
-    with tempfile.TemporaryDirectory() as left_alone, tempfile.TemporaryDirectory() as broken:
-        whole, killed = copy_project(left_alone), copy_project(broken)
-        for project in (whole, killed):
+    with tempfile.TemporaryDirectory() as first, tempfile.TemporaryDirectory() as second:
+        unbroken, killed = copy_project(first), copy_project(second)
+        for project in (unbroken, killed):
             finish(project, "prompts")
         for stage in OUTPUTS:
-            seconds = finish(whole, stage)
-            moments, landed = [], 0
-            while landed < kills:
-                moments.append(random.uniform(STARTING, STARTING + seconds / kills))
-                landed += kill_once(killed, stage, moments[-1])
-                if len(moments) > landed:  # it ended before its kill
-                    break
+            seconds = finish(unbroken, stage)
+            moments = kill_often(killed, stage, kills, seconds)
             finish(killed, stage)
-            same = digest(whole, stage) == digest(killed, stage)
+            same = digest(unbroken, stage) == digest(killed, stage)
             measured |= {
                 f"{stage}: seconds left alone": seconds,
-                f"{stage}: killed after seconds": [round(moment, 1) for moment in moments[:landed]],
+                f"{stage}: killed after seconds": [round(moment, 1) for moment in moments],
                 f"{stage}: bit-identical": same,
             }
             if not same:
-                raise SystemExit(f"Error: {stage} differs from the run left alone: {measured}")
+                raise SystemExit(f"Error: {stage} differs from the unbroken run: {measured}")
     record("kill_and_resume", measured)
 
 

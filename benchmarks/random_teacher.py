@@ -1,7 +1,7 @@
-"""Pipeline folders of real models' configurations with random weights, where the real weights are not at hand.
+"""Pipeline folders with real models' configurations and random weights, for machines without the real weights.
 
-The configurations are those that the models are published with. The tokenizers are not theirs: every text is padded to
-the same length, so that the work does not depend on them.
+The configurations are the published ones. The tokenizers are not: every text is padded to the same length, so the work
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def make_random_teacher(folder: Path, config: dict[str, dict[str, Any]], dtype: 
     """Write a StableDiffusion3Pipeline with random weights; returns its folder.
 
     Args:
-        folder: where to; SD3.5-Medium takes 16 GB in bfloat16, most of it the T5.
+        folder: for the pipeline; SD3.5-Medium takes 16 GB in bfloat16, most of it the T5.
         config: arguments of each part, as in `CONFIGS`.
         dtype: of the weights.
     """
@@ -85,8 +85,8 @@ def make_random_teacher(folder: Path, config: dict[str, dict[str, Any]], dtype: 
     from diffusers.models import AutoencoderKL, SD3Transformer2DModel
     from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 
-    plain = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # or the whole would be in memory in float32 first
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # never hold all weights in float32
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -94,18 +94,19 @@ def make_random_teacher(folder: Path, config: dict[str, dict[str, Any]], dtype: 
                 transformer=SD3Transformer2DModel(**config["transformer"]),
                 vae=AutoencoderKL(**config["vae"]).float(),
                 scheduler=FlowMatchEulerDiscreteScheduler(**config["scheduler"]),
-                **_text_parts(config),
+                **_text_encoders(config),
+                **_tokenizers(),
             ).save_pretrained(folder)
     finally:
-        torch.set_default_dtype(plain)
+        torch.set_default_dtype(default)
     return folder
 
 
 def make_weightless_teacher(folder: Path, config: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Write the configurations of such a pipeline alone; returns the numbers that each of its parts has.
+    """Write only the configurations of such a pipeline; returns each part's number of parameters.
 
     Args:
-        folder: where to; it is small, and enough to estimate what training needs.
+        folder: for the configurations; they are small, and enough to estimate training's memory.
         config: arguments of each part, as in `CONFIGS`.
     """
     from diffusers import StableDiffusion3Pipeline
@@ -122,16 +123,11 @@ def make_weightless_teacher(folder: Path, config: dict[str, dict[str, Any]]) -> 
     pipeline = StableDiffusion3Pipeline(**networks, **_tokenizers(), scheduler=scheduler)
     pipeline.save_config(folder)
     for name, part in {**networks, "scheduler": scheduler}.items():
-        kept = part.config.save_pretrained if hasattr(part.config, "save_pretrained") else part.save_config
-        kept(folder / name)
+        save = part.config.save_pretrained if hasattr(part.config, "save_pretrained") else part.save_config
+        save(folder / name)
     for name, tokenizer in _tokenizers().items():
         tokenizer.save_pretrained(folder / name)
     return {name: sum(weight.numel() for weight in part.parameters()) for name, part in networks.items()}
-
-
-def _text_parts(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Three text encoders and their tokenizers."""
-    return {**_text_encoders(config), **_tokenizers()}
 
 
 def _text_encoders(config: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""The published training loop of DP-DMD, written from its paper and from what is known of its code.
+"""The published training loop of DP-DMD, written from its paper and the public facts about its code.
 
-What ours is measured against. It is kept as it is on purpose and never made faster: the text encoders stay loaded and
-run three times in every turn, the sampler is set up anew in every turn, the anchors are computed in the student's turn,
-one noise level serves a whole batch, both losses go back in one pass, pictures are decoded and written while training,
-and the losses are fetched in every turn. Nothing is cached. The package does not import it.
+It is the baseline of our benchmarks, and is never made faster on purpose. The text encoders stay loaded and run three
+times in every update. Every update sets up its sampler again and fetches its losses. The student's update computes the
+anchors. A whole batch has one noise level, and both losses share one backward pass. Pictures are decoded and written
+during training. Nothing is cached. The package does not import it.
 
-It is SD3's: velocities throughout, on diffusers' own sampler (arXiv:2602.03139, algorithm 1). So it is an oracle for
-ours too, which thinks in x0: tests/benchmarks/test_reference_recipe.py.
+It trains SD3 with velocities throughout, on diffusers' own sampler (arXiv:2602.03139, algorithm 1). So it also is an
+oracle for our loop, which works in x0: tests/benchmarks/test_reference_recipe.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class PublishedSettings:
 
     Attributes:
         anchor_steps: teacher steps K of the anchor.
-        pictures_every: student turns between pictures; 1 writes them in every one, 0 never.
-        pictures: folder that they are written to.
+        pictures_every: student updates between pictures; 1 writes them in every update, 0 never.
+        pictures: folder for the pictures.
     """
 
     prompts: Sequence[str]
@@ -42,7 +42,7 @@ class PublishedSettings:
     anchor_steps: int
     guidance_scale: float
     diversity_weight: float
-    fake_score_turns: int
+    fake_score_updates: int
     learning_rate: float
     max_grad_norm: float
     pictures_every: int
@@ -51,12 +51,12 @@ class PublishedSettings:
 
 @dataclass(frozen=True)
 class Draw:
-    """What one turn draws.
+    """The random inputs of one update.
 
     Attributes:
         prompts: B.
-        noise, renoise: where the student starts, and what its pictures are noised with, [B, C, H, W].
-        sigma: of the re-noised pictures, [1, 1, 1, 1] or per sample, [B, 1, 1, 1].
+        noise, renoise: the student's start noise, and the noise added to its pictures, [B, C, H, W].
+        sigma: level of the re-noised pictures, [1, 1, 1, 1] or per sample, [B, 1, 1, 1].
     """
 
     prompts: list[str]
@@ -66,12 +66,11 @@ class Draw:
 
 
 class PublishedLoop:
-    """Three networks, two optimisers, text encoders and autoencoder, all in memory.
+    """Three networks, two optimizers, text encoders and autoencoder, all in memory.
 
     Args:
-        family: runs text encoders and autoencoder; its precision is that of the networks' arithmetic.
+        family: runs text encoders and autoencoder; its dtype is the networks' precision.
         teacher, student, fake_score: networks; the last two are trained in place.
-        settings: numbers.
     """
 
     def __init__(
@@ -79,43 +78,45 @@ class PublishedLoop:
     ) -> None:
         self.family, self.settings, self.device = family, settings, family.device
         self.teacher, self.student, self.fake_score = teacher, student, fake_score
-        self.student_optimizer = torch.optim.AdamW(_trained(student), settings.learning_rate, weight_decay=0.0)
-        self.fake_score_optimizer = torch.optim.AdamW(_trained(fake_score), settings.learning_rate, weight_decay=0.0)
-        self.turns = 0  # of the student
+        self.student_optimizer = torch.optim.AdamW(_trainable(student), settings.learning_rate, weight_decay=0.0)
+        self.fake_score_optimizer = torch.optim.AdamW(_trainable(fake_score), settings.learning_rate, weight_decay=0.0)
+        self.student_updates = 0
 
     def cycle(self) -> dict[str, float]:
-        """The turns of the fake score, then one of the student."""
-        losses = [self.fake_score_turn(self.draw()) for _ in range(self.settings.fake_score_turns)]
-        return {"fake_score_loss": sum(losses) / len(losses), **self.student_turn(self.draw())}
+        """Run the updates of the fake score, then one of the student; returns the losses."""
+        losses = [self.update_fake_score(self.draw()) for _ in range(self.settings.fake_score_updates)]
+        return {"fake_score_loss": sum(losses) / len(losses), **self.update_student(self.draw())}
 
     def draw(self) -> Draw:
-        """From the global generator, one noise level for the whole batch."""
+        """Draw from the global generator; the whole batch has one noise level."""
         batch, prompts = self.settings.batch_size, self.settings.prompts
-        chosen = [prompts[i] for i in torch.randint(len(prompts), (batch,)).tolist()]
+        batch_prompts = [prompts[i] for i in torch.randint(len(prompts), (batch,)).tolist()]
         noise, renoise = (torch.randn(batch, *self.family.latent_shape, device=self.device) for _ in range(2))
-        sigmas = self._sampler().sigmas  # all that the model was trained on
-        return Draw(chosen, noise, renoise, sigmas[torch.randint(len(sigmas), (1,))].to(self.device).view(1, 1, 1, 1))
+        sigmas = self._sampler().sigmas  # all levels of the teacher's training
+        return Draw(
+            batch_prompts, noise, renoise, sigmas[torch.randint(len(sigmas), (1,))].to(self.device).view(1, 1, 1, 1)
+        )
 
-    def fake_score_turn(self, draw: Draw) -> float:
-        """The fake score learns the velocity of the student's pictures."""
+    def update_fake_score(self, draw: Draw) -> float:
+        """Train the fake score on the velocity of the student's pictures; returns the loss."""
         cond, _, _ = self._encode(draw.prompts)
         sampler = self._sampler(self.settings.num_steps)
         with torch.no_grad():
-            x0 = self._walk(sampler, self.student, draw.noise, cond, 0)
+            x0 = self._rollout(sampler, self.student, draw.noise, cond, 0)
         noisy = (1 - draw.sigma) * x0 + draw.sigma * draw.renoise
         loss = F.mse_loss(self._velocity(self.fake_score, noisy, draw.sigma, cond), draw.renoise - x0)
         self._update(loss, self.fake_score, self.fake_score_optimizer)
         return loss.item()
 
-    def student_turn(self, draw: Draw) -> dict[str, float]:
-        """Algorithm 1: the first step to the teacher's anchor, the others by distribution matching."""
+    def update_student(self, draw: Draw) -> dict[str, float]:
+        """Algorithm 1: train the first step on the teacher's anchor, the others by distribution matching."""
         cond, teacher_cond, uncond = self._encode(draw.prompts)
         target = self._anchor_velocity(draw.noise, teacher_cond, uncond)
         sampler = self._sampler(self.settings.num_steps)
         velocity = self._velocity(self.student, draw.noise, sampler.sigmas[0], cond)
         diversity = F.mse_loss(velocity, target)
         latents = sampler.step(velocity, sampler.timesteps[0], draw.noise).prev_sample.detach()
-        x0 = self._walk(sampler, self.student, latents, cond, 1)
+        x0 = self._rollout(sampler, self.student, latents, cond, 1)
         dmd = self._matching_loss(x0, draw, cond, teacher_cond, uncond)
         loss = dmd + self.settings.diversity_weight * diversity
         self._update(loss, self.student, self.student_optimizer)
@@ -124,7 +125,7 @@ class PublishedLoop:
 
     @torch.no_grad()
     def _anchor_velocity(self, noise: Tensor, cond: Conditioning, uncond: Conditioning) -> Tensor:
-        """eq. 6: (noise - anchor) / (1 - sigma_K), the anchor being where the guided teacher is after K steps."""
+        """eq. 6: (noise - anchor) / (1 - sigma_K); the anchor is the guided teacher's latents after K steps."""
         sampler, latents = self._sampler(self.settings.teacher_steps), noise
         for number in range(self.settings.anchor_steps):
             velocity = self._guided(latents, sampler.sigmas[number], cond, uncond)
@@ -134,7 +135,7 @@ class PublishedLoop:
     def _matching_loss(
         self, x0: Tensor, draw: Draw, cond: Conditioning, teacher_cond: Conditioning, uncond: Conditioning
     ) -> Tensor:
-        """L_DMD, its gradient (fake - real) / mean|noisy - real|."""
+        """L_DMD with the gradient (fake - real) / mean|noisy - real|."""
         noisy = (1 - draw.sigma) * x0 + draw.sigma * draw.renoise
         with torch.no_grad():
             real = noisy - draw.sigma * self._guided(noisy, draw.sigma, teacher_cond, uncond)
@@ -142,9 +143,9 @@ class PublishedLoop:
             gradient = (fake - real) / (noisy - real).abs().mean(dim=(1, 2, 3), keepdim=True)
         return 0.5 * F.mse_loss(x0, (x0 - gradient).detach())
 
-    def _walk(self, sampler: Sampler, network: nn.Module, latents: Tensor, cond: Conditioning, done: int) -> Tensor:
-        """The sampler's steps after the first `done`."""
-        for sigma, timestep in zip(sampler.sigmas[done:-1], sampler.timesteps[done:], strict=True):
+    def _rollout(self, sampler: Sampler, network: nn.Module, latents: Tensor, cond: Conditioning, start: int) -> Tensor:
+        """Take the sampler's steps from number `start` on."""
+        for sigma, timestep in zip(sampler.sigmas[start:-1], sampler.timesteps[start:], strict=True):
             velocity = self._velocity(network, latents, sigma, cond)
             latents = sampler.step(velocity, timestep, latents).prev_sample
         return latents
@@ -156,7 +157,7 @@ class PublishedLoop:
         return sampler
 
     def _encode(self, prompts: list[str]) -> tuple[Conditioning, Conditioning, Conditioning]:
-        """For the student and the fake score, for the teacher, and for its unconditional half."""
+        """Conditionings of student and fake score, of the teacher, and of its unconditional half."""
         return tuple(self.family.encode(texts) for texts in (prompts, prompts, [""] * len(prompts)))
 
     def _velocity(self, network: nn.Module, latents: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
@@ -179,19 +180,19 @@ class PublishedLoop:
 
     def _update(self, loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(_trained(network), self.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(_trainable(network), self.settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
     def _write_pictures(self, x0: Tensor) -> None:
-        self.turns += 1
+        self.student_updates += 1
         every = self.settings.pictures_every
-        if not every or self.turns % every:
+        if not every or self.student_updates % every:
             return
         pictures = (255 * self.family.decode(x0)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         for number, picture in enumerate(pictures):
-            Image.fromarray(picture).save(self.settings.pictures / f"{self.turns:06d}_{number}.png")
+            Image.fromarray(picture).save(self.settings.pictures / f"{self.student_updates:06d}_{number}.png")
 
 
-def _trained(network: nn.Module) -> list[nn.Parameter]:
+def _trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Fair times on a machine that does other things, too: contenders take turns, each round is compared in itself."""
+"""Fair times on a busy machine: contenders alternate in one process, and ratios are taken within a round."""
 
 from __future__ import annotations
 
@@ -12,123 +12,126 @@ from typing import NamedTuple
 
 import torch
 
-BUSY = 2.5  # load average from which a result says that it was measured beside other work
-_LOAD = os.getloadavg()[0]  # before anything of ours ran
+BUSY = 2.5  # load average; a result measured above it says so
+UNITS = {"cpu": "of this process's processor time", "wall": "by the wall"}  # "seconds are" in a result
+_LOAD = os.getloadavg()[0]  # before the benchmark starts
 
 
-class Taken(NamedTuple):
-    """Seconds of one turn: by the wall, and of this process's own processor time, which neighbours disturb less."""
+class Duration(NamedTuple):
+    """Seconds by the wall clock, and of this process's own processor time, which other processes disturb less."""
 
     wall: float
     cpu: float
 
 
-def seconds(work: Callable[[], object]) -> Taken:
+def measure(work: Callable[[], object]) -> Duration:
     """Time one call; a GPU's queue is empty before and after."""
-    _wait()
+    _synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    _wait()
-    return Taken(time.perf_counter() - wall, time.process_time() - cpu)
+    _synchronize()
+    return Duration(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def alternate(contenders: Mapping[str, Callable[[], object]], budget: float, at_least: int) -> dict[str, list[Taken]]:
-    """All contenders in turn, round after round, after one round that is not timed.
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], budget: float, at_least: int
+) -> dict[str, list[Duration]]:
+    """Time all contenders in turn, round after round, after one untimed round.
 
     Args:
-        contenders: what is timed, by its name.
-        budget: seconds after which no other round begins.
-        at_least: rounds that are made however long they take.
+        contenders: calls by name.
+        budget: seconds after which no further round starts.
+        at_least: minimum number of rounds.
     """
     for work in contenders.values():
         work()
-    taken: dict[str, list[Taken]] = {name: [] for name in contenders}
-    begun, rounds = time.perf_counter(), 0
-    while rounds < at_least or time.perf_counter() - begun < budget:
+    durations: dict[str, list[Duration]] = {name: [] for name in contenders}
+    start, rounds = time.perf_counter(), 0
+    while rounds < at_least or time.perf_counter() - start < budget:
         for name, work in contenders.items():
-            taken[name].append(seconds(work))
+            durations[name].append(measure(work))
         rounds += 1
-    return taken
+    return durations
 
 
 def clock(device: torch.device) -> str:
-    """Which of the two times a result is taken from: the processor's on a CPU, the wall's where a GPU works."""
+    """The clock to report: processor time on a CPU, wall time where a GPU works."""
     return "cpu" if device.type == "cpu" else "wall"
 
 
+def seconds(durations: Sequence[Duration], which: str) -> list[float]:
+    """Seconds by one of the two clocks, `cpu` or `wall`."""
+    return [getattr(duration, which) for duration in durations]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles, and how many values these are of."""
+    """Median, quartiles and number of the values."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * [values[0]]
     return {"median": middle, "quartile_1": low, "quartile_3": high, "n": len(values)}
 
 
-def of(taken: Sequence[Taken], which: str) -> list[float]:
-    """One of the two times of each turn."""
-    return [getattr(each, which) for each in taken]
-
-
-def ratios(above: Sequence[Taken], below: Sequence[Taken], which: str) -> dict[str, float]:
+def ratios(above: Sequence[Duration], below: Sequence[Duration], which: str) -> dict[str, float]:
     """Spread of above / below, round by round."""
-    return spread([a / b for a, b in zip(of(above, which), of(below, which), strict=True)])
+    return spread([a / b for a, b in zip(seconds(above, which), seconds(below, which), strict=True)])
 
 
 def conditions() -> dict[str, object]:
-    """The machine's load when the benchmark began."""
-    found: dict[str, object] = {"load average before": round(_LOAD, 2)}
+    """The machine's load when the benchmark started."""
+    load: dict[str, object] = {"load average before": round(_LOAD, 2)}
     if _LOAD > BUSY:
-        found["beside other work"] = f"the load was above {BUSY} before the benchmark began"
-    return found
+        load["beside other work"] = f"the load was above {BUSY} before the benchmark began"
+    return load
 
 
 class Shares:
-    """Where time goes: the outermost of nested pieces of work is charged.
+    """Seconds per kind of work. Nested work is charged to the outermost kind.
 
     Attributes:
-        spent: seconds by the name of the piece.
+        spent: seconds by kind.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
-        self._inside = False
+        self._is_inside = False
 
     @contextmanager
-    def charged(self, name: str) -> Iterator[None]:
-        """What runs inside is charged to `name`, unless it lies inside another piece."""
-        if self._inside:
+    def charged(self, kind: str) -> Iterator[None]:
+        """Charge the body to `kind`, unless an outer body is being charged."""
+        if self._is_inside:
             yield
             return
-        self._inside = True
-        _wait()
-        begun = time.perf_counter()
+        self._is_inside = True
+        _synchronize()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            _wait()
-            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - begun
-            self._inside = False
+            _synchronize()
+            self.spent[kind] = self.spent.get(kind, 0.0) + time.perf_counter() - start
+            self._is_inside = False
 
-    def wrapped(self, name: str, function: Callable) -> Callable:
-        """The function, charged to `name`."""
+    def wrapped(self, kind: str, function: Callable) -> Callable:
+        """The function, with its time charged to `kind`."""
 
         @wraps(function)
         def call(*args, **kwargs):
-            with self.charged(name):
+            with self.charged(kind):
                 return function(*args, **kwargs)
 
         return call
 
 
 @contextmanager
-def replaced(owner: object, name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
-    """For a while, an attribute that is a function is what `make` makes of it."""
-    plain = getattr(owner, name)
-    setattr(owner, name, make(plain))
+def replaced(owner: object, name: str, wrap: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Replace the function `owner.name` by `wrap` of it inside the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, wrap(original))
     try:
         yield
     finally:
-        setattr(owner, name, plain)
+        setattr(owner, name, original)

@@ -1,4 +1,4 @@
-"""What the benchmarks of training run on: a teacher, its prompts, warm caches, and the options of an environment."""
+"""Workload of the training benchmarks: a teacher, its prompts, warm caches, and the options of an environment."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from random_teacher import CONFIGS, make_random_teacher
 from record import ROOT
 from reference_recipe import PublishedLoop, PublishedSettings
 
-NEVER = 10**6  # cycles; more than any benchmark runs
-PROMPTS = ROOT / "data/01_raw/prompts.txt"
+NEVER = 10**6  # cycles, more than any benchmark runs
 # Options that make a cycle cheaper and change the student
 FAST: dict[str, Any] = {"graded_steps": "random", "fake_rollout": "shared"}
-# What `Workload.cheaper` changes, in words
+# Name of the changes in `Workload.cheaper`
 CHEAPER = "pictures of a cycle drawn at once, fused AdamW"
-# The loop alone is timed: each cycle gives its record, and nothing that happens once in many turns happens
+# Time the loop alone: every cycle yields its record, and nothing else happens between cycles
 LOOP_ALONE = {
     "max_steps": NEVER,
     "decay": 0.0,
@@ -44,25 +43,25 @@ LOOP_ALONE = {
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Options that all of these benchmarks have; without any, the embedded teacher on the CPU."""
-    found = argparse.ArgumentParser(description=description.splitlines()[0])
-    found.add_argument("--env", default="base", help="environment of conf/ whose options are taken")
-    teacher = found.add_mutually_exclusive_group()
+    """Options that all these benchmarks share; the defaults are the embedded teacher on the CPU."""
+    options = argparse.ArgumentParser(description=description.splitlines()[0])
+    options.add_argument("--env", default="base", help="environment of conf/")
+    teacher = options.add_mutually_exclusive_group()
     teacher.add_argument("--teacher", type=Path, default=ROOT / "data/06_models/shapes_teacher", help="pipeline folder")
-    teacher.add_argument("--config", choices=CONFIGS, help="random weights of this configuration instead")
-    found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    found.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the networks")
-    found.add_argument("--resolution", type=int, help="of the pictures")
-    found.add_argument("--batch", type=int, default=16, help="samples of a turn")
-    found.add_argument("--anchor-steps", type=int, help="teacher steps K of the anchor")
-    found.add_argument("--roles", choices=["full", "lora"], help="three networks, or one with two adapters")
-    found.add_argument("--seconds", type=float, default=60, help="after which no other round begins")
-    found.add_argument("--result", help="name of the result file, if not that of the benchmark")
-    return found
+    teacher.add_argument("--config", choices=CONFIGS, help="use random weights of this configuration instead")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the networks")
+    options.add_argument("--resolution", type=int, help="of the pictures")
+    options.add_argument("--batch", type=int, default=16, help="samples of an update")
+    options.add_argument("--anchor-steps", type=int, help="teacher steps K of the anchor")
+    options.add_argument("--roles", choices=["full", "lora"], help="three networks, or one with two adapters")
+    options.add_argument("--seconds", type=float, default=60, help="no further round starts after these")
+    options.add_argument("--result", help="name of the result file; default: the benchmark's")
+    return options
 
 
-class KeepsNothing(Checkpoints):
-    """Writes no state: a benchmark's student is thrown away."""
+class NoCheckpoints(Checkpoints):
+    """Saves nothing: a benchmark does not keep its student."""
 
     def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
         pass
@@ -70,13 +69,13 @@ class KeepsNothing(Checkpoints):
 
 @dataclass(frozen=True)
 class Workload:
-    """One teacher and everything that training on it needs.
+    """One teacher and everything that training with it needs.
 
     Attributes:
-        folder: scratch.
+        folder: for temporary files.
         teacher: pipeline folder.
         train: options of the paper-faithful run.
-        anchors: by mode, `cached` on disk and `online`.
+        anchors: by mode: `cached` on disk, or `online`.
     """
 
     folder: Path
@@ -94,35 +93,35 @@ class Workload:
 
     @property
     def cheaper(self) -> dict[str, Any]:
-        """Options that make a cycle cheaper and change the student by rounding only."""
+        """Options that make a cycle cheaper and change the student only by rounding."""
         return {"rollout_micro_batch": self.train.fake_score_turns * self.train.batch_size, "fused": True}
 
     def options(self, **changes: Any) -> TrainOptions:
-        """The run's options with some of them changed.
+        """The run's options with some changes.
 
         Raises:
-            ValueError: if an option is not known or does not fit the others.
+            ValueError: if an option is unknown or does not fit the others.
         """
         return TrainOptions(**{**self.train.model_dump(), **changes})
 
     def start(self, options: TrainOptions, mode: str = "cached") -> tuple[Roles, Iterator[dict]]:
-        """Our loop, on networks of its own; each record that is asked for is one cycle.
+        """Our loop with its own networks; `next` on the records runs one cycle.
 
-        Close the records when done: an open loop would save its state when the program ends.
+        Close the records at the end: an open loop saves its state when the program ends.
         """
-        checkpoints = KeepsNothing(self.folder / "state")
+        checkpoints = NoCheckpoints(self.folder / "state")
         rows = list(range(len(self.prompts)))
         job = Job(rows, self.embeddings, self.anchors[mode], self.teacher, self.backbone, options, checkpoints)
         _, roles, records = start(job, resumed=None)
         return roles, records
 
     def reference(self, options: TrainOptions, roles: Roles | None = None, pictures_every: int = 1) -> PublishedLoop:
-        """The published loop, with the numbers of the same options.
+        """The published loop, with the same options.
 
         Args:
             options: of our run.
-            roles: networks to train; None gives it its own.
-            pictures_every: student turns; the published code writes pictures in every one.
+            roles: networks to train; None makes new ones.
+            pictures_every: student updates between pictures; the published code writes them in every update.
         """
         family = self.backbone.load(self.teacher, options.device)
         roles = roles or make_roles(
@@ -138,7 +137,7 @@ class Workload:
             anchor_steps=self.anchor_recipe.anchor_levels[0].steps,
             guidance_scale=self.backbone.guidance_scale,
             diversity_weight=options.diversity_weight,
-            fake_score_turns=options.fake_score_turns,
+            fake_score_updates=options.fake_score_turns,
             learning_rate=options.student.learning_rate,
             max_grad_norm=options.student.max_grad_norm,
             pictures_every=pictures_every,
@@ -147,7 +146,7 @@ class Workload:
         return PublishedLoop(family, roles.teacher, roles.student, roles.fake_score, settings)
 
     def settings(self) -> dict[str, Any]:
-        """What a result must tell of this workload."""
+        """Settings of this workload, for the result file."""
         names = ("roles", "precision", "batch_size", "student_micro_batch", "num_steps", "fake_score_turns", "device")
         return {
             **self.backbone.model_dump(include={"family", "resolution", "num_steps", "guidance_scale"}),
@@ -157,49 +156,73 @@ class Workload:
         }
 
 
-def prepare(asked: argparse.Namespace, folder: Path, **changes: Any) -> Workload:
+def prepare(args: argparse.Namespace, folder: Path) -> Workload:
     """Encode the prompts and make the anchors of a few batches, once.
 
     Args:
-        asked: what `parser` parsed.
-        folder: scratch.
-        changes: of the training options.
+        args: result of `parser`.
+        folder: for temporary files.
     """
-    parameters = OmegaConfigLoader(str(ROOT / "conf"), env=asked.env, **CONFIG_LOADER_ARGS)["parameters"]
-    backbone = BackboneOptions(**{**parameters["backbone"], **_given(dtype=asked.dtype, resolution=asked.resolution)})
-    teacher = asked.teacher
-    if asked.config:
-        teacher = make_random_teacher(folder / asked.config, CONFIGS[asked.config], getattr(torch, backbone.dtype))
-    sizes = ("batch_size", "student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
-    run = {**LOOP_ALONE, **dict.fromkeys(sizes, asked.batch), "device": asked.device, "precision": backbone.dtype}
-    options = TrainOptions(**{**parameters["train"], **run, **_given(roles=asked.roles), **changes})
-    steps = asked.anchor_steps or parameters["anchors"]["anchor_levels"][0]["steps"]
-    recipe = {**parameters["anchors"], "anchor_levels": [{"steps": steps}], "device": asked.device}
+    parameters = load_parameters(args.env)
+    changes = _without_none(dtype=args.dtype, resolution=args.resolution)
+    backbone = BackboneOptions(**{**parameters["backbone"], **changes})
+    teacher = args.teacher
+    if args.config:
+        teacher = make_random_teacher(folder / args.config, CONFIGS[args.config], getattr(torch, backbone.dtype))
+    run = {**LOOP_ALONE, **same_batch(args.batch), "device": args.device, "precision": backbone.dtype}
+    options = TrainOptions(**{**parameters["train"], **run, **_without_none(roles=args.roles)})
+    steps = args.anchor_steps or parameters["anchors"]["anchor_levels"][0]["steps"]
+    recipe = {**parameters["anchors"], "anchor_levels": [{"steps": steps}], "device": args.device}
     return _with_caches(folder, teacher, backbone, recipe, options)
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def load_parameters(env: str) -> dict[str, Any]:
+    """All parameters of an environment of conf/."""
+    return OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["parameters"]
+
+
+def same_batch(size: int) -> dict[str, int]:
+    """Train options for one batch size without micro-batches."""
+    names = ("batch_size", "student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
+    return dict.fromkeys(names, size)
+
+
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _with_caches(
     folder: Path, teacher: Path, backbone: BackboneOptions, recipe: dict[str, Any], train: TrainOptions
 ) -> Workload:
-    """One anchor per prompt: the loop reads them again and again, as it does in later epochs."""
-    prompts = PROMPTS.read_text(encoding="utf-8").split("\n")[:-1]
+    """Make one anchor per prompt: the loop reads them again and again, as in later epochs."""
+    prompts = read_prompts("prompts.txt")
     records = [{"text": text, "train": True, "eval": False} for text in prompts]
-    manifest = {"texts": texts_digest(records), "teacher_text": text_side_hash(teacher)}
-    encode = {"00000": lambda: backbone.load(teacher, train.device).encode([*prompts, ""])}
-    embeddings = _cached(folder / "embeddings", LazyShards(encode, "of a benchmark", manifest))
-    anchors, fewer = {}, {"seeds_per_prompt": 1, "batch_size": min(len(prompts), 2 * train.batch_size)}
-    for mode in ("cached", "online"):
-        chosen = AnchorRecipe(**{**recipe, **fewer, "mode": mode})
-        anchors[mode] = _cached(folder / mode, make_anchors(records, embeddings, teacher, backbone, chosen))
-    return Workload(folder, teacher, backbone, chosen, train, prompts, embeddings, anchors)
+    embeddings = cache_embeddings(folder / "embeddings", prompts, teacher, backbone, train.device)
+    few = {"seeds_per_prompt": 1, "batch_size": min(len(prompts), 2 * train.batch_size)}
+    recipes = {mode: AnchorRecipe(**{**recipe, **few, "mode": mode}) for mode in ("cached", "online")}
+    anchors = {
+        mode: save_and_load(folder / mode, make_anchors(records, embeddings, teacher, backbone, anchor_recipe))
+        for mode, anchor_recipe in recipes.items()
+    }
+    return Workload(folder, teacher, backbone, recipes["online"], train, prompts, embeddings, anchors)
 
 
-def _cached(folder: Path, shards: LazyShards) -> ShardedTensors:
-    """What the catalog gives to the next stage."""
+def read_prompts(name: str) -> list[str]:
+    """Lines of a prompt file in data/01_raw."""
+    return (ROOT / "data/01_raw" / name).read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def cache_embeddings(
+    folder: Path, prompts: list[str], teacher: Path, backbone: BackboneOptions, device: str
+) -> ShardedTensors:
+    """Encode the prompts, and the empty one, into a cache."""
+    manifest = {"texts": texts_digest({"text": text} for text in prompts), "teacher_text": text_side_hash(teacher)}
+    encode = {"00000": lambda: backbone.load(teacher, device).encode([*prompts, ""])}
+    return save_and_load(folder, LazyShards(encode, "of a benchmark", manifest))
+
+
+def save_and_load(folder: Path, shards: LazyShards) -> ShardedTensors:
+    """Pass shards through disk, as the catalog does between stages."""
     dataset = ShardedDataset(filepath=str(folder))
     dataset.save(shards)
     return dataset.load()

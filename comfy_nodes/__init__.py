@@ -4,7 +4,7 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():
-    """The pack's nodes; ComfyUI calls it. Imported here, so that the torch-only modules work without ComfyUI."""
+    """The pack's extension, for ComfyUI. The import is lazy: the torch-only modules also work without ComfyUI."""
     from .nodes import DPDMDExtension
 
     return DPDMDExtension()

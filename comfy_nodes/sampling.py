@@ -1,4 +1,4 @@
-"""The stochastic sampler: predict x0, add fresh noise, repeat. Torch only; the deterministic one is ComfyUI's euler."""
+"""The re-noise sampler: predict x0, add fresh noise, repeat. Torch only; the deterministic one is ComfyUI's euler."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ def sample_renoise(
     disable: bool | None = None,
     streams: Streams | None = None,
 ) -> Tensor:
-    """Multistep x0 sampling with noise that belongs to each picture; ComfyUI calls it as it calls k-diffusion's.
+    """Multistep x0 sampling with noise that belongs to each picture. The signature is k-diffusion's, for ComfyUI.
 
-    ComfyUI's own `lcm` draws one stream per batch, on the GPU where there is one, and differently in each version.
+    ComfyUI's own `lcm` draws one stream per batch, on the GPU if there is one, and differently in each version.
 
     Args:
         model: (latents [B, C, H, W], sigma [B]) -> x0.
         x: latents at sigmas[0].
         sigmas: falling levels, [N + 1].
-        extra_args: for the model; its `seed` names the streams where none are given.
-        callback: for progress and preview.
-        disable: no bar in the terminal.
-        streams: of the pictures; their first draw was the start noise.
+        extra_args: for the model; its `seed` defines the streams if `streams` is None.
+        callback: receives each step, for progress and preview.
+        disable: hide the progress bar.
+        streams: noise of the pictures; its first draw is the start noise.
 
     Returns:
-        Latents at sigmas[-1], [B, C, H, W]; x0 when that is 0.
+        Latents at sigmas[-1], [B, C, H, W]; x0 if that is 0.
     """
     extra_args = extra_args or {}
     streams = streams or streams_of(extra_args["seed"], len(x))
-    streams.draw(x.shape[1:])  # the start noise
-    renoised = model.inner_model.inner_model.model_sampling.noise_scaling
+    streams.draw(x.shape[1:])  # skips the start noise, which x already holds
+    add_noise = model.inner_model.inner_model.model_sampling.noise_scaling
     for step in trange(len(sigmas) - 1, disable=disable):
         denoised = model(x, sigmas[step] * x.new_ones(len(x)), **extra_args)
         if callback is not None:
             callback({"x": x, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
         x = denoised
         if sigmas[step + 1] > 0:
-            x = renoised(sigmas[step + 1], streams.draw(x.shape[1:]).to(x), denoised)
+            x = add_noise(sigmas[step + 1], streams.draw(x.shape[1:]).to(x), denoised)
     return x

@@ -1,7 +1,7 @@
-"""Noise levels: trained, published or given, always as falling sigmas whose last is 0. Torch only.
+"""Noise levels (trained, published or custom) as falling sigmas that end at 0. Torch only.
 
-A flow model's sigma is the share of noise, in [0, 1]. A VP model's is ComfyUI's: sigma / alpha of the paper, so that
-latents are x0 + sigma * noise; the numbers come from the model's own table of 1000 timesteps.
+A flow model's sigma is the share of noise, in [0, 1]. A VP model's sigma is ComfyUI's, which is sigma / alpha of the
+paper: latents are x0 + sigma * noise. Its values come from the model's own table of 1000 timesteps.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .weights import StudentHeader
+from .header import StudentHeader
 
-SD35_SHIFT = 3.0  # of the published SD3.5 teacher and student; not the shift that a workflow patched into a model
+SD35_SHIFT = 3.0  # of the published SD3.5 teacher and student; a shift patched into the model does not count
 MAX_STEPS = 16
 _NUM_TRAIN_TIMESTEPS = 1000
 
@@ -30,12 +30,12 @@ NAMES = (AUTO, OFFICIAL_FLOW, UNIFORM_FLOW, TRAILING, CUSTOM)
 
 @dataclass(frozen=True)
 class Levels:
-    """What the sigmas of a model mean.
+    """The noise levels of a model.
 
     Attributes:
-        prediction: what its network returns: flow, eps or v.
+        prediction: its network's output: flow, eps or v.
         table: sigma of each of the 1000 timesteps, rising, [1000]; None for flow.
-        published: whether this is a family with a published few-step schedule.
+        published: True if its family has a published few-step schedule.
     """
 
     prediction: str
@@ -44,7 +44,7 @@ class Levels:
 
     @property
     def highest(self) -> float:
-        """The noisiest level that the network knows."""
+        """The noisiest level of the model."""
         return 1.0 if self.table is None else float(self.table[-1])
 
 
@@ -54,8 +54,8 @@ def flow_sigmas(steps: int, shift: float, grid: str) -> Tensor:
     Args:
         steps: network calls.
         shift: SD3's static shift (arXiv:2403.03206, eq. 23).
-        grid: ``shifted`` is linspace(1, 1/n, n) shifted once; ``diffusers`` shifts its end point twice, as
-            FlowMatchEulerDiscreteScheduler.set_timesteps does: the grid of the published student.
+        grid: `shifted` is linspace(1, 1/n, n) shifted once. `diffusers`, the grid of the published student, shifts
+            its end point twice, as FlowMatchEulerDiscreteScheduler.set_timesteps does.
     """
     smallest = 1 / steps if grid == "shifted" else _shifted(1 / _NUM_TRAIN_TIMESTEPS, shift)
     uniform = torch.linspace(1, smallest, steps, dtype=torch.float64)
@@ -76,7 +76,7 @@ def sigmas_of_timesteps(timesteps: Sequence[int], table: Tensor) -> Tensor:
     """Levels at integer timesteps of a VP model, [N + 1].
 
     Raises:
-        ValueError: for a timestep that the model does not have.
+        ValueError: for a timestep outside the model's table.
     """
     if max(timesteps) >= len(table):
         raise ValueError(f"timestep {max(timesteps)} is out of range: this model has {len(table)}")
@@ -87,7 +87,7 @@ def trained_sigmas(header: StudentHeader, levels: Levels) -> Tensor:
     """All levels that a student was trained on, [N + 1].
 
     Raises:
-        ValueError: if the header and the model disagree about what the network returns.
+        ValueError: if the header and the model disagree about the network's output.
     """
     if header.prediction != levels.prediction:
         raise ValueError(
@@ -99,13 +99,13 @@ def trained_sigmas(header: StudentHeader, levels: Levels) -> Tensor:
     return sigmas_of_timesteps(header.timesteps, levels.table)
 
 
-def part_of(sigmas: Tensor, steps: int) -> Tensor:
-    """Fewer steps than trained, on trained levels alone: evenly spread, the first and the final 0 always among them.
+def trained_subset(sigmas: Tensor, steps: int) -> Tensor:
+    """Evenly spread trained levels for fewer steps, always with the first level and the final 0.
 
-    One step is [first, 0], whose result is the draft: the x0 that the student sees after its first step.
+    One step is [first, 0]. It gives a draft: the x0 that the student predicts at its first step.
 
     Raises:
-        ValueError: for more steps than were trained.
+        ValueError: for more steps than the trained number.
     """
     trained = len(sigmas) - 1
     if steps > trained:
@@ -114,23 +114,23 @@ def part_of(sigmas: Tensor, steps: int) -> Tensor:
 
 
 def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | None, custom: str) -> tuple[Tensor, str]:
-    """A schedule by the name in the node's menu.
+    """A schedule by its name in the node's menu.
 
     Args:
         name: one of NAMES.
         steps: network calls before `denoise` is applied; not used for `custom`.
         levels: of the model.
-        header: of the student's file, if it had one.
-        custom: sigmas as text, for `custom` alone.
+        header: of the student's file, if it has one.
+        custom: sigmas as text, only for `custom`.
 
     Returns:
-        Sigmas [N + 1] in float32 on the CPU, and where they come from, in words.
+        Sigmas [N + 1] in float32 on the CPU, and a phrase for their source.
 
     Raises:
-        ValueError: if the schedule does not fit the model, naming what does.
+        ValueError: if the schedule does not fit the model; the message names one that does.
     """
     if name == CUSTOM:
-        return checked(torch.tensor(parsed(custom)), levels), "custom"
+        return check_sigmas(torch.tensor(parse_sigmas(custom)), levels), "custom"
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}: set 1 to {MAX_STEPS}")
     if name == AUTO:
@@ -143,14 +143,14 @@ def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | No
 
 def _automatic(steps: int, levels: Levels, header: StudentHeader | None) -> tuple[Tensor, str]:
     if header is not None:
-        return part_of(trained_sigmas(header, levels), steps), "from the student's file"
+        return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
     if not levels.published:
         raise ValueError(
             "this model has no DP-DMD header, and its family has no published few-step schedule: "
             "load the student with Load DP-DMD Student, or connect sigmas"
         )
     name = OFFICIAL_FLOW if levels.table is None else TRAILING
-    return _named(name, steps, levels, None), f"no DP-DMD header in the model, so its family's published one, {name}"
+    return _named(name, steps, levels, None), f"no DP-DMD header, so the published schedule of its family: {name}"
 
 
 def _named(name: str, steps: int, levels: Levels, header: StudentHeader | None) -> Tensor:
@@ -160,11 +160,11 @@ def _named(name: str, steps: int, levels: Levels, header: StudentHeader | None) 
     return flow_sigmas(steps, shift, "diffusers" if name == OFFICIAL_FLOW else "shifted")
 
 
-def parsed(text: str) -> list[float]:
-    """Numbers separated by commas or spaces; brackets may stand around them.
+def parse_sigmas(text: str) -> list[float]:
+    """Numbers separated by commas or spaces, with or without brackets.
 
     Raises:
-        ValueError: if there is anything else.
+        ValueError: for any other text.
     """
     words = re.split(r"[,\s]+", text.strip().strip("[]").strip())
     try:
@@ -173,15 +173,15 @@ def parsed(text: str) -> list[float]:
         raise ValueError(f"custom sigmas {text!r} are not numbers: write them like 1, 0.9, 0.75, 0.5, 0") from None
 
 
-def checked(sigmas: Tensor, levels: Levels) -> Tensor:
-    """The same sigmas, if a sampler can use them.
+def check_sigmas(sigmas: Tensor, levels: Levels) -> Tensor:
+    """Return the sigmas if a sampler can use them.
 
     Raises:
-        ValueError: unless they fall strictly, from a level that the model knows, to exactly 0.
+        ValueError: unless they fall strictly, from a level of the model to exactly 0.
     """
-    shown = in_words(sigmas)
+    shown = format_sigmas(sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas [{shown}] leave no step: give two levels or more, the last 0")
+        raise ValueError(f"sigmas [{shown}] make no step: give two levels or more, the last 0")
     if not bool((sigmas.diff() < 0).all()):
         raise ValueError(f"sigmas [{shown}] must fall: put them in order, each smaller than the one before")
     if sigmas[-1] != 0:
@@ -191,21 +191,21 @@ def checked(sigmas: Tensor, levels: Levels) -> Tensor:
     return sigmas
 
 
-def last_part(sigmas: Tensor, denoise: float) -> Tensor:
-    """What image-to-image keeps of a schedule: its last round(steps * denoise) steps, on the same levels.
+def last_steps(sigmas: Tensor, denoise: float) -> Tensor:
+    """The last round(steps * denoise) steps of a schedule, on the same levels, for image-to-image.
 
     Raises:
-        ValueError: if denoise is out of [0, 1], or no step remains.
+        ValueError: if denoise is outside [0, 1], or no step remains.
     """
     steps = len(sigmas) - 1
     if not 0 <= denoise <= 1:
         raise ValueError(f"denoise is {denoise}: set it above 0, up to 1")
-    kept = math.floor(steps * denoise + 0.5)
-    if kept == 0:
+    remaining = math.floor(steps * denoise + 0.5)
+    if remaining == 0:
         raise ValueError(f"denoise {denoise:g} leaves none of {steps} steps: raise it to {0.5 / steps:.3g} or more")
-    return sigmas[steps - kept :]
+    return sigmas[steps - remaining :]
 
 
-def in_words(sigmas: Tensor) -> str:
-    """1, 0.8577, 0.6022, 0.0089, 0."""
+def format_sigmas(sigmas: Tensor) -> str:
+    """Sigmas as text: 1, 0.8577, 0.6022, 0.0089, 0."""
     return ", ".join(f"{value:.4g}" for value in sigmas.flatten().tolist())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import dpdmd_pipeline.backbones
 from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone, token_limits
-from dpdmd_pipeline.backbones.student_file import WEIGHTS
+from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
 from dpdmd_pipeline.dpdmd.sampling import rollout
 from dpdmd_pipeline.planning.identity import network_folder

@@ -1,4 +1,4 @@
-"""The configurations are the real models': their sizes are known."""
+"""The configurations have the sizes of the real models."""
 
 import copy
 
@@ -25,12 +25,12 @@ def parameters(name: str) -> int:
     config = CONFIGS["sd35_medium"][name]
     with torch.device("meta"):
         if name == "vae":
-            made = AutoencoderKL(**config)
+            model = AutoencoderKL(**config)
         elif name == "text_encoder_3":
-            made = T5EncoderModel(T5Config(**config))
+            model = T5EncoderModel(T5Config(**config))
         else:
-            made = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-    return sum(parameter.numel() for parameter in made.parameters())
+            model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -42,12 +42,12 @@ def test_the_transformer_has_the_bytes_of_the_published_file():
     from diffusers import SD3Transformer2DModel
 
     with torch.device("meta"):
-        made = SD3Transformer2DModel(**CONFIGS["sd35_medium"]["transformer"])
-    numbers = sum(tensor.numel() for tensor in made.state_dict().values())
-    assert 2 * numbers == pytest.approx(4.94e9, rel=1e-3)
+        model = SD3Transformer2DModel(**CONFIGS["sd35_medium"]["transformer"])
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert 2 * count == pytest.approx(4.94e9, rel=1e-3)
 
 
-def small() -> dict:
+def small_config() -> dict:
     config = copy.deepcopy(CONFIGS["sd35_medium"])
     config["transformer"] |= {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128}
     config["transformer"] |= {"joint_attention_dim": 64, "pooled_projection_dim": 64, "dual_attention_layers": (0,)}
@@ -61,8 +61,8 @@ def small() -> dict:
     return config
 
 
-def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
-    folder = make_random_teacher(tmp_path / "teacher", small(), torch.bfloat16)
+def test_a_small_random_teacher_encodes_denoises_and_decodes(tmp_path):
+    folder = make_random_teacher(tmp_path / "teacher", small_config(), torch.bfloat16)
     family = load_backbone(
         "sd3", folder, resolution=64, max_sequence_length=16, level_range=(0.02, 0.98), dtype=torch.bfloat16
     )
@@ -72,7 +72,7 @@ def test_a_small_one_encodes_denoises_and_decodes_like_any_teacher(tmp_path):
     assert family.decode(denoised).shape == (1, 3, 64, 64)
 
 
-def test_configurations_alone_are_those_of_the_weights_and_enough_for_an_estimate(tmp_path):
+def test_configurations_alone_give_the_same_estimate_as_weights(tmp_path):
     backbone = BackboneOptions(
         family="sd3",
         resolution=64,
@@ -83,9 +83,9 @@ def test_configurations_alone_are_those_of_the_weights_and_enough_for_an_estimat
         dtype="bfloat16",
     )
     recipe, split = Recipe(**{**RECIPE, "precision": "bfloat16"}), MemorySplit.alike(1, gradient_checkpointing=True)
-    numbers = make_weightless_teacher(tmp_path / "configs", small())
-    make_random_teacher(tmp_path / "weights", small(), torch.bfloat16)
+    counts = make_weightless_teacher(tmp_path / "configs", small_config())
+    make_random_teacher(tmp_path / "weights", small_config(), torch.bfloat16)
     estimates = [memory_model(tmp_path / name, backbone).estimate(recipe, split) for name in ("configs", "weights")]
     assert estimates[0] == estimates[1] and not list((tmp_path / "configs").rglob("*.safetensors"))
     weights = load_file(tmp_path / "weights/text_encoder_3/model.safetensors")
-    assert numbers["text_encoder_3"] == sum(tensor.numel() for tensor in weights.values())
+    assert counts["text_encoder_3"] == sum(tensor.numel() for tensor in weights.values())

@@ -2,9 +2,10 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT
 
-Adds the sampler by search, opens every example and finds no node missing, runs three with random weights, and reads the
-nodes in every language. Screenshots and thumbnails go to OUT. Needs `pip install playwright` and a Chromium: the one
-on the path, or CHROMIUM. COMFY_PYTHON is ComfyUI's Python, if it has its own. The page reaches nothing but the server.
+It adds the sampler by search, opens every example and checks that no node is missing, runs three examples with random
+weights, and reads the nodes' titles in every language. Screenshots and thumbnails go to OUT. It needs `pip install
+playwright` and a Chromium, on the path or in CHROMIUM. COMFY_PYTHON is ComfyUI's Python, if it has its own. The page
+can reach only the server.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from comfy_server import ComfyServer
 
 PACK = Path(__file__).parents[2] / "comfy_nodes"
 FOLDERS = {"VAELoader": "vae", "TripleCLIPLoader": "text_encoders", "CheckpointLoaderSimple": "checkpoints"}
-PATIENCE = 300  # seconds, for a page or a run on a busy machine
+TIMEOUT = 300  # seconds, for a page or a run on a busy machine
 SIZE = {"width": 1600, "height": 1000}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
@@ -53,11 +54,11 @@ LOCALES = {"en": "en-US", "zh": "zh-CN", "ja": "ja-JP", "fr": "fr-FR"}
 
 
 def main(out: Path) -> None:
-    """Walk, and leave what was seen in `out`."""
+    """Walk through the page; screenshots and thumbnails go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base, serving(Path(base)) as server:
         print(f"ComfyUI {server.get('system_stats')['system']['comfyui_version']}")
-        look_at_what_is_served(server)
+        check_served_files(server)
         make_files(server.base)
         with browsing() as browser:
             page = open_page(browser, server, "en")
@@ -68,7 +69,7 @@ def main(out: Path) -> None:
                 run_example(page, server, name, out)
             page.close()
             for language in LOCALES:
-                read_the_nodes(browser, server, language)
+                check_titles(browser, server, language)
 
 
 def examples() -> list[str]:
@@ -81,7 +82,7 @@ def examples() -> list[str]:
 
 @contextlib.contextmanager
 def serving(base: Path) -> Iterator[ComfyServer]:
-    """A ComfyUI with the pack, set up so that it greets nobody."""
+    """A ComfyUI with the pack, without tutorials and other first-start dialogs."""
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
@@ -98,8 +99,8 @@ def fetch(server: ComfyServer, path: str) -> bytes:
         return answer.read()
 
 
-def look_at_what_is_served(server: ComfyServer) -> None:
-    """Help pages, templates with thumbnails, and translations, as the page asks for them."""
+def check_served_files(server: ComfyServer) -> None:
+    """Fetch help pages, templates with thumbnails, and translations, as the page does."""
     nodes = [name for name in server.get("object_info") if name.startswith("DPDMD")]
     for name in nodes:
         assert fetch(server, f"extensions/dpdmd/docs/{name}.md").startswith(b"# "), name
@@ -113,21 +114,22 @@ def look_at_what_is_served(server: ComfyServer) -> None:
     )
 
 
-# ---- files that the examples name
+# ---- model files of the examples
 
 
 def make_files(base: Path) -> None:
-    """Placeholders for all, and random weights for the examples that are run."""
+    """Write placeholders for all examples, and random weights for the three that run."""
     for name in examples():
         for node in read_example(name)["nodes"]:
             for file in files_of(node):
                 path = base / "models" / file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes((8).to_bytes(8, "little") + b"{}      ")  # a safetensors file of no tensors
+                path.write_bytes((8).to_bytes(8, "little") + b"{}      ")  # a safetensors file without tensors
     make_student(base / "models/diffusion_models/sd35-medium-dpdmd-4step.safetensors")
     make_text_encoder(base / "models/text_encoders/clip_l.safetensors")
     make_vae(base / "models/vae/sd3.5_vae.safetensors")
-    shutil.copy(PACK / "example_workflows" / "sd35_4step.jpg", base / "input" / "example.png")  # read by content
+    # a JPEG under this name: readers go by content
+    shutil.copy(PACK / "example_workflows" / "sd35_4step.jpg", base / "input" / "example.png")
 
 
 def read_example(name: str) -> dict:
@@ -135,18 +137,20 @@ def read_example(name: str) -> dict:
 
 
 def files_of(node: dict) -> list[str]:
-    """Model files that a node names, below models/."""
+    """Model files in a node's widgets, relative to models/."""
     names = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")]
     folder = FOLDERS.get(node["type"])
     return [f"{folder}/{name}" if folder else name for name in names]
 
 
 def make_student(path: Path) -> None:
-    """The smallest transformer that ComfyUI knows as SD3 and that takes real text embeddings."""
+    """Write the smallest transformer that ComfyUI detects as SD3 and that takes real text embeddings."""
     import torch
     from diffusers import SD3Transformer2DModel
 
-    from dpdmd_pipeline.backbones.student_file import WEIGHTS, StudentHeader, save_student
+    from dpdmd_pipeline.backbones.networks import WEIGHTS
+    from dpdmd_pipeline.backbones.student_file import save_student
+    from dpdmd_pipeline.backbones.student_header import StudentHeader
 
     torch.manual_seed(0)
     model = SD3Transformer2DModel(
@@ -165,7 +169,7 @@ def make_student(path: Path) -> None:
 
 
 def make_text_encoder(path: Path) -> None:
-    """CLIP-L of full size: ComfyUI knows no smaller one."""
+    """Write a full-size CLIP-L: ComfyUI detects no smaller one."""
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -176,7 +180,7 @@ def make_text_encoder(path: Path) -> None:
 
 
 def make_vae(path: Path) -> None:
-    """SD3.5's autoencoder in diffusers' layout, as its repository has it."""
+    """Write SD3.5's autoencoder in diffusers' layout, as in its repository."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -194,7 +198,7 @@ def make_vae(path: Path) -> None:
 
 
 def fill(path: Path, shapes: dict[str, Any]) -> None:
-    """Write random weights; norms stay near the identity, so that something comes out."""
+    """Write random weights; norms stay near the identity, so that the output is not zero."""
     import torch
     from safetensors.torch import save_file
 
@@ -215,7 +219,7 @@ def browsing() -> Iterator[Any]:
 
     path = find_chromium()
     if path is None:
-        raise FileNotFoundError("no chromium on the path: install one, or name it in CHROMIUM")
+        raise FileNotFoundError("no chromium on the path: install one, or set CHROMIUM to one")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_FLAGS)
         yield browser
@@ -228,27 +232,27 @@ def find_chromium() -> str | None:
 
 
 def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
-    """ComfyUI's page, ready, with an empty graph; what it asks for elsewhere is not sent."""
+    """ComfyUI's page with an empty graph; requests to other hosts are blocked."""
     address = f"http://127.0.0.1:{server.port}"
     page = browser.new_page(viewport=SIZE, device_scale_factor=2, locale=LOCALES[language])
-    page.set_default_timeout(1000 * PATIENCE)
+    page.set_default_timeout(1000 * TIMEOUT)
 
-    def keep_inside(route: Any) -> None:
+    def block_other_hosts(route: Any) -> None:
         if route.request.url.startswith((address, "data:", "blob:")):
             route.continue_()
         else:
             route.abort()
 
-    page.route("**/*", keep_inside)
+    page.route("**/*", block_other_hosts)
     page.goto(address)
-    page.wait_for_function("() => window.app?.graph?._nodes.length")  # the page's own first workflow comes last
+    page.wait_for_function("() => window.app?.graph?._nodes.length")  # the page loads its own first workflow last
     page.wait_for_timeout(2000)
     page.evaluate("() => window.app.graph.clear()")
     return page
 
 
 def add_by_search(page: Any, out: Path) -> None:
-    """As a user does: double click, type, take the first."""
+    """Add a node like a user: double click, type, take the first."""
     page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
     page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     page.keyboard.type("DP-DMD", delay=40)
@@ -257,7 +261,7 @@ def add_by_search(page: Any, out: Path) -> None:
     page.screenshot(path=out / "search.png")
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length")
-    page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask where to put it
+    page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask for the position
     page.wait_for_timeout(1500)
     page.screenshot(path=out / "added.png")
     assert node_types(page) == ["DPDMDSampler"], node_types(page)
@@ -269,12 +273,12 @@ def node_types(page: Any) -> list[str]:
 
 
 def open_example(page: Any, name: str, out: Path) -> None:
-    """Nothing of it is unknown to the page, and the page has nothing to say about it."""
+    """Open an example; the page knows every node and reports no problem."""
     load(page, name, read_example(name))
     unknown = page.evaluate(UNKNOWN_NODES)
     assert unknown == [], f"{name}: {unknown}"
-    told = page.locator("body").inner_text()
-    assert not re.search("issues? found|missing", told, re.IGNORECASE), f"{name}:\n{told}"
+    text = page.locator("body").inner_text()
+    assert not re.search("issues? found|missing", text, re.IGNORECASE), f"{name}:\n{text}"
     assert sorted(node_types(page)) == sorted(node["type"] for node in read_example(name)["nodes"]), name
     page.screenshot(path=out / f"{name}.png")
     picture_of_nodes(page, ratio=1.5).resize((720, 480)).save(out / f"{name}.jpg", quality=85)
@@ -290,7 +294,7 @@ def load(page: Any, name: str, workflow: dict) -> None:
 
 
 def picture_of_nodes(page: Any, ratio: float | None = None) -> Any:
-    """The nodes without the page around them, on a margin that makes it `ratio` times as wide as high."""
+    """A picture of the nodes alone, with margins that make it `ratio` times as wide as high."""
     from PIL import Image
 
     left, top, width, height = page.evaluate(BOUNDS_OF_NODES)
@@ -301,7 +305,7 @@ def picture_of_nodes(page: Any, ratio: float | None = None) -> Any:
 
 
 def run_example(page: Any, server: ComfyServer, name: str, out: Path) -> None:
-    """On random weights the pictures are noise, but every node on the way has run."""
+    """Run an example on random weights: its pictures are noise, but every node runs."""
     workflow = read_example(name)
     for node in workflow["nodes"]:
         if node["type"] == "TripleCLIPLoader":  # T5-XXL has 5 billion weights
@@ -310,7 +314,7 @@ def run_example(page: Any, server: ComfyServer, name: str, out: Path) -> None:
     load(page, name, workflow)
     before = set(server.get("history"))
     page.evaluate("() => window.app.queuePrompt(0)")
-    run = finished(server, before)
+    run = wait_for_new_run(server, before)
     assert run["status"]["status_str"] == "success", run["status"]["messages"][-1]
     images = [image for output in run["outputs"].values() for image in output.get("images", [])]
     assert len(images) == RUNS[name], run["outputs"]
@@ -319,24 +323,24 @@ def run_example(page: Any, server: ComfyServer, name: str, out: Path) -> None:
     print(f"run: {name} on random weights, {len(images)} pictures")
 
 
-def finished(server: ComfyServer, before: set[str]) -> dict:
-    """What the run that is not in `before` came to."""
-    for _ in range(2 * PATIENCE):
+def wait_for_new_run(server: ComfyServer, before: set[str]) -> dict:
+    """History of the run that is not in `before`."""
+    for _ in range(2 * TIMEOUT):
         if new := set(server.get("history")) - before:
             return server.get("history")[new.pop()]
         time.sleep(0.5)
     raise RuntimeError(f"the run did not finish:\n{server.log.read_text()[-3000:]}")
 
 
-def read_the_nodes(browser: Any, server: ComfyServer, language: str) -> None:
+def check_titles(browser: Any, server: ComfyServer, language: str) -> None:
     """Every node shows the title of its language."""
-    known = json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    translations = json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     page = open_page(browser, server, language)
-    for name, words in known.items():
-        shown = page.evaluate("name => window.LiteGraph.createNode(name).title", name)
-        assert shown == words["display_name"], f"{language}: {name} is shown as {shown!r}"
+    for name, texts in translations.items():
+        title = page.evaluate("name => window.LiteGraph.createNode(name).title", name)
+        assert title == texts["display_name"], f"{language}: {name} is shown as {title!r}"
     page.close()
-    print(f"language: {language}, {len(known)} titles")
+    print(f"language: {language}, {len(translations)} titles")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A real ComfyUI on the loopback: started, asked, stopped. Nothing of it is imported into the tests' own process."""
+"""A real ComfyUI as a process on the loopback. The tests' own process imports nothing of it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _START_SECONDS, _RUN_SECONDS, _ANSWER_SECONDS = 600, 300, 120  # generous: a bus
 
 
 class RefusedError(Exception):
-    """What ComfyUI shows in a node."""
+    """The error that ComfyUI shows in a node."""
 
 
 class Graph:
-    """A workflow in API format; a node's number is what the next one is connected to."""
+    """A workflow in API format: a dict of numbered nodes."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, dict] = {}
@@ -39,11 +39,11 @@ class Graph:
 
 
 class ComfyServer:
-    """One server process with folders of its own.
+    """One server process with its own folders.
 
     Attributes:
-        base: its models, custom nodes, inputs and outputs.
-        log: what it printed.
+        base: folder of its models, custom nodes, inputs and outputs.
+        log: file with its output.
     """
 
     def __init__(self, comfyui: Path, python: str, base: Path, pack: Path = REPOSITORY / "comfy_nodes") -> None:
@@ -68,10 +68,10 @@ class ComfyServer:
             )
 
     def wait_until_ready(self) -> None:
-        """Return when it answers.
+        """Wait until the server answers.
 
         Raises:
-            RuntimeError: if it ends, or takes too long; with the end of its log.
+            RuntimeError: if it ends or takes too long; with the end of its log.
         """
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -98,7 +98,7 @@ class ComfyServer:
             return json.loads(answer.read() or "null")
 
     def queue(self, graph: Graph, client: str = "tests") -> str:
-        """Hand in a workflow.
+        """Queue a workflow; returns its id.
 
         Raises:
             RefusedError: with the messages that the page would show at the nodes.
@@ -108,20 +108,20 @@ class ComfyServer:
         except urllib.error.HTTPError as error:
             answer = json.loads(error.read())
             details = [
-                f"{found['message']}: {found['details']}"
+                f"{problem['message']}: {problem['details']}"
                 for node in (answer["node_errors"] or {}).values()
-                for found in node["errors"]
+                for problem in node["errors"]
             ]
             raise RefusedError("; ".join(details) or answer["error"]["message"]) from None
 
-    def finished(self, prompt: str) -> dict:
+    def wait_for(self, prompt: str) -> dict:
         """Wait for a workflow and return its history."""
         deadline = time.monotonic() + _RUN_SECONDS
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"ComfyUI ended:\n{self.log.read_text()[-3000:]}")
-            if found := self.get(f"history/{prompt}"):
-                return found[prompt]
+            if history := self.get(f"history/{prompt}"):
+                return history[prompt]
             time.sleep(0.05)
         raise RuntimeError(f"the workflow did not finish:\n{self.log.read_text()[-3000:]}")
 
@@ -131,18 +131,18 @@ class ComfyServer:
         Raises:
             RefusedError: with the message of the node that failed.
         """
-        history = self.finished(self.queue(graph))
+        history = self.wait_for(self.queue(graph))
         for name, content in history["status"]["messages"]:
             if name == "execution_error":
                 raise RefusedError(content["exception_message"].strip())
         return history
 
     def file(self, ending: str) -> str:
-        """A new path that the server and the tests both reach."""
+        """A new path that both the server and the tests can open."""
         return str(self.base / f"{next(self._files)}{ending}")
 
-    def given(self, **tensors: Tensor) -> str:
-        """Tensors as a file for the test nodes."""
+    def tensor_file(self, **tensors: Tensor) -> str:
+        """Write tensors to a file for the test nodes; returns its path."""
         path = self.file(".safetensors")
         save_file({name: value.contiguous() for name, value in tensors.items()}, path)
         return path

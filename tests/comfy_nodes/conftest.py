@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import REPOSITORY, ComfyServer
+from workflows import HEADER, save_weights
 
 
 @pytest.fixture(scope="session")
 def comfyui():
-    """The checkout that COMFYUI_PATH names. A wrong path fails: a test that was asked for is not skipped."""
+    """The checkout in COMFYUI_PATH. A wrong path fails instead of skipping the tests."""
     path = Path(os.environ["COMFYUI_PATH"])
     if not (path / "main.py").is_file():
-        pytest.fail(f"COMFYUI_PATH is {path}, where no ComfyUI is: set it to a checkout, the folder of main.py")
+        pytest.fail(f"COMFYUI_PATH is {path}, which has no ComfyUI: set it to a checkout, the folder of main.py")
     return path
 
 
 @pytest.fixture(scope="session")
 def start_server(comfyui, tmp_path_factory):
-    """Starts a ComfyUI with a pack and the test nodes; COMFY_PYTHON is its interpreter if it has its own."""
+    """A context manager: a ComfyUI with a pack and the test nodes, run by COMFY_PYTHON if that is set."""
 
     @contextmanager
     def start(pack):
@@ -38,14 +39,14 @@ def start_server(comfyui, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(start_server):
-    """A running ComfyUI with this pack, for all tests that leave it as it is."""
+    """A running ComfyUI with this pack, shared by all tests that do not change it."""
     with start_server(REPOSITORY / "comfy_nodes") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def tiny_sd3():
-    """An SD3.5-Medium in small: dual attention in the first layer, normalised queries and keys, random weights."""
+    """A tiny SD3.5-Medium: dual attention in the first layer, normalised queries and keys, random weights."""
     from diffusers import SD3Transformer2DModel
 
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +70,7 @@ def tiny_sd3():
 
 @pytest.fixture(scope="session")
 def tiny_sdxl():
-    """An SDXL UNet in small, of the sizes that the test nodes teach ComfyUI; random weights."""
+    """A tiny SDXL UNet of the sizes that the test nodes add to ComfyUI; random weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +84,7 @@ def tiny_sdxl():
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             transformer_layers_per_block=(1, 1),
-            attention_head_dim=(1, 2),  # diffusers means the number of heads; each is 64 wide
+            attention_head_dim=(1, 2),  # in diffusers this is the number of heads; each is 64 wide
             cross_attention_dim=64,
             use_linear_projection=True,
             addition_embed_type="text_time",
@@ -93,7 +94,7 @@ def tiny_sdxl():
 
 
 def noise(*shape, seed=0):
-    """Gaussian numbers [*shape] of a generator of their own."""
+    """Gaussian numbers [*shape] from their own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -107,3 +108,21 @@ def sd3_prompt():
 def sdxl_prompt():
     """Embeddings of one prompt, of the sizes of `tiny_sdxl`."""
     return {"prompt_embeds": noise(1, 20, 64, seed=1), "pooled_embeds": noise(1, 32, seed=2)}
+
+
+@pytest.fixture(scope="session")
+def sd3_file(server, tiny_sd3):
+    """The tiny SD3 as a stock file without a header."""
+    return save_weights(server, "diffusion_models/sd3.safetensors", tiny_sd3.state_dict())
+
+
+@pytest.fixture(scope="session")
+def sd3_student(server, tiny_sd3):
+    """The tiny SD3 as a student with its own schedule."""
+    return save_weights(server, "diffusion_models/sd3_student.safetensors", tiny_sd3.state_dict(), HEADER)
+
+
+@pytest.fixture(scope="session")
+def sdxl_file(server, tiny_sdxl):
+    """The tiny SDXL without a header."""
+    return save_weights(server, "diffusion_models/sdxl.safetensors", tiny_sdxl.state_dict())

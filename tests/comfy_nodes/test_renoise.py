@@ -1,4 +1,4 @@
-"""The re-noise sampler, held against the formula in the package's own coordinates."""
+"""The re-noise sampler equals the formula in the package's own coordinates."""
 
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ LEVELS = {"flow": flow_schedule([1.0, 0.7, 0.2, 0.0]), "vp": vp_schedule(4, ALPH
 
 
 class Model:
-    """A network with ComfyUI's rule of adding noise, in place of the three objects around one there."""
+    """A network with ComfyUI's rule of adding noise, as deeply nested as ComfyUI nests it."""
 
     def __init__(self, kind):
         def noise_scaling(sigma, noise, x0):
@@ -51,20 +51,20 @@ def test_each_step_adds_the_next_noise_of_each_pictures_generator(kind):
         x0 = denoise(latents, level)
         latents = add_noise(x0, fresh(), following)
     x = start if kind == "flow" else start / levels.alpha[0]
-    found = sample_renoise(Model(kind), x, comfy_sigmas(kind), {"seed": 7}, disable=True)
-    torch.testing.assert_close(found, x0, rtol=1e-5, atol=1e-6)
+    latents = sample_renoise(Model(kind), x, comfy_sigmas(kind), {"seed": 7}, disable=True)
+    torch.testing.assert_close(latents, x0, rtol=1e-5, atol=1e-6)
 
 
 def test_the_network_is_called_once_per_step_and_the_callback_sees_each():
-    model, seen = Model("flow"), []
+    model, states = Model("flow"), []
     streams = ImageStreams([7, 8])
-    sample_renoise(model, torch.zeros(2, *SHAPE), LEVELS["flow"].sigma, {"gain": 2.0}, seen.append, True, streams)
+    sample_renoise(model, torch.zeros(2, *SHAPE), LEVELS["flow"].sigma, {"gain": 2.0}, states.append, True, streams)
     assert model.sigmas == pytest.approx([1.0, 0.7, 0.2])
-    assert [state["i"] for state in seen] == [0, 1, 2]
-    assert all({"x", "denoised", "sigma", "sigma_hat"} <= state.keys() for state in seen)
+    assert [state["i"] for state in states] == [0, 1, 2]
+    assert all({"x", "denoised", "sigma", "sigma_hat"} <= state.keys() for state in states)
 
 
-def test_streams_that_are_given_are_used():
+def test_the_streams_argument_decides_the_noise():
     x, sigmas = torch.randn(3, *SHAPE), LEVELS["flow"].sigma
     by_batch = sample_renoise(Model("flow"), x, sigmas, disable=True, streams=BatchStream(7, 3))
     by_image = sample_renoise(Model("flow"), x, sigmas, disable=True, streams=ImageStreams([7, 8, 9]))

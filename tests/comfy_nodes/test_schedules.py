@@ -1,9 +1,11 @@
-"""Schedules of the pack: those of the package and of diffusers, trained levels alone, refusals."""
+"""Schedules of the pack equal those of the package and of diffusers; bad ones are refused."""
+
+import re
 
 import pytest
 import torch
+from comfy_nodes.header import StudentHeader
 from comfy_nodes.schedules import Levels
-from comfy_nodes.weights import StudentHeader
 
 from comfy_nodes import schedules
 from dpdmd_pipeline.dpdmd import noise
@@ -25,19 +27,19 @@ def sigmas_for(name, steps=4, levels=FLOW, header=None, custom=""):
 
 @pytest.mark.parametrize("steps", range(1, 17))
 @pytest.mark.parametrize("grid", ["diffusers", "shifted"])
-def test_flow_schedules_are_those_of_the_package(steps, grid):
+def test_flow_schedules_equal_the_packages(steps, grid):
     assert torch.equal(schedules.flow_sigmas(steps, 3.0, grid), noise.flow_sigmas(steps, 3.0, grid))
 
 
 @pytest.mark.parametrize("steps", range(1, 17))
-def test_trailing_timesteps_are_those_of_the_package(steps):
+def test_trailing_timesteps_equal_the_packages(steps):
     levels = noise.vp_schedule(steps, ALPHAS_CUMPROD)
     assert schedules.trailing_timesteps(steps) == levels.timestep[:-1].tolist()
     torch.testing.assert_close(sigmas_for("SDXL trailing", steps, EPS), levels.sigma / levels.alpha, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_the_official_schedule_is_that_of_diffusers(steps):
+def test_the_official_schedule_equals_that_of_diffusers(steps):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -45,7 +47,7 @@ def test_the_official_schedule_is_that_of_diffusers(steps):
     torch.testing.assert_close(sigmas_for(schedules.OFFICIAL_FLOW, steps), scheduler.sigmas, rtol=0, atol=1e-7)
 
 
-# ---- which schedule
+# ---- choice of a schedule
 
 
 def test_a_students_own_levels_come_first():
@@ -62,7 +64,7 @@ def test_without_a_header_the_familys_published_schedule_is_used_and_named():
 
 
 def test_a_family_without_a_published_schedule_is_refused():
-    with pytest.raises(ValueError, match="no published few-step schedule: load the student with"):
+    with pytest.raises(ValueError, match="DP-DMD header"):
         sigmas_for("auto", levels=Levels("v", TABLE, published=False))
 
 
@@ -76,9 +78,9 @@ def test_fewer_steps_are_trained_levels_from_the_first(steps, levels):
 @pytest.mark.parametrize(
     ("name", "levels", "message"),
     [
-        ("SDXL trailing", FLOW, "does not fit a model that predicts flow: choose SD3.5 official"),
-        (schedules.OFFICIAL_FLOW, EPS, "does not fit a model that predicts eps: choose SDXL trailing"),
-        ("uniform (simple)", EPS, "does not fit a model that predicts eps: choose SDXL trailing"),
+        ("SDXL trailing", FLOW, "SDXL trailing.*flow.*SD3.5 official"),
+        (schedules.OFFICIAL_FLOW, EPS, "SD3.5 official.*eps.*SDXL trailing"),
+        ("uniform (simple)", EPS, "uniform.*eps.*SDXL trailing"),
     ],
 )
 def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
@@ -88,26 +90,26 @@ def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
 
 @pytest.mark.parametrize("steps", [0, 17, -1])
 def test_steps_out_of_range_are_refused(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}: set 1 to 16"):
+    with pytest.raises(ValueError, match=f"steps is {steps}:.* 16"):
         sigmas_for("auto", steps)
 
 
 def test_more_steps_than_trained_are_refused():
-    with pytest.raises(ValueError, match="steps is 5, the student was trained for 4: set steps to 4 or fewer"):
+    with pytest.raises(ValueError, match="steps is 5,.* 4"):
         sigmas_for("auto", 5, header=FLOW_STUDENT)
 
 
 def test_a_student_in_a_model_set_to_another_prediction_is_refused():
-    with pytest.raises(ValueError, match="the student predicts eps, but the model is set to v"):
+    with pytest.raises(ValueError, match="student.* eps.*model.* v"):
         sigmas_for("auto", levels=Levels("v", TABLE, published=False), header=EPS_STUDENT)
 
 
 def test_a_timestep_that_the_model_lacks_is_refused():
-    with pytest.raises(ValueError, match="timestep 1000 is out of range: this model has 1000"):
+    with pytest.raises(ValueError, match="timestep 1000 .* 1000"):
         schedules.sigmas_of_timesteps([1000, 10], TABLE)
 
 
-# ---- sigmas that a user gives
+# ---- custom sigmas
 
 
 @pytest.mark.parametrize("text", ["1, 0.5, 0", "1 0.5 0", " [1.0,0.5,0.0] ", "1,0.5,\n0"])
@@ -117,22 +119,22 @@ def test_custom_sigmas_may_be_written_in_any_usual_way(text):
 
 @pytest.mark.parametrize("text", ["", "one", "1, , 0.5x, 0", "1;0"])
 def test_custom_sigmas_that_are_no_numbers_are_refused(text):
-    with pytest.raises(ValueError, match="are not numbers: write them like"):
+    with pytest.raises(ValueError, match=re.escape(f"custom sigmas {text!r}")):
         sigmas_for("custom", custom=text)
 
 
 @pytest.mark.parametrize(
     ("text", "levels", "message"),
     [
-        ("1, 0.5, 0.6, 0", FLOW, "must fall: put them in order"),
+        ("1, 0.5, 0.6, 0", FLOW, "must fall"),
         ("1, 0.5, 0.5, 0", FLOW, "must fall"),
         ("1, nan, 0", FLOW, "must fall"),
-        ("1, 0.5", FLOW, "end at 0.5: end at 0"),
-        ("1, 0.5, -1", FLOW, "end at -1: end at 0"),
-        ("1.1, 0.5, 0", FLOW, "start above 1, this model's noisiest level"),
+        ("1, 0.5", FLOW, "end at 0.5"),
+        ("1, 0.5, -1", FLOW, "end at -1"),
+        ("1.1, 0.5, 0", FLOW, "start above 1,"),
         ("inf, 0.5, 0", FLOW, "start above 1"),
         ("15, 1, 0", EPS, "start above 14.61"),
-        ("0", FLOW, "leave no step: give two levels or more"),
+        ("0", FLOW, r"\[0\].* step"),
     ],
 )
 def test_sigmas_that_no_sampler_can_follow_are_refused(text, levels, message):
@@ -149,20 +151,20 @@ def test_the_noisiest_level_of_an_sdxl_may_be_written_with_five_digits():
 
 @pytest.mark.parametrize(("denoise", "first"), [(1.0, 1.0), (0.75, 0.75), (0.7, 0.75), (0.5, 0.5), (0.125, 0.25)])
 def test_denoise_keeps_the_last_of_the_trained_levels(denoise, first):
-    kept = schedules.last_part(sigmas_for("auto", header=FLOW_STUDENT), denoise)
-    assert kept[0] == first and kept[-1] == 0
+    sigmas = schedules.last_steps(sigmas_for("auto", header=FLOW_STUDENT), denoise)
+    assert sigmas[0] == first and sigmas[-1] == 0
 
 
 @pytest.mark.parametrize(
     ("denoise", "message"),
     [
-        (0.12, "denoise 0.12 leaves none of 4 steps: raise it to 0.125 or more"),
-        (0.0, "leaves none"),
-        (1.5, "denoise is 1.5: set it above 0, up to 1"),
+        (0.12, "denoise 0.12 .* 4 steps.* 0.125"),
+        (0.0, "denoise 0 .* 4 steps"),
+        (1.5, "denoise is 1.5"),
         (-1.0, "denoise is -1.0"),
         (float("nan"), "denoise is nan"),
     ],
 )
 def test_a_denoise_that_leaves_no_step_is_refused(denoise, message):
     with pytest.raises(ValueError, match=message):
-        schedules.last_part(sigmas_for("auto", header=FLOW_STUDENT), denoise)
+        schedules.last_steps(sigmas_for("auto", header=FLOW_STUDENT), denoise)

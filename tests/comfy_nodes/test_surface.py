@@ -1,4 +1,4 @@
-"""What a user of the pack sees: examples, help, translations, metadata; and that it is true of the nodes."""
+"""Examples, help, translations and metadata of the pack agree with its nodes."""
 
 import ast
 import importlib.util
@@ -16,10 +16,10 @@ from PIL import Image
 PROJECT = Path(__file__).parents[2]
 PACK = PROJECT / "comfy_nodes"
 LANGUAGES = ("en", "zh", "ja", "fr")
-FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # what the export calls what ComfyUI keeps in these folders
+FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # ComfyUI's folder -> the form of the export for it
 EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
 
-# Saved workflows hold these: ids, names, types and their order stay. id: (sockets, widgets, outputs)
+# Saved workflows depend on these ids, names, types and their order. id: (sockets, widgets, outputs)
 NODES = {
     "DPDMDSampler": (
         {"model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT", "sigmas": "SIGMAS"},
@@ -41,7 +41,7 @@ NODES = {
     ),
 }
 
-on_a_real_server = pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH is not set")
+on_a_real_server = pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason="COMFYUI_PATH is not set")
 
 
 def inputs_of(node: str) -> set[str]:
@@ -49,8 +49,13 @@ def inputs_of(node: str) -> set[str]:
     return set(sockets) | {name for name in widgets if not name.endswith(" control")}
 
 
-def words(language: str) -> dict:
+def texts(language: str) -> dict:
     return json.loads((PACK / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def _sockets_of(node: dict) -> dict[str, str]:
+    """Inputs of an example's node that are no widgets."""
+    return {entry["name"]: entry["type"] for entry in node["inputs"] if "widget" not in entry}
 
 
 def nodes_of(example: str) -> list[dict]:
@@ -58,10 +63,10 @@ def nodes_of(example: str) -> list[dict]:
 
 
 def test_the_ids_are_those_of_the_code():
-    tree = ast.parse((PACK / "nodes.py").read_text(encoding="utf-8"))
     ids = {
         keyword.value.value
-        for call in ast.walk(tree)
+        for path in (PACK / "nodes").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call)
         for keyword in call.keywords
         if keyword.arg == "node_id"
@@ -96,13 +101,12 @@ def test_every_link_joins_an_output_and_an_input_of_its_type(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_our_nodes_in_an_example_have_the_sockets_and_widgets_they_really_have(example):
+def test_our_nodes_in_an_example_have_their_real_sockets_and_widgets(example):
     ours = [node for node in nodes_of(example) if node["type"].startswith("DPDMD")]
     assert ours
     for node in ours:
         sockets, widgets, outputs = NODES[node["type"]]
-        found = {entry["name"]: entry["type"] for entry in node["inputs"] if "widget" not in entry}
-        assert found == sockets, node["type"]
+        assert _sockets_of(node) == sockets, node["type"]
         assert {entry["widget"]["name"] for entry in node["inputs"] if "widget" in entry} <= set(widgets)
         assert {output["name"]: output["type"] for output in node["outputs"]} == outputs, node["type"]
         assert len(node["widgets_values"]) == len(widgets), node["type"]
@@ -118,7 +122,7 @@ def test_a_note_names_every_file_and_its_folder(example):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_loads_the_file_that_the_export_writes_and_says_where(example):
+def test_an_example_loads_the_file_that_the_export_writes_and_names_its_folder(example):
     environment = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb"}.get(example, "sd35")
     conf = PROJECT / "conf" / environment
     options = yaml.safe_load((conf / "parameters_export.yml").read_text())["export"]
@@ -156,14 +160,14 @@ def test_a_thumbnail_lies_beside_the_example(example):
 @pytest.mark.parametrize("node", NODES)
 def test_the_help_page_explains_every_input(node):
     page = (PACK / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# {words('en')[node]['display_name']}\n")
+    assert page.startswith(f"# {texts('en')[node]['display_name']}\n")
     explained = set(re.findall(r"^\| (\w+) \| \S", page, re.MULTILINE))
     assert inputs_of(node) <= explained
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_node_input_and_output_has_a_name_and_a_tooltip(language):
-    translated = words(language)
+    translated = texts(language)
     assert set(translated) == set(NODES)
     for node, text in translated.items():
         assert text["display_name"] and text["description"], node
@@ -174,8 +178,8 @@ def test_every_node_input_and_output_has_a_name_and_a_tooltip(language):
 
 
 @pytest.mark.parametrize("language", LANGUAGES[1:])
-def test_a_translation_is_one(language):
-    english, translated = words("en"), words(language)
+def test_a_translation_differs_from_the_english_text(language):
+    english, translated = texts("en"), texts(language)
     for node in NODES:
         assert translated[node]["display_name"] != english[node]["display_name"]
         assert translated[node]["description"] != english[node]["description"]
@@ -186,7 +190,7 @@ def test_a_translation_is_one(language):
 # ---- the pack
 
 
-def test_the_registry_finds_what_it_asks_for():
+def test_the_metadata_has_what_the_registry_requires():
     metadata = tomllib.loads((PACK / "pyproject.toml").read_text(encoding="utf-8"))
     project, comfy = metadata["project"], metadata["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}", project["name"]) and "comfyui" not in project["name"]
@@ -195,11 +199,11 @@ def test_the_registry_finds_what_it_asks_for():
     assert comfy["requires-comfyui"] == ">=0.3.64" and {"PublisherId", "DisplayName"} <= set(comfy)
 
 
-def test_the_licence_travels_with_the_pack():
+def test_the_pack_contains_the_licence():
     assert (PACK / "LICENSE").read_bytes() == (PROJECT / "LICENSE").read_bytes()
 
 
-def test_the_readme_shows_what_is_there():
+def test_the_readme_links_to_files_that_exist_and_names_every_example():
     text = (PACK / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#"))]
     assert [link for link in links if not (PACK / link).exists()] == []
@@ -213,7 +217,7 @@ def test_the_readme_shows_what_is_there():
 
 
 def interface(info: dict) -> tuple[dict, list, dict]:
-    """Sockets, widgets and outputs of a node, out of ComfyUI's own description."""
+    """Sockets, widgets and outputs of a node, read from ComfyUI's own description."""
     sockets, widgets = {}, []
     entries = [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]
     for name, (kind, *options) in entries:
@@ -230,16 +234,16 @@ def interface(info: dict) -> tuple[dict, list, dict]:
 
 
 @on_a_real_server
-def test_comfyui_sees_the_nodes_that_saved_workflows_hold(server):
-    found = server.get("object_info")
-    assert {name: interface(info) for name, info in found.items() if name.startswith("DPDMD")} == NODES
+def test_comfyui_sees_the_nodes_of_saved_workflows(server):
+    infos = server.get("object_info")
+    assert {name: interface(info) for name, info in infos.items() if name.startswith("DPDMD")} == NODES
 
 
 @on_a_real_server
-def test_the_english_words_are_the_nodes_own(server):
-    found = server.get("object_info")
-    for node, text in words("en").items():
-        info = found[node]
+def test_the_english_texts_are_the_nodes_own(server):
+    infos = server.get("object_info")
+    for node, text in texts("en").items():
+        info = infos[node]
         inputs = info["input"]["required"] | info["input"].get("optional", {})
         assert (text["display_name"], text["description"]) == (info["display_name"], info["description"])
         assert {name: entry["tooltip"] for name, entry in text["inputs"].items()} == {
@@ -250,14 +254,13 @@ def test_the_english_words_are_the_nodes_own(server):
 
 @on_a_real_server
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_comfyuis_own_nodes_in_an_example_are_what_it_has(server, example):
-    found = server.get("object_info")
+def test_comfyuis_own_nodes_in_an_example_exist_as_used(server, example):
+    infos = server.get("object_info")
     for node in nodes_of(example):
-        if node["type"] == "MarkdownNote":  # the page's own
+        if node["type"] == "MarkdownNote":  # belongs to the page, not to the server
             continue
-        sockets, widgets, outputs = interface(found[node["type"]])
-        used = {entry["name"]: entry["type"] for entry in node["inputs"] if "widget" not in entry}
-        assert used.items() <= sockets.items(), node["type"]
+        sockets, widgets, outputs = interface(infos[node["type"]])
+        assert _sockets_of(node).items() <= sockets.items(), node["type"]
         assert len(node["widgets_values"]) == len(widgets), node["type"]
         types = list(outputs.values())
         assert [output["type"] for output in node["outputs"]] == types[: len(node["outputs"])], node["type"]

@@ -43,7 +43,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch
-from dpdmd_pipeline.backbones.student_file import COMPONENTS
+from dpdmd_pipeline.backbones.networks import COMPONENTS
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.training.cost import calls_of
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe

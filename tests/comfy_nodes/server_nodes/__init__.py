@@ -1,4 +1,4 @@
-"""Nodes for the server tests alone: tensors in and out of a workflow by files, and an SDXL small enough to run here."""
+"""Nodes for the server tests: tensors in and out of a workflow through files, and a tiny SDXL."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ _FOREIGN = {"kedro", "dvc", "diffusers", "accelerate", "dpdmd_pipeline"}
 
 
 class TinySDXL(comfy.supported_models.SDXL):
-    """ComfyUI knows SDXL by its sizes; this is the same network with others. Everything after detection is its own."""
+    """SDXL with other sizes, by which ComfyUI detects it. Everything after detection is ComfyUI's own SDXL."""
 
     unet_config = comfy.supported_models.SDXL.unet_config | {
         "model_channels": TINY_CHANNELS,
@@ -51,23 +51,23 @@ TINY_UNET = {
 }
 
 
-def _teach_tiny_sdxl() -> None:
-    known = comfy.model_detection.unet_config_from_diffusers_unet
+def _register_tiny_sdxl() -> None:
+    detect = comfy.model_detection.unet_config_from_diffusers_unet
 
     def with_tiny(state_dict, *args, **kwargs):
         if state_dict.get("conv_in.weight", torch.empty(0)).shape[:1] == (TINY_CHANNELS,):
             return comfy.model_detection.convert_config(dict(TINY_UNET))
-        return known(state_dict, *args, **kwargs)
+        return detect(state_dict, *args, **kwargs)
 
     comfy.model_detection.unet_config_from_diffusers_unet = with_tiny
     comfy.supported_models.models.insert(0, TinySDXL)
 
 
-_teach_tiny_sdxl()
+_register_tiny_sdxl()
 
 
 def _node(returns: tuple[str, ...], **inputs):
-    """Makes a node of a function; its last input is always a path."""
+    """Turn a function into a node; its last input is always a path."""
 
     def decorate(function):
         class Node:
@@ -95,13 +95,13 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 @_node(("CONDITIONING",), path="STRING")
 def TestConditioning(path):  # noqa: N802
     """Embeddings from a file: prompt_embeds [1, tokens, width], pooled_embeds [1, width]."""
-    found = load_file(path)
-    return ([[found["prompt_embeds"], {"pooled_output": found["pooled_embeds"]}]],)
+    embeds = load_file(path)
+    return ([[embeds["prompt_embeds"], {"pooled_output": embeds["pooled_embeds"]}]],)
 
 
 @_node(("LATENT",), path="STRING")
 def TestLatent(path):  # noqa: N802
-    """A LATENT from a file: samples, and if there noise_mask and batch_index."""
+    """A LATENT from a file: samples, optionally noise_mask and batch_index."""
     latent = load_file(path)
     if "batch_index" in latent:
         latent["batch_index"] = latent["batch_index"].tolist()
@@ -138,25 +138,26 @@ def TestSaveNetwork(model, path):  # noqa: N802
 
 @_node(("MODEL",), model="MODEL", seconds="FLOAT", path="STRING")
 def TestCountCalls(model, seconds, path):  # noqa: N802
-    """A model that writes the level and batch size of each of its calls into a file, and may take its time."""
+    """A model that writes the level and batch size of each call into a file, then sleeps."""
 
-    def counted(apply_model, arguments):
+    def call(apply_model, arguments):
         with Path(path).open("a") as file:
             file.write(f"{arguments['timestep'][0].item():.6g} {len(arguments['input'])}\n")
         time.sleep(seconds)
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
     model = model.clone()
-    model.set_model_unet_function_wrapper(counted)
+    model.set_model_unet_function_wrapper(call)
     return (model,)
 
 
 @_node((), path="STRING")
 def TestPack(path):  # noqa: N802
-    """CPU seconds of importing the pack, and what is loaded in the server that no pack should need."""
+    """Write the CPU seconds of importing the pack, and the loaded modules that no pack should need."""
     pack = Path(folder_paths.get_folder_paths("custom_nodes")[0]) / "dpdmd"
-    places = {"submodule_search_locations": [str(pack)]}
-    spec = importlib.util.spec_from_file_location("dpdmd_again", pack / "__init__.py", **places)
+    spec = importlib.util.spec_from_file_location(
+        "dpdmd_again", pack / "__init__.py", submodule_search_locations=[str(pack)]
+    )
     start = time.thread_time()
     sys.modules["dpdmd_again"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["dpdmd_again"])

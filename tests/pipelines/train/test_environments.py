@@ -13,8 +13,9 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from safetensors.torch import load_file
 
+from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, load_header
+from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
 from dpdmd_pipeline.metrics.presets import choose
 from dpdmd_pipeline.pipelines import anchors, distill, prompts, train
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions

@@ -16,7 +16,9 @@ from tests.pipelines.conftest import (
     train_options,
 )
 
-from dpdmd_pipeline.backbones.student_file import ADAPTER, WEIGHTS, StudentHeader, load_header, save_student
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header, save_student
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.nodes import train_student

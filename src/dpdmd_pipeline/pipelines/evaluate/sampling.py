@@ -141,7 +141,8 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
 
 def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
     """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
-    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
+    from dpdmd_pipeline.backbones.student_file import load_header, load_weights
+    from dpdmd_pipeline.backbones.student_header import check_prediction
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
 
     header = load_header(folder)

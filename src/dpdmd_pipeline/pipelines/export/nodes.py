@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -69,4 +68,3 @@ def _own_metrics(metrics: dict, student: Path) -> dict:
         reason = "they come from an older version and name no student"
     log.warning("export: the card has no measurements: %s; run the stages evaluate and export again", reason)
     return {}
-

@@ -1,0 +1,202 @@
+"""Load DP-DMD Student: a full student or a LoRA, refused unless its file fits completely."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from .. import lora, schedules, weights
+from ..header import StudentHeader, read_header
+from ..schedules import Levels
+from .model import family_of, levels_of, with_header
+from .schema import schema, show_text
+
+
+class DPDMDLoader(io.ComfyNode):
+    """Loads a student with its trained schedule."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [f"{folder}/{name}" for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
+        return schema(
+            node_id="DPDMDLoader",
+            display_name="Load DP-DMD Student",
+            description="Loads a full student (diffusers or ComfyUI keys, .safetensors or a released .pt) or a LoRA "
+            "student, and keeps its trained schedule with the model. A file that does not fit completely is an error.",
+            inputs=[
+                io.Combo.Input(
+                    "student_name",
+                    options=files,
+                    tooltip="Files of models/diffusion_models (full students) and models/loras (LoRA students).",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=["default", "fp8_e4m3fn"],
+                    default="default",
+                    tooltip="Precision of a full student's weights; fp8 halves the memory and changes the picture a "
+                    "little. A LoRA uses its base model's precision.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="Strength of a LoRA; 1 is the trained strength. A full student has none: leave it at 1.",
+                ),
+                io.Model.Input("base_model", optional=True, tooltip="Only for a LoRA: the model it was trained on."),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="The student, with its schedule."),
+                io.String.Output("info", display_name="info", tooltip="What was loaded, and how it is sampled."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, student_name, **_others) -> str:
+        """Changes with the file; ComfyUI's own loaders keep using a file that was replaced on disk."""
+        path = _path_of(student_name)
+        return f"{path} {path.stat().st_mtime_ns} {path.stat().st_size}"
+
+    @classmethod
+    def execute(cls, student_name, weight_dtype, strength, base_model=None) -> io.NodeOutput:
+        path, name = str(_path_of(student_name)), weights.folder_and_file(student_name)[1]
+        state, metadata = weights.load_state(path, name)
+        header = read_header(metadata, name)
+        is_lora = lora.is_lora(state) if header is None else header.kind == "lora"
+        if is_lora:
+            if weight_dtype != "default":
+                raise ValueError(f"weight_dtype is {weight_dtype}, but {name} is a LoRA: choose it at the base model")
+            model, summary = _load_lora(base_model, state, header, strength, name)
+        else:
+            if strength != 1:
+                raise ValueError(f"strength is {strength:g}, but {name} is a full student: set it to 1")
+            model, summary = _load_full(path, state, header, weight_dtype, name)
+        model = with_header(model, header)
+        info = "\n".join([summary, *_describe(header, levels_of(model))])
+        show_text(info, cls.hidden.unique_id)
+        return io.NodeOutput(model, info)
+
+
+def _path_of(student_name: str) -> Path:
+    folder, name = weights.folder_and_file(student_name)
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise FileNotFoundError(f"student_name: {name} is not in models/{folder}: put the file there and refresh")
+    return Path(path)
+
+
+def _describe(header: StudentHeader | None, levels: Levels) -> list[str]:
+    if header is None:
+        return ["no DP-DMD header: sampled on its family's published schedule"]
+    sigmas = schedules.format_sigmas(schedules.trained_sigmas(header, levels))
+    return [f"{header.prediction}, {header.sampler}, {header.steps} steps", f"levels {sigmas}"]
+
+
+# ---- full students
+
+
+def _load_full(
+    path: str, state: dict, header: StudentHeader | None, weight_dtype: str, name: str
+) -> tuple[comfy.model_patcher.ModelPatcher, str]:
+    """The model, and a line that says so."""
+    options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype.replace("fp8", "float8"))}
+    state = weights.without_wrappers(state)
+    keys = set(state)  # ComfyUI removes them from the state while it loads
+    model = _make_model(state, options, name)
+    if hasattr(model, "cached_patcher_init"):  # newer versions make a second copy with it, for a second GPU
+        model.cached_patcher_init = (_load_again, (path, options, name))
+    family = family_of(model)
+    if header is not None and header.family != family:
+        raise ValueError(f"{name}: the header says {header.family}, the weights are {family}: export the student again")
+    weights.check_keys(keys, _expected_keys(model, keys, name), name)
+    return model, f"{name}: full {family} student, {len(keys)} of {len(keys)} keys"
+
+
+def _load_again(path: str, options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
+    return _make_model(weights.without_wrappers(weights.load_state(path, name)[0]), options, name, **kwargs)
+
+
+def _make_model(state: dict[str, Tensor], options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
+    first_keys = weights.first_three(sorted(state))
+    try:
+        model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, **kwargs)
+    except RuntimeError as error:
+        raise ValueError(f"{name} does not fit its network ({weights.first_line(error)}): export it again") from error
+    if model is None:
+        raise ValueError(f"{name} is no network that ComfyUI knows (keys {first_keys}): export the student again")
+    return model
+
+
+def _expected_keys(model: comfy.model_patcher.ModelPatcher, keys: set[str], name: str) -> set[str]:
+    """All keys of a complete file, in the spelling of this file: ComfyUI's or diffusers'."""
+    network, config = set(model.model.diffusion_model.state_dict()), model.model.model_config.unet_config
+    spellings = {"sd3": comfy.utils.mmdit_to_diffusers, "sdxl": comfy.utils.unet_to_diffusers}
+    if family_of(model) not in spellings:
+        raise ValueError(
+            f"{name} is a {family_of(model)}, this node checks {' and '.join(spellings)}: "
+            "load it with Load Diffusion Model"
+        )
+    aliases: dict[Any, list[str]] = {}  # a weight of the network, or a slice of one -> its diffusers keys
+    for key, target in spellings[family_of(model)](config).items():
+        weight, target_slice = (target, target) if isinstance(target, str) else (target[0], target[:2])
+        if weight in network:
+            aliases.setdefault(target_slice, []).append(key)
+    # some weights have two diffusers keys; a file has one of them
+    diffusers = {next((key for key in names if key in keys), names[0]) for names in aliases.values()}
+    return diffusers if len(keys & diffusers) > len(keys & network) else network
+
+
+# ---- LoRA students
+
+
+def _load_lora(
+    base_model: comfy.model_patcher.ModelPatcher | None,
+    state: dict,
+    header: StudentHeader | None,
+    strength: float,
+    name: str,
+) -> tuple[comfy.model_patcher.ModelPatcher, str]:
+    """The patched base model, and a line that says so."""
+    if base_model is None:
+        raise ValueError(f"{name} is a LoRA: connect the model it was trained on to base_model")
+    family = family_of(base_model)
+    if header is not None and header.family != family:
+        raise ValueError(
+            f"{name} is a LoRA for {header.family}, base_model is {family}: connect the {header.family} model"
+        )
+    modules = lora.with_alphas(lora.lora_modules(state, family, name), header)
+    targets = comfy.lora.model_lora_keys_unet(base_model.model, {})
+    network = base_model.model.state_dict()
+    shapes = {module: _target_shape(network, targets[module]) for module in modules if module in targets}
+    lora.check_lora(modules, shapes, name)
+    tensors = {
+        f"{module}.{part}" if part == "alpha" else f"{module}.{part}.weight": tensor
+        for module, parts in modules.items()
+        for part, tensor in parts.items()
+    }
+    model = base_model.clone()
+    patched = model.add_patches(comfy.lora.load_lora(tensors, targets, log_missing=False), strength)
+    if len(patched) != len(modules):
+        raise ValueError(f"{name}: ComfyUI took {len(patched)} of {len(modules)} modules: export it again")
+    return model, f"{name}: {family} LoRA at strength {strength:g}, {len(patched)} of {len(modules)} modules"
+
+
+def _target_shape(network: dict[str, Tensor], target: str | tuple) -> tuple[int, ...]:
+    """Shape of the weight that a LoRA's module changes, or of its slice of a joint weight."""
+    if isinstance(target, str):
+        return tuple(network[target].shape)
+    shape = list(network[target[0]].shape)
+    axis, _start, length = target[1]
+    shape[axis] = length
+    return tuple(shape)

@@ -1,0 +1,207 @@
+"""DP-DMD Sampler: the one node that most workflows need."""
+
+from __future__ import annotations
+
+import inspect
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from .. import sampling, schedules
+from ..header import StudentHeader
+from ..noise import BatchStream, ImageStreams, image_seeds
+from ..schedules import Levels
+from .model import header_of, levels_of
+from .schema import denoise_input, schema, seed_input, show_text, steps_input
+
+
+class DPDMDSampler(io.ComfyNode):
+    """Samples a student on its trained levels: one network call per step, one seed per picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="DPDMDSampler",
+            display_name="DP-DMD Sampler",
+            description="Samples a few-step DP-DMD student on the noise levels it was trained on, without guidance "
+            "(exactly one network call per step). Each picture of a batch has its own seed.",
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The student. Load DP-DMD Student keeps its trained schedule; after any other loader the "
+                    "published schedule of its family is used.",
+                ),
+                io.Conditioning.Input("positive", tooltip="The prompt. Students take no negative prompt and no cfg."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent for text-to-image; an encoded picture with denoise < 1 for "
+                    "image-to-image.",
+                ),
+                seed_input("seed"),
+                steps_input(
+                    "As many as the student was trained for. Fewer steps use some of its levels; 1 is a draft that "
+                    "shows the composition of the full run with the same seed."
+                ),
+                denoise_input(),
+                *_sampling_inputs(),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="The finished latents.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, latent_image, seed, steps, denoise, method, per_image_seed, sigmas=None
+    ) -> io.NodeOutput:
+        levels, header = levels_of(model), header_of(model)
+        sigmas, source = _choose_sigmas(sigmas, steps, denoise, levels, header)
+        method = _choose_method(method, levels, header)
+        latent = fit_latent(latent_image, model)
+        text = f"{len(sigmas) - 1} steps, {method}: {schedules.format_sigmas(sigmas)} ({source})"
+        show_text(text, cls.hidden.unique_id)
+        denoised = _sample(model, positive, latent, seed, method, per_image_seed, sigmas)
+        return io.NodeOutput(latent | {"samples": denoised.to(comfy.model_management.intermediate_device())})
+
+
+def _sampling_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "method",
+            options=[sampling.AUTO, *sampling.METHODS],
+            default=sampling.AUTO,
+            tooltip="auto: the method named in the student's file; without one, deterministic for flow models (SD3.5) "
+            "and re-noise for SDXL.",
+        ),
+        io.Boolean.Input(
+            "per_image_seed",
+            default=True,
+            tooltip="On: picture i of a batch equals the one that seed + i gives alone. Off: KSampler's noise, where "
+            "only the first picture can be reproduced alone.",
+        ),
+        io.Sigmas.Input(
+            "sigmas", optional=True, tooltip="Your own noise levels, falling to 0. They replace steps and denoise."
+        ),
+    ]
+
+
+def _choose_sigmas(
+    sigmas: Tensor | None, steps: int, denoise: float, levels: Levels, header: StudentHeader | None
+) -> tuple[Tensor, str]:
+    if sigmas is not None:
+        return schedules.check_sigmas(sigmas.float(), levels), "connected"
+    sigmas, source = schedules.sigmas_for(schedules.AUTO, steps, levels, header, custom="")
+    return schedules.last_steps(sigmas, denoise), source
+
+
+def _choose_method(method: str, levels: Levels, header: StudentHeader | None) -> str:
+    if method != sampling.AUTO:
+        return method
+    if header is not None:
+        return sampling.RENOISE if header.sampler == "renoise" else sampling.DETERMINISTIC
+    return sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
+
+
+def _sample(
+    model: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    latent: dict,
+    seed: int,
+    method: str,
+    per_image_seed: bool,
+    sigmas: Tensor,
+) -> Tensor:
+    samples = latent["samples"]
+    batch = (len(samples), latent.get("batch_index"))
+    start, fresh = (
+        ImageStreams(image_seeds(seed, *batch)) if per_image_seed else BatchStream(seed, *batch) for _ in range(2)
+    )
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    guider.set_cfg(1.0)  # without a negative: one network call per step
+    if per_image_seed and model.load_device.type == "cpu":
+        guider.model_options = picture_by_picture(model.model_options)
+    return guider.sample(
+        start.draw(samples.shape[1:]).to(samples.dtype),
+        samples,
+        sampler_object(method, fresh),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+
+
+def sampler_object(method: str, streams: ImageStreams | BatchStream | None = None) -> comfy.samplers.Sampler:
+    """A SAMPLER: ComfyUI's Euler, which is DDIM with eta 0 for eps and v; or our x0 sampler with fresh noise."""
+    if method == sampling.DETERMINISTIC:
+        return comfy.samplers.sampler_object("euler")
+    return comfy.samplers.KSAMPLER(sampling.sample_renoise, extra_options={"streams": streams})
+
+
+def fit_latent(latent_image: dict, model: comfy.model_patcher.ModelPatcher) -> dict:
+    """A copy of a LATENT in the model's shape [B, C, H, W]; an empty latent gets the model's channels.
+
+    Raises:
+        ValueError: if it comes from another family's VAE, or is no picture.
+    """
+    latent = dict(latent_image)
+    accepted = inspect.signature(comfy.sample.fix_empty_latent_channels).parameters  # differs between versions
+    ratios = {name: latent.pop(name, None) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    latent["samples"] = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], **{name: value for name, value in ratios.items() if name in accepted}
+    )
+    shape, channels = tuple(latent["samples"].shape), model.get_model_object("latent_format").latent_channels
+    if latent["samples"].is_nested or len(shape) != 4 or shape[1] != channels:
+        raise ValueError(
+            f"latent_image has shape {list(shape)}, this model needs [pictures, {channels}, height, width]: "
+            "encode the picture with this model's VAE"
+        )
+    return latent
+
+
+def picture_by_picture(model_options: dict) -> dict:
+    """Model options under which the network sees one picture at a time.
+
+    On a CPU a picture of a batch then equals the picture alone bit for bit: BLAS multiplies one row in another order
+    than several. On a CPU it costs no time. Batches with a ControlNet stay whole.
+    """
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    wrapper = options.get("model_function_wrapper")
+
+    def call(apply_model, arguments: dict) -> Tensor:
+        if wrapper is not None:
+            return torch.cat([wrapper(apply_model, one) for one in _split_call(arguments)])
+        return torch.cat([apply_model(one["input"], one["timestep"], **one["c"]) for one in _split_call(arguments)])
+
+    options["model_function_wrapper"] = call
+    return options
+
+
+def _split_call(arguments: dict) -> list[dict]:
+    """Split a network call into calls with one picture each; keep it whole if an argument cannot be split."""
+    count, kinds = len(arguments["input"]), arguments["cond_or_uncond"]
+    options = arguments["c"].get("transformer_options", {})
+    tensors = {name: value for name, value in arguments["c"].items() if name != "transformer_options"}
+    if not all(isinstance(value, Tensor) and len(value) == count for value in tensors.values()):
+        return [arguments]
+    calls = []
+    for index in range(count):
+        row, kind = slice(index, index + 1), [kinds[index * len(kinds) // count]]
+        calls.append(
+            {
+                "input": arguments["input"][row],
+                "timestep": arguments["timestep"][row],
+                "c": {name: value[row] for name, value in tensors.items()}
+                | {"transformer_options": options | {"cond_or_uncond": kind}},
+                "cond_or_uncond": kind,
+            }
+        )
+    return calls

@@ -1,0 +1,60 @@
+"""Parts that several nodes share: their schema, their common inputs, the text that a node shows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_api.latest import io
+from server import PromptServer
+
+from ..schedules import MAX_STEPS
+
+_CATEGORY = "DP-DMD"
+_ALIASES = ["DP-DMD", "DPDMD", "DMD2", "distilled", "few step"]
+_MAX_SEED = 2**64 - 1
+
+
+def schema(**fields: Any) -> io.Schema:
+    """A schema in this pack's category, found by its search words."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:  # older versions of ComfyUI lack it
+        fields["search_aliases"] = _ALIASES
+    return io.Schema(category=_CATEGORY, **fields)
+
+
+def seed_input(name: str) -> io.Int.Input:
+    """The input for the first picture's seed."""
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=_MAX_SEED,
+        control_after_generate=True,
+        tooltip="Seed of the first picture; picture i of a batch has seed + i. The same seed gives the same picture.",
+    )
+
+
+def steps_input(tooltip: str) -> io.Int.Input:
+    """The input for the number of steps."""
+    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
+
+
+def denoise_input() -> io.Float.Input:
+    """The input for the share of the steps that image-to-image runs."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Image-to-image: the share of the steps that runs, counted from the end. The levels stay the trained "
+        "ones: of 4 steps, 0.75 runs the last 3 and 0.5 the last 2. On the published SD3.5 schedule 0.25 changes "
+        "almost nothing.",
+    )
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Show a text in the node, and in the terminal."""
+    logging.info("DP-DMD: %s", text)
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
