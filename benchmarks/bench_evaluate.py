@@ -26,13 +26,14 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.backbones.student_file import StudentHeader, save_student
 from dpdmd_pipeline.datasets.lineage import text_side_hash, texts_digest
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
-from dpdmd_pipeline.metrics.pictures import TensorSet
-from dpdmd_pipeline.metrics.score import Reference, score
 from dpdmd_pipeline.pipelines.evaluate.nodes import score_images
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.pipelines.evaluate.sampling import SHARD, sample_images
 from dpdmd_pipeline.pipelines.evaluate.scoring import asked_presets, make_settings
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference
+from dpdmd_pipeline.scoring.sets import TensorSet
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_index
 from record import ROOT, record

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dpdmd_pipeline.commands.arena import main
 from dpdmd_pipeline.commands.score import main as score
-from dpdmd_pipeline.metrics.human import load_results
+from dpdmd_pipeline.scoring.human import load_results
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
@@ -185,12 +185,12 @@ def test_a_folder_is_not_compared_with_itself_under_whatever_name(page, tmp_path
 
 
 def test_a_page_that_may_not_be_written_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.metrics.pictures.find_pictures", lambda *_: pytest.fail("read before refused"))
+    monkeypatch.setattr("dpdmd_pipeline.scoring.folders.find_pictures", lambda *_: pytest.fail("read before refused"))
     with pytest.raises(OSError, match=r"^--out /sys/x.html: nothing can be written in /sys .*: make it writable, or"):
         main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", "/sys/x.html"])
 
 
 def test_a_folder_to_write_to_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.metrics.pictures.find_pictures", lambda *_: pytest.fail("read before refused"))
+    monkeypatch.setattr("dpdmd_pipeline.scoring.folders.find_pictures", lambda *_: pytest.fail("read before refused"))
     with pytest.raises(OSError, match="ours is a folder: name the page in it, as in .*ours/arena.html"):
         main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(tmp_path / "ours")])

@@ -7,9 +7,10 @@ import sys
 import pytest
 from torchvision.transforms.functional import to_pil_image
 
-from dpdmd_pipeline.commands.score import DEFAULT_WEIGHTS, PROJECT, main
-from dpdmd_pipeline.metrics.presets import LEFT_OUT
-from dpdmd_pipeline.metrics.score import Scores
+from dpdmd_pipeline.commands.score import PROJECT, main
+from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS
+from dpdmd_pipeline.scoring.presets import LEFT_OUT
+from dpdmd_pipeline.scoring.scores import Scores
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
@@ -172,7 +173,7 @@ def measured(monkeypatch):
         found.append(sets)
         return Scores(len(sets), sum(map(len, sets)))
 
-    monkeypatch.setattr("dpdmd_pipeline.metrics.score.score", score)
+    monkeypatch.setattr("dpdmd_pipeline.scoring.score.score", score)
     return found
 
 

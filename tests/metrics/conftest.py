@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.presets import Settings
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 # A chat template with one picture: what the published ones reduce to.
@@ -153,9 +152,3 @@ def _processor():
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{word}|>" for word in words]})
     pixels = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
     return Qwen2_5_VLProcessor(pixels, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT)
-
-
-@pytest.fixture
-def settings(tmp_path, passes) -> Settings:
-    """No weights are there, one process."""
-    return Settings(tmp_path / "weights", passes, processes=1, seed=0)

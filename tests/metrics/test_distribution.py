@@ -12,8 +12,8 @@ from dpdmd_pipeline.metrics.distribution import (
     kernel_influence,
     prdc,
 )
+from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.summary import ratio_interval
-from dpdmd_pipeline.metrics.weights import UnavailableError
 
 
 @pytest.fixture(scope="module")

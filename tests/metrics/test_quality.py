@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from dpdmd_pipeline.metrics.errors import MissingLibraryError
+from dpdmd_pipeline.metrics.hub import hub_folder
 from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa, backbones_of_checkpoints
-from dpdmd_pipeline.metrics.weights import MissingLibraryError, hub_folder
 
 
 class Regressor(nn.Module):

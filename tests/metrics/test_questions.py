@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from dpdmd_pipeline.metrics.measures import PartScores, measure_set
-from dpdmd_pipeline.metrics.pictures import Loaded
+from dpdmd_pipeline.metrics.measures import PartScores
 from dpdmd_pipeline.metrics.questions import (
     PartQuestions,
     RatedQuality,
@@ -13,6 +12,8 @@ from dpdmd_pipeline.metrics.questions import (
     part_questions,
     rating,
 )
+from dpdmd_pipeline.scoring.rows import measure_set
+from dpdmd_pipeline.scoring.sets import Loaded
 
 
 class OpenSet:

@@ -14,7 +14,7 @@ def plain_interval(values, seed):
 def test_resampling_in_portions_gives_the_same_interval(monkeypatch):
     values = torch.rand(37, generator=torch.Generator().manual_seed(0)).double()
     for held in (1, 1000, 1 << 22):
-        monkeypatch.setattr("dpdmd_pipeline.metrics.summary._HELD", held)
+        monkeypatch.setattr("dpdmd_pipeline.metrics.summary._IN_MEMORY", held)
         found = interval(values, seed=5)
         assert [found["low"], found["high"]] == plain_interval(values, seed=5)
 

@@ -13,10 +13,8 @@ from dpdmd_pipeline.commands.arena import main as arena_command
 from dpdmd_pipeline.commands.score import main as score_command
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.datasets.sharded import LazyShards
-from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.shapes import judge
-from dpdmd_pipeline.metrics.weights import CLIP_SHAPES
 from dpdmd_pipeline.pipelines.evaluate import scoring
 from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
@@ -25,6 +23,8 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import (
     score_images,
     summarise,
 )
+from dpdmd_pipeline.scoring.folders import find_pictures
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption, gallery
 
 SHIPPED = Path(__file__).parents[3] / "data/06_models/shapes_clip"
@@ -229,11 +229,12 @@ def test_the_code_that_a_score_is_known_by_is_all_that_measures():
     """A new module of formulas must be added to it, or its scores would outlive a change."""
     from tests.test_dvc_sync import closure
 
-    packages = ("src/dpdmd_pipeline/metrics/", "src/dpdmd_pipeline/shapes/")
+    packages = tuple(f"src/dpdmd_pipeline/{name}/" for name in ("metrics", "scoring", "shapes"))
     used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
     # names and words; what is made of scores afterwards; the function of the teacher's stage
-    apart = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
-    apart |= {"metrics/libraries.py"}
+    apart = {"metrics/__init__.py", "metrics/errors.py", "metrics/hub.py", "metrics/libraries.py"}
+    apart |= {f"scoring/{name}.py" for name in ("__init__", "builders", "preset", "presets", "published", "weights")}
+    apart |= {f"scoring/{name}.py" for name in ("gap", "table", "texts")}
     apart |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
     assert used - set(scoring.CODE) == apart
 

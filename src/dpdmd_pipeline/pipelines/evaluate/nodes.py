@@ -56,9 +56,9 @@ def score_images(
 ) -> dict[str, Any]:
     """Everything that is measured of the three models, prompt by prompt too, and everything that is not."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
-    from dpdmd_pipeline.metrics.score import gap_notes, gaps_recovered
-    from dpdmd_pipeline.metrics.table import as_record
     from dpdmd_pipeline.pipelines.evaluate.scoring import KnownScores, asked_presets, make_settings, score_models
+    from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
+    from dpdmd_pipeline.scoring.table import as_record
 
     sets = picture_sets(images, chosen)
     known = KnownScores(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))

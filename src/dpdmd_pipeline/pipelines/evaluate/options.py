@@ -14,7 +14,7 @@ class EvaluateOptions(BaseModel):
 
     Attributes:
         judge: `shapes` is the exact reader of the embedded world; null where prompts are not of that world.
-        by: further metrics, or axes for their default ones: names of metrics/presets.py.
+        by: further metrics, or axes for their default ones: names of scoring/presets.py.
         seed: of the pictures and of resampling.
         images_per_prompt: pictures of each prompt.
         batch_size: pictures a GPU draws at once, 64 at most; a CPU draws 16, so that its pictures are always the same.

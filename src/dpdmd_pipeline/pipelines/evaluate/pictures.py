@@ -20,7 +20,7 @@ def rows_of(images: Any) -> dict[tuple[int, int], list[int]]:
 
 def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
     """Per model a set of pictures for each prompt; no picture is read before its set is measured."""
-    from dpdmd_pipeline.metrics.pictures import StoredSet
+    from dpdmd_pipeline.scoring.sets import StoredSet
 
     rows = rows_of(images)
     read = partial(read_pictures, images)

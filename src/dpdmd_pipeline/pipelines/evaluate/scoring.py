@@ -11,12 +11,17 @@ from typing import Any
 
 from dpdmd_pipeline.datasets.lineage import code_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.libraries import versions
-from dpdmd_pipeline.metrics.presets import GENEVAL, Preset, Settings, choose
-from dpdmd_pipeline.metrics.score import Reference, Scores, score, workers
-from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, UnavailableError
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.publishing import write_atomically
+from dpdmd_pipeline.scoring.builders import GENEVAL
+from dpdmd_pipeline.scoring.preset import Preset, Settings
+from dpdmd_pipeline.scoring.presets import choose
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference, Scores
+from dpdmd_pipeline.scoring.workers import workers
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,6 @@ CODE = (
         f"metrics/{name}.py"
         for name in (
             "alignment",
-            "compare",
             "distribution",
             "diversity",
             "embedders",
@@ -36,12 +40,26 @@ CODE = (
             "measures",
             "modes",
             "passes",
-            "pictures",
             "quality",
             "questions",
-            "score",
             "shapes",
             "summary",
+        )
+    ),
+    *(
+        f"scoring/{name}.py"
+        for name in (
+            "compare",
+            "decode",
+            "distribution",
+            "duplicates",
+            "job",
+            "notes",
+            "rows",
+            "score",
+            "scores",
+            "sets",
+            "workers",
         )
     ),
     "shapes/reader.py",
@@ -85,7 +103,7 @@ def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOpti
     """How the pictures of a run are judged."""
     from dpdmd_pipeline.backbones.options import resolve_device
     from dpdmd_pipeline.metrics.passes import Passes
-    from dpdmd_pipeline.metrics.pictures import read_parts
+    from dpdmd_pipeline.scoring.texts import read_parts
 
     weights = _from_here(metric_weights)
     records = weights / GENEVAL / "evaluation_metadata.jsonl"

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dpdmd_pipeline.metrics.arena import ArenaOptions, about_pairs, make_arena, pair_up
-from dpdmd_pipeline.metrics.pictures import FileSet
+from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.scoring.pairs import about_pairs, pair_up
+from dpdmd_pipeline.scoring.sets import FileSet
 
 OPTIONS = ArenaOptions(per_prompt=2, set_size=4, side=None, seed=0)
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_compared_is_refused(sides, monkeypatch):
         make_arena(a, b[:1], ("a", "b"), OPTIONS)
     with pytest.raises(ValueError, match="'p0' has 5 pairs of pictures, 9 are needed: ask for fewer"):
         make_arena(a, b, ("a", "b"), ArenaOptions(1, 9, None, 0))
-    monkeypatch.setattr("dpdmd_pipeline.metrics.arena.LARGEST_PAGE_MB", 0.0005)
+    monkeypatch.setattr("dpdmd_pipeline.scoring.arena.LARGEST_PAGE_MB", 0.0005)
     with pytest.raises(ValueError, match="the page would be over .* --side 512"):
         make_arena(a, b, ("a", "b"), OPTIONS)
 

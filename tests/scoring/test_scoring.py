@@ -1,67 +1,24 @@
-"""Every path of `score`, with embedders of which the answer is known."""
+"""Every path of `score`, with embedders whose answers are known."""
 
 import json
 import math
 import weakref
-from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from tests.scoring.corners import ABSENT, DIVERSITY, FEATURES, FITTING, MOMENTS, QUALITY, Corners, make_sets
 
-from dpdmd_pipeline.metrics.distribution import frechet_influence, kernel_influence
 from dpdmd_pipeline.metrics.diversity import one_minus_cosine, vendi_score
-from dpdmd_pipeline.metrics.measures import (
-    NO_ANSWER,
-    PairDiversity,
-    PictureScores,
-    SetDiversity,
-    SetFeatures,
-    pixel_distances,
-)
-from dpdmd_pipeline.metrics.pictures import FileSet, Loaded, TensorSet
-from dpdmd_pipeline.metrics.pixels import pairwise_distance
-from dpdmd_pipeline.metrics.presets import Preset, Settings, choose
-from dpdmd_pipeline.metrics.score import Reference, Scores, gap_notes, gaps_recovered, score, workers
-from dpdmd_pipeline.metrics.summary import gap_figure, ratio_interval
-from dpdmd_pipeline.metrics.table import as_gap_table, as_record, as_table
-from dpdmd_pipeline.metrics.weights import DINO_V2
+from dpdmd_pipeline.metrics.measures import NO_ANSWER, PictureScores, SetDiversity
+from dpdmd_pipeline.scoring.preset import Preset, Settings
+from dpdmd_pipeline.scoring.presets import choose
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference, Scores
+from dpdmd_pipeline.scoring.sets import FileSet, Loaded, TensorSet
+from dpdmd_pipeline.scoring.table import as_record, as_table
+from dpdmd_pipeline.scoring.workers import workers
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
-
-
-class Corners:
-    """Features of a picture: four of its pixels, all channels; NaN for a white one."""
-
-    def __init__(self, batch_size=1):
-        self.batch_size = batch_size
-
-    def __call__(self, images):
-        rows = [[value for x in (0, 3) for y in (0, 3) for value in image.getpixel((x, y))] for image in images]
-        found = torch.tensor(rows, dtype=torch.float32) / 255
-        return found.masked_fill((found == 1).all(1, keepdim=True), math.nan)
-
-
-def corners(kind, settings):
-    return kind(Corners())
-
-
-def brightness(settings):
-    return PictureScores("score", lambda text, images: Corners()(images).mean(1))
-
-
-DIVERSITY = Preset("diversity", "corners", "corner pixels", partial(corners, SetDiversity))
-FEATURES = Preset("distribution", "dino_v2", "corner pixels, k = 5", partial(corners, SetFeatures))
-MOMENTS = Preset("distribution", "inception", "corner pixels", partial(corners, SetFeatures))
-QUALITY = Preset("quality", "bright", "mean of corners", brightness)
-FITTING = Preset("alignment", "bright", "mean of corners", brightness)
-ABSENT = Preset("diversity", "dino_v2", "DINO", partial(corners, SetDiversity), (DINO_V2,))
-
-
-def make_sets(prompts, pictures, seed, low=0):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (prompts, pictures, 3, 4, 4)
-    pixels = torch.randint(low, 255, shape, generator=generator, dtype=torch.uint8)
-    return [TensorSet(f"p{number}", f"prompt {number}", images) for number, images in enumerate(pixels)]
 
 
 def test_every_figure_has_value_interval_count_and_protocol(settings):
@@ -137,15 +94,6 @@ def test_prompts_whose_pictures_have_another_size_are_named_on_either_side(setti
     assert not any("size" in note for note in score(small, [QUALITY, FEATURES], settings, Reference(small)).notes)
     other = score(small, [FEATURES], settings, Reference(sized(8, 12))).notes
     assert "most pictures are 4 x 4, the reference's 8 x 8: resizing is part of the distance" in other
-
-
-def test_real_pictures_of_any_size_are_all_compared_with(settings, tmp_path):
-    files = [tmp_path / f"{number}.png" for number in range(12)]
-    for number, file in enumerate(files):
-        Image.new("RGB", (4 + number, 5), (20 * number, 9, 200 - number)).save(file)
-    real = Reference([FileSet("real", "", tuple(files))])
-    found = score(make_sets(4, 3, seed=0), [FEATURES], settings, real)
-    assert not found.faults and found.figures["distribution.dino_v2.coverage"]["n"]["compared"] == 12
 
 
 def _noise(side, seed):
@@ -288,60 +236,6 @@ def test_a_cosine_of_one_s_own_counts_near_duplicates_without_a_reference(settin
     assert as_record(scores)["figures"]["diversity.corners.duplicate_rate"] == figure
 
 
-def test_the_same_distribution_is_near_and_another_far(settings):
-    reference = Reference(make_sets(30, 6, seed=0))
-    near, far = (
-        score(sets, [MOMENTS, FEATURES], settings, reference).figures
-        for sets in (make_sets(30, 6, seed=1), make_sets(30, 6, seed=2, low=150))
-    )
-    assert set(near) == {
-        *(f"distribution.inception.{name}" for name in ("fid", "kid")),
-        *(f"distribution.dino_v2.{name}" for name in ("precision", "recall", "density", "coverage")),
-    }
-    for name in ("fid", "kid"):
-        assert near[f"distribution.inception.{name}"]["value"] < 0.2 * far[f"distribution.inception.{name}"]["value"]
-        for figure in (near[f"distribution.inception.{name}"], far[f"distribution.inception.{name}"]):
-            assert figure["low"] < figure["value"] < figure["high"]
-    assert near["distribution.inception.kid"]["n"]["subset"] == 180
-    for name in ("recall", "coverage"):
-        figures = near[f"distribution.dino_v2.{name}"], far[f"distribution.dino_v2.{name}"]
-        assert figures[0]["low"] > figures[1]["high"]
-        assert figures[0]["n"] == {"prompts": 30, "pictures": 180, "reference_pictures": 180, "compared": 180}
-
-
-def test_fid_and_kid_have_the_intervals_of_their_own_influence(settings):
-    ours, theirs = make_sets(20, 6, seed=1, low=40), make_sets(30, 5, seed=0)
-    figures = score(ours, [MOMENTS], settings, Reference(theirs)).figures
-    fake, real = (torch.cat([Corners()(one.load().images) for one in sets]) for sets in (ours, theirs))
-    owners = torch.arange(20).repeat_interleave(6)
-    for name, influence in (("fid", frechet_influence), ("kid", kernel_influence)):
-        found = figures[f"distribution.inception.{name}"]
-        expected = ratio_interval(found["value"] + influence(real, fake), owners, settings.seed)
-        assert (found["low"], found["high"]) == pytest.approx((expected["low"], expected["high"]), rel=1e-6)
-        assert expected["low"] > 0
-
-
-def test_fid_s_interval_ends_at_zero_and_one_that_cannot_be_computed_costs_no_figure(settings, monkeypatch):
-    reference, alike = Reference(make_sets(8, 4, seed=0)), make_sets(8, 4, seed=1)
-    figures = score(alike, [MOMENTS], settings, reference).figures
-    assert figures["distribution.inception.fid"]["low"] >= 0 > figures["distribution.inception.kid"]["low"]
-
-    def breaks_down(real, fake):
-        raise torch.linalg.LinAlgError("failed to converge")
-
-    monkeypatch.setattr("dpdmd_pipeline.metrics.compare.frechet_influence", breaks_down)
-    without = score(alike, [MOMENTS], settings, reference).figures
-    fid = without["distribution.inception.fid"]
-    assert fid == {**figures["distribution.inception.fid"], "low": None, "high": None}
-    assert without["distribution.inception.kid"] == figures["distribution.inception.kid"]
-
-
-def test_too_few_pictures_for_fid_leave_kid_and_say_why(settings):
-    scores = score(make_sets(2, 4, seed=0), [MOMENTS], settings, Reference(make_sets(2, 4, seed=1)))
-    assert list(scores.figures) == ["distribution.inception.kid"]
-    assert "more pictures than features" in scores.missing["distribution.inception.fid"]
-
-
 def test_results_are_bit_identical_over_one_and_two_processes(settings):
     sets, reference = make_sets(9, 4, seed=0), make_sets(9, 4, seed=1)
     presets = [DIVERSITY, QUALITY, MOMENTS, FEATURES]
@@ -413,7 +307,7 @@ class Counted:
 
 
 def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(settings, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.metrics.compare.LARGEST", 500)
+    monkeypatch.setattr("dpdmd_pipeline.scoring.compare.LARGEST", 500)
     sets = [Counted(number) for number in range(10_000)]
     scores = score(sets, [QUALITY, DIVERSITY], settings)
     for name in ("quality.bright.score", "diversity.corners.vendi"):
@@ -424,99 +318,3 @@ def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(sett
     fid, kid = (found.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
     assert fid["low"] is None and kid["low"] < kid["high"]  # KID is of the kept alone, FID of all
     assert Counted.most <= 18
-
-
-def test_the_gap_is_recovered_by_what_lies_between(settings):
-    teacher = make_sets(8, 4, seed=0)
-    dmd = [TensorSet(one.id, one.text, one.images[[0, 0, 0, 1]]) for one in teacher]
-    ours = [TensorSet(one.id, one.text, one.images[[0, 0, 1, 2]]) for one in teacher]
-    reference = Reference(teacher)
-    scores = [score(some, [DIVERSITY, QUALITY], settings, reference) for some in (teacher, dmd, ours)]
-    gaps = gaps_recovered(*scores, seed=0)
-    assert set(gaps) == {f"diversity.corners.{name}" for name in ("one_minus_cosine", "vendi", "duplicate_rate")}
-    for gap in gaps.values():
-        assert 0 < gap["value"] < 1 and gap["prompts"] == 8 and gap["preset"] == "corner pixels"
-    assert gaps["diversity.corners.vendi"]["low"] < gaps["diversity.corners.vendi"]["high"]
-    assert "diversity.corners.vendi: 0." in as_gap_table(gaps)
-    assert gaps_recovered(scores[0], scores[1], scores[0], seed=0)["diversity.corners.vendi"]["value"] == 1
-
-
-@pytest.mark.parametrize(
-    ("teacher", "dmd", "told"),
-    [
-        ([2.0, 2.0], [1.0, 1.0], "0.5  0.5 to 0.5  (prompts: 2)"),
-        ([2.0, 1.0], [1.0, 1.9], "no interval: the baseline's loss cannot be told from chance  (prompts: 2)"),
-        ([2.0], [1.0], "0.5  no interval: one prompt gives none  (prompts: 1)"),
-        ([1.0, 1.0], [2.0, 2.0], "the baseline lost nothing  (prompts: 2)"),
-    ],
-)
-def test_a_share_without_an_interval_says_why(teacher, dmd, told):
-    ours = torch.full((len(dmd),), 1.5)
-    gap = gap_figure(torch.tensor(teacher), torch.tensor(dmd), ours, seed=0) | {"prompts": len(dmd)}
-    assert as_gap_table({"diversity.corners.vendi": gap}).endswith(told)
-
-
-def test_a_gap_that_depends_on_the_number_of_pictures_leaves_out_prompts_where_it_differs(settings):
-    teacher = make_sets(4, 5, seed=0)
-    dmd = [TensorSet(one.id, one.text, one.images[[0, 0, 0, 1, 1]]) for one in teacher]
-    ours = [TensorSet(one.id, one.text, one.images[[0, 0, 1, 2, 2]]) for one in teacher]
-    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)  # found, but not usable
-    ours[0] = TensorSet("p0", "prompt 0", torch.cat([ours[0].images[:4], white]))
-
-    def compare(sets):
-        reference = Reference(teacher)
-        scores = [score(some, [DIVERSITY], settings, reference) for some in (teacher, dmd, sets)]
-        return gaps_recovered(*scores, seed=0), gap_notes(*scores)
-
-    gaps, notes = compare(ours)
-    prompts = {name.rsplit(".", 1)[1]: gap["prompts"] for name, gap in gaps.items()}
-    assert prompts == {"one_minus_cosine": 4, "vendi": 3, "duplicate_rate": 3}
-    (note,) = notes
-    assert note.startswith("diversity.corners.vendi, diversity.corners.duplicate_rate: 1 of 4 prompts are left out")
-    assert note in as_gap_table(gaps, notes)
-    fewer = [TensorSet(one.id, one.text, one.images[:4]) for one in ours]
-    gaps, notes = compare(fewer)
-    assert list(gaps) == ["diversity.corners.one_minus_cosine"]
-    assert "4 of 4 prompts are left out" in notes[0]
-
-
-def test_no_gap_where_nothing_was_measured_in_all_three_is_said(settings):
-    teacher, others = make_sets(3, 4, seed=0), make_sets(3, 4, seed=1)
-    lost = [TensorSet(f"q{one.id}", one.text, one.images) for one in others]
-    scores = [score(some, [DIVERSITY], settings) for some in (teacher, others, lost)]
-    gaps, notes = gaps_recovered(*scores, seed=0), gap_notes(*scores)
-    assert gaps == {} and "no gap: no prompt was measured in all three" in notes[0]
-    assert "none: no diversity was measured in all three" in as_gap_table(gaps, notes)
-
-
-def test_pixel_distance_is_that_of_the_embedded_world_s_metric():
-    pixels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    images = TensorSet("p", "p", pixels).load().images
-    found = pixel_distances(images).mean().item()
-    assert math.isclose(found, pairwise_distance(pixels / 255), rel_tol=1e-6)
-
-
-def test_pixel_distances_are_exact_and_in_the_order_of_their_pairs(monkeypatch):
-    pixels = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
-    images = TensorSet("p", "p", pixels).load().images
-    flat, whole = pixels.flatten(1).long(), pixel_distances(images)
-    pairs = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)]
-    sums = torch.tensor([(flat[i] - flat[j]).square().sum() for i, j in pairs]).double()
-    assert torch.equal(whole, (sums / flat.shape[1]).sqrt() / 255)
-    monkeypatch.setattr("dpdmd_pipeline.metrics.measures._BLOCK", 7)
-    assert torch.equal(pixel_distances(images), whole)
-
-
-@pytest.mark.parametrize(
-    ("distances", "value", "unusable"),
-    [
-        ([0.5, math.nan, math.nan, 0.1, 0.2, math.nan], 0.8 / 3, (2,)),  # all pairs of picture 2
-        ([0.5, 0.3, math.nan, 0.1, 0.2, 0.7], 0.1, (1, 2)),  # one pair: who is to blame is not known
-        ([math.nan] * 6, None, (0, 1, 2, 3)),
-    ],
-)
-def test_pictures_without_finite_distances_are_left_out_with_their_numbers(distances, value, unusable):
-    measure = PairDiversity("d", lambda images: torch.tensor(distances))  # (1, 0), (2, 0), (2, 1), (3, 0), ...
-    found = measure("", [None] * 4)
-    assert found.unusable == unusable
-    assert found.values == {} if value is None else math.isclose(found.values["d"], value, rel_tol=1e-6)

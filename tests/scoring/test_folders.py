@@ -8,17 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dpdmd_pipeline.metrics.pictures import (
-    FileSet,
-    StoredSet,
-    TensorSet,
-    about_strays,
-    find_pictures,
-    of_one_size,
-    read_parts,
-    read_picture,
-    read_texts,
-)
+from dpdmd_pipeline.scoring.decode import read_picture
+from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
+from dpdmd_pipeline.scoring.sets import FileSet, StoredSet, TensorSet, of_one_size
+from dpdmd_pipeline.scoring.texts import read_parts, read_texts
 
 
 def draw(path, size=(8, 8), colour="red", **options):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dpdmd_pipeline.commands.target import refuse_unwritable
+from dpdmd_pipeline.commands.output import refuse_unwritable
 from dpdmd_pipeline.publishing import write_text
 
 CLOSED = Path("/sys")  # for everybody, root too

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from dpdmd_pipeline.metrics import weights as w
-from dpdmd_pipeline.metrics.presets import Settings, choose
+from dpdmd_pipeline.metrics.errors import UnavailableError
+from dpdmd_pipeline.metrics.hub import hub_folder
 from dpdmd_pipeline.metrics.quality import Pyiqa, backbones_of_checkpoints
-from dpdmd_pipeline.metrics.weights import UnavailableError
+from dpdmd_pipeline.scoring import published as w
+from dpdmd_pipeline.scoring.preset import Settings
+from dpdmd_pipeline.scoring.presets import choose
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pyiqa") is None and "IQA_REQUIRED" not in os.environ, reason="pyiqa is not installed"
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 def root(tmp_path_factory):
     """Of all weights; pyiqa looks up where its own are when it is imported."""
     found = tmp_path_factory.mktemp("weights")
-    with w.hub_folder(found):
+    with hub_folder(found):
         import pyiqa  # noqa: F401
     return found
 
@@ -77,7 +79,7 @@ def test_a_score_is_pyiqa_s_own_of_the_same_file(metric, name, needed, wrapped, 
     photos = [photo.resize((256, 256)) for photo in photos[:2]]
     if needed is w.CLIPIQA_PLUS:
         random_clip(root, monkeypatch)
-    with w.hub_folder(root), backbones_of_checkpoints():
+    with hub_folder(root), backbones_of_checkpoints():
         own = build_network({**DEFAULT_CONFIGS[name]["metric_opts"], "pretrained": False}).eval()
     state = own.prompt_learner.ctx.data if needed is w.CLIPIQA_PLUS else own.state_dict()
     save(needed, root, {"params": state} if wrapped else state)

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from dpdmd_pipeline.metrics.human import as_text, load_results, summarise, wilson
-from dpdmd_pipeline.metrics.score import Scores
-from dpdmd_pipeline.metrics.table import as_record
+from dpdmd_pipeline.scoring.human import as_text, load_results, summarise, wilson
+from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.scoring.table import as_record
 
 
 def save(folder, name, choices, **changes):

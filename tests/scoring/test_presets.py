@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpdmd_pipeline.metrics import weights as w
-from dpdmd_pipeline.metrics.pictures import TensorSet
-from dpdmd_pipeline.metrics.presets import AXES, PRESETS, Settings, choose
-from dpdmd_pipeline.metrics.score import Reference, score
-from dpdmd_pipeline.metrics.table import as_table
+from dpdmd_pipeline.scoring import published as w
+from dpdmd_pipeline.scoring.preset import AXES, Settings
+from dpdmd_pipeline.scoring.presets import PRESETS, choose
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference
+from dpdmd_pipeline.scoring.sets import TensorSet
+from dpdmd_pipeline.scoring.table import as_table
 
 WITH_WEIGHTS = (
     "diversity.pixels,diversity.dino_v2,diversity.dino_v2_patch,diversity.dino_v3,diversity.dino_v3_patch,"

@@ -5,15 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpdmd_pipeline.metrics.presets import PRESETS, Settings, choose
-from dpdmd_pipeline.metrics.weights import (
-    CLIP_SHAPES,
-    DINO_V2,
-    MissingWeightsError,
-    UnavailableError,
-    damage_of,
-    hub_folder,
-)
+from dpdmd_pipeline.metrics.errors import MissingWeightsError, UnavailableError
+from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.scoring.preset import Settings
+from dpdmd_pipeline.scoring.presets import PRESETS, choose
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES, DINO_V2
+from dpdmd_pipeline.scoring.weights import damage_of
 
 
 def test_missing_weights_are_named_with_licence_size_and_command(tmp_path):
