@@ -6,18 +6,18 @@ from PIL import Image
 from dpdmd_pipeline.metrics.features import KeptFeatures
 
 
-def test_a_file_that_was_cut_off_is_computed_again(tmp_path, photos):
+def test_a_truncated_file_is_computed_again(tmp_path, photos):
     calls = []
 
     def embed(images):
         calls.append(len(images))
         return torch.arange(len(images) * 2.0).view(-1, 2)
 
-    kept = KeptFeatures(embed, tmp_path, "net")
-    first = kept(photos)
+    cached = KeptFeatures(embed, tmp_path, "net")
+    first = cached(photos)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-3])
-    assert torch.equal(kept(photos), first) and torch.equal(kept(photos), first)
+    assert torch.equal(cached(photos), first) and torch.equal(cached(photos), first)
     assert calls == [5, 5]
 
 
@@ -25,9 +25,9 @@ def test_features_belong_to_pictures_in_their_order_and_to_one_network(tmp_path,
     def embed(images):
         return torch.tensor([[float(sum(image.getpixel((0, 0))))] for image in images])
 
-    kept = KeptFeatures(embed, tmp_path, "net")
-    assert torch.equal(kept(photos).flip(0), kept(photos[::-1]))
+    cached = KeptFeatures(embed, tmp_path, "net")
+    assert torch.equal(cached(photos).flip(0), cached(photos[::-1]))
     turned = [Image.frombytes("RGB", (24, 96), image.tobytes()) for image in photos]  # the same bytes, another shape
     KeptFeatures(embed, tmp_path, "other")(photos)
-    kept(turned)
+    cached(turned)
     assert len(list(tmp_path.iterdir())) == 4
