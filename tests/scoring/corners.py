@@ -19,8 +19,8 @@ class Corners:
 
     def __call__(self, images):
         rows = [[value for x in (0, 3) for y in (0, 3) for value in image.getpixel((x, y))] for image in images]
-        found = torch.tensor(rows, dtype=torch.float32) / 255
-        return found.masked_fill((found == 1).all(1, keepdim=True), math.nan)
+        features = torch.tensor(rows, dtype=torch.float32) / 255
+        return features.masked_fill((features == 1).all(1, keepdim=True), math.nan)
 
 
 def corners(kind, settings):
