@@ -39,13 +39,13 @@ def test_fid_and_kid_have_the_intervals_of_their_own_influence(settings):
     fake, real = (torch.cat([Corners()(one.load().images) for one in sets]) for sets in (ours, theirs))
     owners = torch.arange(20).repeat_interleave(6)
     for name, influence in (("fid", frechet_influence), ("kid", kernel_influence)):
-        found = figures[f"distribution.inception.{name}"]
-        expected = ratio_interval(found["value"] + influence(real, fake), owners, settings.seed)
-        assert (found["low"], found["high"]) == pytest.approx((expected["low"], expected["high"]), rel=1e-6)
+        figure = figures[f"distribution.inception.{name}"]
+        expected = ratio_interval(figure["value"] + influence(real, fake), owners, settings.seed)
+        assert (figure["low"], figure["high"]) == pytest.approx((expected["low"], expected["high"]), rel=1e-6)
         assert expected["low"] > 0
 
 
-def test_fid_s_interval_ends_at_zero_and_one_that_cannot_be_computed_costs_no_figure(settings, monkeypatch):
+def test_fid_s_interval_ends_at_zero_and_its_failure_costs_no_figure(settings, monkeypatch):
     reference, alike = Reference(make_sets(8, 4, seed=0)), make_sets(8, 4, seed=1)
     figures = score(alike, [MOMENTS], settings, reference).figures
     assert figures["distribution.inception.fid"]["low"] >= 0 > figures["distribution.inception.kid"]["low"]
@@ -60,16 +60,16 @@ def test_fid_s_interval_ends_at_zero_and_one_that_cannot_be_computed_costs_no_fi
     assert without["distribution.inception.kid"] == figures["distribution.inception.kid"]
 
 
-def test_too_few_pictures_for_fid_leave_kid_and_say_why(settings):
+def test_too_few_pictures_for_fid_still_give_kid(settings):
     scores = score(make_sets(2, 4, seed=0), [MOMENTS], settings, Reference(make_sets(2, 4, seed=1)))
     assert list(scores.figures) == ["distribution.inception.kid"]
-    assert "more pictures than features" in scores.missing["distribution.inception.fid"]
+    assert all(number in scores.missing["distribution.inception.fid"] for number in ("12", "8 against 8"))
 
 
-def test_real_pictures_of_any_size_are_all_compared_with(settings, tmp_path):
+def test_real_pictures_of_any_size_are_all_used(settings, tmp_path):
     files = [tmp_path / f"{number}.png" for number in range(12)]
     for number, file in enumerate(files):
         Image.new("RGB", (4 + number, 5), (20 * number, 9, 200 - number)).save(file)
     real = Reference([FileSet("real", "", tuple(files))])
-    found = score(make_sets(4, 3, seed=0), [FEATURES], settings, real)
-    assert not found.faults and found.figures["distribution.dino_v2.coverage"]["n"]["compared"] == 12
+    scores = score(make_sets(4, 3, seed=0), [FEATURES], settings, real)
+    assert not scores.faults and scores.figures["distribution.dino_v2.coverage"]["n"]["compared"] == 12

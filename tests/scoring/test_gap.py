@@ -12,7 +12,7 @@ from dpdmd_pipeline.scoring.sets import TensorSet
 from dpdmd_pipeline.scoring.table import as_gap_table
 
 
-def test_the_gap_is_recovered_by_what_lies_between(settings):
+def test_a_model_between_dmd_and_the_teacher_recovers_a_part_of_the_gap(settings):
     teacher = make_sets(8, 4, seed=0)
     dmd = [TensorSet(one.id, one.text, one.images[[0, 0, 0, 1]]) for one in teacher]
     ours = [TensorSet(one.id, one.text, one.images[[0, 0, 1, 2]]) for one in teacher]
@@ -28,25 +28,26 @@ def test_the_gap_is_recovered_by_what_lies_between(settings):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "dmd", "told"),
+    ("teacher", "dmd", "parts"),
     [
-        ([2.0, 2.0], [1.0, 1.0], "0.5  0.5 to 0.5  (prompts: 2)"),
-        ([2.0, 1.0], [1.0, 1.9], "no interval: the baseline's loss cannot be told from chance  (prompts: 2)"),
-        ([2.0], [1.0], "0.5  no interval: one prompt gives none  (prompts: 1)"),
-        ([1.0, 1.0], [2.0, 2.0], "the baseline lost nothing  (prompts: 2)"),
+        ([2.0, 2.0], [1.0, 1.0], ["0.5  0.5 to 0.5", "prompts: 2"]),
+        ([2.0, 1.0], [1.0, 1.9], ["no interval", "chance", "prompts: 2"]),
+        ([2.0], [1.0], ["0.5  no interval", "one prompt", "prompts: 1"]),
+        ([1.0, 1.0], [2.0, 2.0], ["lost nothing", "prompts: 2"]),
     ],
 )
-def test_a_share_without_an_interval_says_why(teacher, dmd, told):
+def test_a_share_without_an_interval_gives_the_reason(teacher, dmd, parts):
     ours = torch.full((len(dmd),), 1.5)
     gap = gap_figure(torch.tensor(teacher), torch.tensor(dmd), ours, seed=0) | {"prompts": len(dmd)}
-    assert as_gap_table({"diversity.corners.vendi": gap}).endswith(told)
+    line = as_gap_table({"diversity.corners.vendi": gap}).splitlines()[-1]
+    assert all(part in line for part in parts)
 
 
-def test_a_gap_that_depends_on_the_number_of_pictures_leaves_out_prompts_where_it_differs(settings):
+def test_a_gap_leaves_out_prompts_with_different_numbers_of_pictures_if_it_depends_on_them(settings):
     teacher = make_sets(4, 5, seed=0)
     dmd = [TensorSet(one.id, one.text, one.images[[0, 0, 0, 1, 1]]) for one in teacher]
     ours = [TensorSet(one.id, one.text, one.images[[0, 0, 1, 2, 2]]) for one in teacher]
-    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)  # found, but not usable
+    white = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)  # not usable
     ours[0] = TensorSet("p0", "prompt 0", torch.cat([ours[0].images[:4], white]))
 
     def compare(sets):
@@ -58,18 +59,19 @@ def test_a_gap_that_depends_on_the_number_of_pictures_leaves_out_prompts_where_i
     prompts = {name.rsplit(".", 1)[1]: gap["prompts"] for name, gap in gaps.items()}
     assert prompts == {"one_minus_cosine": 4, "vendi": 3, "duplicate_rate": 3}
     (note,) = notes
-    assert note.startswith("diversity.corners.vendi, diversity.corners.duplicate_rate: 1 of 4 prompts are left out")
+    assert note.startswith("diversity.corners.vendi, diversity.corners.duplicate_rate: ") and "1 of 4 prompts" in note
     assert note in as_gap_table(gaps, notes)
     fewer = [TensorSet(one.id, one.text, one.images[:4]) for one in ours]
     gaps, notes = compare(fewer)
     assert list(gaps) == ["diversity.corners.one_minus_cosine"]
-    assert "4 of 4 prompts are left out" in notes[0]
+    assert "4 of 4 prompts" in notes[0]
 
 
-def test_no_gap_where_nothing_was_measured_in_all_three_is_said(settings):
+def test_without_a_common_prompt_there_is_no_gap_but_a_note(settings):
     teacher, others = make_sets(3, 4, seed=0), make_sets(3, 4, seed=1)
     lost = [TensorSet(f"q{one.id}", one.text, one.images) for one in others]
     scores = [score(some, [DIVERSITY], settings) for some in (teacher, others, lost)]
     gaps, notes = gaps_recovered(*scores, seed=0), gap_notes(*scores)
-    assert gaps == {} and "no gap: no prompt was measured in all three" in notes[0]
-    assert "none: no diversity was measured in all three" in as_gap_table(gaps, notes)
+    (note,) = notes
+    assert gaps == {} and note.startswith("diversity.corners.one_minus_cosine, diversity.corners.vendi: ")
+    assert note in as_gap_table(gaps, notes)

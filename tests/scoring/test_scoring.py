@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from tests.scoring.corners import ABSENT, DIVERSITY, FEATURES, FITTING, MOMENTS, QUALITY, Corners, make_sets
 
 from dpdmd_pipeline.metrics.diversity import one_minus_cosine, vendi_score
-from dpdmd_pipeline.metrics.measures import NO_ANSWER, PictureScores, SetDiversity
+from dpdmd_pipeline.metrics.measures import NO_ANSWER, NO_NUMBER, PictureScores, SetDiversity
 from dpdmd_pipeline.scoring.preset import Preset, Settings
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.scoring.score import score
@@ -39,18 +40,18 @@ def test_every_figure_has_value_interval_count_and_protocol(settings):
         assert figure["preset"]
         assert list(scores.per_prompt[name]) == [one.id for one in sets]
     assert not scores.missing and not scores.faults
-    assert any("near-duplicates were not counted" in note for note in scores.notes)
+    assert any("--duplicates-above" in note for note in scores.notes)
 
 
-def test_a_missing_metric_costs_no_other_and_is_never_a_number(settings):
+def test_a_missing_metric_has_no_number_and_costs_no_other(settings):
     scores = score(make_sets(2, 3, seed=0), [ABSENT, QUALITY, MOMENTS], settings)
     assert list(scores.figures) == ["quality.bright.score"]
     assert "facebook/dinov2-base" in scores.missing["diversity.dino_v2"]
-    assert "--reference FOLDER" in scores.missing["distribution.inception"]
+    assert "--reference" in scores.missing["distribution.inception"]
     assert "hf download" in as_table(scores)
 
 
-def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
+def test_unusable_pictures_are_named_and_counted(settings, tmp_path):
     files = []
     for number in range(4):
         files.append(tmp_path / f"{number}.png")
@@ -69,31 +70,35 @@ def test_what_cannot_be_used_is_named_and_counted(settings, tmp_path):
     assert scores.faults == {
         "empty file": [str(empty)],
         "another size than the prompt's other pictures": [str(odd)],
-        "the network gave no finite number (diversity.corners)": [str(white)],
-        "the network gave no finite number (quality.bright)": [str(white)],
+        f"{NO_NUMBER} (diversity.corners)": [str(white)],
+        f"{NO_NUMBER} (quality.bright)": [str(white)],
         "prompt with fewer than 2 usable pictures": ["alone", "nothing"],
         "prompt with no usable picture": ["nothing"],
     }
     figure = scores.figures["diversity.corners.one_minus_cosine"]
     assert figure["n"] == {"prompts": 2, "pictures": 6, "prompts_not_measured": 2}
     assert scores.figures["quality.bright.score"]["n"]["prompts"] == 3
-    assert "unequal numbers of usable pictures a prompt (1 prompt with 2, 1 prompt with 4)" in "".join(scores.notes)
+    assert any("1 prompt with 2, 1 prompt with 4" in note for note in scores.notes)
     table = as_table(scores)
     assert "2 x prompt with fewer than 2 usable pictures: alone, nothing" in table and "2 of 4" in table
     assert json.loads(json.dumps(as_record(scores), allow_nan=False))["faults"]["empty file"]["count"] == 1
 
 
-def test_prompts_whose_pictures_have_another_size_are_named_on_either_side(settings):
+def test_prompts_with_pictures_of_another_size_are_named_on_either_side(settings):
     def sized(side, count):
         return [TensorSet(f"{side}_{n}", "", _noise(side, n)) for n in range(count)]
 
-    told = "5 prompts with pictures of another size than most (4 x 4){}: 8_0, 8_1, 8_2 and 2 more"
+    def about_sizes(scores):
+        (note,) = (note for note in scores.notes if "(4 x 4)" in note)
+        assert "5 prompts" in note and note.endswith(": 8_0, 8_1, 8_2 and 2 more")
+        return note
+
     mixed, small = [*sized(4, 12), *sized(8, 5)], sized(4, 12)
-    assert told.format("") in score(mixed, [QUALITY], settings).notes
-    assert told.format(", in the reference") in score(small, [FEATURES], settings, Reference(mixed)).notes
+    assert "in the reference" not in about_sizes(score(mixed, [QUALITY], settings))
+    assert "in the reference" in about_sizes(score(small, [FEATURES], settings, Reference(mixed)))
     assert not any("size" in note for note in score(small, [QUALITY, FEATURES], settings, Reference(small)).notes)
     other = score(small, [FEATURES], settings, Reference(sized(8, 12))).notes
-    assert "most pictures are 4 x 4, the reference's 8 x 8: resizing is part of the distance" in other
+    assert any("4 x 4" in note and "8 x 8" in note for note in other)
 
 
 def _noise(side, seed):
@@ -102,34 +107,34 @@ def _noise(side, seed):
 
 def test_a_prompt_that_a_metric_cannot_judge_costs_no_other_prompt(settings):
     (reader,) = choose("quality.shapes")
-    known = [TensorSet(caption(row), caption(row), (gallery()[[row * NUM_MODES]] * 255).byte()) for row in (0, 1)]
-    cat = TensorSet("p2", "a photo of a cat", known[0].images)
-    small = TensorSet("p3", caption(3), known[0].images[:, :, :16, :16])
-    scores = score([*known, cat, small], [reader], settings)
+    readable = [TensorSet(caption(row), caption(row), (gallery()[[row * NUM_MODES]] * 255).byte()) for row in (0, 1)]
+    cat = TensorSet("p2", "a photo of a cat", readable[0].images)
+    small = TensorSet("p3", caption(3), readable[0].images[:, :, :16, :16])
+    scores = score([*readable, cat, small], [reader], settings)
     n = scores.figures["quality.shapes.aligned"]["n"]
     assert n == {"prompts": 2, "pictures": 2, "prompts_not_measured": 2} and not scores.missing
-    told = {names[0]: kind for kind, names in scores.faults.items()}
-    assert "the exact reader: prompt 'a photo of a cat' is not of the shapes world" in told["p2"]
-    assert "the exact reader: images have shape [1, 3, 16, 16]" in told["p3"]
+    kind_of = {names[0]: kind for kind, names in scores.faults.items()}
+    assert "the exact reader" in kind_of["p2"] and "'a photo of a cat'" in kind_of["p2"]
+    assert "the exact reader" in kind_of["p3"] and "[1, 3, 16, 16]" in kind_of["p3"]
     alone = score([cat], [reader], settings)
-    assert not alone.figures and "is not of the shapes world" in alone.missing["quality.shapes"]
+    assert not alone.figures and "'a photo of a cat'" in alone.missing["quality.shapes"]
 
 
-def test_what_a_file_is_called_neither_breaks_a_line_nor_commands_the_terminal(settings, tmp_path):
+def test_a_file_name_neither_breaks_a_line_nor_commands_the_terminal(settings, tmp_path):
     empty = tmp_path / "x\ny\x1b[31m.png"
     empty.touch()
     table = as_table(score([FileSet("p", "p", (empty,))], [QUALITY], settings))
     assert "x\\ny\\x1b[31m.png" in table and "\x1b" not in table
 
 
-def test_a_network_that_breaks_down_costs_its_metric_only(settings, caplog):
+def test_a_network_that_fails_costs_its_metric_only(settings, caplog):
     def broken(settings):
         return PictureScores("score", lambda text, images: torch.zeros(2) @ torch.zeros(3))
 
     scores = score(make_sets(2, 3, seed=0), [Preset("quality", "broken", "", broken), QUALITY], settings)
     assert list(scores.figures) == ["quality.bright.score"]
     assert "inconsistent tensor size" in scores.missing["quality.broken"]
-    assert "quality.broken has failed" in caplog.text  # with its traceback
+    assert "quality.broken" in caplog.text and caplog.records[0].exc_info
 
 
 def test_faults_of_the_reference_are_named_too(settings, tmp_path):
@@ -153,7 +158,7 @@ def test_a_prompt_without_a_picture_is_counted(settings):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_what_asks_for_the_text_leaves_out_prompts_without_one_and_other_metrics_go_on(settings, processes):
+def test_only_metrics_that_read_the_text_leave_out_prompts_without_one(settings, processes):
     settings = Settings(settings.weights, settings.passes, processes, settings.seed)
     sets = make_sets(3, 3, seed=0)
     nameless = [TensorSet(one.id, one.id, one.images, "prompt without a text (an id)") for one in sets]
@@ -162,7 +167,7 @@ def test_what_asks_for_the_text_leaves_out_prompts_without_one_and_other_metrics
     assert some.figures["alignment.bright.score"]["n"]["prompts"] == 2
     assert some.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
     none = score(nameless, [DIVERSITY, FITTING], settings)
-    assert none.missing["alignment.bright"].startswith("no prompt has a text: give --prompts FILE")
+    assert "--prompts" in none.missing["alignment.bright"] and "prompt.txt" in none.missing["alignment.bright"]
     assert none.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
 
 
@@ -172,38 +177,38 @@ def test_prompts_that_the_encoder_cuts_are_counted_in_a_note(settings):
         return PictureScores("score", lambda text, images: Corners()(images).mean(1), cut_at)
 
     scores = score(make_sets(12, 2, seed=0), [Preset("alignment", "cut", "", build)], settings)
-    assert "3 of 12 prompts are longer than 77 tokens and were cut (alignment.cut)" in scores.notes
+    assert any(all(part in note for part in ("3 of 12", "77", "alignment.cut")) for note in scores.notes)
 
 
 def rated(answers):
-    """A metric that reads ratings, of which some are no number; the same for each prompt."""
+    """A metric with these ratings for each prompt; NaN stands for an answer that did not parse."""
     build = lambda settings: PictureScores("score", lambda text, images: torch.tensor(answers), why=NO_ANSWER)  # noqa: E731
     return Preset("quality", "rated", "", build)
 
 
-def test_an_answer_that_does_not_parse_is_called_so(settings):
+def test_an_answer_that_does_not_parse_has_a_fault_of_its_own(settings):
     scores = score(make_sets(2, 4, seed=0), [rated([1.0, 2.0, math.nan, math.nan])], settings)
-    assert list(scores.faults) == ["the network's answer did not parse (quality.rated)"]
+    assert list(scores.faults) == [f"{NO_ANSWER} (quality.rated)"]
     assert scores.figures["quality.rated.score"]["value"] == 1.5
 
 
-def test_a_metric_of_which_most_answers_do_not_parse_is_missing(settings):
+def test_a_metric_is_missing_if_most_answers_do_not_parse(settings):
     scores = score(make_sets(2, 4, seed=0), [rated([1.0, math.nan, math.nan, math.nan]), QUALITY], settings)
-    assert scores.missing["quality.rated"].startswith("6 of 8 answers did not parse")
+    assert scores.missing["quality.rated"].startswith("6 of 8 ")
     assert list(scores.figures) == ["quality.bright.score"]
-    assert len(scores.faults["the network's answer did not parse (quality.rated)"]) == 6
+    assert len(scores.faults[f"{NO_ANSWER} (quality.rated)"]) == 6
 
 
 def test_two_sets_of_one_prompt_are_refused(settings):
     sets = make_sets(2, 3, seed=0)
-    with pytest.raises(ValueError, match="prompt id 'p0' is given to more than one set"):
+    with pytest.raises(ValueError, match="'p0'"):
         score([*sets, sets[0]], [QUALITY], settings)
 
 
-def test_nothing_usable_is_missing_not_a_number(settings):
+def test_a_metric_without_usable_pictures_is_missing(settings):
     white = TensorSet("p", "p", torch.full((3, 3, 4, 4), 255, dtype=torch.uint8))
     scores = score([white], [DIVERSITY], settings)
-    assert not scores.figures and "no prompt could be measured" in scores.missing["diversity.corners"]
+    assert not scores.figures and list(scores.missing) == ["diversity.corners"]
 
 
 def test_one_prompt_has_a_value_without_an_interval(settings):
@@ -220,19 +225,19 @@ def test_near_duplicates_are_counted_against_the_reference_at_the_same_number(se
     assert rates[1]["diversity.corners.duplicate_rate"]["value"] == 1
     assert list(teacher.duplicates) == ["diversity.corners"]
     _, threshold = teacher.duplicates["diversity.corners"]
-    told = rates[0]["diversity.corners.duplicate_rate"]
-    assert (told["threshold"], told["threshold_from"]) == (threshold, "reference")
+    figure = rates[0]["diversity.corners.duplicate_rate"]
+    assert (figure["threshold"], figure["threshold_from"]) == (threshold, "reference")
     fewer = score(make_sets(30, 3, seed=0), [DIVERSITY], settings, teacher)
     assert "diversity.corners.duplicate_rate" not in fewer.figures
-    assert any("the reference has 4 pictures a prompt, not 3" in note for note in fewer.notes)
+    assert any(re.search(r"reference .*\b4 .*\b3\b", note) for note in fewer.notes)
 
 
-def test_a_cosine_of_one_s_own_counts_near_duplicates_without_a_reference(settings):
+def test_a_given_cosine_counts_near_duplicates_without_a_reference(settings):
     always = Settings(settings.weights, settings.passes, 1, 0, duplicates_above=-1.0)
     scores = score(make_sets(2, 3, seed=0), [DIVERSITY], always)
     figure = scores.figures["diversity.corners.duplicate_rate"]
     assert (figure["value"], figure["threshold"], figure["threshold_from"]) == (1, -1, "user")
-    assert "near-duplicates of diversity.corners have a cosine of at least -1, as given" in as_table(scores)
+    assert any("diversity.corners" in note and " -1," in note for note in scores.notes)
     assert as_record(scores)["figures"]["diversity.corners.duplicate_rate"] == figure
 
 
@@ -244,7 +249,7 @@ def test_results_are_bit_identical_over_one_and_two_processes(settings):
     assert score(sets, presets, spread, Reference(reference)) == alone
 
 
-def test_what_several_calls_found_of_the_same_pictures_joins_to_what_one_call_finds(settings, tmp_path):
+def test_the_joined_results_of_several_calls_equal_those_of_one_call(settings, tmp_path):
     (tmp_path / "gone.png").touch()
     sets = [*make_sets(3, 4, seed=0), FileSet("bad", "bad", (tmp_path / "gone.png",))]
     presets, reference = [DIVERSITY, ABSENT, QUALITY], Reference(make_sets(3, 4, seed=1))
@@ -254,34 +259,34 @@ def test_what_several_calls_found_of_the_same_pictures_joins_to_what_one_call_fi
     assert joined == score(sets, presets, settings, reference)
 
 
-def test_calls_may_share_their_processes(settings):
+def test_calls_may_share_processes(settings):
     spread = Settings(settings.weights, settings.passes, 2, settings.seed)
     sets = make_sets(3, 3, seed=0)
     with workers(spread) as pool:
-        found = [score(sets, [preset], spread, None, pool) for preset in (DIVERSITY, QUALITY)]
-    assert found == [score(sets, [preset], settings) for preset in (DIVERSITY, QUALITY)]
+        separate = [score(sets, [preset], spread, None, pool) for preset in (DIVERSITY, QUALITY)]
+    assert separate == [score(sets, [preset], settings) for preset in (DIVERSITY, QUALITY)]
 
 
-def test_a_reference_is_not_measured_twice_where_it_is_judged_itself(settings):
-    counted = []
+def test_a_reference_that_is_judged_itself_is_measured_once(settings):
+    calls = []
 
     def build(settings):
-        return SetDiversity(lambda images: counted.append(1) or Corners()(images))
+        return SetDiversity(lambda images: calls.append(1) or Corners()(images))
 
     sets = make_sets(3, 4, seed=0)
     reference = Reference(sets)
     score(sets, [Preset("diversity", "corners", "", build)], settings, reference)
-    assert len(counted) == 3 and reference.duplicates["diversity.corners"][0] == 4
+    assert len(calls) == 3 and reference.duplicates["diversity.corners"][0] == 4
 
 
-def test_weights_missing_in_workers_are_told_as_in_one_process(settings):
+def test_missing_weights_have_the_same_reason_in_workers(settings):
     spread = Settings(settings.weights, settings.passes, 2, settings.seed)
     sets = make_sets(2, 3, seed=0)
     assert score(sets, [ABSENT], spread).missing == score(sets, [ABSENT], settings).missing
 
 
 class Counted:
-    """A prompt of nine small pictures that exist only while they are measured."""
+    """A prompt of nine small pictures, which counts the pictures in memory."""
 
     alive = most = 0
 
@@ -291,7 +296,7 @@ class Counted:
         self.id = self.text = str(number)
 
     @staticmethod
-    def let_go():
+    def count_down():
         Counted.alive -= 1
 
     def __len__(self):
@@ -300,7 +305,7 @@ class Counted:
     def load(self):
         images = [Image.new("RGB", (4, 4), (int(self.id) % 251, 20 * seed, 77)) for seed in range(9)]
         for image in images:
-            weakref.finalize(image, Counted.let_go)
+            weakref.finalize(image, Counted.count_down)
         Counted.alive += len(images)
         Counted.most = max(Counted.most, Counted.alive)
         return Loaded([f"{self.id}_{seed}" for seed in range(9)], images, [])
@@ -312,9 +317,9 @@ def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(sett
     scores = score(sets, [QUALITY, DIVERSITY], settings)
     for name in ("quality.bright.score", "diversity.corners.vendi"):
         assert scores.figures[name]["n"]["pictures"] == 90_000
-    assert Counted.most <= 18  # of one prompt, and of the one before until it is let go
-    found = score(sets, [MOMENTS, FEATURES], settings, Reference(sets[:500]))
-    assert found.figures["distribution.dino_v2.precision"]["n"]["compared"] == 500
-    fid, kid = (found.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
-    assert fid["low"] is None and kid["low"] < kid["high"]  # KID is of the kept alone, FID of all
+    assert Counted.most <= 18  # of one prompt and of the one before
+    compared = score(sets, [MOMENTS, FEATURES], settings, Reference(sets[:500]))
+    assert compared.figures["distribution.dino_v2.precision"]["n"]["compared"] == 500
+    fid, kid = (compared.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
+    assert fid["low"] is None and kid["low"] < kid["high"]  # KID uses the stored features, FID all
     assert Counted.most <= 18
