@@ -27,11 +27,17 @@ def corners(kind, settings):
     return kind(Corners())
 
 
+def shared_corners(settings):
+    """Corner pixels as features that metrics and processes share."""
+    return SetDiversity(settings.shared(Corners(), DINO_V2, "corners"))
+
+
 def brightness(settings):
     return PictureScores("score", lambda text, images: Corners()(images).mean(1))
 
 
 DIVERSITY = Preset("diversity", "corners", "corner pixels", partial(corners, SetDiversity))
+SHARED = Preset("diversity", "shared", "corner pixels", shared_corners)
 FEATURES = Preset("distribution", "dino_v2", "corner pixels, k = 5", partial(corners, SetFeatures))
 MOMENTS = Preset("distribution", "inception", "corner pixels", partial(corners, SetFeatures))
 QUALITY = Preset("quality", "bright", "mean of corners", brightness)

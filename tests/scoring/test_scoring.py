@@ -22,6 +22,14 @@ from dpdmd_pipeline.scoring.workers import workers
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, passes):
+    """Settings for two processes, and their pool."""
+    settings = Settings(tmp_path_factory.mktemp("weights"), passes, processes=2, seed=0)
+    with workers(settings) as pool:
+        yield settings, pool
+
+
 def test_every_figure_has_value_interval_count_and_protocol(settings):
     sets = make_sets(5, 4, seed=0)
     scores = score(sets, [DIVERSITY, QUALITY], settings)
@@ -158,15 +166,16 @@ def test_a_prompt_without_a_picture_is_counted(settings):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_only_metrics_that_read_the_text_leave_out_prompts_without_one(settings, processes):
-    settings = Settings(settings.weights, settings.passes, processes, settings.seed)
+def test_only_metrics_that_read_the_text_leave_out_prompts_without_one(settings, processes, request):
+    settings, pool = request.getfixturevalue("two_processes") if processes == 2 else (settings, None)
     sets = make_sets(3, 3, seed=0)
     nameless = [TensorSet(one.id, one.id, one.images, "prompt without a text (an id)") for one in sets]
-    some = score([nameless[0], *sets[1:]], [DIVERSITY, FITTING], settings)
+    some, none = (
+        score(prompts, [DIVERSITY, FITTING], settings, None, pool) for prompts in ([nameless[0], *sets[1:]], nameless)
+    )
     assert some.faults == {"prompt without a text (an id)": ["p0"]} and not some.missing
     assert some.figures["alignment.bright.score"]["n"]["prompts"] == 2
     assert some.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
-    none = score(nameless, [DIVERSITY, FITTING], settings)
     assert "--prompts" in none.missing["alignment.bright"] and "prompt.txt" in none.missing["alignment.bright"]
     assert none.figures["diversity.corners.vendi"]["n"]["prompts"] == 3
 
@@ -241,12 +250,12 @@ def test_a_given_cosine_counts_near_duplicates_without_a_reference(settings):
     assert as_record(scores)["figures"]["diversity.corners.duplicate_rate"] == figure
 
 
-def test_results_are_bit_identical_over_one_and_two_processes(settings):
+def test_results_are_bit_identical_over_one_and_two_processes(settings, two_processes):
     sets, reference = make_sets(9, 4, seed=0), make_sets(9, 4, seed=1)
     presets = [DIVERSITY, QUALITY, MOMENTS, FEATURES]
     alone = score(sets, presets, settings, Reference(reference))
-    spread = Settings(settings.weights, settings.passes, 2, settings.seed)
-    assert score(sets, presets, spread, Reference(reference)) == alone
+    spread, pool = two_processes
+    assert score(sets, presets, spread, Reference(reference), pool) == alone
 
 
 def test_the_joined_results_of_several_calls_equal_those_of_one_call(settings, tmp_path):
@@ -259,11 +268,10 @@ def test_the_joined_results_of_several_calls_equal_those_of_one_call(settings, t
     assert joined == score(sets, presets, settings, reference)
 
 
-def test_calls_may_share_processes(settings):
-    spread = Settings(settings.weights, settings.passes, 2, settings.seed)
+def test_calls_may_share_processes(settings, two_processes):
+    spread, pool = two_processes
     sets = make_sets(3, 3, seed=0)
-    with workers(spread) as pool:
-        separate = [score(sets, [preset], spread, None, pool) for preset in (DIVERSITY, QUALITY)]
+    separate = [score(sets, [preset], spread, None, pool) for preset in (DIVERSITY, QUALITY)]
     assert separate == [score(sets, [preset], settings) for preset in (DIVERSITY, QUALITY)]
 
 
@@ -311,14 +319,14 @@ class Counted:
         return Loaded([f"{self.id}_{seed}" for seed in range(9)], images, [])
 
 
-def test_ten_thousand_prompts_of_nine_pictures_are_scored_in_bounded_memory(settings, monkeypatch):
+def test_many_prompts_are_scored_in_bounded_memory(settings, monkeypatch):
     monkeypatch.setattr("dpdmd_pipeline.scoring.compare.LARGEST", 500)
-    sets = [Counted(number) for number in range(10_000)]
+    sets = [Counted(number) for number in range(1000)]
     scores = score(sets, [QUALITY, DIVERSITY], settings)
     for name in ("quality.bright.score", "diversity.corners.vendi"):
-        assert scores.figures[name]["n"]["pictures"] == 90_000
+        assert scores.figures[name]["n"]["pictures"] == 9000
     assert Counted.most <= 18  # of one prompt and of the one before
-    compared = score(sets, [MOMENTS, FEATURES], settings, Reference(sets[:500]))
+    compared = score(sets, [MOMENTS, FEATURES], settings, Reference(sets[:200]))
     assert compared.figures["distribution.dino_v2.precision"]["n"]["compared"] == 500
     fid, kid = (compared.figures[f"distribution.inception.{name}"] for name in ("fid", "kid"))
     assert fid["low"] is None and kid["low"] < kid["high"]  # KID uses the stored features, FID all

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.scoring import corners
+from tests.scoring.corners import SHARED
 
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.scoring import published
@@ -66,15 +68,15 @@ def test_shared_features_give_the_same_bits_with_half_the_passes(settings, passe
 
 
 def test_processes_share_stored_features(settings, tmp_path):
-    presets, sets = choose("diversity.clip"), make_sets(0)
+    sets = corners.make_sets(3, 4, seed=0)
     settings = replace(settings, features=tmp_path / "features")
 
     def stored():
         return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "features").iterdir()}
 
-    alone, before = score(sets, presets, settings), stored()
+    alone, before = score(sets, [SHARED], settings), stored()
     assert len(before) == 3
-    assert score(sets, presets, replace(settings, processes=2)) == alone and stored() == before
+    assert score(sets, [SHARED], replace(settings, processes=2)) == alone and stored() == before
 
 
 def test_other_weights_and_other_outputs_have_features_of_their_own(settings, weights, tmp_path, passed):
@@ -98,11 +100,11 @@ def test_other_weights_and_other_outputs_have_features_of_their_own(settings, we
 
 
 def test_two_processes_may_store_the_same_features(settings, tmp_path):
-    (one,) = make_sets(0)[:1]
+    (one,) = corners.make_sets(1, 4, seed=0)
     sets = [TensorSet(f"p{number}", one.text, one.images) for number in range(60)]
     together = replace(settings, processes=2, features=tmp_path / "features")
-    scores = score(sets, choose("diversity.clip"), together)
-    assert not scores.missing and scores.figures["diversity.clip.vendi"]["n"]["prompts"] == 60
+    scores = score(sets, [SHARED], together)
+    assert not scores.missing and scores.figures["diversity.shared.vendi"]["n"]["prompts"] == 60
     assert len(list((tmp_path / "features").iterdir())) == 1
 
 
