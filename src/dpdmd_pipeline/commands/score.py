@@ -17,7 +17,7 @@ from dpdmd_pipeline.commands.output import flush, refuse_unwritable, say
 from dpdmd_pipeline.wording import listed
 
 if TYPE_CHECKING:
-    from dpdmd_pipeline.scoring.folders import Found
+    from dpdmd_pipeline.scoring.folders import FolderContents
     from dpdmd_pipeline.scoring.preset import Preset, Settings
     from dpdmd_pipeline.scoring.scores import Reference, Scores
 
@@ -72,12 +72,12 @@ def _score_pictures(options: argparse.Namespace) -> None:
     presets, settings = choose(options.by), _settings(options)
     folders = {"images": options.images[0]}
     folders |= {name: getattr(options, name) for name in ("teacher", "baseline") if getattr(options, name)}
-    found = {name: _find(folder, options.prompts, presets) for name, folder in folders.items()}
-    about_gap = _check_gap(folders, found, presets)
-    reference, about_reference = _reference(options, found)
-    with _shared_features(settings, presets, len(found)) as shared:
-        scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in found.items()}
-    for name, (sets, strays) in found.items():
+    contents = {name: _find(folder, options.prompts, presets) for name, folder in folders.items()}
+    about_gap = _check_gap(folders, contents, presets)
+    reference, about_reference = _reference(options, contents)
+    with _shared_features(settings, presets, len(contents)) as shared:
+        scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in contents.items()}
+    for name, (sets, strays) in contents.items():
         notes = about_names(folders[name], sets), about_strays(folders[name], strays), about_reference, about_gap
         for note in filter(None, notes):
             scored[name].note(note)
@@ -102,7 +102,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--duplicates-above {options.duplicates_above} must be a cosine, -1 to 1")
 
 
-def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> Found:
+def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> FolderContents:
     """Find the sets of a folder; names must tell prompts if a metric reads the text or compares seeds."""
     from dpdmd_pipeline.scoring.folders import find_pictures
     from dpdmd_pipeline.scoring.layouts import UnnamedError
@@ -116,7 +116,7 @@ def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> Foun
         ) from error
 
 
-def _check_gap(folders: Mapping[str, Path], found: Mapping[str, Found], presets: Sequence[Preset]) -> str:
+def _check_gap(folders: Mapping[str, Path], contents: Mapping[str, FolderContents], presets: Sequence[Preset]) -> str:
     """Note on the prompts that the gap recovered leaves out; empty without any.
 
     Raises:
@@ -126,7 +126,7 @@ def _check_gap(folders: Mapping[str, Path], found: Mapping[str, Found], presets:
         return ""
     if not any(preset.axis == "diversity" for preset in presets):
         raise ValueError("the gap recovered is one of diversity: name a diversity metric with --by")
-    ids = {name: {one.id for one in sets} for name, (sets, _) in found.items()}
+    ids = {name: {one.id for one in sets} for name, (sets, _) in contents.items()}
     common, union = set.intersection(*ids.values()), set.union(*ids.values())
     if not common:
         examples = ", ".join(f"{folder} ({min(ids[name])!r} ...)" for name, folder in folders.items())
@@ -136,7 +136,7 @@ def _check_gap(folders: Mapping[str, Path], found: Mapping[str, Found], presets:
     return f"the gap recovered is over the {len(common)} of {len(union)} prompts that are in all folders"
 
 
-def _reference(options: argparse.Namespace, found: Mapping[str, Found]) -> tuple[Reference | None, str]:
+def _reference(options: argparse.Namespace, contents: Mapping[str, FolderContents]) -> tuple[Reference | None, str]:
     """The pictures to compare with, and a note on stray files beside them."""
     from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
     from dpdmd_pipeline.scoring.scores import Reference
@@ -144,7 +144,7 @@ def _reference(options: argparse.Namespace, found: Mapping[str, Found]) -> tuple
     if options.reference:
         sets, strays = find_pictures(options.reference, any_name=True)  # no metric reads the reference's texts
         return Reference(sets), about_strays(options.reference, strays, " (the reference)")
-    return (Reference(found["teacher"][0]), "") if options.teacher else (None, "")
+    return (Reference(contents["teacher"][0]), "") if options.teacher else (None, "")
 
 
 def _settings(options: argparse.Namespace) -> Settings:

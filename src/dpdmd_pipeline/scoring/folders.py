@@ -31,10 +31,10 @@ from dpdmd_pipeline.wording import listed
 
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
 
-Found = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
+FolderContents = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
 
 
-def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = False) -> Found:
+def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = False) -> FolderContents:
     """Find the sets of a folder in one of the layouts of `layouts`, and the files that are not pictures.
 
     Args:
@@ -55,7 +55,7 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
         raise OSError(f"{path if os.path.lexists(path) else path.parent} {MAY_NOT_READ}") from error
 
 
-def _find(folder: Path, prompts: Path | None, any_name: bool) -> Found:
+def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if not folder.is_dir():
         raise OSError(f"{folder} is not a folder of pictures")
     text_of = texts_from_file(Path(prompts)) if prompts else text_from_name
@@ -85,7 +85,7 @@ def _find(folder: Path, prompts: Path | None, any_name: bool) -> Found:
     return [from_prompt_folder(path, text_of) for path in folders], strays
 
 
-def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: TextOf, any_name: bool) -> Found:
+def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: TextOf, any_name: bool) -> FolderContents:
     """Sets and other files of a folder with a file per picture."""
     unread = [path for path in entries if is_unread(path)]
     if any_name and not name_prompts(pictures):
