@@ -187,12 +187,12 @@ def test_a_folder_is_not_compared_with_itself_under_any_name(page, tmp_path):
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.scoring.folders.find_pictures", lambda *_: pytest.fail("read before refused"))
+    monkeypatch.setattr("dpdmd_pipeline.commands.arena.find_pictures", lambda *_: pytest.fail("read before refused"))
     with pytest.raises(OSError, match="^--out /sys/x.html: .*/sys "):
         main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", "/sys/x.html"])
 
 
 def test_a_folder_to_write_to_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.scoring.folders.find_pictures", lambda *_: pytest.fail("read before refused"))
+    monkeypatch.setattr("dpdmd_pipeline.commands.arena.find_pictures", lambda *_: pytest.fail("read before refused"))
     with pytest.raises(OSError, match=f"^--out {tmp_path}/ours .*{tmp_path}/ours/arena.html"):
         main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(tmp_path / "ours")])

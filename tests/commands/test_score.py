@@ -175,7 +175,7 @@ def scored(monkeypatch):
         calls.append(sets)
         return Scores(len(sets), sum(map(len, sets)))
 
-    monkeypatch.setattr("dpdmd_pipeline.scoring.score.score", score)
+    monkeypatch.setattr("dpdmd_pipeline.commands.score.score", score)
     return calls
 
 

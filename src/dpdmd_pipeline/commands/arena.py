@@ -6,12 +6,14 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpdmd_pipeline.commands.output import refuse_unwritable
-
-if TYPE_CHECKING:
-    from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.publishing import write_text
+from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
+from dpdmd_pipeline.scoring.pairs import about_pairs
+from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.wording import counted
 
 _EPILOG = """\
 Folders have the layouts of `score` (see `score --help`). Prompts are matched by folder name or id, pictures of a prompt
@@ -49,12 +51,6 @@ def main(arguments: list[str]) -> None:
     Raises:
         ValueError, OSError: in one line, for errors that the user can correct.
     """
-    from dpdmd_pipeline.publishing import write_text
-    from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
-    from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
-    from dpdmd_pipeline.scoring.pairs import about_pairs
-    from dpdmd_pipeline.wording import counted
-
     options = make_parser().parse_args(arguments)
     _check(options)
     (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, options.prompts) for folder in (options.a, options.b))

@@ -11,15 +11,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from dpdmd_pipeline.commands.output import flush, refuse_unwritable, say
+from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS, make_parser
+from dpdmd_pipeline.metrics.libraries import versions
+from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.publishing import write_text
+from dpdmd_pipeline.scoring.folders import FolderContents, about_names, about_strays, find_pictures
+from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
+from dpdmd_pipeline.scoring.human import as_text, load_results, summarise
+from dpdmd_pipeline.scoring.layouts import UnnamedError
+from dpdmd_pipeline.scoring.preset import Preset, Settings
+from dpdmd_pipeline.scoring.presets import choose
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference, Scores
+from dpdmd_pipeline.scoring.table import as_gap_table, as_record, as_table
+from dpdmd_pipeline.scoring.texts import read_parts
 from dpdmd_pipeline.wording import listed
-
-if TYPE_CHECKING:
-    from dpdmd_pipeline.scoring.folders import FolderContents
-    from dpdmd_pipeline.scoring.preset import Preset, Settings
-    from dpdmd_pipeline.scoring.scores import Reference, Scores
 
 INCOMPLETE = 3  # exit code: measured, but with missing metrics or faults
 SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # the embedded world's CLIP, in the project's git
@@ -33,8 +45,6 @@ def main(arguments: list[str]) -> None:
     Raises:
         ValueError, OSError: in one line, for errors that the user can correct.
     """
-    from dpdmd_pipeline.commands.score_parser import make_parser
-
     try:
         options = make_parser().parse_args(arguments)
     finally:
@@ -55,7 +65,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _score_people(options: argparse.Namespace) -> None:
-    from dpdmd_pipeline.scoring.human import as_text, load_results, summarise
 
     summary = summarise(load_results(options.images), options.seed)
     say(as_text(summary))
@@ -63,10 +72,6 @@ def _score_people(options: argparse.Namespace) -> None:
 
 
 def _score_pictures(options: argparse.Namespace) -> None:
-    from dpdmd_pipeline.metrics.libraries import versions
-    from dpdmd_pipeline.scoring.folders import about_names, about_strays
-    from dpdmd_pipeline.scoring.presets import choose
-    from dpdmd_pipeline.scoring.score import score
 
     _check(options)
     presets, settings = choose(options.by), _settings(options)
@@ -104,9 +109,6 @@ def _check(options: argparse.Namespace) -> None:
 
 def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> FolderContents:
     """Find the sets of a folder; names must tell prompts if a metric reads the text or compares seeds."""
-    from dpdmd_pipeline.scoring.folders import find_pictures
-    from dpdmd_pipeline.scoring.layouts import UnnamedError
-
     need_prompts = [preset.full_name for preset in presets if preset.axis == "diversity" or preset.needs_text]
     try:
         return find_pictures(folder, prompts, any_name=not need_prompts)
@@ -138,9 +140,6 @@ def _check_gap(folders: Mapping[str, Path], contents: Mapping[str, FolderContent
 
 def _reference(options: argparse.Namespace, contents: Mapping[str, FolderContents]) -> tuple[Reference | None, str]:
     """The pictures to compare with, and a note on stray files beside them."""
-    from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
-    from dpdmd_pipeline.scoring.scores import Reference
-
     if options.reference:
         sets, strays = find_pictures(options.reference, any_name=True)  # no metric reads the reference's texts
         return Reference(sets), about_strays(options.reference, strays, " (the reference)")
@@ -148,13 +147,6 @@ def _reference(options: argparse.Namespace, contents: Mapping[str, FolderContent
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    import torch
-
-    from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS
-    from dpdmd_pipeline.metrics.passes import Passes
-    from dpdmd_pipeline.scoring.preset import Settings
-    from dpdmd_pipeline.scoring.published import CLIP_SHAPES
-    from dpdmd_pipeline.scoring.texts import read_parts
 
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
@@ -191,9 +183,6 @@ def _shared_features(settings: Settings, presets: Sequence[Preset], folders: int
 
 def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]:
     """Record and text of the scores of the images and, if given, of teacher and baseline with the gap recovered."""
-    from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
-    from dpdmd_pipeline.scoring.table import as_gap_table, as_record, as_table
-
     first, *others = scored
     record, texts = as_record(scored[first]), [as_table(scored[first])]
     for name in others:
@@ -207,7 +196,6 @@ def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], s
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
-    from dpdmd_pipeline.publishing import write_text
 
     if path:
         write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

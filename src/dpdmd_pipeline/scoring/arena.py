@@ -1,4 +1,4 @@
-"""A page of blind side-by-side pairs for people to judge; `human.py` reads their answers."""
+"""A page of blind side-by-side pairs for people to judge; `human` reads their answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.scoring.decode import read_picture
-from dpdmd_pipeline.scoring.human import FORMAT
 from dpdmd_pipeline.scoring.pairs import pair_up
 from dpdmd_pipeline.scoring.sets import FileSet
 from dpdmd_pipeline.wording import counted, listed
@@ -22,6 +21,7 @@ from dpdmd_pipeline.wording import counted, listed
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FORMAT = 1  # of the results that the page saves
 LARGEST_PAGE_MB = 200  # browsers open larger pages, but people do not wait for them
 _WEBP_QUALITY = 90
 _FEW = 3  # files in a message

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from dpdmd_pipeline.metrics.diversity import duplicate_threshold
-from dpdmd_pipeline.scoring.job import IN_THE_REFERENCE, Job
 from dpdmd_pipeline.scoring.rows import Row
 from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
 
 _NOT_COUNTED = "near-duplicates were not counted: "
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.metrics.summary import ratio_interval
+from dpdmd_pipeline.scoring.arena import FORMAT
 from dpdmd_pipeline.wording import counted
 
-FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _RESULT = {"arena": str, "a": str, "b": str, "participant": str, "questions": int, "answers": list}
 _ANSWER = {"question": str, "prompt": str}

@@ -71,7 +71,7 @@ class Preset:
     Attributes:
         axis, name: parts of the full name, as in `diversity.dino_v2`.
         protocol: description of the computation.
-        build: makes the measure; the weights exist when it runs.
+        build: makes the measure from the settings and the weights, which exist by then.
         weights: all weights that it needs.
         by_default: True if the name of the axis alone includes it.
     """
@@ -79,7 +79,7 @@ class Preset:
     axis: Axis
     name: str
     protocol: str
-    build: Callable[[Settings], Measure]
+    build: Callable[..., Measure]
     weights: tuple[Weights, ...] = ()
     by_default: bool = False
 
@@ -122,7 +122,7 @@ class Preset:
         """
         self.require(settings)
         try:
-            return self.build(settings)
+            return self.build(settings, *self.weights)
         except Exception as error:  # libraries raise many kinds for a truncated file
             self._blame_weights(settings, error)
             raise

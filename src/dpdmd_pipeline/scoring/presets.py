@@ -3,70 +3,44 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 
-from dpdmd_pipeline.metrics.measures import SetDiversity, SetFeatures
+from dpdmd_pipeline.metrics.measures import Measure, SetDiversity, SetFeatures
 from dpdmd_pipeline.metrics.shapes import DIVERSITY, QUALITY
 from dpdmd_pipeline.scoring import builders as b
 from dpdmd_pipeline.scoring import published as w
 from dpdmd_pipeline.scoring.preset import AXES, Preset
+from dpdmd_pipeline.scoring.weights import Weights
 from dpdmd_pipeline.shapes.world import RESOLUTION
 
-_COSINE = "1 - mean cosine over pairs, Vendi score, near-duplicates; "
+_POOLED, _PATCHES, _RAW_CLS = (partial(b.vision, SetDiversity, tokens) for tokens in ("pooled", "patches", "raw_cls"))
+
+
+def _cosine(name: str, space: str, build: Callable[..., Measure], weights: Weights, by_default: bool = False) -> Preset:
+    """Diversity from cosines in the feature space of a network."""
+    protocol = f"1 - mean cosine over pairs, Vendi score, near-duplicates; {space}"
+    return Preset("diversity", name, protocol, build, (weights,), by_default)
+
 
 PRESETS = (
     Preset("diversity", "pixels", "RMS difference of pixels, mean over pairs", b.pixels, (), True),
-    Preset(
-        "diversity",
-        "dino_v2",
-        f"{_COSINE}DINOv2 ViT-B/14, pooler_output",
-        partial(b.vision, SetDiversity, w.DINO_V2, "pooled"),
-        (w.DINO_V2,),
-        True,
-    ),
-    Preset(
-        "diversity",
-        "dino_v2_patch",
-        f"{_COSINE}DINOv2 ViT-B/14, cosine of patches at the same place",
-        partial(b.vision, SetDiversity, w.DINO_V2, "patches"),
-        (w.DINO_V2,),
-        True,
-    ),
-    Preset(
-        "diversity",
-        "dino_v3",
-        f"{_COSINE}DINOv3 ViT-L/16, pooler_output (DP-DMD's DINO)",
-        partial(b.vision, SetDiversity, w.DINO_V3, "pooled"),
-        (w.DINO_V3,),
-    ),
-    Preset(
-        "diversity",
-        "dino_v3_patch",
-        f"{_COSINE}DINOv3 ViT-L/16, cosine of patches at the same place",
-        partial(b.vision, SetDiversity, w.DINO_V3, "patches"),
-        (w.DINO_V3,),
-    ),
-    Preset(
-        "diversity",
-        "clip",
-        f"{_COSINE}CLIP ViT-L/14, projected embedding, open_clip",
-        partial(b.clip_diversity, w.CLIP_L),
-        (w.CLIP_L,),
-        True,
-    ),
-    Preset(
-        "diversity",
+    _cosine("dino_v2", "DINOv2 ViT-B/14, pooler_output", _POOLED, w.DINO_V2, True),
+    _cosine("dino_v2_patch", "DINOv2 ViT-B/14, cosine of patches at the same place", _PATCHES, w.DINO_V2, True),
+    _cosine("dino_v3", "DINOv3 ViT-L/16, pooler_output (DP-DMD's DINO)", _POOLED, w.DINO_V3),
+    _cosine("dino_v3_patch", "DINOv3 ViT-L/16, cosine of patches at the same place", _PATCHES, w.DINO_V3),
+    _cosine("clip", "CLIP ViT-L/14, projected embedding, open_clip", b.clip_diversity, w.CLIP_L, True),
+    _cosine(
         "clip_raw_cls",
-        f"{_COSINE}CLIP ViT-L/14, class token before norm and projection (DP-DMD's CLIP)",
-        partial(b.vision, SetDiversity, w.CLIP_L_HF, "raw_cls"),
-        (w.CLIP_L_HF,),
+        "CLIP ViT-L/14, class token before norm and projection (DP-DMD's CLIP)",
+        _RAW_CLS,
+        w.CLIP_L_HF,
     ),
-    Preset(
-        "diversity",
+    _cosine(
         "clip_shapes",
-        f"{_COSINE}the embedded world's own CLIP, projected embedding, open_clip",
-        partial(b.clip_diversity, w.CLIP_SHAPES, side=RESOLUTION),
-        (w.CLIP_SHAPES,),
+        "the embedded world's own CLIP, projected embedding, open_clip",
+        partial(b.clip_diversity, side=RESOLUTION),
+        w.CLIP_SHAPES,
     ),
     Preset(
         "diversity",
@@ -89,57 +63,32 @@ PRESETS = (
         "exact reader of the embedded world, over valid pictures that show the prompt",
         partial(b.shapes, DIVERSITY, 2),
     ),
-    Preset(
-        "quality",
-        "arniqa",
-        "ARNIQA, KonIQ-10k regressor, 0 to 1",
-        b.arniqa,
-        (w.ARNIQA, w.ARNIQA_KONIQ),
-        True,
-    ),
+    Preset("quality", "arniqa", "ARNIQA, KonIQ-10k regressor, 0 to 1", b.arniqa, (w.ARNIQA, w.ARNIQA_KONIQ), True),
     Preset(
         "quality",
         "visualquality_r1",
         "VisualQuality-R1 7B with reasoning, greedy, 1 to 5",
-        partial(b.chat_model, w.VISUALQUALITY_R1, "rating"),
+        b.rated_quality,
         (w.VISUALQUALITY_R1,),
     ),
     Preset("quality", "maniqa_pipal", "pyiqa maniqa-pipal, 20 crops", partial(b.pyiqa, "maniqa-pipal"), (w.MANIQA,)),
     Preset("quality", "topiq", "pyiqa topiq_nr", partial(b.pyiqa, "topiq_nr"), (w.TOPIQ,)),
     Preset("quality", "clipiqa_plus", "pyiqa clipiqa+", partial(b.pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS, w.CLIP_RN50)),
-    Preset(
-        "quality",
-        "shapes",
-        "exact reader of the embedded world",
-        partial(b.shapes, QUALITY, 1),
-    ),
-    Preset(
-        "alignment",
-        "clip_score",
-        "100 max(cos, 0), CLIP ViT-L/14, open_clip",
-        partial(b.clip_score, w.CLIP_L),
-        (w.CLIP_L,),
-        True,
-    ),
+    Preset("quality", "shapes", "exact reader of the embedded world", partial(b.shapes, QUALITY, 1)),
+    Preset("alignment", "clip_score", "100 max(cos, 0), CLIP ViT-L/14, open_clip", b.clip_score, (w.CLIP_L,), True),
     Preset(
         "alignment",
         "clip_shapes",
         "100 max(cos, 0), the embedded world's own CLIP, open_clip",
-        partial(b.clip_score, w.CLIP_SHAPES, side=RESOLUTION),
+        partial(b.clip_score, side=RESOLUTION),
         (w.CLIP_SHAPES,),
     ),
-    Preset(
-        "alignment",
-        "vqa_score",
-        "P(Yes) to VQAScore's question, Qwen2.5-VL 7B",
-        partial(b.chat_model, w.QWEN_VL, "vqa"),
-        (w.QWEN_VL,),
-    ),
+    Preset("alignment", "vqa_score", "P(Yes) to VQAScore's question, Qwen2.5-VL 7B", b.vqa_score, (w.QWEN_VL,)),
     Preset(
         "alignment",
         "geneval_vqa",
         "questions about GenEval's parts to Qwen2.5-VL 7B; not GenEval's detector",
-        partial(b.chat_model, w.QWEN_VL, "parts"),
+        b.part_scores,
         (w.QWEN_VL,),
     ),
     Preset("preference", "pickscore", "PickScore v1, temperature x cosine", b.pick_score, (w.PICKSCORE,), True),
@@ -156,7 +105,7 @@ PRESETS = (
         "distribution",
         "dino_v2",
         "precision, recall, density, coverage, k = 5, DINOv2 ViT-B/14, pooler_output",
-        partial(b.vision, SetFeatures, w.DINO_V2, "pooled"),
+        partial(b.vision, SetFeatures, "pooled"),
         (w.DINO_V2,),
         True,
     ),

@@ -20,15 +20,14 @@ from dpdmd_pipeline.metrics.diversity import duplicate_rate
 from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.measures import NO_ANSWER
 from dpdmd_pipeline.metrics.summary import figure
-from dpdmd_pipeline.scoring.distribution import add_distribution
+from dpdmd_pipeline.scoring.compare import add_distribution
 from dpdmd_pipeline.scoring.duplicates import duplicates_above
-from dpdmd_pipeline.scoring.job import Job
 from dpdmd_pipeline.scoring.notes import note_cut_prompts, note_numbers, note_sizes, note_threshold
 from dpdmd_pipeline.scoring.preset import Preset, Settings
 from dpdmd_pipeline.scoring.rows import Row
 from dpdmd_pipeline.scoring.scores import Reference, Scores
 from dpdmd_pipeline.scoring.sets import PictureSet
-from dpdmd_pipeline.scoring.workers import measuring, workers
+from dpdmd_pipeline.scoring.workers import Job, measuring, workers
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)

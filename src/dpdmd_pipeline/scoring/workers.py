@@ -5,17 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
 from dpdmd_pipeline.metrics.measures import Measure
 from dpdmd_pipeline.scoring.preset import Preset, Settings
 from dpdmd_pipeline.scoring.rows import Row, measure_set
+from dpdmd_pipeline.scoring.scores import Reference
 from dpdmd_pipeline.scoring.sets import PictureSet
 
+IN_THE_REFERENCE = ", in the reference"  # after a kind of fault
 _IN_FLIGHT = 4  # sets per process that are computed ahead
 
 Measuring = Callable[[Sequence[PictureSet]], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One preset over the judged pictures and their reference.
+
+    Attributes:
+        preset: metric to run.
+        rows_of: measures sets, in their order.
+        sets: judged sets, one per prompt.
+        settings: settings of all metrics.
+        reference: pictures to compare with, if any.
+    """
+
+    preset: Preset
+    rows_of: Measuring
+    sets: Sequence[PictureSet]
+    settings: Settings
+    reference: Reference | None
+
+    @property
+    def judges_the_reference(self) -> bool:
+        """True if the judged pictures are the reference itself, such as the teacher's own."""
+        return self.reference is not None and self.sets is self.reference.sets
 
 
 @contextmanager

@@ -51,9 +51,7 @@ CODE = (
         for name in (
             "compare",
             "decode",
-            "distribution",
             "duplicates",
-            "job",
             "notes",
             "rows",
             "score",
