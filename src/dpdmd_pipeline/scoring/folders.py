@@ -6,26 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpdmd_pipeline.scoring import layouts
 from dpdmd_pipeline.scoring.decode import MAY_NOT_READ
-from dpdmd_pipeline.scoring.layouts import (
-    FEW,
-    NAME_IS_AN_ID,
-    SUFFIXES,
-    TextOf,
-    from_manifest,
-    from_names,
-    from_prompt_folder,
-    has_id_and_seed,
-    has_picture_name,
-    in_prompt_folder,
-    is_picture,
-    is_stray,
-    is_unread,
-    name_prompts,
-    one_set_each,
-    text_from_name,
-    texts_from_file,
-)
 from dpdmd_pipeline.scoring.sets import FileSet
 from dpdmd_pipeline.wording import listed
 
@@ -58,41 +40,48 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
 def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if not folder.is_dir():
         raise OSError(f"{folder} is not a folder of pictures")
-    text_of = texts_from_file(Path(prompts)) if prompts else text_from_name
+    text_of = layouts.texts_from_file(Path(prompts)) if prompts else layouts.text_from_name
     manifests = [folder / name for name in _MANIFESTS if (folder / name).is_file()]
     if len(manifests) > 1:
         raise ValueError(f"{folder} has {' and '.join(_MANIFESTS)}: delete one of them")
     if manifests:
-        sets = from_manifest(manifests[0])
+        sets = layouts.from_manifest(manifests[0])
         return sets, _not_named(folder, sets)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in entries if is_picture(path)]
+    pictures = [path for path in entries if layouts.is_picture(path)]
     folders = [path for path in entries if os.path.isdir(path)]
-    filled = [path for path in folders if any(map(is_picture, in_prompt_folder(path)))]
+    filled = [path for path in folders if any(map(layouts.is_picture, layouts.in_prompt_folder(path)))]
     if pictures and filled:
         raise ValueError(
             f"{folder} has pictures beside folders of pictures ({pictures[0].name}, {filled[0].name}/): use one layout"
         )
     if pictures:
-        pictures += filter(has_picture_name, folders)  # counted as unusable pictures
+        pictures += filter(layouts.has_picture_name, folders)  # counted as unusable pictures
         return _find_flat(entries, pictures, text_of, any_name)
     if not filled:
         raise OSError(
-            f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) and no folder of them{_deeper(folders)}"
+            f"{folder} has no picture ({', '.join(sorted(layouts.SUFFIXES))}) and no folder of them{_deeper(folders)}"
         )
     strays = [path.name for path in entries if path not in set(folders)]
-    strays += [str(path.relative_to(folder)) for one in folders for path in in_prompt_folder(one) if is_stray(path)]
-    return [from_prompt_folder(path, text_of) for path in folders], strays
+    strays += [
+        str(path.relative_to(folder))
+        for one in folders
+        for path in layouts.in_prompt_folder(one)
+        if layouts.is_stray(path)
+    ]
+    return [layouts.from_prompt_folder(path, text_of) for path in folders], strays
 
 
-def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: TextOf, any_name: bool) -> FolderContents:
+def _find_flat(
+    entries: Sequence[Path], pictures: Sequence[Path], text_of: layouts.TextOf, any_name: bool
+) -> FolderContents:
     """Sets and other files of a folder with a file per picture."""
-    unread = [path for path in entries if is_unread(path)]
-    if any_name and not name_prompts(pictures):
-        sets = one_set_each(pictures, unread)
+    unread = [path for path in entries if layouts.is_unread(path)]
+    if any_name and not layouts.names_tell_prompts(pictures):
+        sets = layouts.one_set_each(pictures, unread)
     else:
-        unread = [path for path in unread if has_id_and_seed(path)]
-        sets = from_names(pictures, unread, text_of)
+        unread = [path for path in unread if layouts.has_id_and_seed(path)]
+        sets = layouts.from_names(pictures, unread, text_of)
     used = {*pictures, *unread}
     return sets, [path.name for path in entries if path not in used]
 
@@ -100,7 +89,7 @@ def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: TextO
 def _deeper(folders: Sequence[Path]) -> str:
     """Hint for the error message if pictures exist one folder deeper."""
     inner = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
-    filled = next((path for path in inner if any(map(is_picture, path.iterdir()))), None)
+    filled = next((path for path in inner if any(map(layouts.is_picture, path.iterdir()))), None)
     return f"; there are pictures in {filled}: give {filled.parent}" if filled else ""
 
 
@@ -108,7 +97,7 @@ def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
     """Pictures that the folder's manifest does not name."""
     named = {os.path.normpath(file) for one in sets for file in one.files}
     files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    pictures = [path for path in files if is_picture(path) or is_unread(path)]
+    pictures = [path for path in files if layouts.is_picture(path) or layouts.is_unread(path)]
     return [str(path.relative_to(folder)) for path in pictures if os.path.normpath(path) not in named]
 
 
@@ -124,12 +113,12 @@ def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
         return ""
     has_manifest = any((folder / name).is_file() for name in _MANIFESTS)
     why = "its manifest does not name them" if has_manifest else "not pictures in a readable format"
-    return f"ignored files in {folder}{role} ({why}): {listed(strays, FEW)}"
+    return f"ignored files in {folder}{role} ({why}): {listed(strays, layouts.FEW)}"
 
 
 def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
     """Note on a folder whose pictures are sets of their own because names tell no prompt; empty for others."""
     owners = [(one, file) for one in sets for file in (*one.files, *one.unread)]
-    if all(one.no_text == NAME_IS_AN_ID and one.id == file.name for one, file in owners):
+    if all(one.no_text == layouts.NAME_IS_AN_ID and one.id == file.name for one, file in owners):
         return f"names in {folder} tell no prompts: each picture counts as one prompt"
     return ""

@@ -39,6 +39,10 @@ FEW = 5  # names in a message
 TextOf = Callable[[str, bool], tuple[str, str]]  # (name, name can be a text) -> text, reason for having none
 
 
+class UnnamedError(ValueError):
+    """A flat folder whose names do not tell the prompts."""
+
+
 def has_picture_name(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
@@ -63,7 +67,7 @@ def has_id_and_seed(path: Path) -> bool:
     return bool(_ID_AND_SEED.fullmatch(path.stem))
 
 
-def name_prompts(files: Sequence[Path]) -> bool:
+def names_tell_prompts(files: Sequence[Path]) -> bool:
     """True if names have the form <prompt-id>_<seed>; false for thousands like COCO_val2014_000000000042.jpg."""
     ids = [match[1] for file in files if (match := _ID_AND_SEED.fullmatch(file.stem))]
     return len(ids) == len(files) and (len(files) <= _MAX_SEEDS or len(set(ids)) > 1)
@@ -151,10 +155,6 @@ def from_names(files: Sequence[Path], unread: Sequence[Path], text_of: TextOf) -
         readable, others = map(_in_order, group)
         sets.append(FileSet(name, text, readable, no_text, others))
     return sets
-
-
-class UnnamedError(ValueError):
-    """A flat folder whose names do not tell the prompts."""
 
 
 def one_set_each(pictures: Sequence[Path], unread: Sequence[Path]) -> list[FileSet]:
