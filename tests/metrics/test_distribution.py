@@ -36,7 +36,7 @@ def test_fid_of_too_few_pictures_is_refused(clouds):
         frechet_distance([clouds[0]], [clouds[1][:6]])
 
 
-def test_kid_is_the_unbiased_estimate_where_there_are_few_pictures(clouds):
+def test_kid_is_the_unbiased_estimate_for_few_pictures(clouds):
     real, fake = clouds[0][:90].double(), clouds[1].double()
 
     def kernel(x, y):
@@ -112,7 +112,7 @@ def test_the_intervals_of_fid_and_kid_are_as_wide_as_other_prompts_make_them(inf
     assert math.isclose(np.mean(widths) / (2 * 1.96), spread, rel_tol=0.2)
 
 
-def test_precision_recall_density_and_coverage_are_what_their_papers_say(clouds):
+def test_precision_recall_density_and_coverage_match_their_papers(clouds):
     real, fake, k = clouds[0][:40].double(), clouds[1][:30].double(), 3
 
     def radius(points, index):

@@ -43,7 +43,7 @@ def test_the_cosine_of_patch_embeddings_is_the_mean_cosine_at_the_same_position(
     torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
 
 
-def test_patches_notice_a_shifted_object_where_a_histogram_would_not(dino_v2, photos, passes):
+def test_patches_notice_a_shifted_object_unlike_a_histogram(dino_v2, photos, passes):
     shifted = photos[0].transform(photos[0].size, 0, (1, 0, 7, 0, 1, 0))
     one, two = TransformersVision(dino_v2, "patches", passes)([photos[0], shifted])
     assert F.cosine_similarity(one, two, dim=0) < 0.999
@@ -67,7 +67,7 @@ def test_open_clip_is_its_projected_embedding(open_clip_folder, photos, passes):
 
 
 @pytest.mark.parametrize("family", ["dino_v2", "open_clip_folder"])
-def test_features_are_bit_identical_whatever_the_batch(family, photos, request):
+def test_features_are_bit_identical_for_any_batch_size(family, photos, request):
     folder = request.getfixturevalue(family)
 
     def embed(batch_size, pictures):

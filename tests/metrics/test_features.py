@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from dpdmd_pipeline.metrics.features import KeptFeatures
+from dpdmd_pipeline.metrics.features import CachedFeatures
 
 
 def test_a_truncated_file_is_computed_again(tmp_path, photos):
@@ -13,7 +13,7 @@ def test_a_truncated_file_is_computed_again(tmp_path, photos):
         calls.append(len(images))
         return torch.arange(len(images) * 2.0).view(-1, 2)
 
-    cached = KeptFeatures(embed, tmp_path, "net")
+    cached = CachedFeatures(embed, tmp_path, "net")
     first = cached(photos)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-3])
@@ -25,9 +25,9 @@ def test_features_belong_to_pictures_in_their_order_and_to_one_network(tmp_path,
     def embed(images):
         return torch.tensor([[float(sum(image.getpixel((0, 0))))] for image in images])
 
-    cached = KeptFeatures(embed, tmp_path, "net")
+    cached = CachedFeatures(embed, tmp_path, "net")
     assert torch.equal(cached(photos).flip(0), cached(photos[::-1]))
     turned = [Image.frombytes("RGB", (24, 96), image.tobytes()) for image in photos]  # the same bytes, another shape
-    KeptFeatures(embed, tmp_path, "other")(photos)
+    CachedFeatures(embed, tmp_path, "other")(photos)
     cached(turned)
     assert len(list(tmp_path.iterdir())) == 4

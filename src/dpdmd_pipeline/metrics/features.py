@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class KeptFeatures:
+class CachedFeatures:
     """An embedder that stores the features of each prompt in a file, under a key of the pictures' pixels.
 
     The key depends neither on the pictures' location nor on which metric or process comes first. A full disk costs

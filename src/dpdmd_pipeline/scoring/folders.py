@@ -63,12 +63,8 @@ def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
             f"{folder} has no picture ({', '.join(sorted(layouts.SUFFIXES))}) and no folder of them{_deeper(folders)}"
         )
     strays = [path.name for path in entries if path not in set(folders)]
-    strays += [
-        str(path.relative_to(folder))
-        for one in folders
-        for path in layouts.in_prompt_folder(one)
-        if layouts.is_stray(path)
-    ]
+    inner = [path for one in folders for path in layouts.in_prompt_folder(one)]
+    strays += [str(path.relative_to(folder)) for path in inner if layouts.is_stray(path)]
     return [layouts.from_prompt_folder(path, text_of) for path in folders], strays
 
 

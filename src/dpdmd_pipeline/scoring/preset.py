@@ -9,7 +9,7 @@ from typing import Literal
 
 from dpdmd_pipeline.metrics.embedders import Embedder
 from dpdmd_pipeline.metrics.errors import DamagedWeightsError, MissingWeightsError
-from dpdmd_pipeline.metrics.features import KeptFeatures
+from dpdmd_pipeline.metrics.features import CachedFeatures
 from dpdmd_pipeline.metrics.measures import Measure
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.scoring.weights import Weights
@@ -61,7 +61,7 @@ class Settings:
         if self.features is None:
             return embed
         network = (type(embed).__name__, output, weights.digest(self.folder_of(weights)), self.passes.device)
-        return KeptFeatures(embed, self.features, "/".join(network))
+        return CachedFeatures(embed, self.features, "/".join(network))
 
 
 @dataclass(frozen=True)

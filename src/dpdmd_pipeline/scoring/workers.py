@@ -1,4 +1,4 @@
-"""Measure sets of pictures in this process or spread over several, always in their order."""
+"""One preset over sets of pictures, in this process or spread over several, always in the order of the sets."""
 
 from __future__ import annotations
 
