@@ -25,13 +25,14 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedTensors
-from dpdmd_pipeline.metrics.pictures import TensorSet
-from dpdmd_pipeline.metrics.score import Reference, score
 from dpdmd_pipeline.pipelines.evaluate.nodes import score_images
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
 from dpdmd_pipeline.pipelines.evaluate.sampling import SHARD, sample_images
 from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference
+from dpdmd_pipeline.scoring.sets import TensorSet
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, gallery, prompt_index
 from record import ROOT, record
 from workload import cache_embeddings, load_parameters, read_prompts, save_and_load

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dpdmd_pipeline.training.options import TrainOptions
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -30,6 +29,7 @@ import workload
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.run import memory_model
 from dpdmd_pipeline.training.memory import RESERVED, MemorySplit
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_weightless_teacher
 from record import record

@@ -1,4 +1,4 @@
-"""Makes the package executable as `dpdmd-pipeline` and `python -m dpdmd_pipeline`."""
+"""Run the package as `dpdmd-pipeline` and `python -m dpdmd_pipeline`."""
 
 import difflib
 import importlib
@@ -10,12 +10,12 @@ from dpdmd_pipeline.commands import COMMANDS
 
 
 def main(*args, **kwargs) -> Any:
-    """Run a command of `commands/`, or else Kedro's `run` with the arguments as they are."""
-    asked = sys.argv[1] if len(sys.argv) > 1 else "--"
-    if asked in COMMANDS:
-        return _command(asked, sys.argv[2:])
-    if not asked.startswith("-"):
-        sys.exit(_unknown(asked))
+    """Run a command of `commands/`, else Kedro's `run` with all arguments."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "--"
+    if first in COMMANDS:
+        return _run_command(first, sys.argv[2:])
+    if not first.startswith("-"):
+        sys.exit(_unknown(first))
 
     from kedro.framework.cli.utils import find_run_command
     from kedro.framework.project import configure_project
@@ -27,27 +27,27 @@ def main(*args, **kwargs) -> Any:
     kwargs["standalone_mode"] = not interactive
 
     run = find_run_command(package_name)
-    run.epilog = _listed_commands()
+    run.epilog = _commands_help()
     return run(*args, **kwargs)
 
 
 def _unknown(name: str) -> str:
-    """What to say of a first word that is none of the commands; `run` takes options only."""
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    meant = f"did you mean {near[0]!r}? " if near else ""
-    return f"Error: no command {name!r}: {meant}there are {', '.join(COMMANDS)}; options alone are those of `kedro run`"
+    """Error message for a first word that is not a command; `run` takes only options."""
+    similar = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {similar[0]!r}? " if similar else ""
+    return f"Error: no command {name!r}: {hint}use {', '.join(COMMANDS)}, or only options, for `kedro run`"
 
 
-def _listed_commands() -> str:
-    """The end of the help; click leaves the lines after its mark as they are."""
+def _commands_help() -> str:
+    """List of the commands for the end of the help; click does not wrap lines after its mark."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {does}" for name, does in COMMANDS.items()]
-    return "\n".join(["\b", "Other commands, each with a --help of its own:", *lines])
+    return "\n".join(["\b", "Other commands, each with its own --help:", *lines])
 
 
-def _command(name: str, arguments: list[str]) -> None:
-    """Run one command; what its user can mend is told in one line."""
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what a terminal's encoding lacks
+def _run_command(name: str, arguments: list[str]) -> None:
+    """Run one command; errors that the user can correct become one line."""
+    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal cannot encode
         stream.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(f"dpdmd_pipeline.commands.{name.replace('-', '_')}").main(arguments)

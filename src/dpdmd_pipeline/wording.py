@@ -1,20 +1,20 @@
-"""Errors, counts and lists in sentences."""
+"""Errors, counts and lists as text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
-def one_line(said: Any) -> str:
+def one_line(message: Any) -> str:
     """The text of an error, or of anything else, without line breaks or repeated spaces."""
-    return " ".join(str(said).split())
+    return " ".join(str(message).split())
 
 
 def counted(number: int, one: str, more: str = "") -> str:
-    """`1 answer`, `2 answers`."""
+    """A number and its noun, such as `1 answer` or `2 answers`."""
     return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
 def listed(names: Sequence[str], few: int) -> str:
-    """`a, b, c and 4 more`: the first few of many."""
+    """The first few of many names, such as `a, b, c and 4 more`."""
     more = f" and {len(names) - few} more" if len(names) > few else ""
     return f"{', '.join(names[:few])}{more}"

@@ -1,4 +1,4 @@
-"""Headless Chromium for tests, without any library between."""
+"""Headless Chromium for tests, without a library."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ needs_browser = pytest.mark.skipif(
 
 
 class Browser:
-    """Headless Chromium behind a pipe: commands in, answers out, each ended by a zero byte."""
+    """Headless Chromium behind a pipe: commands in, answers out, each with a zero byte at its end."""
 
     def __init__(self, profile: Path) -> None:
         assert BROWSER, "no Chromium on the path: install one, as with apt-get install chromium"
         to_read, self.to_browser = os.pipe()
         self.from_browser, to_write = os.pipe()
-        # Chromium's end of the pipe is at 3 and 4, whatever numbers it has here.
+        # Chromium expects its ends of the pipe at 3 and 4.
         moved = "os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4)"
         launch = f"import os, sys; {moved}; os.execv(sys.argv[3], sys.argv[3:])"
         options = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
@@ -54,7 +54,7 @@ class Browser:
         if self.session:
             message["sessionId"] = self.session
         os.write(self.to_browser, json.dumps(message).encode() + b"\0")
-        answer = next(found for found in iter(self.read, None) if found.get("id") == self.number)
+        answer = next(message for message in iter(self.read, None) if message.get("id") == self.number)
         assert "error" not in answer, answer
         return answer["result"]
 
@@ -70,9 +70,9 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         self.wait_for(lambda: self.look("document.readyState") == "complete")
 
-    def wait_for(self, happened: Callable[[], object]) -> None:
+    def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
-        while not happened():
+        while not condition():
             assert time.monotonic() < deadline, "the browser did not do it within a minute"
 
     def look(self, expression: str):
@@ -86,11 +86,11 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
 
     def picture(self, **options) -> bytes:
-        """What is seen, as PNG unless options of the browser's own say otherwise."""
+        """Screenshot, as PNG unless the browser's options say otherwise."""
         return base64.b64decode(self.call("Page.captureScreenshot", **options)["data"])
 
     def close(self) -> None:
-        """As a person closes it, the page first: then what it has stored is written, however busy the machine."""
+        """Close the page, then the browser, so that it writes its storage even on a busy machine."""
         self.session = None
         self.call("Target.closeTarget", targetId=self.target)
         os.write(self.to_browser, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")

@@ -6,7 +6,7 @@ from tests.commands.browser import Browser
 
 @pytest.fixture
 def launch(tmp_path):
-    """Starts the browser of one person; one at a time."""
+    """Function that starts one person's browser and closes the one before."""
     running = []
 
     def start() -> Browser:

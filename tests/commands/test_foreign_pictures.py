@@ -1,4 +1,4 @@
-"""Pictures that another program has drawn and written, of which the truth is known."""
+"""Scores of pictures with known contents from another program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def css(colour):
 
 
 def drawing(index):
-    """Legal picture `index` as SVG: the same geometry, drawn by a browser."""
+    """Legal picture `index` as SVG, for a browser to draw."""
     colour, shape, position, radius, background = LEGAL[index]
     (row, column), size = POSITIONS[position], RADII[radius]
     side = 0.88 * size
@@ -43,14 +43,14 @@ def drawing(index):
 
 @pytest.fixture
 def drawn(launch, tmp_path):
-    """Folders of a browser's screenshots: all modes, one mode, and another prompt's pictures."""
+    """Folder of a browser's screenshots: several modes, one mode, and pictures of another prompt."""
     browser = launch()
     clip = {"x": 0, "y": 0, "width": RESOLUTION, "height": RESOLUTION, "scale": 1}
     contents = {
         "a red circle": [0 * NUM_MODES + mode for mode in MODES],
         "one yellow square": [10 * NUM_MODES + mode for mode in MODES],
         "a blue triangle": [8 * NUM_MODES + MODES[0]] * len(MODES),
-        "a green circle": [5 * NUM_MODES + mode for mode in MODES],  # those of a green triangle
+        "a green circle": [5 * NUM_MODES + mode for mode in MODES],  # pictures of a green triangle
     }
     for text, pictures in contents.items():
         folder = tmp_path / "drawn" / text
@@ -63,11 +63,11 @@ def drawn(launch, tmp_path):
 
 
 @needs_browser
-def test_in_a_browser_drawn_pictures_are_scored_as_what_they_show(drawn, tmp_path, capsys):
+def test_in_a_browser_drawn_pictures_get_the_scores_of_their_contents(drawn, tmp_path, capsys):
     main([str(drawn), "--by", BY, "--json", str(tmp_path / "scores.json")])
-    found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["pictures"] == 24 and not found["faults"] and not found["missing"]
-    of = found["per_prompt"]
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["pictures"] == 24 and not record["faults"] and not record["missing"]
+    of = record["per_prompt"]
     assert set(of["quality.shapes.valid"].values()) == {1.0}
     assert of["quality.shapes.aligned"] == {
         "a red circle": 1.0,

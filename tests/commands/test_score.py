@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -7,15 +8,16 @@ import sys
 import pytest
 from torchvision.transforms.functional import to_pil_image
 
-from dpdmd_pipeline.commands.score import DEFAULT_WEIGHTS, PROJECT, main
-from dpdmd_pipeline.metrics.presets import LEFT_OUT
-from dpdmd_pipeline.metrics.score import Scores
+from dpdmd_pipeline.commands.score import PROJECT, main
+from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS
+from dpdmd_pipeline.scoring.presets import LEFT_OUT
+from dpdmd_pipeline.scoring.scores import Scores
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pictures of three prompts by a teacher, a collapsed model and one between."""
+    """Pictures of three prompts by a teacher, a collapsed model and one in between."""
     root = tmp_path_factory.mktemp("pictures")
     for name, step in (("teacher", 7), ("dmd", 0), ("ours", 1)):
         for prompt in range(3):
@@ -27,7 +29,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_a_folder_is_scored_and_the_file_holds_what_the_table_shows(folders, tmp_path, capsys):
+def test_the_file_has_the_figures_of_the_table(folders, tmp_path, capsys):
     out = tmp_path / "scores.json"
     main([str(folders / "teacher"), "--by", "diversity.pixels,quality.shapes,diversity.shapes", "--json", str(out)])
     table, record = capsys.readouterr().out, json.loads(out.read_text())
@@ -44,10 +46,11 @@ def test_the_gap_is_shown_with_teacher_and_baseline(folders, tmp_path, capsys):
     gaps = json.loads(out.read_text())["gap_recovered"]
     assert set(gaps) >= {"diversity.pixels.mean_distance", "diversity.shapes.effective_modes"}
     assert all(gap["value"] > 0 for gap in gaps.values())
-    assert "Gap recovered" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert all(f"{name}: {gap['value']:.4g}" in table for name, gap in gaps.items())
 
 
-def test_what_is_missing_shows_in_table_and_exit_code(folders, tmp_path, capsys):
+def test_missing_metrics_show_in_table_and_exit_code(folders, tmp_path, capsys):
     weights = tmp_path / "weights"
     with pytest.raises(SystemExit) as ended:
         main([str(folders / "ours"), "--by", "diversity", "--weights", str(weights)])
@@ -67,7 +70,7 @@ def test_a_damaged_picture_shows_in_the_exit_code(folders, tmp_path, capsys):
     assert ended.value.code == 3 and "1 x empty file: " in capsys.readouterr().out
 
 
-def test_a_link_to_nowhere_is_counted_and_shows_in_the_exit_code(folders, tmp_path, capsys):
+def test_a_broken_link_is_counted_and_shows_in_the_exit_code(folders, tmp_path, capsys):
     (ours,) = copied(folders, tmp_path, "ours")
     (ours / caption(0) / "4.png").symlink_to("nowhere.png")
     assert run(ours, "--by", "diversity.pixels") == 3
@@ -75,7 +78,7 @@ def test_a_link_to_nowhere_is_counted_and_shows_in_the_exit_code(folders, tmp_pa
 
 
 def run(*arguments):
-    """The exit code."""
+    """Run the command and return its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as ended:
@@ -84,7 +87,7 @@ def run(*arguments):
 
 
 def copied(folders, tmp_path, *names):
-    """Folders of the same pictures that a test may change."""
+    """Copies of folders that a test may change."""
     return [shutil.copytree(folders / name, tmp_path / name) for name in names]
 
 
@@ -96,19 +99,19 @@ def test_the_threshold_of_near_duplicates_is_in_table_and_file(folders, tmp_path
     assert record["libraries"]["torch"] and len(record["weights"]["diversity.clip_shapes"]["shapes_clip"]) == 64
     figure = record["figures"]["diversity.clip_shapes.duplicate_rate"]
     assert figure["threshold_from"] == "reference"
-    assert f"a cosine of at least {figure['threshold']:.7g}, the 99th percentile of the ref" in capsys.readouterr().out
+    assert f" {figure['threshold']:.7g}," in capsys.readouterr().out
     assert run(folders / "ours", *options, "--duplicates-above", "0.9") == 0
     figure = json.loads(out.read_text())["figures"]["diversity.clip_shapes.duplicate_rate"]
     assert (figure["threshold"], figure["threshold_from"]) == (0.9, "user")
 
 
-def test_stray_files_and_faults_of_the_reference_are_told_as_such(folders, tmp_path, capsys):
+def test_stray_files_and_faults_of_the_reference_are_reported(folders, tmp_path, capsys):
     (reference,) = copied(folders, tmp_path, "teacher")
     (reference / "notes.md").write_text("")
     next(reference.glob("*/0.png")).write_bytes(b"")
     assert run(folders / "ours", "--by", "diversity.clip_shapes", "--reference", reference) == 3
     table = capsys.readouterr().out
-    assert f"left out of {reference} (the reference), since no picture that is read: notes.md" in table
+    assert any(f"{reference} (the reference)" in line and "notes.md" in line for line in table.splitlines())
     assert f"1 x empty file, in the reference: {reference}" in table
 
 
@@ -119,28 +122,28 @@ def test_an_empty_folder_of_a_prompt_shows_in_the_exit_code(folders, tmp_path, c
     assert "1 x prompt with no picture: a red star" in capsys.readouterr().out
 
 
-def test_a_gap_counts_its_prompts_and_says_which_are_left_out(folders, tmp_path, capsys):
+def test_a_gap_counts_its_prompts_and_notes_the_others(folders, tmp_path, capsys):
     ours, dmd = copied(folders, tmp_path, "ours", "dmd")
     next(ours.glob("*/0.png")).unlink()
     shutil.rmtree(dmd / caption(2))
     by = ["--by", "diversity.pixels,diversity.clip_shapes"]
     assert run(ours, *by, "--teacher", folders / "teacher", "--baseline", dmd, "--json", tmp_path / "out.json") == 3
     table, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert "the gap recovered is over the 2 of 3 prompts that are in all folders" in table
+    assert any("2 of 3 prompts" in note for note in record["notes"])
     assert record["gap_recovered"]["diversity.pixels.mean_distance"]["prompts"] == 2
     assert record["gap_recovered"]["diversity.clip_shapes.vendi"]["prompts"] == 1
     (note,) = record["gap_notes"]
-    assert "diversity.clip_shapes.vendi" in note and "1 of 2 prompts are left out of the gap" in note
+    assert "diversity.clip_shapes.vendi" in note and "1 of 2 prompts" in note
     assert note in table and "(prompts: 2)" in table
 
 
-def test_a_gap_that_cannot_be_is_refused_before_anything_is_measured(folders, tmp_path):
+def test_an_impossible_gap_is_refused_before_anything_is_measured(folders, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(folders / "dmd" / caption(0), other / "something else")
     gap = ["--teacher", folders / "teacher", "--baseline"]
-    with pytest.raises(ValueError, match=r"no prompt is in all of .*\('something else' ...\): the gap recovered"):
+    with pytest.raises(ValueError, match=f"{other} \\('something else' "):
         run(folders / "ours", "--by", "diversity.pixels", *gap, other)
-    with pytest.raises(ValueError, match="the gap recovered is one of diversity: name a diversity metric"):
+    with pytest.raises(ValueError, match="diversity .*--by"):
         run(folders / "ours", "--by", "quality.shapes", *gap, folders / "dmd")
 
 
@@ -153,46 +156,45 @@ def test_flat_pictures_without_prompts_have_diversity_and_no_alignment(folders, 
     assert run(flat, *by) == 3
     table = capsys.readouterr().out
     assert "diversity.clip_shapes.vendi" in table and "alignment.clip_shapes.score" not in table
-    assert "quality.shapes, alignment.clip_shapes: no prompt has a text: give --prompts FILE" in table
+    assert re.search("quality.shapes, alignment.clip_shapes: .*--prompts", table)
     prompts = tmp_path / "prompts.csv"
     prompts.write_text(f"id,text\nComfyUI,{caption(0)}\n")
     assert run(flat, *by, "--prompts", prompts) == 0
     assert "alignment.clip_shapes.score" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="id 'ComfyUI' is not in .*prompts.txt, which has 0 to 0"):
+    with pytest.raises(ValueError, match="'ComfyUI' .*prompts.txt.*0 to 0"):
         (tmp_path / "prompts.txt").write_text("a red circle\n")
         run(flat, *by, "--prompts", tmp_path / "prompts.txt")
 
 
 @pytest.fixture
-def measured(monkeypatch):
-    """The sets that were found, which are not measured."""
-    found = []
+def scored(monkeypatch):
+    """Sets of each call of `score`, which then measures nothing."""
+    calls = []
 
     def score(sets, *_):
-        found.append(sets)
+        calls.append(sets)
         return Scores(len(sets), sum(map(len, sets)))
 
-    monkeypatch.setattr("dpdmd_pipeline.metrics.score.score", score)
-    return found
+    monkeypatch.setattr("dpdmd_pipeline.commands.score.score", score)
+    return calls
 
 
 @pytest.mark.parametrize("by", ["distribution,quality", "quality.topiq"])
 @pytest.mark.parametrize("name", ["{:05d}.png", "IMG {} (2).jpg", "img_{:05d}.png"])
-def test_what_asks_neither_for_prompts_nor_for_seeds_takes_pictures_of_any_name(tmp_path, measured, capsys, name, by):
+def test_metrics_without_prompts_and_seeds_accept_any_names(tmp_path, scored, capsys, name, by):
     names = sorted(name.format(number) for number in range(120))
     for file in names:
         (tmp_path / file).touch()
     assert run(tmp_path, "--by", by) == 0
-    assert [one.id for one in measured[0]] == names and {len(one) for one in measured[0]} == {1}
-    assert f"names in {tmp_path} tell no prompts: each picture counts as one" in capsys.readouterr().out
+    assert [one.id for one in scored[0]] == names and {len(one) for one in scored[0]} == {1}
+    assert f"names in {tmp_path} " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("asking", ["diversity.pixels", "quality.shapes", "alignment.clip_score"])
-def test_what_asks_for_prompts_or_seeds_refuses_names_that_tell_none_and_says_what_does_not(tmp_path, asking):
+@pytest.mark.parametrize("metric", ["diversity.pixels", "quality.shapes", "alignment.clip_score"])
+def test_metrics_that_need_prompts_or_seeds_refuse_names_without_them(tmp_path, metric):
     (tmp_path / "00000.png").touch()
-    told = rf"00000.png is not named .*, or leave out {asking}: quality and distribution, asked for alone, take any"
-    with pytest.raises(ValueError, match=told):
-        run(tmp_path, "--by", f"quality.topiq,{asking}")
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/00000.png .*<prompt-id>_<seed>.*, or leave out {metric}:"):
+        run(tmp_path, "--by", f"quality.topiq,{metric}")
 
 
 def test_the_reference_needs_no_texts(folders, tmp_path):
@@ -205,18 +207,18 @@ def test_the_reference_needs_no_texts(folders, tmp_path):
     assert run(folders / "ours", "--by", "diversity.clip_shapes", *options) == 0
 
 
-def test_what_belongs_to_the_project_is_found_from_any_folder(folders, tmp_path, monkeypatch, capsys):
+def test_the_project_s_weights_are_used_from_any_folder(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(folders / "ours", "--by", "alignment.clip_shapes") == 0
     assert run(folders / "ours", "--by", "diversity.dino_v3") == 3
-    assert f"not in {PROJECT / DEFAULT_WEIGHTS}/dinov3-vitl16" in capsys.readouterr().out
+    assert f" {PROJECT / DEFAULT_WEIGHTS}/dinov3-vitl16;" in capsys.readouterr().out
     monkeypatch.setattr("dpdmd_pipeline.commands.score.PROJECT", tmp_path / "site-packages")
     assert run(folders / "ours", "--by", "alignment.clip_shapes") == 3
-    assert f"not in {tmp_path}/data/06_models/shapes_clip" in capsys.readouterr().out
+    assert f" {tmp_path}/data/06_models/shapes_clip;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--by", "diversity.pixels,diversity.shapes,quality.shapes"]])
-def test_a_reader_that_goes_away_is_no_error(folders, tmp_path, arguments):
+def test_a_reader_that_closes_its_pipe_is_no_error(folders, tmp_path, arguments):
     reading, writing = os.pipe()
     os.close(reading)
     out = ["--json", str(tmp_path / "out.json")]
@@ -227,7 +229,7 @@ def test_a_reader_that_goes_away_is_no_error(folders, tmp_path, arguments):
     assert (tmp_path / "out.json").exists() == (arguments != ["--help"])
 
 
-def test_a_file_that_the_user_names_is_all_that_is_written(folders, tmp_path, capsys):
+def test_only_the_file_that_the_user_names_is_written(folders, tmp_path, capsys):
     (tmp_path / "deep").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "deep" / "o.json")
     (tmp_path / "deep" / "o.json.tmp").write_text("precious")
@@ -243,12 +245,12 @@ def test_a_file_that_the_user_names_is_all_that_is_written(folders, tmp_path, ca
 
 
 @pytest.mark.parametrize("by", ["quality.shapes", "human"])
-def test_a_file_that_cannot_be_written_is_refused_by_its_name_before_anything_is_measured(tmp_path, by):
-    with pytest.raises(OSError, match=r"^--json /sys/x.json: nothing can be written in /sys .*: make it writable, or"):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, by):
+    with pytest.raises(OSError, match="^--json /sys/x.json: .*/sys "):
         run(tmp_path / "nothing", "--by", by, "--json", "/sys/x.json")
 
 
-def test_a_file_name_that_no_encoding_has_costs_neither_table_nor_file(folders, tmp_path):
+def test_a_file_name_outside_utf_8_costs_neither_table_nor_file(folders, tmp_path):
     (ours,) = copied(folders, tmp_path, "ours")
     (ours / caption(0) / os.fsdecode(b"x\xff.png")).touch()
     command = [sys.executable, "-m", "dpdmd_pipeline", "score", str(ours), "--by", "quality.shapes"]
@@ -265,51 +267,51 @@ def test_answers_of_people_are_summarised(tmp_path, capsys):
     result = page | {"participant": "1", "answers": [answer]}
     (tmp_path / "results.json").write_text(json.dumps(result))
     main([str(tmp_path / "results.json"), "--by", "human", "--json", str(tmp_path / "out.json")])
-    told, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert "A is ours, B is dmd" in told and "1 answered 1 of 24" in told
+    text, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert all(part in text for part in ("ours", "dmd", "1 of 24"))
     assert record["questions"]["quality"]["counts"]["a"] == 1
     assert record["unfinished"] == {"1": {"answers": 1, "questions": 24}}
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "facts"),
     [
-        (["--by", "beauty"], "beauty is no metric"),
-        (["--by", ""], "--by '' names no metric: name axes or metrics"),
-        (["--by", ","], "--by ',' names no metric"),
-        (["--by", "HPSv3"], "HPSv3 cannot live in this environment"),
-        (["--by", "quality.shapes", "--json", "tests"], "--json tests is a folder: name a file in it"),
-        (["--by", "human", "--json", "tests"], "--json tests is a folder"),
-        (["--by", "human,quality"], "ask for it alone"),
-        (["--by", "quality", "--teacher", "x"], "needs both --teacher and --baseline"),
-        (["--by", "quality", "--processes", "0"], "--processes 0 must be at least 1"),
-        (["--by", "quality", "--seed", "9" * 20], "--seed 9{20} must be below 2\\^63"),
-        (["--by", "quality", "--duplicates-above", "2"], "must be a cosine"),
-        (["--by", "quality", "--json", "nowhere/x.json"], "there is no folder .*/nowhere"),
-        (["more", "--by", "quality"], "2 folders given"),
-        (["--by", "quality.shapes"], "is no folder of pictures"),
+        (["--by", "beauty"], "beauty.*diversity.pixels"),
+        (["--by", ""], "--by ''"),
+        (["--by", ","], "--by ','"),
+        (["--by", "HPSv3"], "HPSv3 .*transformers 4.45.2"),
+        (["--by", "quality.shapes", "--json", "tests"], "--json tests "),
+        (["--by", "human", "--json", "tests"], "--json tests "),
+        (["--by", "human,quality"], "--by human"),
+        (["--by", "quality", "--teacher", "x"], "--teacher .*--baseline"),
+        (["--by", "quality", "--processes", "0"], r"--processes 0 .*\b1\b"),
+        (["--by", "quality", "--seed", "9" * 20], "--seed 9{20} .*2\\^63"),
+        (["--by", "quality", "--duplicates-above", "2"], r"--duplicates-above 2\.0 .*-1 to 1"),
+        (["--by", "quality", "--json", "nowhere/x.json"], "--json nowhere/x.json.*/nowhere "),
+        (["more", "--by", "quality"], "2 folders"),
+        (["--by", "quality.shapes"], "/nothing "),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(arguments, told, tmp_path):
-    with pytest.raises((ValueError, OSError), match=told) as error:
+def test_invalid_arguments_are_refused_in_one_line(arguments, facts, tmp_path):
+    with pytest.raises((ValueError, OSError), match=facts) as refused:
         main([str(tmp_path / "nothing"), *arguments])
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(refused.value)
 
 
-def test_prompts_that_are_not_there_or_not_utf_8_are_named(folders, tmp_path):
-    with pytest.raises(OSError, match=r"nope.txt: there is no such file"):
+def test_missing_prompts_and_other_encodings_are_named(folders, tmp_path):
+    with pytest.raises(OSError, match=f"^{tmp_path}/nope.txt "):
         run(folders / "ours", "--by", "diversity.pixels", "--prompts", tmp_path / "nope.txt")
     (ours,) = copied(folders, tmp_path, "ours")
     (ours / caption(0) / "prompt.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{caption(0)}/prompt.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=rf"{caption(0)}/prompt.txt .*UTF-8"):
         run(ours, "--by", "diversity.pixels")
 
 
 def test_help_describes_layouts_and_metrics(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    told = capsys.readouterr().out
-    for part in ("<prompt-id>_<seed>.png", "manifest.csv", "diversity.dino_v2", "alignment.geneval_vqa", "Exit code"):
-        assert part in told
+    text = capsys.readouterr().out
+    for part in ("<prompt-id>_<seed>.png", "manifest.csv", "diversity.dino_v2", "alignment.geneval_vqa", "Exit code:"):
+        assert part in text
     for name, reason in LEFT_OUT.items():
-        assert name in told and reason in told
+        assert name in text and reason in text

@@ -8,7 +8,7 @@ from kedro.io import DatasetError
 from PIL import Image
 
 from dpdmd_pipeline.datasets.picture_folder import EMPTY, PictureFolderDataset, folder_names
-from dpdmd_pipeline.metrics.pictures import find_pictures
+from dpdmd_pipeline.scoring.folders import find_pictures
 
 PROMPTS = [
     "a red circle",

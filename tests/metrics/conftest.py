@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes, saved as their libraries save them."""
+"""Tiny random models of the real classes, saved by their own libraries."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.presets import Settings
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# A chat template with one picture: what the published ones reduce to.
+# A chat template for one picture, reduced from the published ones.
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -28,14 +27,14 @@ def passes() -> Passes:
 
 @pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
-    """Five pictures without any pattern, RGB, 48 pixels wide."""
+    """Five random pictures, RGB, 48 pixels wide."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (5, 48, 48, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(one.numpy()) for one in pixels]
 
 
 def save_image_processor(folder: Path, size: int) -> None:
-    """The processor of the published DINOv2 and CLIP, for smaller pictures."""
+    """Save the processor of the published DINOv2 and CLIP, for smaller pictures."""
     from transformers import BitImageProcessor
 
     crop = {"height": size, "width": size}
@@ -66,7 +65,7 @@ def dino_v3(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def clip_hf(tmp_path_factory) -> Path:
-    """A whole CLIP of transformers with its processor."""
+    """A complete CLIP of transformers with its processor."""
     from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     from dpdmd_pipeline.shapes.models import make_tokenizer
@@ -110,7 +109,7 @@ TINY_OPEN_CLIP = {
 
 @pytest.fixture(scope="session")
 def vision_language(tmp_path_factory) -> Path:
-    """A Qwen2.5-VL of two layers with its processor; it knows the words Yes and No."""
+    """A Qwen2.5-VL with two layers and its processor; it knows the words Yes and No."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("weights") / "qwen"
@@ -153,9 +152,3 @@ def _processor():
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{word}|>" for word in words]})
     pixels = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
     return Qwen2_5_VLProcessor(pixels, tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT)
-
-
-@pytest.fixture
-def settings(tmp_path, passes) -> Settings:
-    """No weights are there, one process."""
-    return Settings(tmp_path / "weights", passes, processes=1, seed=0)

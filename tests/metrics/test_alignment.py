@@ -20,13 +20,13 @@ def test_the_clip_score_is_a_hundred_cosines_and_never_below_zero(open_clip_fold
         with torch.no_grad():
             image = model.eval().encode_image(torch.stack([preprocess(photo) for photo in photos]))
             cosines.append(F.cosine_similarity(image, model.encode_text(tokenizer([text]))))
-        found = clip_score(open_clip_folder, passes)(text, photos)
-        torch.testing.assert_close(found, 100 * cosines[-1].clamp(min=0), rtol=1e-4, atol=1e-4)
+        scores = clip_score(open_clip_folder, passes)(text, photos)
+        torch.testing.assert_close(scores, 100 * cosines[-1].clamp(min=0), rtol=1e-4, atol=1e-4)
     assert (torch.cat(cosines) < 0).any()
 
 
 def test_hps_is_a_plain_cosine_of_the_padded_picture(open_clip_folder, photos, passes, tmp_path, monkeypatch):
-    # open_clip's own table of architectures, with a small one more
+    # open_clip's own table of architectures, with a small one added
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-h", TINY_OPEN_CLIP)
     state = open_clip.create_model(f"local-dir:{open_clip_folder}").state_dict()
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "HPS.pt")
@@ -55,14 +55,14 @@ def test_an_absent_hps_file_is_an_error_not_a_random_model(passes, tmp_path):
         hps_score("ViT-B-32", tmp_path / "HPS.pt", passes)
 
 
-def test_a_text_is_known_to_be_cut_where_the_encoder_reads_less_than_it_has(open_clip_folder, clip_hf, passes):
+def test_a_text_counts_as_cut_if_the_encoder_reads_only_a_part(open_clip_folder, clip_hf, passes):
     for score, word in ((clip_score(open_clip_folder, passes), "cat "), (PickScore(clip_hf, passes), "a ")):
         assert [score.cut_at(word * count) for count in (1, 75, 76, 200)] == [None, None, 77, 77]
     shipped = clip_score(SHIPPED_CLIP, passes)
     assert [shipped.cut_at("red " * count) for count in (1, 15, 16, 40)] == [None, None, 16, 16]
 
 
-def test_words_that_a_tokenizer_does_not_know_are_told_apart_from_those_it_knows(open_clip_folder, passes):
+def test_only_words_that_a_tokenizer_does_not_know_are_listed(open_clip_folder, passes):
     shipped = clip_score(SHIPPED_CLIP, passes).tokenizer
     assert unknown_words(shipped, "A red circle") == [] and unknown_words(shipped, "a Dog, red") == ["Dog", ","]
     assert unknown_words(clip_score(open_clip_folder, passes).tokenizer, "a dög, 犬") == []

@@ -38,7 +38,7 @@ def test_the_vendi_score_counts_groups_of_copies(groups):
 
 def test_the_vendi_score_is_the_same_from_the_dual_matrix(embeddings):
     unit = F.normalize(embeddings.double(), dim=1)
-    shares = torch.linalg.svdvals(unit).square() / 7  # eigenvalues of X'X / n, other than zeros
+    shares = torch.linalg.svdvals(unit).square() / 7  # eigenvalues of X'X / n, without zeros
     assert math.isclose(vendi_score(embeddings), math.exp(-(shares * shares.log()).sum()), rel_tol=1e-9)
 
 
@@ -51,19 +51,19 @@ def test_a_perfect_sampler_has_the_threshold_s_share_of_duplicates():
     assert duplicate_rate(nearest_similarity(torch.ones(5, 3)), threshold) == 1
 
 
-def test_copies_count_also_where_the_teacher_draws_some():
+def test_copies_count_also_if_the_teacher_draws_some():
     torch.manual_seed(0)
     world = torch.randn(72, 16)
     teacher = torch.cat([nearest_similarity(world[torch.randint(72, (9,))]) for _ in range(200)])
     collapsed = torch.cat([nearest_similarity(world[torch.randint(3, (9,))]) for _ in range(200)])
     threshold = duplicate_threshold(teacher)
     assert abs(threshold - 1) < 1e-9
-    # a picture has a copy unless the other eight are all of other modes
+    # a picture has a copy unless the other eight all have other modes
     assert abs(duplicate_rate(teacher, threshold) - (1 - (71 / 72) ** 8)) < 0.03
     assert abs(duplicate_rate(collapsed, threshold) - (1 - (2 / 3) ** 8)) < 0.03
 
 
 def test_one_picture_alone_is_refused():
     for metric in (one_minus_cosine, vendi_score, nearest_similarity):
-        with pytest.raises(ValueError, match="at least 2 pictures of a prompt, got 1"):
+        with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
             metric(torch.ones(1, 3))

@@ -19,7 +19,7 @@ def test_effective_modes_estimates_inverse_simpson_at_any_sample_size(n):
     probabilities = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1])
     truth = 1 / probabilities.square().sum()
     counts = counts_of(probabilities, n, 400)
-    agreement = 1 / effective_modes(counts)  # unbiased is the agreement, not its inverse
+    agreement = 1 / effective_modes(counts)  # the agreement is unbiased, not its inverse
     torch.testing.assert_close(agreement.mean().float(), 1 / truth, rtol=0.03, atol=0)
 
 
@@ -35,7 +35,7 @@ def test_entropy_is_corrected_for_the_sample_size():
     assert plain < 3.85
 
 
-def test_entropy_of_nothing_is_zero():
+def test_entropy_without_samples_is_zero():
     assert entropy(torch.zeros(1, 4)).item() == 0
 
 
@@ -47,20 +47,20 @@ def test_coverage_of_a_uniform_sampler_is_the_expected_one():
 def test_pairwise_distance_is_the_rms_between_pictures():
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.5)])
     assert math.isclose(pairwise_distance(images), (1 + 0.5 + 0.5) / 3, rel_tol=1e-6)
-    with pytest.raises(ValueError, match="at least 2 pictures"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
         pairwise_distance(images[:1])
 
 
 def test_the_interval_has_the_width_of_a_normal_mean():
     torch.manual_seed(0)
     values = torch.randn(200)
-    found = interval(values, seed=0)
+    figure = interval(values, seed=0)
     half = 1.96 * values.std().item() / 200**0.5
-    assert found["low"] < found["value"] < found["high"]
-    assert math.isclose(found["high"] - found["low"], 2 * half, rel_tol=0.1)
-    assert found == interval(values, seed=0)
+    assert figure["low"] < figure["value"] < figure["high"]
+    assert math.isclose(figure["high"] - figure["low"], 2 * half, rel_tol=0.1)
+    assert figure == interval(values, seed=0)
 
 
-def test_gap_recovered_is_a_share_and_none_where_nothing_was_lost():
+def test_gap_recovered_is_a_share_and_none_if_nothing_was_lost():
     assert gap_recovered(10, 2, 2) == 0 and gap_recovered(10, 2, 10) == 1 and gap_recovered(10, 2, 8) == 0.75
     assert gap_recovered(5, 6, 7) is None

@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from dpdmd_pipeline.metrics.errors import MissingLibraryError
+from dpdmd_pipeline.metrics.hub import hub_folder
 from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa, backbones_of_checkpoints
-from dpdmd_pipeline.metrics.weights import MissingLibraryError, hub_folder
 
 
 class Regressor(nn.Module):
-    """The linear regressor, under the names that its file has."""
+    """The linear regressor, with the names of its file."""
 
     def __init__(self):
         super().__init__()
@@ -20,7 +21,7 @@ class Regressor(nn.Module):
 
 @pytest.fixture(scope="module")
 def arniqa_weights(tmp_path_factory):
-    """Random weights in the files as published: a state under `model.`, and a TorchScript regressor."""
+    """Random weights in the published kinds of file: a state under `model.`, and a TorchScript regressor."""
     from torchvision.models import resnet50
 
     root = tmp_path_factory.mktemp("weights")
@@ -37,20 +38,20 @@ def test_arniqa_is_torchmetrics_picture_by_picture(arniqa_weights, photos, passe
     from torchmetrics.functional.image.arniqa import arniqa
     from torchvision.transforms.functional import to_tensor
 
-    found = Arniqa(arniqa_weights, passes)("", photos[:2])
+    scores = Arniqa(arniqa_weights, passes)("", photos[:2])
     with hub_folder(arniqa_weights), torch.no_grad():
         expected = arniqa(torch.stack([to_tensor(photo) for photo in photos[:2]]), reduction="none", normalize=True)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert found[0] != found[1]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert scores[0] != scores[1]
 
 
-def test_pyiqa_is_asked_for_by_name_where_it_is_not_installed(monkeypatch, tmp_path, passes):
+def test_a_missing_pyiqa_is_named_with_its_extra(monkeypatch, tmp_path, passes):
     monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
     with pytest.raises(MissingLibraryError, match=r"dpdmd-pipeline\[iqa\]"):
         Pyiqa("topiq_nr", tmp_path, passes)
 
 
-def test_backbones_whose_weights_a_checkpoint_holds_are_built_without_any_and_only_then():
+def test_timm_builds_without_weights_only_inside_the_context():
     import timm
 
     before = timm.create_model

@@ -4,7 +4,7 @@ import torch
 
 from dpdmd_pipeline.metrics.alignment import clip_score
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.pictures import TensorSet
+from dpdmd_pipeline.scoring.sets import TensorSet
 from dpdmd_pipeline.shapes.clip import full_captions, make_clip
 from dpdmd_pipeline.shapes.world import NUM_MODES, captions, gallery
 from dpdmd_pipeline.training.clip import clip_loss, retrieval, train_clip

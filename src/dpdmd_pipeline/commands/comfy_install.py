@@ -1,4 +1,4 @@
-"""`python -m dpdmd_pipeline comfy-install PATH [--link]`: put the node pack into a ComfyUI."""
+"""`comfy-install`: install the node pack into a ComfyUI."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from dpdmd_pipeline.publishing import writing
 
 PACK = Path(__file__).parents[3] / "comfy_nodes"
-NAME = "dpdmd"  # folder and registry id; ComfyUI shows the folder's name on the nodes
-REPOSITORY_NAME = "dpdmd-pipeline"  # a clone of the whole repository in custom_nodes brings the nodes too
+NAME = "dpdmd"  # folder and registry id; ComfyUI shows the folder name on the nodes
+REPOSITORY_NAME = "dpdmd-pipeline"  # a clone of the repository in custom_nodes has the same nodes
 
 
 def main(arguments: list[str]) -> None:
-    """Install the pack as `custom_nodes/dpdmd`, in the place of an older one."""
+    """Install the pack as `custom_nodes/dpdmd`, and replace an older one."""
     parser = argparse.ArgumentParser(prog="dpdmd_pipeline comfy-install", description=main.__doc__)
-    parser.add_argument("path", type=Path, help="folder of ComfyUI: the one with custom_nodes in it")
-    parser.add_argument("--link", action="store_true", help="link to this repository instead of copying from it")
+    parser.add_argument("path", type=Path, help="folder of ComfyUI, which contains custom_nodes")
+    parser.add_argument("--link", action="store_true", help="link to this repository instead of copying the files")
     options = parser.parse_args(arguments)
 
-    place = install(options.path, link=options.link)
-    how = f"{place} -> {place.resolve()}" if options.link else place
-    print(f"installed DP-DMD {_project(PACK)['version']}: {how}\nRestart ComfyUI, then search for DP-DMD.")
+    target = install(options.path, link=options.link)
+    where = f"{target} -> {target.resolve()}" if options.link else target
+    print(f"installed DP-DMD {_project(PACK)['version']}: {where}\nRestart ComfyUI, then search for DP-DMD.")
 
 
 def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
-    """Put `pack` into a ComfyUI; what was there of ours stays until the new one is whole.
+    """Install `pack` into a ComfyUI; an older version stays until the new one is complete.
 
     Args:
-        comfyui: folder of a ComfyUI, or of its models and custom nodes alone (`--base-directory`).
+        comfyui: folder of a ComfyUI, or of its models and custom nodes (`--base-directory`).
         link: link to `pack` instead of copying it.
         pack: folder of the pack.
 
@@ -39,18 +39,18 @@ def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
         The installed folder, `comfyui/custom_nodes/dpdmd`.
 
     Raises:
-        ValueError: if there is no pack to install, no ComfyUI, or something else in the place.
-        OSError: if the disk refuses.
+        ValueError: without a pack or a ComfyUI, or if other files are in the way.
+        OSError: if the files cannot be written.
     """
     if not (pack / "__init__.py").is_file():
         raise ValueError(
-            f"no node pack at {pack}: it is not part of the installed package; clone the repository and run this "
-            "command from there, or copy its folder comfy_nodes to custom_nodes/dpdmd"
+            f"no node pack at {pack}, because the installed package does not contain it: clone the repository and run "
+            "this command there, or copy its folder comfy_nodes to custom_nodes/dpdmd"
         )
     custom_nodes = _custom_nodes(comfyui)
-    place = custom_nodes / NAME
-    _refuse_others(custom_nodes, place)
-    # ComfyUI loads every folder in custom_nodes, hidden or not, unless its name ends like this.
+    target = custom_nodes / NAME
+    _refuse_others(custom_nodes, target)
+    # ComfyUI loads every folder in custom_nodes, also hidden ones, unless the name ends with .disabled.
     new, old = (custom_nodes / f".{NAME}.{age}.disabled" for age in ("new", "old"))
     with writing(custom_nodes):
         _remove(new)
@@ -58,41 +58,40 @@ def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
             new.symlink_to(pack.resolve(), target_is_directory=True)
         else:
             _copy(pack, new)
-        _replace(place, new, old)
-    return place
+        _replace(target, new, old)
+    return target
 
 
 def _custom_nodes(comfyui: Path) -> Path:
     """The folder of custom nodes in a ComfyUI.
 
     Raises:
-        ValueError: if it is none; where one is near, the message names it.
+        ValueError: if it is not a ComfyUI; the message names one nearby.
     """
     if _is_comfyui(comfyui):
         return comfyui / "custom_nodes"
-    near = [path for path in (comfyui.resolve().parent, comfyui / "ComfyUI") if _is_comfyui(path)]
-    hint = f"did you mean {near[0]}?" if near else "name the folder that has custom_nodes and models in it"
-    state = "is no ComfyUI" if comfyui.is_dir() else "is not a folder" if comfyui.exists() else "is not there"
+    nearby = [path for path in (comfyui.resolve().parent, comfyui / "ComfyUI") if _is_comfyui(path)]
+    hint = f"did you mean {nearby[0]}?" if nearby else "name the folder that contains custom_nodes and models"
+    state = "is not a ComfyUI" if comfyui.is_dir() else "is not a folder" if comfyui.exists() else "does not exist"
     raise ValueError(f"{comfyui} {state}: {hint}")
 
 
 def _is_comfyui(path: Path) -> bool:
-    beside = (path / "models").is_dir() or (path / "comfy").is_dir()
-    return (path / "custom_nodes").is_dir() and beside
+    return (path / "custom_nodes").is_dir() and any((path / name).is_dir() for name in ("models", "comfy"))
 
 
-def _refuse_others(custom_nodes: Path, place: Path) -> None:
-    if os.path.lexists(place) and _project(place).get("name") != NAME:
-        raise ValueError(f"{place} is there and is not this pack: move it away or remove it, then run again")
+def _refuse_others(custom_nodes: Path, target: Path) -> None:
+    if os.path.lexists(target) and _project(target).get("name") != NAME:
+        raise ValueError(f"{target} exists and is not this pack: move or remove it, then run again")
     for other in sorted(custom_nodes.iterdir()):
-        if other == place or other.name.endswith(".disabled"):
+        if other == target or other.name.endswith(".disabled"):
             continue
         if _project(other).get("name") in (NAME, REPOSITORY_NAME):
-            raise ValueError(f"{other} brings the same nodes: remove it, then run again")
+            raise ValueError(f"{other} has the same nodes: remove it, then run again")
 
 
 def _project(folder: Path) -> dict[str, str]:
-    """The `[project]` table of a folder's pyproject.toml; empty without a readable one."""
+    """The `[project]` table of a folder's pyproject.toml; empty if it cannot be read."""
     try:
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
@@ -101,7 +100,7 @@ def _project(folder: Path) -> dict[str, str]:
 
 
 def _copy(folder: Path, target: Path) -> None:
-    """As `shutil.copytree`, which however goes on after a full disk and then tells of every file."""
+    """Copy a folder and stop at the first error; `shutil.copytree` would go on and report every file."""
     target.mkdir()
     for source in sorted(folder.iterdir()):
         if source.name == "__pycache__" or source.name.endswith((".pyc", "_cache")):
@@ -112,22 +111,22 @@ def _copy(folder: Path, target: Path) -> None:
             shutil.copy2(source, target / source.name)
 
 
-def _replace(place: Path, new: Path, old: Path) -> None:
-    """Two renames: a folder cannot be renamed over a full one. If the second fails, the old one goes back."""
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """Replace `target` by `new` with two renames, and restore it if the second fails."""
     _remove(old)
-    if os.path.lexists(place):
-        place.rename(old)
+    if os.path.lexists(target):
+        target.rename(old)
     try:
-        new.rename(place)
+        new.rename(target)
     except OSError:
         if os.path.lexists(old):
-            old.rename(place)
+            old.rename(target)
         raise
     _remove(old)
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or a link, if it is there; never what a link points to."""
+    """Remove a folder or a link if it exists, but not the target of a link."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():

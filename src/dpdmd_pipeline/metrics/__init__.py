@@ -1,1 +1,1 @@
-"""Images in, numbers out."""
+"""Numbers from pictures and their features."""

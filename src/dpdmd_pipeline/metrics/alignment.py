@@ -1,6 +1,6 @@
-"""How well a picture fits its prompt, by models that embed both: CLIP score, PickScore, HPSv2.1.
+"""Scores of pictures against their prompt, by models that embed both: CLIP score, PickScore, HPSv2.1.
 
-Each is called with the text of a prompt and its pictures, and returns one number a picture, [n].
+Each takes the text of a prompt and its n pictures and returns one number per picture, [n].
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dpdmd_pipeline.metrics.embedders import (
     load_open_clip,
     load_pretrained,
 )
+from dpdmd_pipeline.metrics.errors import UnfitError
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_PICK_TOKENS = 77  # CLIP's, start and end included
+_PICK_TOKENS = 77  # CLIP's limit, start and end tokens included
 
 
 class OpenClipScore:
     """Cosine of picture and prompt in an open_clip model, times a factor.
 
     Args:
-        model, tokenizer: as open_clip gives them.
-        embed: the model's image side; its features may be shared with metrics of diversity.
+        model, tokenizer: from open_clip.
+        embed: the model's image side; metrics of diversity may share its features.
         factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
-        floor: least value, 0 for the CLIP score (arXiv:2104.08718).
-        passes: how it is run.
+        floor: lower bound, 0 for the CLIP score (arXiv:2104.08718).
+        passes: device and batch size.
     """
 
     def __init__(
@@ -47,39 +47,42 @@ class OpenClipScore:
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        """One number a picture, [n].
+        """One number per picture, [n].
 
         Raises:
-            UnfitError: if the tokenizer does not know a word of the text, which would be judged without it.
+            UnfitError: if the tokenizer does not know a word of the text: the score would ignore it.
         """
         unknown = unknown_words(self.tokenizer, text)
         if unknown:
-            told = f"prompt {text!r} has words that the network's tokenizer does not know ({', '.join(unknown)})"
-            raise UnfitError(f"{told}: it judges prompts of its own world only")
-        embedded = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(lambda rows: _unit(rows.to(embedded.device)) @ embedded, self.embed(images))
+            raise UnfitError(
+                f"the network's tokenizer does not know some words of prompt {text!r} ({', '.join(unknown)}): "
+                "use it for prompts of its own world only"
+            )
+        direction = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
+        cosine = self.passes.run(lambda rows: _unit(rows.to(direction.device)) @ direction, self.embed(images))
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
-        """Tokens that are read of a text which has more; None where all are read."""
+        """Number of tokens read if the text has more, else None."""
         limit = self.tokenizer.context_length
-        read, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
-        # The sign of the end stands last in what was cut, one place further in the longer row.
-        return None if torch.equal(read, longer[:limit]) else limit
+        tokens, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
+        # A cut text ends with the end token in both rows, one token later in the longer one.
+        return None if torch.equal(tokens, longer[:limit]) else limit
 
     def _embed_text(self, texts: Sequence[str]) -> Tensor:
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
-    """Words that become a tokenizer's sign for unknown ones; of one that knows all bytes, none."""
-    inner = getattr(tokenizer, "tokenizer", None)  # one of transformers
-    sign = getattr(inner, "unk_token_id", None)
-    if sign is None or sign in (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id):  # CLIP's own: never used
+    """Words that a tokenizer maps to its unknown token; none for a tokenizer that knows all bytes."""
+    inner = getattr(tokenizer, "tokenizer", None)  # a tokenizer of transformers
+    unknown_id = getattr(inner, "unk_token_id", None)
+    # CLIP's own tokenizer names its end token as unknown token and never uses it.
+    if unknown_id is None or unknown_id in (inner.bos_token_id, inner.eos_token_id, inner.pad_token_id):
         return []
-    found = inner(text, add_special_tokens=False, return_offsets_mapping=True)
-    places = zip(found["input_ids"], found["offset_mapping"], strict=True)
-    return [text[start:end] for token, (start, end) in places if token == sign]
+    encoding = inner(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    return [text[start:end] for token, (start, end) in spans if token == unknown_id]
 
 
 def clip_score(
@@ -88,13 +91,13 @@ def clip_score(
     side: int | None = None,
     share: Callable[[Embedder], Embedder] = lambda embed: embed,
 ) -> OpenClipScore:
-    """100 max(cos, 0) with the model of a folder.
+    """The CLIP score, 100 max(cos, 0), with the model of a folder.
 
     Args:
-        folder: of the model.
-        passes: how it is run.
+        folder: the model's folder.
+        passes: device and batch size.
         side: as in OpenClipVision.
-        share: what makes the image side one that other metrics look through too.
+        share: wraps the image side so that other metrics reuse its features.
     """
     model, preprocess, tokenizer = load_open_clip(folder)
     embed = share(OpenClipVision(model, preprocess, passes, side))
@@ -102,12 +105,12 @@ def clip_score(
 
 
 def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
-    """HPSv2 (arXiv:2306.09341): the cosine, with the longest side resized and the rest padded, as its code does.
+    """HPSv2 (arXiv:2306.09341): the cosine; pictures are resized by their longest side and padded, as in its code.
 
     Args:
-        architecture: open_clip's name of it, ViT-H-14 for the published file.
-        file: of the weights.
-        passes: how it is run.
+        architecture: open_clip's name, ViT-H-14 for the published file.
+        file: the weights.
+        passes: device and batch size.
     """
     import open_clip
 
@@ -117,7 +120,7 @@ def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
 
 
 class PickScore:
-    """PickScore (arXiv:2305.01569): the trained temperature times the cosine, in a CLIP of transformers."""
+    """PickScore (arXiv:2305.01569): the cosine in a CLIP of transformers, times its trained temperature."""
 
     def __init__(self, folder: Path, passes: Passes) -> None:
         from transformers import AutoModel, AutoProcessor
@@ -130,7 +133,7 @@ class PickScore:
         return self.passes.run(lambda chunk: self._score(text, chunk), images)
 
     def cut_at(self, text: str) -> int | None:
-        """Tokens that are read of a text which has more; None where all are read."""
+        """Number of tokens read if the text has more, else None."""
         tokens = self.processor.tokenizer(text, truncation=True, max_length=_PICK_TOKENS + 1)["input_ids"]
         return _PICK_TOKENS if len(tokens) > _PICK_TOKENS else None
 
@@ -143,11 +146,11 @@ class PickScore:
         return self.model.logit_scale.exp() * (image @ _unit(_embedding(text_features))[0])
 
 
-def _embedding(found: Any) -> Tensor:
-    """transformers 5 wraps what 4 returned as it was."""
-    return found if torch.is_tensor(found) else found.pooler_output
+def _embedding(output: Any) -> Tensor:
+    """Features of transformers 4, which returns the tensor, or 5, which wraps it."""
+    return output if torch.is_tensor(output) else output.pooler_output
 
 
 def _unit(rows: Tensor) -> Tensor:
-    """Rows [n, d], each of length 1."""
+    """Rows [n, d] scaled to length 1."""
     return F.normalize(rows, dim=-1)

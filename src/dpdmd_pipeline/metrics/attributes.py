@@ -1,4 +1,4 @@
-"""What pictures of the embedded world show where the prompt leaves it free."""
+"""Counts of the attributes that prompts of the embedded world leave free."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from dpdmd_pipeline.shapes.world import FREE, FREE_COUNTS, NUM_MODES, prompt_ind
 
 
 def mode_counts(pictures: Tensor, prompt: str) -> Tensor:
-    """How often each mode was drawn, over pictures that are valid and show the prompt, [NUM_MODES].
+    """Number of pictures of each mode, over pictures that are valid and show the prompt, [NUM_MODES].
 
     Args:
         pictures: [n, 3, H, W] in [0, 1].
-        prompt: its text, of the shapes world.
+        prompt: text of a prompt of the shapes world.
     """
     reading = read(pictures)
-    right = reading.valid & (reading.prompt == prompt_index(prompt))
-    return count_modes(reading.mode[right], NUM_MODES)
+    aligned = reading.valid & (reading.prompt == prompt_index(prompt))
+    return count_modes(reading.mode[aligned], NUM_MODES)
 
 
 def attribute_counts(modes: Tensor) -> dict[str, dict[str, int]]:
-    """Pictures for each value of each free attribute, by their words.
+    """Number of pictures for each value of each free attribute, keyed by their words.
 
     Args:
         modes: counts [NUM_MODES].
     """
     grid = modes.view([FREE_COUNTS[name] for name in FREE])
-    found = {}
+    counts = {}
     for axis, name in enumerate(FREE):
         others = [other for other in range(len(FREE)) if other != axis]
-        found[name] = dict(zip(FREE_WORDS[name], torch.sum(grid, others).int().tolist(), strict=True))
-    return found
+        counts[name] = dict(zip(FREE_WORDS[name], torch.sum(grid, others).int().tolist(), strict=True))
+    return counts

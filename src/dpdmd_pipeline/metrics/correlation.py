@@ -1,4 +1,4 @@
-"""Whether two metrics put the same prompts first: Spearman's rank correlation."""
+"""Spearman's rank correlation of two metrics over prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXACT = "diversity.shapes.effective_modes"
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Position of each value among those of its row, [..., n] in float64; equal values share the mean of theirs."""
+    """Position of each value among those of its row, [..., n] in float64; equal values share their mean position."""
     values = values.double().contiguous()
     order = values.sort(dim=-1).values
     below, not_above = (torch.searchsorted(order, values, right=right) for right in (False, True))
@@ -25,7 +25,7 @@ def ranks(values: Tensor) -> Tensor:
 
 def rank_correlation(one: Tensor, two: Tensor) -> Tensor:
     """Pearson's correlation of the ranks, [...] of [..., n]; NaN where one of the two is constant."""
-    centred = [found - found.mean(-1, keepdim=True) for found in (ranks(one), ranks(two))]
+    centred = [side - side.mean(-1, keepdim=True) for side in (ranks(one), ranks(two))]
     spread = centred[0].square().sum(-1) * centred[1].square().sum(-1)
     return (centred[0] * centred[1]).sum(-1) / spread.sqrt()
 
@@ -38,8 +38,8 @@ def pooled(one: Tensor, two: Tensor) -> Tensor:
 def within(one: Tensor, two: Tensor) -> Tensor:
     """Mean over the models of the rank correlation over prompts, [...] of [..., models, prompts].
 
-    Differences between models, which may be all that `pooled` sees, do not count. A model that a metric gives one
-    value for all its prompts is left out; NaN where that is each of them.
+    Differences between models, which may be all that `pooled` sees, do not count. A model is left out if a metric is
+    constant over its prompts; NaN if no model remains.
     """
     return rank_correlation(one, two).nanmean(-1)
 
@@ -48,40 +48,40 @@ def correlation_figure(one: Tensor, two: Tensor, correlate: Correlate, seed: int
     """A correlation with a 95 % bootstrap interval over prompts.
 
     Args:
-        one, two: a metric each, [models, prompts].
+        one, two: values of one metric each, [models, prompts].
         correlate: `pooled` or `within`.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Returns:
-        value, low, high: None where nothing is ranked, or where a resample in forty has nothing to rank.
+        value, low, high: all None where nothing is ranked; no interval where 1 resample in 40 has nothing to rank.
     """
     value = correlate(one, two).item()
-    found: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
+    figure: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
     count = one.shape[1]
-    if found["value"] is None or count < 2:
-        return found
-    # [models, a few, prompts] to [a few, models, prompts]
-    drawn = [correlate(*(side[:, index].transpose(0, 1) for side in (one, two))) for index in resamples(count, seed)]
-    resampled = torch.cat(drawn)
+    if figure["value"] is None or count < 2:
+        return figure
+    # [models, resamples, prompts] to [resamples, models, prompts]
+    chunks = [correlate(*(side[:, index].transpose(0, 1) for side in (one, two))) for index in resamples(count, seed)]
+    resampled = torch.cat(chunks)
     ranked = resampled[~resampled.isnan()]
     if len(ranked) > 0.975 * len(resampled):
-        found |= percentiles(ranked)
-    return found
+        figure |= percentiles(ranked)
+    return figure
 
 
 def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed: int) -> dict[str, dict[str, Any]]:
-    """How far each diversity metric puts prompts and models in the order of the exact reader's effective modes.
+    """Rank correlation of each diversity metric with the exact reader's effective modes.
 
     Args:
-        tables: per model, full name of a metric to id of a prompt to value.
-        seed: of the bootstrap.
+        tables: per model: full name of a metric -> prompt id -> value.
+        seed: seed of the bootstrap.
 
     Returns:
-        Full name to the pooled figure, and in it to one `within` the models; a prompt counts where all models have both
-        values. {} where the reader has not read.
+        Full name -> the pooled figure, with the figure within models under `within`. Only prompts count that have both
+        values in all models. {} if a model lacks the exact reader's values.
     """
     names = tables[0] if all(_EXACT in table for table in tables) else {}
-    found = {}
+    figures = {}
     for name in names:
         if not name.startswith("diversity.") or name.startswith("diversity.shapes."):
             continue
@@ -91,10 +91,10 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
             for metric in (_EXACT, name)
         )
         n = {"prompts": len(prompts), "models": len(tables)}
-        found[name] = {
+        figures[name] = {
             **correlation_figure(one, two, pooled, seed),
             "within": correlation_figure(one, two, within, seed),
             "n": n,
             "preset": f"Spearman's, with {_EXACT}",
         }
-    return found
+    return figures

@@ -1,6 +1,6 @@
-"""How far one set of pictures lies from another, from their features: FID, KID, precision and recall.
+"""Distances between two sets of pictures, from their features: FID, KID, precision and recall.
 
-Features are [n, d], one row a picture.
+Features are [n, d], one row per picture.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnavailableError
+from dpdmd_pipeline.metrics.errors import UnavailableError, not_installed
 
-# Protocols as published; they name the presets.
+# As published.
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # arXiv:1801.01401, and torchmetrics
 NEIGHBOURS = 5  # arXiv:2002.09797
-LARGEST = 10_000  # pictures a side whose features are kept, for KID and for precision and recall
-_ROWS = 1024  # of a matrix of distances that are held at once
+LARGEST = 10_000  # pictures per side whose features are stored, for KID and for precision and recall
+_ROWS = 1024  # rows of a distance matrix in memory at once
 
 
 class Features(nn.Identity):
-    """What torchmetrics takes for its network when the features are already there."""
+    """Stand-in for torchmetrics' network where the features exist already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -31,35 +31,35 @@ class Features(nn.Identity):
 
 
 def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
-    """FID of two streams of features [n, d], by torchmetrics; only their moments are held.
+    """FID of two streams of features [n, d], by torchmetrics; memory holds only their moments.
 
-    Both streams are read to their end.
+    Reads both streams to their end.
 
     Raises:
-        UnavailableError: with no more pictures than features, when the covariance is singular and FID means nothing.
+        UnavailableError: with no more pictures than features, where the covariance is singular and FID means nothing.
     """
-    kind, metric = _torchmetrics("image.fid", "FrechetInceptionDistance"), None
+    metric_class, metric = _torchmetrics("image.fid", "FrechetInceptionDistance"), None
     counts = {True: 0, False: 0}
     for stream, is_real in ((real, True), (fake, False)):
         for features in stream:
-            metric = metric or kind(feature=Features(features.shape[1]))
+            metric = metric or metric_class(feature=Features(features.shape[1]))
             metric.update(features.double(), real=is_real)
             counts[is_real] += len(features)
     num_features = metric.inception.num_features if metric else 0
     if min(counts.values()) <= num_features:
         raise UnavailableError(
-            f"FID needs more pictures than features on both sides (over {num_features}, better 10,000): "
-            f"there are {counts[False]} against {counts[True]}"
+            f"FID needs more pictures than features on both sides (over {num_features}, better 10,000), "
+            f"not {counts[False]} against {counts[True]}"
         )
     return metric.compute().item()
 
 
 def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """How much each of the fake pictures moves FID, to first order: its influence function at the two samples.
+    """First-order effect of each fake picture on FID: its influence function at the two samples.
 
-    A picture whose features lie c from the fake mean adds 2 (fake mean - real mean) . c + c' (I - T) c, less the mean
-    of that over all. T carries the fake Gaussian onto the real one: I - T is the derivative of FID by the fake
-    covariance.
+    A picture whose features differ from the fake mean by c adds 2 (fake mean - real mean) . c + c' (I - T) c, minus
+    the mean of this term over all pictures. T transports the fake Gaussian onto the real one: I - T is the derivative
+    of FID by the fake covariance.
 
     Args:
         real, fake: [n, d], [m, d].
@@ -68,7 +68,7 @@ def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
         [m], of mean 0.
 
     Raises:
-        RuntimeError: of torch, where a covariance has no decomposition.
+        RuntimeError: from torch, if a covariance has no decomposition.
     """
     real, fake = real.double(), fake.double()
     centred = fake - fake.mean(0)
@@ -80,20 +80,20 @@ def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def _root(covariance: Tensor, inverse: bool = False) -> Tensor:
-    """Square root of a covariance [d, d], or the inverse of that in the directions that it has."""
+    """Square root of a covariance [d, d], or its pseudo-inverse."""
     values, directions = torch.linalg.eigh(covariance)
-    there = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    roots = values.where(there, torch.zeros_like(values)).sqrt()
+    nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.where(nonzero, torch.zeros_like(values)).sqrt()
     if inverse:
-        roots = torch.where(there, 1 / roots, 0.0)
+        roots = torch.where(nonzero, 1 / roots, 0.0)
     return directions * roots @ directions.T
 
 
 def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """How much each of the fake pictures moves KID, to first order.
+    """First-order effect of each fake picture on KID.
 
-    A picture adds twice the difference of its mean kernel with the other fake pictures and with the real ones, less
-    the mean of that over all. The kernel is (x . y / d + 1)^3.
+    A picture adds twice the difference between its mean kernel with the other fake pictures and with the real ones,
+    minus the mean of this term over all pictures. The kernel is (x . y / d + 1)^3.
 
     Args:
         real, fake: [n, d], [m, d].
@@ -116,21 +116,19 @@ def _kernel(one: Tensor, two: Tensor) -> Tensor:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int) -> tuple[float, float]:
-    """KID by torchmetrics: mean and standard deviation over subsets, of all pictures where there are fewer than 1000.
+    """KID by torchmetrics: mean and standard deviation over subsets of 1000 pictures, or of all if there are fewer.
 
     Args:
         real, fake: [n, d], [m, d].
-        seed: of the subsets.
+        seed: seed of the subsets.
     """
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
-        raise UnavailableError(
-            f"KID needs at least 2 pictures on both sides: there are {len(fake)} against {len(real)}"
-        )
-    kind = _torchmetrics("image.kid", "KernelInceptionDistance")
+        raise UnavailableError(f"KID needs at least 2 pictures on both sides, not {len(fake)} against {len(real)}")
+    metric_class = _torchmetrics("image.kid", "KernelInceptionDistance")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it holds all features: they are LARGEST at most
-        metric = kind(feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        warnings.simplefilter("ignore")  # about storing all features: at most LARGEST here
+        metric = metric_class(feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -143,14 +141,14 @@ def _torchmetrics(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"torchmetrics.{module}"), name)
     except ImportError as error:
-        raise MissingLibraryError("torchmetrics is not installed: pip install 'dpdmd-pipeline[metrics]'") from error
+        raise not_installed("torchmetrics") from error
 
 
 class Prdc(NamedTuple):
-    """Precision, recall, density, coverage, each as one number a picture whose mean is the metric."""
+    """Precision, recall, density, coverage, as one number per picture; their mean is the metric."""
 
-    precision: Tensor  # [m], of the fake pictures
-    recall: Tensor  # [n], of the real ones
+    precision: Tensor  # [m], fake pictures
+    recall: Tensor  # [n], real pictures
     density: Tensor  # [m]
     coverage: Tensor  # [n]
 
@@ -158,19 +156,18 @@ class Prdc(NamedTuple):
 def prdc(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> Prdc:
     """Precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
 
-    A ball around each picture reaches to its k-th nearest other picture of the own set.
+    The ball around a picture reaches to the k-th nearest other picture of its own set.
 
     Args:
-        real, fake: [n, d], [m, d]; compare at equal n and m only.
+        real, fake: [n, d], [m, d]; compare results at equal n and m only.
         neighbours: k.
 
     Raises:
-        UnavailableError: with no more than k pictures on a side.
+        UnavailableError: with k pictures or fewer on a side.
     """
     if min(len(real), len(fake)) <= neighbours:
         raise UnavailableError(
-            f"precision and recall need over {neighbours} pictures on both sides: "
-            f"there are {len(fake)} against {len(real)}"
+            f"precision and recall need over {neighbours} pictures on both sides, not {len(fake)} against {len(real)}"
         )
     real, fake = real.double(), fake.double()
     real_radius, fake_radius = _radius(real, neighbours), _radius(fake, neighbours)
@@ -188,6 +185,7 @@ def prdc(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> Prdc:
 
 
 def _radius(points: Tensor, neighbours: int) -> Tensor:
-    """Distance to the k-th nearest other point, [n]; the nearest of all is the point itself."""
+    """Distance to the k-th nearest other point, [n]."""
+    # k + 1: the nearest of all is the point itself.
     chunks = (torch.cdist(rows, points).kthvalue(neighbours + 1, dim=1).values for rows in points.split(_ROWS))
     return torch.cat(list(chunks))

@@ -1,7 +1,7 @@
-"""How different the pictures of one prompt are, from their embeddings.
+"""Diversity of the pictures of one prompt, from their embeddings.
 
-All take embeddings [n, d] of one prompt and normalise them themselves; all sums are in float64. Read them beside
-quality, and beside the teacher's value at the same n: noise is diverse too, and all but the first depend on n.
+Functions take embeddings [n, d] of one prompt, normalise them and sum in float64. Compare at the same n, with the
+teacher's value and with quality beside it: all but the first depend on n, and noise is diverse too.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROUNDING = 1e-9  # the cosine of exact copies is 1 but for the last bits
+_ROUNDING = 1e-9  # exact copies have a cosine of 1 up to the last bits
 
 
 def _similarities(embeddings: Tensor) -> Tensor:
     """Cosines of all pairs, [n, n].
 
     Raises:
-        ValueError: for fewer than two pictures.
+        ValueError: with fewer than two pictures.
     """
     if len(embeddings) < 2:
         raise ValueError(f"diversity needs at least 2 pictures of a prompt, got {len(embeddings)}")
@@ -33,7 +33,7 @@ def one_minus_cosine(embeddings: Tensor) -> float:
 
 
 def vendi_score(embeddings: Tensor) -> float:
-    """exp of the entropy of the eigenvalues of K / n (arXiv:2210.02410): 1 for copies, n for orthogonal pictures."""
+    """Exponential entropy of the eigenvalues of K / n (arXiv:2210.02410): 1 for copies, n for orthogonal pictures."""
     kernel = _similarities(embeddings)
     values = torch.linalg.eigvalsh(kernel / len(kernel)).clamp(min=0)
     return (-torch.special.xlogy(values, values).sum()).exp().item()
@@ -45,17 +45,15 @@ def nearest_similarity(embeddings: Tensor) -> Tensor:
 
 
 def duplicate_threshold(nearest: Tensor) -> float:
-    """What counts as a near-duplicate: the 99th percentile of the teacher's own nearest similarities.
+    """Cosine from which pictures are near-duplicates: the 99th percentile of the teacher's nearest similarities.
 
     Args:
-        nearest: of all prompts, with as many pictures a prompt as will be judged: it grows with n.
+        nearest: similarities of all prompts, from as many pictures per prompt as are judged: they grow with n.
     """
     return torch.quantile(nearest.double(), 0.99).item()
 
 
 def duplicate_rate(nearest: Tensor, threshold: float) -> float:
-    """Share of pictures with another one of the prompt at least as similar as the threshold.
-
-    In a world of few pictures the teacher draws exact copies too: the threshold is 1 then, and copies must count.
-    """
+    """Share of pictures whose nearest other picture of the prompt reaches the threshold."""
+    # In a small world the teacher draws exact copies: the threshold is 1 then, and copies must count.
     return (nearest >= threshold - _ROUNDING).double().mean().item()

@@ -1,4 +1,4 @@
-"""Pictures to features. Each class is one published protocol; all take Pillow pictures and return [n, d]."""
+"""Networks that turn Pillow pictures into features [n, d]; each class is one published protocol."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpdmd_pipeline.metrics.errors import UnfitError, not_installed
+from dpdmd_pipeline.metrics.hub import hub_folder
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import MissingLibraryError, UnfitError
+from dpdmd_pipeline.wording import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 class Embedder(Protocol):
-    """Pictures in, one row of features each."""
+    """A function from pictures to one row of features each."""
 
     def __call__(self, images: Sequence[Image]) -> Tensor: ...
 
 
-def load_pretrained(kind: Any, folder: Path, **options: Any) -> nn.Module:
-    """A transformers model of a folder, whole or not at all.
+def load_pretrained(model_class: Any, folder: Path, **options: Any) -> nn.Module:
+    """Load a complete transformers model from a folder.
 
     Raises:
         ValueError: if the file lacks some of the model's weights, which would otherwise be random.
     """
-    model, loaded = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    model, loaded = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
@@ -38,10 +40,10 @@ def load_pretrained(kind: Any, folder: Path, **options: Any) -> nn.Module:
 
 
 def load_open_clip(folder: Path) -> tuple[nn.Module, Any, Any]:
-    """Model, preprocessing and tokenizer of a folder in open_clip's own layout.
+    """Load model, preprocessing and tokenizer from a folder in open_clip's own layout.
 
-    A file that does not fit the model raises; a folder without one too, where open_clip alone would go on with
-    random weights and a line in the log.
+    Raises:
+        ValueError: if the weights are missing or do not fit; open_clip alone would log a line and use random ones.
     """
     import open_clip
 
@@ -51,18 +53,19 @@ def load_open_clip(folder: Path) -> tuple[nn.Module, Any, Any]:
 
 
 def create_open_clip(name: str, **options: Any) -> tuple[nn.Module, Any]:
-    """Model and preprocessing, with weights or not at all.
+    """Create model and preprocessing with pretrained weights.
 
     Raises:
-        ValueError: if the weights are not there, or not of this model.
+        ValueError: if the weights are missing or do not fit the model.
     """
     import open_clip
 
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, require_pretrained=True, **options)
     except RuntimeError as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"{options.get('pretrained', name)} does not fit or has no weights: {told[:300]}") from error
+        raise ValueError(
+            f"{options.get('pretrained', name)} does not fit or has no weights: {one_line(error)[:300]}"
+        ) from error
     return model.requires_grad_(False).eval(), preprocess
 
 
@@ -70,11 +73,11 @@ class TransformersVision:
     """A vision model of transformers behind its own image processor.
 
     Args:
-        folder: with config, preprocessor and weights.
+        folder: config, preprocessor and weights.
         tokens: `pooled` is `pooler_output`; `patches` are the normalised patch tokens side by side, so that the
-            cosine of two rows is the mean cosine of patches at the same place; `raw_cls` is the first token of
-            `last_hidden_state`, of a CLIP before its final norm and projection.
-        passes: how it is run.
+            cosine of two rows is the mean cosine of patches at the same position; `raw_cls` is the first token of
+            `last_hidden_state`, which a CLIP has before its final norm and projection.
+        passes: device and batch size.
     """
 
     def __init__(self, folder: Path, tokens: Literal["pooled", "patches", "raw_cls"], passes: Passes) -> None:
@@ -91,26 +94,26 @@ class TransformersVision:
 
     def _embed(self, images: Sequence[Image]) -> Tensor:
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.passes.device)
-        found = self.model(pixel_values=pixels)
+        output = self.model(pixel_values=pixels)
         if self.tokens == "pooled":
-            return found.pooler_output
+            return output.pooler_output
         if self.tokens == "raw_cls":
-            return found.last_hidden_state[:, 0]
-        # class token and, in DINOv3, registers come first
+            return output.last_hidden_state[:, 0]
+        # The class token and DINOv3's registers come first.
         registers = getattr(self.model.config, "num_register_tokens", 0)
-        patches = F.normalize(found.last_hidden_state[:, 1 + registers :], dim=-1)
+        patches = F.normalize(output.last_hidden_state[:, 1 + registers :], dim=-1)
         return patches.flatten(1) / patches.shape[1] ** 0.5
 
 
 def only_of_side(preprocess: Callable[[Image], Tensor], side: int | None) -> Callable[[Image], Tensor]:
-    """A preprocessing that refuses pictures of another size than its world's; None for a model of any pictures."""
+    """A preprocessing that accepts only pictures of this side in pixels; None accepts all."""
     if side is None:
         return preprocess
 
     def checked(image: Image) -> Tensor:
         if image.size != (side, side):
             width, height = image.size
-            raise UnfitError(f"pictures have {width} x {height} pixels, those of its world {side} x {side}")
+            raise UnfitError(f"pictures have {width} x {height} pixels; this network needs {side} x {side}")
         return preprocess(image)
 
     return checked
@@ -120,9 +123,9 @@ class OpenClipVision:
     """Projected image embeddings of an open_clip model, before normalisation.
 
     Args:
-        model, preprocess: as open_clip gives them.
-        passes: how it is run.
-        side: pixels that pictures must have, of a model that knows one world only.
+        model, preprocess: from open_clip.
+        passes: device and batch size.
+        side: required side of the pictures in pixels, for a model of one world only.
     """
 
     def __init__(self, model: nn.Module, preprocess: Any, passes: Passes, side: int | None = None) -> None:
@@ -131,7 +134,7 @@ class OpenClipVision:
 
     @classmethod
     def of(cls, folder: Path, passes: Passes, side: int | None = None) -> Self:
-        """Those of a folder's model."""
+        """Load the model of a folder."""
         model, preprocess, _ = load_open_clip(folder)
         return cls(model, preprocess, passes, side)
 
@@ -143,7 +146,7 @@ class OpenClipVision:
 
 
 class Inception:
-    """The 2048 features of FID's Inception network, resized as its first code did (bilinear, no antialias)."""
+    """The 2048 features of FID's Inception network, resized as in its first code (bilinear, no antialias)."""
 
     num_features = 2048
 
@@ -153,9 +156,7 @@ class Inception:
 
             network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file), antialias=False)
         except ModuleNotFoundError as error:
-            raise MissingLibraryError(
-                "torch-fidelity is not installed: pip install 'dpdmd-pipeline[metrics]'"
-            ) from error
+            raise not_installed("torch-fidelity") from error
         self.network, self.passes = network.to(passes.device), passes
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
@@ -169,28 +170,26 @@ class Inception:
 
 
 class Lpips:
-    """LPIPS (arXiv:1801.03924) of all pairs i < j of a prompt, by torchmetrics.
+    """LPIPS (arXiv:1801.03924) of all pairs of a prompt's pictures, by torchmetrics.
 
     Args:
-        network: alex, the protocol of the diversity literature; squeeze is the small one.
-        root: of all weights; the network's own are below it as torch.hub keeps them.
-        side: pixels to which pictures are resized, bilinear.
-        passes: how it is run.
+        network: alex is the protocol of the diversity literature, squeeze the small network.
+        root: folder of all weights; this network's lie below it in torch.hub's layout.
+        side: side in pixels of the square to which pictures are resized, bilinear.
+        passes: device and batch size.
     """
 
     def __init__(self, network: Literal["alex", "squeeze"], root: Path, side: int, passes: Passes) -> None:
-        from dpdmd_pipeline.metrics.weights import hub_folder
-
         try:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
         except ImportError as error:
-            raise MissingLibraryError("torchmetrics is not installed: pip install 'dpdmd-pipeline[metrics]'") from error
+            raise not_installed("torchmetrics") from error
         with hub_folder(root):
             metric = LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True)
         self.metric, self.side, self.passes = metric.to(passes.device), side, passes
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
-        """Distances of all pairs, [n (n - 1) / 2]."""
+        """Distances of the pairs (1, 0), (2, 0), (2, 1), ..., [n (n - 1) / 2]."""
         from torchvision.transforms.functional import resize, to_tensor
 
         pixels = [to_tensor(resize(image, [self.side, self.side])) for image in images]

@@ -1,4 +1,4 @@
-"""Features on the disk: metrics that look at pictures through the same network look once."""
+"""A cache of features on disk, so that metrics of the same network run it once."""
 
 from __future__ import annotations
 
@@ -21,42 +21,41 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class KeptFeatures:
-    """An embedder whose features of a prompt are kept, a file each, and known again by the pictures' own pixels.
+class CachedFeatures:
+    """An embedder that stores the features of each prompt in a file, under a key of the pictures' pixels.
 
-    So they do not depend on where the pictures lie, nor on which metric or process came first. A disk that is full
-    costs time, never a metric: what cannot be kept is computed again.
+    The key depends neither on the pictures' location nor on which metric or process comes first. A full disk costs
+    time, never a metric: features that cannot be stored are computed again.
 
     Args:
-        embed: computes those that are not known.
-        folder: of the files.
-        network: what decides the features beside the pictures.
+        embed: computes features that are not stored.
+        folder: folder of the files.
+        network: identity of the network, its output and its device.
     """
 
     def __init__(self, embed: Embedder, folder: Path, network: str) -> None:
         self.embed, self.folder, self.network = embed, folder, network
-        self._keeps = True
+        self._can_store = True
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
-        path = self.folder / f"{_digest(self.network, images)}.safetensors"
-        known = _load(path)
-        if known is not None:
-            return known
-        features = self.embed(images)
-        if self._keeps:
-            self._keep(path, features)
+        path = self.folder / f"{_cache_key(self.network, images)}.safetensors"
+        features = _load(path)
+        if features is None:
+            features = self.embed(images)
+            if self._can_store:
+                self._store(path, features)
         return features
 
-    def _keep(self, path: Path, features: Tensor) -> None:
+    def _store(self, path: Path, features: Tensor) -> None:
         try:
             _write(path, features)
         except (OSError, SafetensorError) as error:
-            self._keeps = False
-            log.warning("features cannot be kept in %s (%s): every metric computes its own", self.folder, error)
+            self._can_store = False
+            log.warning("cannot store features in %s (%s): every metric computes its own", self.folder, error)
 
 
-def _digest(network: str, images: Sequence[Image]) -> str:
-    """Of a network and of pictures in their order; hexadecimal."""
+def _cache_key(network: str, images: Sequence[Image]) -> str:
+    """Cache key (hex) of a network and an ordered list of pictures."""
     digest = hashlib.blake2b(network.encode(), digest_size=16)
     for image in images:
         digest.update(f"\0{image.mode}{image.size}\0".encode())
@@ -65,7 +64,7 @@ def _digest(network: str, images: Sequence[Image]) -> str:
 
 
 def _load(path: Path) -> Tensor | None:
-    """Features that were kept; None if there are none, or not all of them."""
+    """Stored features; None if the file is missing or incomplete."""
     from safetensors.torch import load_file
 
     try:
@@ -75,7 +74,7 @@ def _load(path: Path) -> Tensor | None:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    """A file that is there whole or not at all, though two processes at once may have the same pictures."""
+    """Write the file atomically, also if another process writes the same pictures."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The libraries that metrics are computed with."""
+"""Versions of the libraries that compute metrics."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ LIBRARIES = ("open_clip_torch", "pillow", "timm", "torch", "torchmetrics", "torc
 
 
 def versions() -> dict[str, str]:
-    """Of each; empty where it is not installed, since some are extras."""
+    """Version of each library; empty if it is not installed, since some are extras."""
     return {name: _version(name) for name in LIBRARIES}
 
 

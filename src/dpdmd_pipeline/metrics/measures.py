@@ -1,4 +1,4 @@
-"""From one prompt's pictures to its numbers: what every kind of metric has in common."""
+"""The measures of one prompt: its text and pictures in, its numbers out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from torch import Tensor
 
 from dpdmd_pipeline.metrics.diversity import nearest_similarity, one_minus_cosine, vendi_score
 from dpdmd_pipeline.metrics.embedders import Embedder
-from dpdmd_pipeline.metrics.pictures import Fault, PictureSet, of_one_size
-from dpdmd_pipeline.metrics.weights import UnfitError
+from dpdmd_pipeline.metrics.errors import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_BLOCK = 1 << 16  # pixels of each picture that are held in double precision
-# Why a picture has no number: of a network, so that a fault is named after its metric.
+_BLOCK = 1 << 16  # pixels of each picture in double precision at once
+# Reasons why a picture has no number. "network" in a reason makes the fault carry the metric's name.
 NO_NUMBER = "the network gave no finite number"
 NO_ANSWER = "the network's answer did not parse"
 
@@ -26,59 +25,21 @@ NO_ANSWER = "the network's answer did not parse"
 class Measured(NamedTuple):
     """Numbers of one prompt."""
 
-    values: dict[str, float]  # empty where the prompt could not be measured
+    values: dict[str, float]  # empty if the prompt could not be measured
     nearest: Tensor | None = None  # [n] cosine of each picture with its nearest other one
     features: Tensor | None = None  # [n, d]
-    unusable: tuple[int, ...] = ()  # pictures for which the network gave no number
+    unusable: tuple[int, ...] = ()  # indices of pictures without a number
     why: str = NO_NUMBER
-    cut_at: int | None = None  # tokens that the network read of a prompt which has more
+    cut_at: int | None = None  # number of tokens that the network read of a longer prompt
 
 
 class Measure(Protocol):
     """One metric, or several from the same pass."""
 
-    least: int  # pictures a prompt needs
-    any_size: bool  # whether they may be of several sizes
+    least: int  # pictures per prompt, at least
+    any_size: bool  # True if pictures of one prompt may differ in size
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
-
-
-class Row(NamedTuple):
-    """What became of one prompt."""
-
-    id: str
-    measured: Measured
-    pictures: int  # that were measured
-    faults: list[Fault]
-    unfit: str = ""  # why the metric cannot judge it, if it cannot
-    sizes: frozenset[tuple[int, int]] = frozenset()  # of the pictures, width and height
-
-
-def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
-    """Load one prompt's pictures and measure them; everything left out is a fault with a name."""
-    if needs_text and pictures.no_text:
-        return Row(pictures.id, Measured({}), 0, [Fault(pictures.no_text, pictures.id)])
-    loaded = pictures.load()
-    names, images, faults = loaded if measure.any_size else of_one_size(loaded)
-    faults = list(faults)
-    try:
-        measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
-    except UnfitError as error:
-        return Row(pictures.id, Measured({}), 0, [*faults, Fault(str(error), pictures.id)], str(error))
-    faults += [Fault(measured.why, names[index]) for index in measured.unusable]
-    usable = len(images) - len(measured.unusable)
-    if usable < measure.least:
-        faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
-    done = bool(measured.values) or measured.features is not None
-    return Row(
-        pictures.id, measured, usable if done else 0, faults, sizes=frozenset(image.size for image in images if done)
-    )
-
-
-def _too_few(measure: Measure, pictures: PictureSet) -> str:
-    if not len(pictures):
-        return "no picture"
-    return "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"
 
 
 class SetDiversity:
@@ -102,8 +63,8 @@ class PairDiversity:
     """Mean distance of all pairs of a prompt.
 
     Args:
-        name: of the number.
-        distances: from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
+        name: name of the number.
+        distances: function from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
     """
 
     least = 2
@@ -114,25 +75,25 @@ class PairDiversity:
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         rows, columns = torch.tril_indices(len(images), len(images), offset=-1)
-        found = self.distances(images).double()
+        distances = self.distances(images).double()
         finite = torch.eye(len(images), dtype=torch.bool)
-        finite[rows, columns] = finite[columns, rows] = found.isfinite()
-        # A picture that spoils all its pairs goes first, so that it takes no other with it.
+        finite[rows, columns] = finite[columns, rows] = distances.isfinite()
+        # First drop pictures without a finite pair, so that they do not spoil the others' pairs.
         good = finite.sum(1) > 1
         good &= (finite | ~good).all(1)
-        kept = found[good[rows] & good[columns]]
+        usable = distances[good[rows] & good[columns]]
         unusable = tuple((~good).nonzero().flatten().tolist())
-        return Measured({self.name: kept.mean().item()} if len(kept) else {}, unusable=unusable)
+        return Measured({self.name: usable.mean().item()} if len(usable) else {}, unusable=unusable)
 
 
 class PictureScores:
     """Mean over a prompt's pictures of one score each.
 
     Args:
-        name: of the number.
-        score: from a text and n pictures to [n].
-        cut_at: from a text to the tokens that are read of it, where it has more.
-        why: what is said of a picture without a number.
+        name: name of the number.
+        score: function from a text and n pictures to [n].
+        cut_at: function from a text to the number of tokens read if it has more, else None.
+        why: reason to report for a picture without a number.
     """
 
     least = 1
@@ -156,7 +117,7 @@ class PictureScores:
 
 
 class PartScores:
-    """Answers about the parts of a prompt: their mean, their geometric mean, and how often all are right."""
+    """Answers about the parts of a prompt: mean, geometric mean, and share of pictures with all parts right."""
 
     least = 1
     any_size = False
@@ -178,10 +139,10 @@ class PartScores:
 
 
 class SetFeatures:
-    """The features themselves, for what compares two distributions."""
+    """The features themselves, to compare two distributions."""
 
     least = 1
-    any_size = True  # as FID is measured of real pictures
+    any_size = True  # FID is measured on real pictures
 
     def __init__(self, embed: Embedder) -> None:
         self.embed = embed
@@ -195,7 +156,7 @@ class ShapesReader:
     """The exact reader of the embedded world, for pictures of its size and prompts of its words.
 
     Args:
-        names: which of its numbers.
+        names: numbers to report.
         least: pictures they need.
     """
 
@@ -210,20 +171,20 @@ class ShapesReader:
         from dpdmd_pipeline.metrics.shapes import judge_prompt
 
         try:
-            found = judge_prompt(torch.stack([to_tensor(image) for image in images]), text)
+            numbers = judge_prompt(torch.stack([to_tensor(image) for image in images]), text)
         except ValueError as error:
             raise UnfitError(f"the exact reader: {error}") from error
-        return Measured({name: found[name].item() for name in self.names})
+        return Measured({name: numbers[name].item() for name in self.names})
 
 
 def pixel_distances(images: Sequence[Image]) -> Tensor:
     """RMS differences of all pairs (1, 0), (2, 0), (2, 1), ..., in [0, 1].
 
-    The sums are of whole numbers below 2^53, so they are exact in float64 whatever their order.
+    The sums are of whole numbers below 2^53, so they are exact in float64 in any order.
     """
     from torchvision.transforms.functional import pil_to_tensor
 
-    flat = torch.stack([pil_to_tensor(image).flatten() for image in images])  # 8 bits: sixty large pictures must fit
+    flat = torch.stack([pil_to_tensor(image).flatten() for image in images])  # uint8: sixty large pictures must fit
     products = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for block in flat.split(_BLOCK, dim=1):
         values = block.double()

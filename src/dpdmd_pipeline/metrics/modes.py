@@ -1,9 +1,9 @@
-"""Diversity from counts: how many of the legal modes of a prompt a model draws.
+"""Diversity from counts of the modes of a prompt that a model draws.
 
-All take counts [P, K]: how often each of K modes was seen for each of P prompts. Effective modes is the
-headline: the agreement it is the inverse of is unbiased at any number of samples, where coverage saturates and
-entropy needs many. The inverse itself reads a little high: a perfect sampler of 72 modes scores 74.6 on average
-from 64 pictures, so numbers are compared at the same number of pictures only.
+Functions take counts [P, K] of K modes for each of P prompts. Effective modes is the main number: the agreement that
+it inverts is unbiased at any number of samples, while coverage saturates and entropy needs many. The inverse is a
+little too high: a perfect sampler of 72 modes scores 74.6 on average from 64 pictures. Compare numbers only at the
+same number of pictures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def count_modes(modes: Tensor, num_modes: int) -> Tensor:
 def effective_modes(counts: Tensor) -> Tensor:
     """1 / P(two samples of a prompt agree on every free attribute), [P]: inverse Simpson, from pairs.
 
-    Without any agreeing pair it is n(n-1) / 2, as if one had been seen; fewer than two samples give 0.
+    Without an agreeing pair the value is n(n-1) / 2, as if there were one; with fewer than two samples it is 0.
     """
     total = counts.sum(1)
     pairs = total * (total - 1)
@@ -31,7 +31,7 @@ def effective_modes(counts: Tensor) -> Tensor:
 
 
 def coverage(counts: Tensor) -> Tensor:
-    """Share of the K modes seen, [P]; a perfect sampler reaches `expected_coverage`."""
+    """Share of the K modes with at least one sample, [P]; a perfect sampler reaches `expected_coverage`."""
     return (counts > 0).double().mean(1)
 
 
@@ -41,10 +41,10 @@ def expected_coverage(num_modes: int, num_samples: int) -> float:
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """Shannon entropy of the modes in bits with the Miller-Madow correction, [P]; of nothing, 0."""
+    """Shannon entropy of the modes in bits with the Miller-Madow correction, [P]; 0 without samples."""
     counts = counts.double()
     total = counts.sum(1, keepdim=True)
     share = counts / total.clamp(min=1)
     plain = -(share * share.clamp(min=1e-300).log2()).sum(1)
-    seen = (counts > 0).sum(1)
-    return torch.where(total[:, 0] > 0, plain + (seen - 1) / (2 * total[:, 0].clamp(min=1) * math.log(2)), plain)
+    nonzero = (counts > 0).sum(1)
+    return torch.where(total[:, 0] > 0, plain + (nonzero - 1) / (2 * total[:, 0].clamp(min=1) * math.log(2)), plain)

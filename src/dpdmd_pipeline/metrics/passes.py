@@ -1,4 +1,4 @@
-"""How pictures go through a network, so that a number does not depend on how they were grouped."""
+"""Run networks so that a number does not depend on how pictures are grouped into batches."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Passes:
-    """Where a network runs, and how many pictures go through it at once.
+    """Device and batch size of a network.
 
-    On the CPU it is always one picture and one thread: a product of matrices sums in another order in another
-    batch, or on another number of threads. More cores are used by more processes. On a GPU, batches differ in the
-    last bits.
+    On the CPU, a network always sees one picture on one thread: the order of a matrix product's sums depends on batch
+    size and number of threads. More processes use more cores. On a GPU, batch sizes differ in the last bits.
 
     Attributes:
         device: cpu or cuda.
-        batch_size: pictures a pass on a GPU.
+        batch_size: pictures per pass on a GPU.
     """
 
     device: str
     batch_size: int
 
     def run(self, network: Callable[[Sequence[Any]], Tensor], images: Sequence[Any]) -> Tensor:
-        """Rows of the network's answers, float32 on the CPU, in the order of the pictures (or texts, or pairs)."""
+        """Outputs of the network as float32 rows on the CPU, in the order of the pictures (or texts, or pairs)."""
         size = 1 if self.device == "cpu" else self.batch_size
         with torch.no_grad(), _one_thread(self.device == "cpu"):
             chunks = [network(images[start : start + size]) for start in range(0, len(images), size)]
@@ -36,9 +35,9 @@ class Passes:
 
 
 @contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
+def _one_thread(enabled: bool) -> Iterator[None]:
     before = torch.get_num_threads()
-    if wanted:
+    if enabled:
         torch.set_num_threads(1)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Diversity without any knowledge of the pictures."""
+"""Diversity of pictures from their pixels alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def pairwise_distance(images: Tensor) -> float:
-    """Mean RMS difference between any two of a prompt's pictures.
+    """Mean RMS difference over all pairs of a prompt's pictures.
 
     Args:
         images: [n, 3, H, W] in [0, 1], n at least 2.
 
     Raises:
-        ValueError: for fewer than two pictures.
+        ValueError: with fewer than two pictures.
     """
     if len(images) < 2:
         raise ValueError(f"pairwise distance needs at least 2 pictures of a prompt, got {len(images)}")

@@ -1,4 +1,4 @@
-"""How good a picture is by itself, from networks that were trained on people's ratings."""
+"""Quality of single pictures, by networks trained on people's ratings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.metrics.errors import not_installed
+from dpdmd_pipeline.metrics.hub import hub_folder
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import MissingLibraryError, hub_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,7 +25,7 @@ class Arniqa:
         try:
             from torchmetrics.image.arniqa import ARNIQA
         except ImportError as error:
-            raise MissingLibraryError("torchmetrics is not installed: pip install 'dpdmd-pipeline[metrics]'") from error
+            raise not_installed("torchmetrics") from error
         with hub_folder(root):
             self.model = ARNIQA(regressor_dataset="koniq10k", normalize=True).model.to(passes.device)
         self.passes = passes
@@ -40,10 +41,10 @@ class Arniqa:
 
 @contextmanager
 def backbones_of_checkpoints() -> Iterator[None]:
-    """Let timm build its models without weights of their own, for as long as a model around them is being built.
+    """Make timm build its models without pretrained weights while a model around them is built.
 
-    MANIQA and TOPIQ ask timm for pretrained backbones and overwrite them at once: their published files hold every
-    parameter of the backbone, and are loaded strictly, so that one left at random would be an error.
+    MANIQA and TOPIQ request pretrained backbones from timm and overwrite them at once: their published files hold every
+    parameter of the backbone and are loaded strictly, so a missing one is an error.
     """
     import timm
 
@@ -56,23 +57,23 @@ def backbones_of_checkpoints() -> Iterator[None]:
 
 
 class Pyiqa:
-    """A metric of pyiqa, which is licensed for non-commercial use only: the extra `[iqa]` installs it.
+    """A metric of pyiqa, whose licence is non-commercial; the extra `[iqa]` installs it.
 
     Args:
-        name: pyiqa's, as in maniqa-pipal, topiq_nr, clipiqa+.
-        root: of all weights; pyiqa's are below it as torch.hub keeps them.
-        passes: how it is run.
+        name: pyiqa's name, such as maniqa-pipal, topiq_nr or clipiqa+.
+        root: folder of all weights; pyiqa's lie below it in torch.hub's layout.
+        passes: device; the batch size is always 1.
     """
 
     def __init__(self, name: str, root: Path, passes: Passes) -> None:
         with hub_folder(root), backbones_of_checkpoints():
             try:
-                import pyiqa  # looks up the folder when it is imported
+                import pyiqa  # reads the folder at import
             except ImportError as error:
-                raise MissingLibraryError("pyiqa is not installed: pip install 'dpdmd-pipeline[iqa]'") from error
-            # Never pretrained=False: it returns a random score without a word.
+                raise not_installed("pyiqa", "iqa") from error
+            # Never pretrained=False: that gives random scores without a warning.
             self.metric = pyiqa.create_metric(name, device=passes.device)
-        # Some crop at random, reseeded per call: one picture a call keeps a score its own.
+        # Some metrics crop at random: with one picture per call, a score does not depend on other pictures.
         self.passes = Passes(passes.device, 1)
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:

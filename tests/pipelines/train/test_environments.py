@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
-from dpdmd_pipeline.metrics.presets import choose
 from dpdmd_pipeline.pipelines import anchors, distill, prompts, train
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -24,6 +23,7 @@ from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train import preflight
 from dpdmd_pipeline.planning.run import refusals, refuse_run
+from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe

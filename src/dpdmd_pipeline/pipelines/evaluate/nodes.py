@@ -57,9 +57,9 @@ def score_images(
 ) -> dict[str, Any]:
     """Score the pictures of the three models, also prompt by prompt, and list what was not measured."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
-    from dpdmd_pipeline.metrics.score import gap_notes, gaps_recovered
-    from dpdmd_pipeline.metrics.table import as_record
     from dpdmd_pipeline.pipelines.evaluate.scoring import ScoreCache, make_settings, requested_presets, score_models
+    from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
+    from dpdmd_pipeline.scoring.table import as_record
 
     sets = picture_sets(images, chosen)
     cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))

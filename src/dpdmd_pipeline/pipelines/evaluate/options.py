@@ -14,7 +14,7 @@ class EvaluateOptions(BaseModel):
 
     Attributes:
         judge: `shapes` is the exact reader of the embedded world; null for prompts outside that world.
-        by: further metrics, or axes for their default metrics: names of metrics/presets.py.
+        by: further metrics, or axes for their default metrics: names of scoring/presets.py.
         seed: seed of the pictures and of the bootstrap.
         images_per_prompt: pictures of each prompt.
         batch_size: pictures per batch on a GPU, 64 at most; a CPU always uses 16, so that its pictures do not change.

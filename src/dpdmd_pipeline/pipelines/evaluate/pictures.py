@@ -20,7 +20,7 @@ def cache_rows(images: Any) -> dict[tuple[int, int], list[int]]:
 
 def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
     """One set of pictures per prompt, by model; a set reads its pictures when it is measured."""
-    from dpdmd_pipeline.metrics.pictures import StoredSet
+    from dpdmd_pipeline.scoring.sets import StoredSet
 
     rows = cache_rows(images)
     read = partial(read_pictures, images)

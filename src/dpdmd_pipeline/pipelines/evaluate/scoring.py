@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.libraries import versions
-from dpdmd_pipeline.metrics.presets import GENEVAL, Preset, Settings, choose
-from dpdmd_pipeline.metrics.score import Reference, Scores, score, workers
-from dpdmd_pipeline.metrics.weights import CLIP_SHAPES, UnavailableError
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.planning.identity import code_hash
 from dpdmd_pipeline.publishing import write_atomically
+from dpdmd_pipeline.scoring.builders import GENEVAL
+from dpdmd_pipeline.scoring.preset import Preset, Settings
+from dpdmd_pipeline.scoring.presets import choose
+from dpdmd_pipeline.scoring.published import CLIP_SHAPES
+from dpdmd_pipeline.scoring.score import score
+from dpdmd_pipeline.scoring.scores import Reference, Scores
+from dpdmd_pipeline.scoring.workers import workers
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +66,7 @@ def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOpti
     """Settings of a run's metrics."""
     from dpdmd_pipeline.backbones.options import resolve_device
     from dpdmd_pipeline.metrics.passes import Passes
-    from dpdmd_pipeline.metrics.pictures import read_parts
+    from dpdmd_pipeline.scoring.texts import read_parts
 
     weights = _relative(metric_weights)
     records = weights / GENEVAL / "evaluation_metadata.jsonl"
@@ -108,7 +113,7 @@ class ScoreCache:
             code_hash("metrics.embedders", "metrics.features", "metrics.passes"), libraries, pictures
         )
         self.settings = replace(settings, features=folder / f"features_{features[:16]}")
-        self._common = (SCHEMA, code_hash("metrics.score"), libraries, pictures, settings.seed, settings.passes.device)
+        self._common = (SCHEMA, code_hash("scoring.score"), libraries, pictures, settings.seed, settings.passes.device)
 
     def path(self, model: str, preset: Preset) -> Path:
         """File of one model's scores by one preset; its name hashes everything that decides them."""

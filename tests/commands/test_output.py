@@ -3,15 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from dpdmd_pipeline.commands.target import refuse_unwritable
+from dpdmd_pipeline.commands.output import refuse_unwritable
 from dpdmd_pipeline.publishing import write_text
 
-CLOSED = Path("/sys")  # for everybody, root too
+CLOSED = Path("/sys")  # closed to root too
 
 
-def test_what_can_be_written_is_taken_as_it_is_written(tmp_path):
+def test_a_file_that_can_be_written_is_accepted_and_not_touched(tmp_path):
     (tmp_path / "there.json").write_text("old")
-    (tmp_path / "there.json").chmod(0o444)  # it is replaced, so that only its folder must allow it
+    (tmp_path / "there.json").chmod(0o444)  # writing replaces it, so only its folder must allow it
     (tmp_path / "link.json").symlink_to("new.json")
     for path in ("there.json", "link.json", "other.json"):
         refuse_unwritable("--json", tmp_path / path)
@@ -22,23 +22,23 @@ def test_what_can_be_written_is_taken_as_it_is_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"there.json", "link.json", "new.json", "other.json", "pipe"}
 
 
-def test_what_cannot_be_written_is_refused_by_the_name_that_was_given_with_the_remedy(tmp_path):
+def test_a_file_that_cannot_be_written_is_refused_by_the_given_name(tmp_path):
     (tmp_path / "link.json").symlink_to(CLOSED / "new.json")
     for path in (CLOSED / "new.json", tmp_path / "link.json"):
-        told = rf"^--json {path}: nothing can be written in {CLOSED} \(.*\): make it writable, or choose another file$"
-        with pytest.raises(OSError, match=told):
+        with pytest.raises(OSError, match=rf"^--json {path}: .*{CLOSED}") as refused:
             refuse_unwritable("--json", path)
+        assert "\n" not in str(refused.value)
 
 
-def test_a_pipe_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+def test_a_pipe_without_the_right_to_write_is_refused(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr("os.access", lambda path, mode: (path, mode) != (tmp_path / "pipe", os.W_OK))
-    with pytest.raises(OSError, match="--json .*/pipe may not be written: choose another file"):
+    with pytest.raises(OSError, match=f"^--json {tmp_path}/pipe "):
         refuse_unwritable("--json", tmp_path / "pipe")
 
 
-def test_a_folder_that_is_not_there_is_named_also_behind_a_link(tmp_path):
+def test_a_missing_folder_is_named_also_behind_a_link(tmp_path):
     (tmp_path / "link.json").symlink_to(tmp_path / "gone" / "x.json")
     for name in ("link.json", "gone/x.json"):
-        with pytest.raises(OSError, match=rf"{name}: there is no folder {tmp_path}/gone$"):
+        with pytest.raises(OSError, match=rf"^--out {tmp_path}/{name}: .*{tmp_path}/gone "):
             refuse_unwritable("--out", tmp_path / name)

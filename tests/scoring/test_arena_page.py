@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dpdmd_pipeline.metrics.arena import ArenaOptions, about_pairs, make_arena, pair_up
-from dpdmd_pipeline.metrics.pictures import FileSet
+from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.scoring.pairs import about_pairs, pair_up
+from dpdmd_pipeline.scoring.sets import FileSet
 
 OPTIONS = ArenaOptions(per_prompt=2, set_size=4, side=None, seed=0)
 
 
 @pytest.fixture
 def sides(tmp_path):
-    """Two prompts with five pictures each on both sides; the second prompt tries to break out of the page."""
+    """Two prompts with five pictures each on both sides; the second prompt contains HTML."""
 
     def side(name, shift):
         sets = []
@@ -49,7 +50,7 @@ def test_the_page_holds_every_question_with_its_pictures_and_needs_nothing_else(
 
 
 def files(folder, *names):
-    """A set of these files, which need not be there."""
+    """A set of these files, which need not exist."""
     return FileSet("p", "a dog", tuple(folder / name for name in names))
 
 
@@ -57,46 +58,44 @@ def pairs(a, b):
     return [(one.name, other.name) for one, other in pair_up(a, b, ("A", "B")).pairs]
 
 
-def test_pictures_of_one_name_are_paired_though_others_are_wanting_on_either_side(tmp_path):
+def test_pictures_of_the_same_name_are_paired_though_either_side_lacks_some(tmp_path):
     a, b = files(tmp_path / "a", "1.png", "2.png", "4.png"), files(tmp_path / "b", "0.webp", "1.webp", "2.webp")
     assert pairs(a, b) == [("1.png", "1.webp"), ("2.png", "2.webp")]
-    (told,) = about_pairs([a], [b], ("A", "B"))
-    assert told == f"left out, since the other side has none of that name: {tmp_path}/a/4.png, {tmp_path}/b/0.webp"
+    (note,) = about_pairs([a], [b], ("A", "B"))
+    assert note.endswith(f": {tmp_path}/a/4.png, {tmp_path}/b/0.webp")
 
 
-def test_names_of_two_kinds_are_paired_by_their_numbers_if_both_sides_have_the_same(tmp_path):
+def test_different_names_are_paired_by_their_numbers_if_both_sides_have_the_same(tmp_path):
     a, b = files(tmp_path, "a dog_10.png", "a dog_2.png"), files(tmp_path, "0002.png", "0010.png")
     assert pairs(a, b) == [("a dog_10.png", "0010.png"), ("a dog_2.png", "0002.png")]
     assert about_pairs([a], [b], ("A", "B")) == []
 
 
 @pytest.mark.parametrize("names", [("x.png", "y.png"), ("seed8.png", "seed9.png"), ("1/r.png", "2/r.png")])
-def test_names_that_have_nothing_in_common_are_paired_in_order_which_is_told(tmp_path, names):
+def test_names_with_nothing_in_common_are_paired_in_order_with_a_note(tmp_path, names):
     a, b = files(tmp_path, *names), files(tmp_path, "0.png", "1.png")
     assert [other for _, other in pairs(a, b)] == ["0.png", "1.png"]
-    assert about_pairs([a], [b], ("A", "B")) == [
-        "paired by order only, since names differ: 1 prompt (p); see that they are of the same seeds"
-    ]
+    (note,) = about_pairs([a], [b], ("A", "B"))
+    assert "1 prompt (p)" in note
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ("img_1_.png", "img_2_.png", "img_3_.png"),  # 1 may be the second there, and the first here
-        ("0000.png", "0001.png"),  # some are wanting, and which cannot be told from a count
+        ("img_1_.png", "img_2_.png", "img_3_.png"),  # 1 may be the second there and the first here
+        ("0000.png", "0001.png"),  # some are missing, and a count does not tell which
         ("x.png", "y.png"),
     ],
 )
-def test_pictures_that_may_be_of_different_seeds_are_refused_by_prompt_counts_and_remedy(tmp_path, names):
+def test_pictures_of_possibly_different_seeds_are_refused_with_prompt_and_counts(tmp_path, names):
     a, b = files(tmp_path, *names), files(tmp_path, "0.png", "1.png", "2.png")
-    told = f"'p' has {len(names)} pictures in A .* and 3 pictures in B .* do not pair: give pictures of one seed the sa"
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=f"'p' .*{len(names)} pictures in A .*3 pictures in B "):
         pair_up(a, b, ("A", "B"))
 
 
-def test_a_prompt_without_pictures_on_a_side_is_refused_as_such(tmp_path):
+def test_a_prompt_without_pictures_on_a_side_is_refused(tmp_path):
     for sides in ((files(tmp_path), files(tmp_path, "0.png")), (files(tmp_path), files(tmp_path))):
-        with pytest.raises(ValueError, match="'p' has no picture in A: draw it, or delete the prompt on both sides"):
+        with pytest.raises(ValueError, match=r"'p' .*\bA\b"):
             pair_up(*sides, ("A", "B"))
 
 
@@ -116,7 +115,7 @@ def colour(page, key):
     return Image.open(io.BytesIO(base64.b64decode(page["pictures"][key].split(",")[1]))).getpixel((0, 0))
 
 
-def test_pairs_are_of_the_same_place_and_file_names_stay_out(sides):
+def test_pairs_have_the_same_seed_and_file_names_stay_out_of_the_page(sides):
     html = make_arena(*sides, ("folder a", "folder b"), OPTIONS)
     page = page_of(html)
     assert "secret" not in html
@@ -126,7 +125,7 @@ def test_pairs_are_of_the_same_place_and_file_names_stay_out(sides):
         assert colours[0][:2] == colours[1][:2] and (colours[0][2], colours[1][2]) == (10, 90)
 
 
-def test_the_same_page_comes_out_again_and_another_seed_asks_otherwise(sides):
+def test_a_page_is_reproducible_and_another_seed_gives_other_questions(sides):
     names = ("a", "b")
     pages = [page_of(make_arena(*sides, names, ArenaOptions(2, 4, None, seed))) for seed in (0, 0, 1, 2)]
     assert pages[0] == pages[1]
@@ -134,18 +133,18 @@ def test_the_same_page_comes_out_again_and_another_seed_asks_otherwise(sides):
     assert len({str(page["questions"]) for page in pages}) > 1
 
 
-def test_the_text_is_that_of_the_side_which_has_one_and_two_texts_are_refused(sides):
+def test_the_text_comes_from_either_side_and_two_texts_are_refused(sides):
     a, b = ([replace(one) for one in side] for side in sides)
-    a[0] = replace(a[0], text="p0", no_text="a name is no text")
+    a[0] = replace(a[0], text="p0", no_text="a name is not a text")
     b[0] = replace(b[0], text="a red dog")
     page = page_of(make_arena(a, b, ("a", "b"), OPTIONS))
     assert {q["prompt"] for q in page["questions"] if q["id"].startswith("p0/")} == {"a red dog"}
     a[0] = replace(a[0], text="a red cat", no_text="")
-    with pytest.raises(ValueError, match="prompt 'p0' is 'a red cat' in a and 'a red dog' in b: give both the same"):
+    with pytest.raises(ValueError, match="'p0' .*'a red cat' in a .*'a red dog' in b"):
         make_arena(a, b, ("a", "b"), OPTIONS)
 
 
-def test_a_name_that_no_encoding_has_costs_no_page(sides):
+def test_a_name_outside_utf_8_is_no_obstacle(sides):
     name = os.fsdecode(b"caf\xe9")
     html = make_arena(*sides, (name, "café"), OPTIONS)
     page = page_of(html.encode().decode())
@@ -154,29 +153,28 @@ def test_a_name_that_no_encoding_has_costs_no_page(sides):
 
 def test_reduced_pictures_keep_their_shape(sides):
     page = page_of(make_arena(*sides, ("a", "b"), ArenaOptions(1, 0, 16, 0)))
-    found = next(iter(page["pictures"].values()))
-    assert found.startswith("data:image/webp") and all(q["question"] == "quality" for q in page["questions"])
-    assert Image.open(io.BytesIO(base64.b64decode(found.split(",")[1]))).size == (16, 8)
+    uri = next(iter(page["pictures"].values()))
+    assert uri.startswith("data:image/webp") and all(q["question"] == "quality" for q in page["questions"])
+    assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == (16, 8)
 
 
-def test_what_cannot_be_compared_is_refused(sides, monkeypatch):
+def test_folders_that_do_not_compare_are_refused(sides, monkeypatch):
     a, b = sides
-    with pytest.raises(ValueError, match="'p1' is on one side only"):
+    with pytest.raises(ValueError, match="'p1'"):
         make_arena(a, b[:1], ("a", "b"), OPTIONS)
-    with pytest.raises(ValueError, match="'p0' has 5 pairs of pictures, 9 are needed: ask for fewer"):
+    with pytest.raises(ValueError, match=r"'p0' .*\b5 pairs.*\b9\b.*--sets"):
         make_arena(a, b, ("a", "b"), ArenaOptions(1, 9, None, 0))
-    monkeypatch.setattr("dpdmd_pipeline.metrics.arena.LARGEST_PAGE_MB", 0.0005)
-    with pytest.raises(ValueError, match="the page would be over .* --side 512"):
+    monkeypatch.setattr("dpdmd_pipeline.scoring.arena.LARGEST_PAGE_MB", 0.0005)
+    with pytest.raises(ValueError, match="0.0005 MB.*--side"):
         make_arena(a, b, ("a", "b"), OPTIONS)
 
 
-def test_all_bad_pictures_are_named_at_once_with_what_to_do(sides):
+def test_all_unusable_pictures_are_named_at_once(sides):
     a, b = sides
     a[0].files[0].write_bytes(b"")
     b[1].files[1].write_text("no picture")
     with pytest.raises(OSError) as refused:
         make_arena(a, b, ("a", "b"), OPTIONS)
-    told = str(refused.value)
-    assert told.startswith("2 pictures cannot be shown: ") and "\n" not in told
-    assert "secret_a_0_0.png (empty file)" in told and "secret_b_1_1.png (not a picture)" in told
-    assert "draw them again, or delete them and the pictures of the same seeds in the other folder" in told
+    message = str(refused.value)
+    assert "2 pictures" in message and "\n" not in message
+    assert "secret_a_0_0.png (empty file)" in message and "secret_b_1_1.png (not a picture)" in message

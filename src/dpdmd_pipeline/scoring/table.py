@@ -1,22 +1,22 @@
-"""Scores as a person reads them, and as a file keeps them."""
+"""Scores as a table for people and as a record for a file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpdmd_pipeline.metrics.score import Scores
+from dpdmd_pipeline.scoring.scores import Scores
 from dpdmd_pipeline.wording import counted, listed
 
-_NAMED = 5  # names of faulty pictures in the table; the file has all
+_FEW = 5  # names per kind of fault in the table; the file has all
 
 
-def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
-    """One line a figure, then what is missing, what was left out, and what to know.
+def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> str:
+    """One line per figure, then the missing metrics, the faults and the notes.
 
     Args:
-        scores: to show.
-        said: missing metrics that another table has named already.
+        scores: scores to show.
+        already_named: missing metrics of an earlier table, which this one does not repeat.
     """
     lines = [f"{counted(scores.pictures, 'picture')} of {counted(scores.prompts, 'prompt')}", ""]
     rows = [("metric", "value", "95 % interval", "prompts", "pictures", "protocol")]
@@ -25,9 +25,9 @@ def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     sections = (
-        ("Not measured", _missing(scores.missing, said or {})),
+        ("Not measured", _missing(scores.missing, already_named or {})),
         ("Left out of the figures", [_fault(kind, names) for kind, names in scores.faults.items()]),
-        ("To know", scores.notes),
+        ("Notes", scores.notes),
     )
     for title, entries in sections:
         if entries:
@@ -36,25 +36,25 @@ def as_table(scores: Scores, said: Mapping[str, str] | None = None) -> str:
 
 
 def _printable(text: str) -> str:
-    """With what would break the line or command the terminal written out: file names may hold anything."""
+    """Escape line breaks and terminal commands, which file names may contain."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def _missing(missing: Mapping[str, str], said: Mapping[str, str]) -> list[str]:
-    """One line a reason, which several metrics may share."""
+def _missing(missing: Mapping[str, str], already_named: Mapping[str, str]) -> list[str]:
+    """One line per reason, for all metrics that share it."""
     names: dict[str, list[str]] = {}
     for name, reason in missing.items():
-        if said.get(name) != reason:
+        if already_named.get(name) != reason:
             names.setdefault(reason, []).append(name)
-    return [f"{', '.join(found)}: {reason}" for reason, found in names.items()]
+    return [f"{', '.join(metrics)}: {reason}" for reason, metrics in names.items()]
 
 
 def _row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:
     low, high = figure["low"], figure["high"]
     spread = "" if low is None else f"{_number(low)} to {_number(high)}"
     n = figure["n"]
-    left = f" of {n['prompts'] + n['prompts_not_measured']}" if n.get("prompts_not_measured") else ""
-    return name, _number(figure["value"]), spread, f"{n['prompts']}{left}", str(n["pictures"]), figure["preset"]
+    total = f" of {n['prompts'] + n['prompts_not_measured']}" if n.get("prompts_not_measured") else ""
+    return name, _number(figure["value"]), spread, f"{n['prompts']}{total}", str(n["pictures"]), figure["preset"]
 
 
 def _number(value: float | None) -> str:
@@ -62,11 +62,11 @@ def _number(value: float | None) -> str:
 
 
 def _fault(kind: str, names: list[str]) -> str:
-    return f"{len(names)} x {kind}: {listed(names, _NAMED)}"
+    return f"{len(names)} x {kind}: {listed(names, _FEW)}"
 
 
 def as_record(scores: Scores) -> dict[str, Any]:
-    """The same, complete, as JSON."""
+    """All scores as JSON."""
     return {
         "format": 1,
         "prompts": scores.prompts,
@@ -82,25 +82,25 @@ def as_record(scores: Scores) -> dict[str, Any]:
 
 
 def as_gap_table(gaps: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> str:
-    """Share of DMD's loss recovered, one line a metric, then what is not in it.
+    """Share of DMD's loss recovered, one line per metric, then the notes.
 
     Args:
-        gaps: by full name of their figures.
-        notes: why some lack prompts, or are not there.
+        gaps: gaps by full name of their figures.
+        notes: reasons why gaps or prompts are missing.
     """
     lines = ["Gap recovered (0 is the baseline's diversity, 1 the teacher's):"]
     for name, gap in gaps.items():
         lines.append(f"  {name}: {_gap(gap)}  (prompts: {gap['prompts']})")
     if not gaps:
-        lines.append("  none: no diversity was measured in all three")
+        lines.append("  none: no metric of diversity was measured in all three")
     return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def _gap(gap: dict[str, Any]) -> str:
-    """Share and interval; a share without one is a number that chance may have made, and is called so."""
+    """Share and interval, or the reason why there is none: such a share may be chance."""
     if gap["value"] is None:
         return "the baseline lost nothing"
     if gap["low"] is not None:
         return f"{_number(gap['value'])}  {_number(gap['low'])} to {_number(gap['high'])}"
-    why = "one prompt gives none" if gap["prompts"] == 1 else "the baseline's loss cannot be told from chance"
+    why = "one prompt is not enough" if gap["prompts"] == 1 else "the baseline's loss may be chance"
     return f"{_number(gap['value'])}  no interval: {why}"

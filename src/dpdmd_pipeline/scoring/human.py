@@ -1,4 +1,4 @@
-"""What people preferred on an arena page: answers in, shares with intervals out."""
+"""People's answers on an arena page, summarised as shares with intervals."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.metrics.summary import ratio_interval
+from dpdmd_pipeline.scoring.arena import FORMAT
 from dpdmd_pipeline.wording import counted
 
-FORMAT = 1
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _RESULT = {"arena": str, "a": str, "b": str, "participant": str, "questions": int, "answers": list}
 _ANSWER = {"question": str, "prompt": str}
+_NO_RESULT = "is not a result of an arena page"
 _REMEDY = "give the files that the page's button saves"
 _Z = 1.959964  # 97.5 % point of the normal distribution
 
 
 def wilson(wins: int, total: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a share, right at 0 and 1 too."""
+    """95 % Wilson score interval of a share, valid at 0 and 1 too."""
     share, z2 = wins / total, _Z**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * (share * (1 - share) / total + z2 / (4 * total**2)) ** 0.5
@@ -29,35 +30,33 @@ def wilson(wins: int, total: int) -> tuple[float, float]:
 
 
 def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results that the page has saved, all of one comparison.
+    """Load the results that one page has saved.
 
     Raises:
-        ValueError: for what is no such file, for files of different pages, or a person counted twice.
-        OSError: for what cannot be read.
+        ValueError: for another kind of file, files of different pages, or two files of one person.
+        OSError: for a file that cannot be read.
     """
     results = [_load(Path(file)) for file in files]
-    seen: dict[tuple, Path] = {}
+    file_of: dict[str, Path] = {}
     for file, result in zip(files, results, strict=True):
         if result["arena"] != results[0]["arena"]:
-            raise ValueError(f"{file} is of another page than {files[0]}: summarise each page by itself")
-        if result["participant"] in seen:
-            raise ValueError(
-                f"{file} and {seen[result['participant']]} are both of participant {result['participant']!r}: "
-                "keep the later one"
-            )
-        seen[result["participant"]] = file
+            raise ValueError(f"{file} and {files[0]} are from different pages: summarise each page separately")
+        participant = result["participant"]
+        if participant in file_of:
+            raise ValueError(f"{file} and {file_of[participant]} are both from {participant!r}: keep the later one")
+        file_of[participant] = file
     return results
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """One person's results, with all that is read of them."""
+    """Load and check one person's results."""
     result = _read(file)
     if not isinstance(result, dict) or "format" not in result:
-        raise ValueError(f"{file} is no result of an arena page: {_REMEDY}")
+        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}")
     if result["format"] != FORMAT:
-        raise ValueError(f"{file} has format {result['format']}, this version reads {FORMAT}: make the page anew")
-    if wrong := _wrong_keys(result, _RESULT):  # `score --json` writes files of format 1 as well
-        raise ValueError(f"{file} is no result of an arena page, it has no {wrong}: {_REMEDY}")
+        raise ValueError(f"{file} has format {result['format']}, not {FORMAT}: make a new page with this version")
+    if wrong := _wrong_keys(result, _RESULT):  # `score --json` writes files of format 1 too
+        raise ValueError(f"{file} {_NO_RESULT} (no {wrong}): {_REMEDY}")
     for number, answer in enumerate(result["answers"]):
         _check_answer(f"{file}, answer {number}", answer)
     return result
@@ -66,61 +65,64 @@ def _load(file: Path) -> dict[str, Any]:
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:  # it is a folder, or not there
+    except OSError as error:
         raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{file} is no result of an arena page: {_REMEDY}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}") from error
 
 
-def _check_answer(place: str, answer: Any) -> None:
+def _check_answer(name: str, answer: Any) -> None:
     if not isinstance(answer, dict):
-        raise ValueError(f"{place} is no object: {_REMEDY}, as it was saved")
+        raise ValueError(f"{name} is not a JSON object: {_REMEDY}, unchanged")
     choice = answer.get("choice")
     if not isinstance(choice, str) or choice not in CHOICES:
-        raise ValueError(f"{place}: choice {choice!r} is none of {', '.join(CHOICES)}: {_REMEDY}, as it was saved")
+        raise ValueError(f"{name} has the choice {choice!r}, not one of {', '.join(CHOICES)}: {_REMEDY}, unchanged")
     if wrong := _wrong_keys(answer, _ANSWER):
-        raise ValueError(f"{place} has no {wrong}: {_REMEDY}, as it was saved")
+        raise ValueError(f"{name} has no {wrong}: {_REMEDY}, unchanged")
 
 
 def _wrong_keys(record: dict[str, Any], kinds: dict[str, type]) -> str:
-    """What is absent or of another kind: `arena and no answers`."""
+    """Names of missing keys and keys of another type, such as `arena and no answers`."""
     return " and no ".join(name for name, kind in kinds.items() if not isinstance(record.get(name), kind))
 
 
 def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Share of answers for A, for each question asked.
+    """Share of answers for A, for each kind of question.
 
     Args:
-        results: of one page, one per person.
-        seed: of the bootstrap over prompts, which people's answers to the same prompt move together.
+        results: results of one page, one per person.
+        seed: seed of the bootstrap over prompts: answers to the same prompt are not independent.
 
     Returns:
-        names of A and B, number of people, those who have not answered all questions of the page with their numbers,
-        and per kind of question: n, the counts, the share for A (a tie counts half) with its bootstrap interval, and
-        the share among decided answers with its Wilson interval.
+        Names of A and B, number of people, people with unanswered questions, and per kind of question: n, the counts,
+        the share for A (a tie counts half) with its bootstrap interval, and the share among decided answers with its
+        Wilson interval.
+
+    Raises:
+        ValueError: without any answer.
     """
     answers = [answer for result in results for answer in result["answers"]]
     if not answers:
-        raise ValueError("no answer in these results: someone has to finish a page first")
+        raise ValueError("these results have no answer: let someone answer questions of the page first")
     questions = {}
-    for question in sorted({answer["question"] for answer in answers}):
-        asked = [answer for answer in answers if answer["question"] == question]
-        questions[question] = _question([(answer["prompt"], answer["choice"]) for answer in asked], seed)
+    for kind in sorted({answer["question"] for answer in answers}):
+        of_kind = [(answer["prompt"], answer["choice"]) for answer in answers if answer["question"] == kind]
+        questions[kind] = _question(of_kind, seed)
     sides = {"a": results[0]["a"], "b": results[0]["b"]}
     return sides | {"people": len(results), "unfinished": _unfinished(results), "questions": questions}
 
 
 def _unfinished(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Numbers of answers and of questions by participant, where some are unanswered: the page saves these too."""
+    """Numbers of answers and questions of the participants who left some unanswered."""
     numbers = {one["participant"]: {"answers": len(one["answers"]), "questions": one["questions"]} for one in results}
-    return {name: found for name, found in numbers.items() if found["answers"] < found["questions"]}
+    return {name: one for name, one in numbers.items() if one["answers"] < one["questions"]}
 
 
 def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
     prompts = sorted({prompt for prompt, _ in answers})
     owners = torch.tensor([prompts.index(prompt) for prompt, _ in answers])
     marks = torch.tensor([CHOICES[choice] for _, choice in answers])
-    counts = {choice: sum(given == choice for _, given in answers) for choice in CHOICES}
+    counts = {choice: sum(answer == choice for _, answer in answers) for choice in CHOICES}
     decided = counts["a"] + counts["b"]
     low, high = wilson(counts["a"], decided) if decided else (None, None)
     return {
@@ -137,22 +139,22 @@ def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary as a person reads it."""
+    """The summary as text."""
     lines = [f"A is {summary['a']}, B is {summary['b']}; {counted(summary['people'], 'person', 'people')}"]
-    for name, found in summary["unfinished"].items():
-        lines.append(f"  {name} answered {found['answers']} of {found['questions']}")
-    for question, found in summary["questions"].items():
-        counts, share, decided = found["counts"], found["for_a"], found["for_a_decided"]
+    for name, numbers in summary["unfinished"].items():
+        lines.append(f"  {name} answered {numbers['answers']} of {numbers['questions']}")
+    for question, numbers in summary["questions"].items():
+        counts, share, decided = numbers["counts"], numbers["for_a"], numbers["for_a_decided"]
         lines.append(
             f"  {question}: A {counts['a']}, B {counts['b']}, no difference {counts['tie']} "
-            f"({counted(found['n']['answers'], 'answer')}, {counted(found['n']['prompts'], 'prompt')})"
+            f"({counted(numbers['n']['answers'], 'answer')}, {counted(numbers['n']['prompts'], 'prompt')})"
         )
         lines.append(f"    for A {_share(share)} ({share['preset']}); {_share(decided)} ({decided['preset']})")
     return "\n".join(lines)
 
 
-def _share(found: dict[str, Any]) -> str:
-    if found["value"] is None:
+def _share(figure: dict[str, Any]) -> str:
+    if figure["value"] is None:
         return "no decided answer"
-    spread = "" if found["low"] is None else f", {found['low']:.1%} to {found['high']:.1%}"
-    return f"{found['value']:.1%}{spread}"
+    spread = "" if figure["low"] is None else f", {figure['low']:.1%} to {figure['high']:.1%}"
+    return f"{figure['value']:.1%}{spread}"

@@ -1,0 +1,192 @@
+"""A page of blind side-by-side pairs for people to judge; `human` reads their answers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import mimetypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpdmd_pipeline.scoring.decode import read_picture
+from dpdmd_pipeline.scoring.pairs import pair_up
+from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.wording import counted, listed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = 1  # of the results that the page saves
+LARGEST_PAGE_MB = 200  # browsers open larger pages, but people do not wait for them
+_WEBP_QUALITY = 90
+_FEW = 3  # files in a message
+
+
+@dataclass(frozen=True)
+class ArenaOptions:
+    """Contents of a page.
+
+    Attributes:
+        per_prompt: number of single pairs of each prompt, for quality.
+        set_size: pictures per side in a question about diversity.
+        side: longer side of reduced pictures in pixels; None embeds the files unchanged.
+        seed: seed of the choice of pictures and of everyone's order.
+    """
+
+    per_prompt: int
+    set_size: int
+    side: int | None
+    seed: int
+
+
+def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str], options: ArenaOptions) -> str:
+    """The page as HTML without external files.
+
+    Args:
+        a, b: pictures of both sides, matched by prompt id.
+        names: names of the sides; only the saved results show them.
+        options: contents of the page.
+
+    Raises:
+        ValueError: if prompts, their texts or their pictures do not match, or the page would be too large.
+        OSError: if pictures are unusable; names them all.
+    """
+    others = {pictures.id: pictures for pictures in b}
+    unmatched = {one.id for one in a} ^ others.keys()
+    if unmatched:
+        raise ValueError(
+            f"prompt {min(unmatched)!r} is on one side only ({len(unmatched)} in total): compare the same prompts"
+        )
+    for sets, name in zip((a, b), names, strict=True):
+        _refuse_unread(sets, name)
+    pictures = _Pictures(options.side)  # filled on the way
+    questions = [question for one in a for question in _questions(one, others[one.id], names, options, pictures)]
+    pictures.refuse_unusable()
+    page = {"format": FORMAT, "a": names[0], "b": names[1], "seed": options.seed, "questions": questions}
+    identity = hashlib.sha256(json.dumps([page, sorted(pictures.uris)]).encode()).hexdigest()[:16]
+    return _render({"arena": identity, **page, "pictures": pictures.uris})
+
+
+def _refuse_unread(sets: Sequence[FileSet], name: str) -> None:
+    """Refuse formats that are not read: a missing picture would shift all later pairs that order alone makes."""
+    for one in sets:
+        if one.unread:
+            unread = listed([path.name for path in one.unread], _FEW)
+            raise ValueError(
+                f"prompt {one.id!r} in {name} has pictures in a format that is not read ({unread}): convert them to PNG"
+            )
+
+
+def _questions(
+    a: FileSet, b: FileSet, names: tuple[str, str], options: ArenaOptions, pictures: _Pictures
+) -> list[dict[str, Any]]:
+    """Questions about one prompt: sets of the same seeds, then pairs of single pictures."""
+    pairs, needed = pair_up(a, b, names).pairs, max(options.per_prompt, options.set_size)
+    if len(pairs) < needed:
+        raise ValueError(
+            f"prompt {a.id!r} has {counted(len(pairs), 'pair')} of pictures, not {needed}: lower --singles and --sets"
+        )
+    questions, text = [], _text_of(a, b, names)
+
+    def add(kind: str, key: str | int, pairs: Sequence[tuple[Path, Path]]) -> None:
+        sides = [[pictures.embed(file) for file in side] for side in zip(*pairs, strict=True)]
+        questions.append({"question": kind, "prompt": text, "id": f"{a.id}/{key}", "a": sides[0], "b": sides[1]})
+
+    if options.set_size:
+        add("diversity", "diversity", pairs[: options.set_size])
+    for number in _chosen(a.id, len(pairs), options):
+        add("quality", number, [pairs[number]])
+    return questions
+
+
+def _text_of(a: FileSet, b: FileSet, names: tuple[str, str]) -> str:
+    """Text above the pictures: that of a side which has one, else the id.
+
+    Raises:
+        ValueError: if the sides have different texts.
+    """
+    texts = [one.text for one in (a, b) if not one.no_text]
+    if len(set(texts)) > 1:
+        both = " and ".join(f"{text!r} in {name}" for text, name in zip(texts, names, strict=True))
+        raise ValueError(f"prompt {a.id!r} is {both}: give both the same text")
+    return texts[0] if texts else a.text
+
+
+def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
+    """Indices of the pairs to compare singly; chosen by hash, so that other prompts change nothing."""
+
+    def rank(number: int) -> bytes:
+        return hashlib.sha256(f"{options.seed}/{prompt}/{number}".encode(errors="surrogateescape")).digest()
+
+    return sorted(sorted(range(available), key=rank)[: options.per_prompt])
+
+
+class _Pictures:
+    """Pictures of the page, each once, under the hash of its content; file names stay out of the page.
+
+    Args:
+        side: longer side of reduced pictures in pixels; None leaves the files unchanged.
+
+    Attributes:
+        uris: data URIs by hash.
+        faults: kinds of fault by file.
+    """
+
+    def __init__(self, side: int | None) -> None:
+        self.side = side
+        self.uris: dict[str, str] = {}
+        self.faults: dict[Path, str] = {}
+        self._size = 0
+
+    def embed(self, file: Path) -> str:
+        """Add a picture and return its hash, which is empty for an unusable one.
+
+        Raises:
+            ValueError: if the page would be too large.
+        """
+        try:
+            image = read_picture(file)  # decode it now, so that no one meets a broken picture later
+        except OSError as error:
+            self.faults[file] = str(error)
+            return ""
+        content, kind = self._encoded(file, image)
+        key = hashlib.sha256(content).hexdigest()[:16]
+        if key not in self.uris:
+            self.uris[key] = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+            self._size += len(self.uris[key])
+        if self._size > LARGEST_PAGE_MB * 1e6:
+            raise ValueError(f"the page would be over {LARGEST_PAGE_MB} MB: reduce the pictures with --side 512")
+        return key
+
+    def _encoded(self, file: Path, image: Image) -> tuple[bytes, str]:
+        """Content and media type."""
+        if self.side is None:
+            return file.read_bytes(), mimetypes.guess_type(file.name)[0] or "image/png"
+        image.thumbnail((self.side, self.side))
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
+        return buffer.getvalue(), "image/webp"
+
+    def refuse_unusable(self) -> None:
+        """Name all unusable pictures at once.
+
+        Raises:
+            OSError: if there is one.
+        """
+        if self.faults:
+            faults = ", ".join(f"{file} ({fault})" for file, fault in self.faults.items())
+            # On both sides: pairs that order alone makes need equal numbers.
+            remedy = "draw them again, or delete them and the pictures of the same seeds in the other folder"
+            raise OSError(f"cannot show {counted(len(self.faults), 'picture')}: {faults}: {remedy}")
+
+
+def _render(page: dict[str, Any]) -> str:
+    template = (files("dpdmd_pipeline.scoring") / "arena.html").read_text(encoding="utf-8")
+    # "</script>" in a prompt must not end the script. JSON escapes bytes of file names that are not UTF-8.
+    data = json.dumps(page).replace("<", "\\u003c")
+    return template.replace("/*PAGE*/null", data)

@@ -1,0 +1,66 @@
+"""The share of diversity lost by DMD that another model wins back, for every metric of diversity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dpdmd_pipeline.metrics.summary import gap_figure
+from dpdmd_pipeline.scoring.scores import Scores
+
+_LOWER_IS_MORE_DIVERSE = ("duplicate_rate",)
+_ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; the others depend on the number of pictures
+
+
+def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dict[str, dict[str, Any]]:
+    """Share of DMD's loss that ours wins back, for every diversity metric that all three have.
+
+    A prompt counts if all three could measure it and, for metrics that depend on the number of pictures, have equal
+    numbers of usable pictures.
+
+    Returns:
+        By full name of the figure: value, low, high, prompts, preset.
+    """
+    gaps = {}
+    for name in _diversity_of(ours):
+        prompts, _ = _compared(name, teacher, dmd, ours)
+        if not prompts:
+            continue
+        sign = -1 if name.rsplit(".", 1)[1] in _LOWER_IS_MORE_DIVERSE else 1
+        tables = [scores.per_prompt[name] for scores in (teacher, dmd, ours)]
+        rows = [sign * torch.tensor([table[key] for key in prompts], dtype=torch.float64) for table in tables]
+        gaps[name] = gap_figure(*rows, seed) | {"prompts": len(prompts), "preset": ours.figures[name]["preset"]}
+    return gaps
+
+
+def gap_notes(teacher: Scores, dmd: Scores, ours: Scores) -> list[str]:
+    """Notes on gaps without some or all prompts, one line per reason."""
+    reasons: dict[str, list[str]] = {}
+    for name in _diversity_of(ours):
+        prompts, uneven = _compared(name, teacher, dmd, ours)
+        if uneven:
+            reason = (
+                f"the gap leaves out {uneven} of {len(prompts) + uneven} prompts, whose numbers of usable pictures "
+                "differ between the three models"
+            )
+            reasons.setdefault(reason, []).append(name)
+        elif not prompts:
+            reasons.setdefault("no gap: no prompt was measured in all three", []).append(name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+
+
+def _diversity_of(scores: Scores) -> list[str]:
+    return [name for name in scores.per_prompt if name.startswith("diversity.")]
+
+
+def _compared(name: str, *models: Scores) -> tuple[list[str], int]:
+    """Prompts of a figure's comparison, and the number of prompts dropped for unequal numbers of pictures."""
+    tables = [scores.per_prompt.get(name, {}) for scores in models]
+    shared = [key for key in tables[-1] if all(key in table for table in tables)]
+    metric, number = name.rsplit(".", 1)
+    if number in _ANY_NUMBER:
+        return shared, 0
+    usable = [scores.usable.get(metric, {}) for scores in models]
+    equal = [key for key in shared if len({table.get(key) for table in usable}) == 1]
+    return equal, len(shared) - len(equal)
