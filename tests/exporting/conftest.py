@@ -119,7 +119,7 @@ def export_options(**changes: Any) -> dict[str, Any]:
         "license_name": None,
         "license_link": None,
         "base_model": None,
-        "options": {"train": {"grid": "shifted", "student": {"learning_rate": 0.1}}},
+        "recipe": {"train": {"grid": "shifted", "student": {"learning_rate": 0.1}}},
         "metrics": {},
         **changes,
     }

@@ -22,7 +22,7 @@ def card(header=CASES["sd3_shifted"].header, **changes):
         "dtype": "bfloat16",
         "files": {"diffusers": "diffusers", "comfyui": "comfyui/mine.safetensors"},
         "diffusers": DiffusersUse({}, {"num_inference_steps": 4}, "FlowMatchEulerDiscreteScheduler", {}, False),
-        "options": {"train": {"student": {"learning_rate": 0.1}}},
+        "recipe": {"train": {"student": {"learning_rate": 0.1}}},
         "metrics": {},
     }
     return write_card(CardFacts(**facts | changes))

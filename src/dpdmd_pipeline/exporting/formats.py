@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
 from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, network_files
-from dpdmd_pipeline.backbones.student_file import load_header, load_lora, weight_file
-from dpdmd_pipeline.backbones.student_header import StudentHeader, check_family
+from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_tensors, refuse_pickles, save_weights, stored_shapes
 from dpdmd_pipeline.exporting.schedulers import TrainedSchedule, trained_schedule
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
 from dpdmd_pipeline.backbones.options import Device, resolve_device
-from dpdmd_pipeline.backbones.student_file import load_header, load_weights
-from dpdmd_pipeline.backbones.student_header import StudentHeader, check_prediction
+from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
+from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError

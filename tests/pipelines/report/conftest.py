@@ -1,10 +1,16 @@
 """Artificial inputs of the report: metrics, histories, grids and options."""
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
+import torch
 import yaml
 from PIL import Image
 
+from dpdmd_pipeline.backbones.networks import WEIGHTS
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.tensor_files import save_weights
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 
 ROOT = Path(__file__).parents[3]
@@ -28,6 +34,7 @@ def made_metrics(modes=(64.0, 5.0, 58.0), valid=(0.95, 0.87, 0.91), spread=0.02)
     for name, mode, share, nfe in zip(COLOURS, modes, valid, (60, 4, 4), strict=True):
         metrics[name] = {
             "nfe": nfe,
+            "student": None if name == "teacher" else f"identity of {name}",
             "n": {"prompts": 3, "per_prompt": 64},
             "quality": {
                 "valid": measured(share, spread),
@@ -102,10 +109,24 @@ def made_history(anchored, steps=120):
     ]
 
 
-def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
-    def group(name, file=None):
-        return yaml.safe_load((ROOT / "conf" / "base" / f"parameters_{file or name}.yml").read_text())[name]
+def group(name, file=None):
+    """A parameter group of conf/base."""
+    path = ROOT / "conf" / "base" / (f"parameters_{file or name}.yml" if name != "backbone" else "parameters.yml")
+    return yaml.safe_load(path.read_text())[name]
 
+
+@cache
+def made_student(model):
+    """Folder of a student without weights, whose header names identity and recipe."""
+    train = group("train") if model == "dp_dmd" else group("train_dmd", "train")
+    recipe = {"backbone": group("backbone"), "anchors": group("anchors"), "train": train}
+    header = StudentHeader("sd3", [1.0, 0.5, 0.0], identity=f"identity of {model}", recipe=recipe)
+    folder = Path(tempfile.mkdtemp())
+    save_weights(folder / WEIGHTS, {"weight": torch.zeros(1)}, header.metadata())
+    return folder
+
+
+def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
     inputs = {
         "metrics": made_metrics(),
         "scores": made_scores(texts),
@@ -116,7 +137,9 @@ def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
         **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
         "options": OPTIONS,
         "environment": "base",
-        **{f"{name}_options": group(name) for name in ("backbone", "prompts", "anchors", "train", "evaluate")},
-        "train_dmd_options": group("train_dmd", "train"),
+        "prompts_options": group("prompts"),
+        "evaluate_options": group("evaluate"),
+        "student": made_student("dp_dmd"),
+        "student_dmd": made_student("dmd"),
     }
     return {**inputs, **changes}

@@ -22,17 +22,17 @@ from tests.pipelines.report.conftest import (
     made_inputs,
     made_metrics,
     made_scores,
+    made_student,
     measured,
     without_reader,
 )
 
-from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.errors import MissingInputError, StageError
+from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
 from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.wording import make_verdict
-from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 
 class Tags(HTMLParser):
@@ -143,13 +143,15 @@ def test_the_same_inputs_give_the_same_bytes():
 
 def test_typed_and_plain_options_give_the_same_bytes():
     plain = made_inputs()
-    recipe = {name: plain["train_options"][name] for name in Recipe.model_fields}
-    typed = {
-        "backbone_options": BackboneOptions.model_validate(plain["backbone_options"]),
-        "anchors_options": AnchorRecipe.model_validate(plain["anchors_options"]),
-        "train_options": Recipe.model_validate(recipe),
-    }
-    assert make_report(**{**plain, "train_options": recipe}) == make_report(**{**plain, **typed})
+    typed = {"prompts_options": PromptsOptions.model_validate(plain["prompts_options"])}
+    assert make_report(**plain) == make_report(**{**plain, **typed})
+
+
+def test_metrics_of_another_student_are_refused():
+    for changes in ({"student": made_student("dmd")}, {"student_dmd": made_student("dp_dmd")}):
+        with pytest.raises(StageError, match="another student") as error:
+            make_report(**made_inputs(**changes))
+        assert error.value.stage == "evaluate" and "identity" in str(error.value)
 
 
 def test_options_that_differ_between_the_students_are_marked():
@@ -344,7 +346,7 @@ def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(ca
 
 
 def test_the_pipeline_makes_both_reports_and_then_shows_the_result(capsys, tmp_path):
-    stages = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
+    stages = ("prompts", "evaluate")
     renamed = {"options": "params:report", **{f"{name}_options": f"params:{name}" for name in stages}}
     inputs = {renamed.get(name, name): MemoryDataset(value) for name, value in made_inputs().items()}
     reports = {name: TextDataset(filepath=str(tmp_path / name)) for name in ("report_html", "report_md")}

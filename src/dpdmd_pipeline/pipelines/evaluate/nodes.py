@@ -88,7 +88,8 @@ def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, in
 def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
     """Figures of the three models, and the share of DMD's lost diversity that DP-DMD recovers.
 
-    `model` is the start of each folder's hash: the export compares it with the hash of its own student.
+    `model` is the start of each folder's hash, `student` the identity in a student's header: export and report compare
+    them with the student that they get.
     """
     from dpdmd_pipeline.pipelines.evaluate.scoring import exact_names
 
@@ -115,6 +116,7 @@ def _model_metrics(
     return {
         "nfe": manifest["nfe"][model],
         "model": manifest["models"][model][:16],
+        "student": manifest.get("students", {}).get(model),
         "n": {"prompts": record["prompts"], "per_prompt": options.images_per_prompt},
         "exact_presets": presets,
         **exact,

@@ -33,10 +33,14 @@ def sample_images(
 
     check_embeddings(embeddings, prompts, teacher)
     folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
-    steps = {name: load_header(folder).num_steps for name, folder in folders.items() if folder}
+    headers = {name: load_header(folder) for name, folder in folders.items() if folder}
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
-        "nfe": {"teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2), **steps},
+        "students": {name: header.identity for name, header in headers.items()},
+        "nfe": {
+            "teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2),
+            **{name: header.num_steps for name, header in headers.items()},
+        },
         "images_per_prompt": options.images_per_prompt,
     }
     samples = _samples(chosen, options)
@@ -141,8 +145,7 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
 
 def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
     """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
-    from dpdmd_pipeline.backbones.student_file import load_header, load_weights
-    from dpdmd_pipeline.backbones.student_header import check_prediction
+    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
 
     header = load_header(folder)

@@ -113,7 +113,8 @@ class ScoreCache:
             code_hash("metrics.embedders", "metrics.features", "metrics.passes"), libraries, pictures
         )
         self.settings = replace(settings, features=folder / f"features_{features[:16]}")
-        self._common = (SCHEMA, code_hash("scoring.score"), libraries, pictures, settings.seed, settings.passes.device)
+        code = code_hash("scoring.score", "scoring.builders")
+        self._common = (SCHEMA, code, libraries, pictures, settings.seed, settings.passes.device)
 
     def path(self, model: str, preset: Preset) -> Path:
         """File of one model's scores by one preset; its name hashes everything that decides them."""

@@ -1,6 +1,7 @@
 """Nodes of the report stage."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter, prompt_table
@@ -9,7 +10,7 @@ from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import render
 from dpdmd_pipeline.pipelines.report.pictures import picture_rows
 from dpdmd_pipeline.pipelines.report.plots import cycle_rows, prompt_rows
-from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, versions
+from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, student_options, versions
 from dpdmd_pipeline.pipelines.report.tables import (
     all_notes,
     describe_metrics,
@@ -30,35 +31,45 @@ def make_report(
     grid_teacher: Any,
     grid_dmd: Any,
     grid_dp_dmd: Any,
+    student: Path,
+    student_dmd: Path,
     options: ReportOptions,
+    prompts_options: Any,
+    evaluate_options: Any,
     environment: str,
-    **stage_options: Any,
 ) -> tuple[str, str]:
     """Render the page as HTML and as Markdown; the same inputs and versions give the same bytes.
 
     Args:
         grid_teacher, grid_dmd, grid_dp_dmd: PIL images of equal height, with one row for each of the first evaluation
             prompts (evaluate.grid_prompts).
+        student, student_dmd: their headers name the options of their training.
+        prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
         environment: folder of conf/ that the run used.
-        stage_options: options of the other stages, as `<stage>_options`: a dict or the model of the stage's own nodes.
 
     Returns:
         report.html, which needs no other file, and report.md, which links the pictures in its own folder.
 
     Raises:
-        StageError: if metrics or grids are missing, or belong to another version or to other prompts.
+        StageError: if metrics or grids are missing, or belong to another version, to other prompts or students.
     """
-    groups = {name.removesuffix("_options"): plain_options(group) for name, group in stage_options.items()}
+    described = describe_metrics(metrics)
+    groups = {
+        **student_options({"dmd": student_dmd, "dp_dmd": student}, metrics),
+        "prompts": plain_options(prompts_options),
+        "evaluate": plain_options(evaluate_options),
+        "report": plain_options(options),
+    }
     grids = {"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}
     page = {
-        **describe_metrics(metrics),
+        **described,
         **_describe_pictures(prompts, grids, int(groups["evaluate"]["grid_prompts"]), options),
         "scatter": make_scatter(scores),
         "prompt_table": prompt_table(scores, options.max_prompts),
         "bars": make_bars(scores["attributes"]),
         "student_cycles": student_cycles({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
-        "options": option_tables({**groups, "report": plain_options(options)}),
+        "options": option_tables(groups),
         "environment": environment,
         "versions": versions(),
     }

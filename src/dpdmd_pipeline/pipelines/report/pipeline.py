@@ -4,7 +4,6 @@ from kedro.pipeline import Node, Pipeline
 
 from dpdmd_pipeline.pipelines.report.nodes import make_plots, make_report, show_result
 
-STAGES = ("backbone", "prompts", "anchors", "train", "train_dmd", "evaluate")
 RESULTS = (
     "metrics",
     "scores",
@@ -14,13 +13,15 @@ RESULTS = (
     "grid_teacher",
     "grid_dmd",
     "grid_dp_dmd",
+    "student",
+    "student_dmd",
 )
 
 
 def create_pipeline(**kwargs) -> Pipeline:
     """From metrics, grids and histories to a page, rows for `dvc plots`, and a table in the terminal."""
-    stage_options = {f"{stage}_options": f"params:{stage}" for stage in STAGES}
-    inputs = {**{name: name for name in (*RESULTS, "environment")}, "options": "params:report", **stage_options}
+    options = {"prompts_options": "params:prompts", "evaluate_options": "params:evaluate", "options": "params:report"}
+    inputs = {**{name: name for name in (*RESULTS, "environment")}, **options}
     reports = ["report_html", "report_md"]
     rows = ["scores", "train_history", "train_history_dmd"]
     plots = ["plot_losses", "plot_watched", "plot_prompts"]

@@ -1,11 +1,51 @@
 """Options and versions behind the page."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines.report.wording import DASH
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "kedro", "kedro-datasets", "dvc")
+
+
+def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The options that decided each student, from the headers of its own weights.
+
+    Args:
+        students: `dmd` and `dp_dmd` to the student's folder.
+        metrics: figures of all models, with the identities of the measured students.
+
+    Returns:
+        Parameter group to its options as text; DMD's training is `train_dmd`, all else is DP-DMD's. {} for students
+        whose headers name no recipe.
+
+    Raises:
+        StageError: if the metrics belong to other students.
+    """
+    from dpdmd_pipeline.backbones.student_file import load_header
+
+    groups: dict[str, dict[str, str]] = {}
+    for model, folder in students.items():
+        header = load_header(folder)
+        measured = metrics[model].get("student")
+        if measured != header.identity:
+            raise StageError(
+                f"the metrics belong to another student than {folder}: they name {_short(measured)}, its header "
+                f"{_short(header.identity)}",
+                stage="evaluate",
+            )
+        recipe = {name: plain_options(group) for name, group in (header.recipe or {}).items()}
+        if model == "dmd":
+            groups |= {"train_dmd": recipe["train"]} if "train" in recipe else {}
+        else:
+            groups |= recipe
+    return groups
+
+
+def _short(identity: str | None) -> str:
+    return identity[:8] if identity else "none"
 
 
 def plain_options(group: Any) -> dict[str, str]:
@@ -42,7 +82,7 @@ def option_tables(groups: Mapping[str, dict[str, str]]) -> list[dict[str, Any]]:
     for name, group in groups.items():
         if name == "train_dmd":
             continue
-        columns = {"DP-DMD": group, "DMD": groups["train_dmd"]} if name == "train" else {"": group}
+        columns = {"DP-DMD": group, "DMD": groups.get("train_dmd", {})} if name == "train" else {"": group}
         keys = sorted({key for column in columns.values() for key in column})
         rows = [(key, [column.get(key, DASH) for column in columns.values()]) for key in keys]
         tables.append({
