@@ -26,8 +26,8 @@ import timing
 import workload
 from dpdmd_pipeline.datasets.sharded import ShardedTensors
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
-from dpdmd_pipeline.training import anchors, distill
-from dpdmd_pipeline.training.cost import Settings, cycle_cost
+from dpdmd_pipeline.training import anchors, draws
+from dpdmd_pipeline.training.cost import TeacherSettings, cycle_cost
 from record import record
 from timing import Shares, Taken, replaced
 from workload import CHEAPER, FAST, Workload
@@ -168,9 +168,8 @@ def _counted(work: Workload, name: str) -> float:
     """Passes through the network per sample and cycle, before anything is measured."""
     options, steps = _options(work, name), [level.steps for level in work.anchor_recipe.anchor_levels]
     online = steps if name in (REFERENCE, PLAIN, ONLINE) else ()
-    return cycle_cost(
-        options.recipe(), Settings(work.backbone.guidance_scale, options.gradient_checkpointing, online)
-    ).cycle.total
+    teacher = TeacherSettings(work.backbone.guidance_scale, online)
+    return cycle_cost(options.recipe(), options.execution(), teacher).cycle.total
 
 
 def _row(
@@ -235,9 +234,9 @@ def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
     # without checkpointing, or backward would hold forward passes
     roles, records = work.start(work.options(gradient_checkpointing=False, **changes))
     data = [(ShardedTensors, "rows")]
-    draws = [
+    draw_functions = [
         (module, name)
-        for module in (distill, anchors)
+        for module in (draws, anchors)
         for name in ("noise_from_seeds", "uniform_from_seeds", "sample_seeds")
         if hasattr(module, name)
     ]
@@ -245,7 +244,7 @@ def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
         "backward": [(Accelerator, "backward")],
         "optimizer": OPTIMIZER,
         "data: caches": data,
-        "data: noise and levels": draws,
+        "data: noise and levels": draw_functions,
     }
     with closing(records):
         return _shares(records.__next__, (roles.teacher, roles.student, roles.fake_score), charged)

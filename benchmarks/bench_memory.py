@@ -31,7 +31,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.options import TrainOptions
 from dpdmd_pipeline.pipelines.train.preflight import memory_model
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
-from dpdmd_pipeline.training.memory import RESERVED, MemorySplit
+from dpdmd_pipeline.training.memory import RESERVED
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_weightless_teacher
 from record import ROOT, record
@@ -142,8 +142,7 @@ def _case(work: Workload, kind: str, batch: int) -> dict[str, Any]:
     options = work.options(
         roles=kind, batch_size=batch, student_micro_batch=batch, fake_score_micro_batch=batch, rollout_micro_batch=batch
     )
-    split = MemorySplit.alike(batch, gradient_checkpointing=options.gradient_checkpointing)
-    estimated = memory_model(work.teacher, work.backbone).estimate(options.recipe(), split)
+    estimated = memory_model(work.teacher, work.backbone).estimate(options.recipe(), options.execution())
     parts = ("weights", "gradients", "optimizer", "activations")
     found = {
         "ours": ours(work, options),
@@ -231,11 +230,13 @@ def at_full_size(folder: Path) -> dict[str, Any]:
 def _estimated(teacher: Path, env: str) -> dict[str, int]:
     """Bytes by their kind, with an environment's own options, but one sample at a time."""
     parameters = OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["parameters"]
-    backbone, options = BackboneOptions(**parameters["backbone"]), TrainOptions(**parameters["train"])
-    recipe, split = options.recipe(), MemorySplit.alike(1, gradient_checkpointing=options.gradient_checkpointing)
+    backbone = BackboneOptions(**parameters["backbone"])
+    one_sample = dict.fromkeys(("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch"), 1)
+    options = TrainOptions(**parameters["train"] | one_sample)
+    recipe = options.recipe()
     if recipe.roles == "full":  # the published loop goes back through both losses at once
         recipe = recipe.model_copy(update={"stop_gradient": False})
-    found = memory_model(teacher, backbone).estimate(recipe, split)
+    found = memory_model(teacher, backbone).estimate(recipe, options.execution())
     return {part: getattr(found, part) for part in ("weights", "gradients", "optimizer", "activations")}
 
 

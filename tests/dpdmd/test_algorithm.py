@@ -7,7 +7,7 @@ import torch
 from gaussian import PATHS, flow_levels, make_gaussian, sdxl_table, vp_levels
 from torch import nn
 
-from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, student_loss, student_pictures
+from dpdmd_pipeline.dpdmd.algorithm import fake_score_update_loss, student_loss, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps, teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, vp_level, x0_from_eps, x0_from_velocity
 from dpdmd_pipeline.dpdmd.sampling import rollout
@@ -138,7 +138,7 @@ def test_the_fake_score_turn_is_flow_matching_on_the_students_pictures():
     student, _, fake_score = networks()
     grid, t = [1, 0.75, 0.5, 0.25, 0], FLOW_BATCH["level"].sigma
     levels = flow_level(torch.tensor(grid, dtype=torch.float64))
-    loss = fake_score_turn_loss(
+    loss = fake_score_update_loss(
         denoiser(x0_from_velocity, fake_score),
         x0=student_pictures(denoiser(x0_from_velocity, student), FLOW_BATCH["noise"], levels),
         renoise=FLOW_BATCH["renoise"],
@@ -166,7 +166,7 @@ def test_each_turn_trains_its_own_network_only():
     assert all(parameter.grad is None for net in (teacher, fake_score) for parameter in net.parameters())
     student.zero_grad(set_to_none=True)
     x0 = student_pictures(roles[0], FLOW_BATCH["noise"], levels)
-    fake_score_turn_loss(roles[2], x0=x0, renoise=FLOW_BATCH["renoise"], level=FLOW_BATCH["level"]).backward()
+    fake_score_update_loss(roles[2], x0=x0, renoise=FLOW_BATCH["renoise"], level=FLOW_BATCH["level"]).backward()
     assert all(parameter.grad is not None for parameter in fake_score.parameters())
     assert all(parameter.grad is None for parameter in student.parameters())
 

@@ -114,7 +114,6 @@ VARIANTS = {
     "last_step": {"graded_steps": "last"},
     "shared_rollout": {"fake_rollout": "shared"},
     "warmed_up": {"fake_score_warmup": 3, "warmup": 2},
-    "balanced": {"weighting": "balanced", "balance_ema": 0.9},
     "guided_in_an_interval": {"guidance_interval": [0.3, 0.7]},
     "watched": WATCHED,
     "best_turn": {"watch": {**WATCHED["watch"], "every": 1, "keep": "best"}},
@@ -136,48 +135,15 @@ def test_every_variant_trains_and_resumes_bit_for_bit(start, tmp_path, variant):
     assert torch.equal(weights(resumed), weights(whole))
 
 
-BALANCED = {"weighting": "balanced", "diversity_weight": 0.25}
-
-
-@pytest.mark.parametrize("changes", [{}, BALANCED], ids=["fixed", "balanced"])
-def test_a_batch_may_be_worked_through_in_parts(start, tmp_path, changes):
-    whole, records = start(tmp_path / "whole", batch_size=4, execution={"student_micro_batch": 4}, **changes)
+def test_a_batch_may_be_worked_through_in_micro_batches(start, tmp_path):
+    whole, records = start(tmp_path / "whole", batch_size=4, execution={"student_micro_batch": 4})
     history = list(records)
     parts = {"student_micro_batch": 3, "fake_score_micro_batch": 1}
-    in_parts, records = start(tmp_path / "parts", batch_size=4, execution=parts, **changes)
+    in_parts, records = start(tmp_path / "parts", batch_size=4, execution=parts)
     for ours, theirs in zip(records, history, strict=True):
         ours.pop("grad_ratio", None), theirs.pop("grad_ratio", None)  # of the first part only
         assert ours == pytest.approx(theirs, rel=1e-4)
     torch.testing.assert_close(weights(in_parts), weights(whole), rtol=1e-3, atol=2e-4)
-
-
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_a_balanced_weight_holds_the_gradients_in_the_ratio_asked_for(start, tmp_path, stop_gradient):
-    """The ratio is measured apart, by passes of its own, for the record."""
-    asked = {**BALANCED, "stop_gradient": stop_gradient, "balance_every": 1, "balance_ema": 0.0}
-    _, records = start(tmp_path, execution={"ratio_every": 1}, **asked)
-    history = list(records)
-    assert [row["grad_ratio"] for row in history] == pytest.approx([0.25] * 4, rel=1e-4)
-    assert len({row["diversity_weight"] for row in history}) == 4
-
-
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_a_balanced_run_is_a_fixed_one_of_the_weights_on_its_record(start, tmp_path, stop_gradient):
-    asked = {**BALANCED, "stop_gradient": stop_gradient, "balance_every": 10}
-    balanced, records = start(tmp_path / "balanced", **asked)
-    history = list(records)
-    (weight,) = {row.pop("diversity_weight") for row in history}
-    fixed = {"weighting": "fixed", "diversity_weight": weight, "stop_gradient": stop_gradient}
-    same, records = start(tmp_path / "fixed", **fixed)
-    for ours, theirs in zip(history, records, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    torch.testing.assert_close(weights(balanced), weights(same), rtol=1e-3, atol=2e-4)
-
-
-def test_a_weight_is_measured_anew_only_where_the_recipe_says_so(start, tmp_path):
-    _, records = start(tmp_path, weighting="balanced", balance_every=2)
-    first, second, third, fourth = (row["diversity_weight"] for row in records)
-    assert first == second != third == fourth
 
 
 def test_an_interval_of_guidance_changes_the_teacher_of_dmd_and_not_the_anchors(start, tmp_path):
@@ -245,11 +211,12 @@ def test_gradients_of_the_two_losses_add_up_where_the_first_is_back_propagated_a
     """One turn without clipping: its gradient is that of L_DMD + lambda L_div, taken together by Algorithm 1."""
     from dpdmd_pipeline.dpdmd.algorithm import student_loss
     from dpdmd_pipeline.training import distill
+    from dpdmd_pipeline.training.run import Trained
 
     seen = {}
     monkeypatch.setattr(distill, "follow_anchors", lambda student, **given: _kept(seen, student, given))
     monkeypatch.setattr(distill, "match_teacher", lambda *roles, **given: _matched(seen, roles, given))
-    monkeypatch.setattr(distill._Run, "_update", lambda run, model, *_: _grads(seen, model))
+    monkeypatch.setattr(Trained, "update", lambda role: _grads(seen, role.network))
     roles, records = start(tmp_path, max_steps=1, diversity_weight=2.0)
     next(records)
     given = {**seen["follow"], **{k: v for k, v in seen["match"].items() if k not in {"latents", "first"}}}

@@ -13,14 +13,14 @@ from contextlib import closing
 
 import pytest
 
-from dpdmd_pipeline.training.launch import Launch, _join, launched
+from dpdmd_pipeline.training.launch import launched
+from dpdmd_pipeline.training.member import Launch, _join
 
 TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
 BEST = {"every": 1, "prompts": 2, "images_per_prompt": 2, "level": 0.4, "keep": "best", "diversity_floor": 0.9}
 RUNS = {
     "full": {"max_steps": 10, "fake_score_turns": 1},
     "lora": {"max_steps": 3, "roles": "lora"},
-    "balanced": {"max_steps": 2, "weighting": "balanced", "balance_every": 1},
     "in_parts": {"max_steps": 2, "stop_gradient": False, "ema": 0.5},
     "best_turn": {"max_steps": 2, "watch": BEST},
     "broken_off": {"max_steps": 4},
@@ -37,28 +37,28 @@ DIVERGING = {"kind": "adamw", "learning_rate": 1e30, "betas": [0.9, 0.999], "wei
 def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100, **changes):
     """The records of a run of batches of four, in this process or in its share."""
     # Not above: every process loads this module, and most tests need none of it.
-    from tests.training.conftest import ANCHOR_STEPS, EXECUTION, GUIDANCE, NUM_STEPS, RECIPE, InMemory
+    from tests.training.conftest import ANCHOR_STEPS, GUIDANCE, NUM_STEPS, InMemory, execution_with, recipe_with
 
     from dpdmd_pipeline.backbones.base import load_backbone
     from dpdmd_pipeline.training.anchors import OnlineAnchors, TeacherAnchors
     from dpdmd_pipeline.training.checkpoint import Checkpoints
-    from dpdmd_pipeline.training.distill import Execution, Lessons, distill
-    from dpdmd_pipeline.training.recipe import Recipe
+    from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
+    from dpdmd_pipeline.training.run import TrainingData
 
     backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
     embeddings = InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
-    recipe = Recipe(**{**RECIPE, "batch_size": 4, **changes})
+    recipe = recipe_with(batch_size=4, **changes)
     roles = make_roles(backbone, recipe, gradient_checkpointing=False, sharded=sharded)
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS[:1]}
-    asked = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
-    draw = OnlineAnchors(asked, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
-    levels = asked.anchor_levels[:1], backbone.schedule(NUM_STEPS)
-    lessons = Lessons(embeddings, [0, 1, 2], draw, *levels, GUIDANCE)
+    teacher = TeacherAnchors(backbone, roles.teacher, embeddings, with_denoised=False, **settings)
+    draw = OnlineAnchors(teacher, [0, 1, 2], seed=recipe.seed, anchored_steps=recipe.anchored_steps)
+    levels = teacher.anchor_levels[:1], backbone.schedule(NUM_STEPS)
+    data = TrainingData(embeddings, [0, 1, 2], draw, *levels, GUIDANCE)
     sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch}
-    kept = Checkpoints(folder)
-    execution = Execution(**{**EXECUTION, **sizes, "checkpoint_every": checkpoint_every})
-    return distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), execution)
+    checkpoints = Checkpoints(folder)
+    execution = execution_with(checkpoint_every=checkpoint_every, **sizes)
+    return distill(backbone, roles, data, recipe, checkpoints, checkpoints.load_latest(), execution)
 
 
 def train_runs(job, member):

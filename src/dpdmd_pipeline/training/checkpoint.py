@@ -1,4 +1,4 @@
-"""Exact resume: checkpoints that are whole or absent."""
+"""Checkpoints for an exact resume: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The last few states of one run, in a folder of its own.
 
-    A state is one file and a small manifest with its hash, each written beside its place and renamed;
-    the manifest comes last, so a kill at any moment leaves the previous state the newest whole one.
+    A state is one file and a small manifest with its hash. Both are written to a temporary file and renamed, the
+    manifest last, so after a kill at any moment the previous state is the newest complete one.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:
@@ -29,12 +29,12 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Write the state after `step` steps and drop all but the newest `keep_last`.
+        """Write a state and delete all but the newest `keep_last`.
 
         Args:
             step: number of finished steps.
-            state: of tensors, numbers, strings, and containers of these.
-            finished: whether nothing will follow: then no other state is kept.
+            state: tensors, numbers, strings, and containers of these.
+            finished: True for the last state of the run: all others are deleted.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:07d}.pt"
@@ -50,15 +50,16 @@ class Checkpoints:
         """Keep other processes from training the same run at the same time.
 
         Raises:
-            HeldError: names the process that does.
+            HeldError: names the process that trains it.
         """
         with locked(Folders.of(self.folder)):
             yield
 
     def load_latest(self, map_location: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
-        """The newest whole state as (step, state); None if there is none. Copy what is to outlive its file.
+        """The newest complete state as (step, state); None if there is none.
 
-        A state that does not match its hash is passed over with a warning.
+        Its tensors are mapped from the file: copy those that must outlive it. A state that does not match its hash is
+        skipped with a warning.
         """
         for manifest in reversed(self._manifests()):
             path = manifest.with_suffix(".pt")
@@ -66,14 +67,14 @@ class Checkpoints:
                 record = json.loads(manifest.read_text())
                 if sha256(path) != record["sha256"]:
                     raise ValueError("its content does not match its hash")
-                # mapped: the processes of a machine share the pages that they read
+                # mapped, so that the processes of a machine share the pages
                 return record["step"], torch.load(path, map_location=map_location, weights_only=True, mmap=True)
             except (OSError, ValueError, KeyError) as error:
                 log.warning("checkpoint %s is damaged (%s): falling back to the one before", path, error)
         return None
 
     def holds(self, step: int) -> bool:
-        """Whether there is a state after `step` steps; its content is not looked at."""
+        """True if there is a state after `step` steps; its content is not checked."""
         return (self.folder / f"step_{step:07d}.json").is_file()
 
     def _manifests(self) -> list[Path]:

@@ -23,11 +23,13 @@ CODE = (
     "backbones/base.py",
     "pipelines/train/setup.py",
     "training/anchors.py",
-    "training/balance.py",
     "training/distill.py",
+    "training/draws.py",
     "training/optimizer.py",
     "training/roles.py",
+    "training/run.py",
     "training/speed.py",
+    "training/state.py",
     "training/watch.py",
 )
 
@@ -118,7 +120,6 @@ def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe)
 def run_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
     """Everything that decides a student: recipe, teacher's settings, anchors, training prompts and code."""
     unread = {"lora"} if recipe.roles == "full" else set()
-    unread |= {"balance_every", "balance_ema"} if recipe.weighting == "fixed" else set()
     unread |= {"watch"} if recipe.watch.keep == "last" else set()
     parts = (
         recipe.model_dump(mode="json", exclude=unread),
