@@ -15,7 +15,13 @@ from dpdmd_pipeline.pipelines.train import nodes as train
 PACKAGE = Path(dpdmd_pipeline.__file__).parent
 MODELS = ("backbones/", "dpdmd/", "exporting/", "training/")
 # Names and options, whose values are in the identity, and which process computes: these move no number.
-APART = {"backbones/__init__.py", "backbones/options.py", "training/launch.py", "training/launch_options.py"}
+APART = {
+    "backbones/__init__.py",
+    "backbones/options.py",
+    "training/launch.py",
+    "training/launch_options.py",
+    "training/member.py",
+}
 
 
 def closure(start: str) -> set[str]:

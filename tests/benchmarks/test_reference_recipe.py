@@ -1,4 +1,4 @@
-"""Our loop against the published one, which thinks in velocities and steps with diffusers' sampler: the same draws."""
+"""Our loop against the published one, which uses velocities and diffusers' sampler, from the same draws."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from dpdmd_pipeline.training.roles import make_roles
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle"]
 CYCLES = 3
-# What the published loop does, and the sampler that it takes from diffusers
+# Options of the published loop, and the grid of diffusers' sampler
 AS_PUBLISHED = {"grid": "diffusers", "max_steps": CYCLES, "decay": 0.0, "diversity_weight": 0.5}
 
 
@@ -45,10 +45,10 @@ def published(backbone, tmp_path):  # noqa: F811
     return PublishedLoop(backbone, roles.teacher, roles.student, roles.fake_score, settings)
 
 
-def our_draw(family, stream: str, turn: int) -> Draw:
-    """What our loop draws in a turn."""
+def our_draw(family, stream: str, update: int) -> Draw:
+    """Draws of our loop in one update."""
     seeds = {
-        purpose: sample_seeds(RECIPE["seed"], f"{stream}/{purpose}", turn, RECIPE["batch_size"])
+        purpose: sample_seeds(RECIPE["seed"], f"{stream}/{purpose}", update, RECIPE["batch_size"])
         for purpose in ("prompt", "noise", "renoise", "level")
     }
     noise, renoise = (noise_from_seeds(seeds[purpose], family.latent_shape) for purpose in ("noise", "renoise"))
@@ -63,20 +63,21 @@ def test_from_the_same_draws_ours_and_the_published_loop_have_the_same_losses_an
     tmp_path,
 ):
     roles, records = start(tmp_path / "ours", **AS_PUBLISHED)
-    turns = RECIPE["fake_score_turns"]
+    updates = RECIPE["fake_score_turns"]
     for cycle, record in enumerate(records):
         fake = [
-            published.fake_score_turn(our_draw(backbone, "fake_score", cycle * turns + turn)) for turn in range(turns)
+            published.fake_score_turn(our_draw(backbone, "fake_score", cycle * updates + update))
+            for update in range(updates)
         ]
         theirs = published.student_turn(our_draw(backbone, "student", cycle))
-        theirs["fake_score_loss"] = sum(fake) / turns
+        theirs["fake_score_loss"] = sum(fake) / updates
         assert {name: record[name] for name in theirs} == pytest.approx(theirs, rel=2e-3)
     for ours, theirs in ((roles.student, published.student), (roles.fake_score, published.fake_score)):
         weights = [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (ours, theirs)]
-        torch.testing.assert_close(*weights, rtol=0, atol=2e-4)  # a fifth of one step
+        torch.testing.assert_close(*weights, rtol=0, atol=2e-4)  # a fifth of one update
 
 
-def test_its_own_draws_make_pictures_every_second_turn(published, tmp_path):
+def test_its_own_draws_make_pictures_every_second_cycle(published, tmp_path):
     losses = [published.cycle() for _ in range(2)]
     assert all(torch.tensor(list(row.values())).isfinite().all() for row in losses)
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["000002_0.png", "000002_1.png"]

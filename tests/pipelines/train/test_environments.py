@@ -1,4 +1,4 @@
-"""The environments of real teachers on tiny ones of the same classes: from prompt files to report and export."""
+"""The environments of real teachers on tiny teachers of the same classes: from prompt files to report and export."""
 
 import json
 import os
