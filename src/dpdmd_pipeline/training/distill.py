@@ -1,4 +1,8 @@
-"""The loop of DP-DMD: fake-score updates, then one student update; yields one record per cycle."""
+"""The training loop of DP-DMD (arXiv:2602.03139, Algorithm 1): in each cycle fake-score updates, then a student update.
+
+The losses are in `dpdmd.algorithm`; the fixed parts of a run in `run`, its random draws in `draws`, everything that a
+checkpoint holds in `state`, measurements in `watch`.
+"""
 
 from __future__ import annotations
 
@@ -98,27 +102,29 @@ def train_cycle(run: Run, state: State, cycle: int) -> Cycle:
 
 
 def update_fake_score(run: Run, stream: str, updates: range) -> dict[str, Tensor]:
-    """Train the fake score on what the student draws now; returns the means of loss and gradient norm."""
-    shared = run.recipe.fake_rollout == "shared"
-    pictures = _draw_pictures(run, stream, updates[:1] if shared else updates)
-    losses, norms = zip(
-        *(_fake_score_update(run, stream, update, updates[0] if shared else update, pictures) for update in updates),
-        strict=True,
-    )
+    """Train the fake score on samples of the current student; returns the means of loss and gradient norm."""
+    sources = updates[:1] if run.recipe.fake_rollout == "shared" else updates
+    student_x0 = _draw_student_x0(run, stream, sources)
+    losses, norms = [], []
+    for update in updates:
+        source = update if update in sources else sources[0]
+        loss, norm = _fake_score_update(run, stream, update, source, student_x0)
+        losses.append(loss)
+        norms.append(norm)
     return {"fake_score_loss": torch.stack(losses).mean(), "fake_score_grad_norm": torch.stack(norms).mean()}
 
 
 def _fake_score_update(
-    run: Run, stream: str, update: int, source: int, pictures: dict[Sample, Tensor]
+    run: Run, stream: str, update: int, source: int, student_x0: dict[Sample, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """One update on the pictures drawn for update `source`, with noise of its own; returns loss and gradient norm."""
+    """One update on the student's samples of update `source`, with its own noise; returns loss and gradient norm."""
     losses = []
     for indices in micro_batches(run.batch_indices, run.execution.fake_score_micro_batch):
         draws = run.draws.batch(stream, update, indices)
         cond = run.cond(run.draws.batch(stream, source, indices).prompts())
         loss = fake_score_update_loss(
             run.denoiser(run.fake_score, cond),
-            x0=torch.stack([pictures[source, index] for index in indices]),
+            x0=torch.stack([student_x0[source, index] for index in indices]),
             renoise=draws.noise("renoise"),
             level=draws.level(),
         )
@@ -129,15 +135,15 @@ def _fake_score_update(
     return torch.stack(losses).sum(), run.fake_score.update()
 
 
-def _draw_pictures(run: Run, stream: str, updates: Sequence[int]) -> dict[Sample, Tensor]:
-    """The student's samples for some fake-score updates: x0 [C, H, W] by update and batch index."""
+def _draw_student_x0(run: Run, stream: str, updates: Sequence[int]) -> dict[Sample, Tensor]:
+    """Samples of the student for some fake-score updates: x0 [C, H, W] by update and batch index."""
     samples = [(update, index) for update in updates for index in run.batch_indices]
-    pictures: list[Tensor] = []
+    student_x0: list[Tensor] = []
     for part in micro_batches(samples, run.execution.rollout_micro_batch):
         draws = SampleDraws(run.draws, stream, part)
         student = run.denoiser(run.student, run.cond(draws.prompts()))
-        pictures += student_pictures(student, draws.noise(), run.levels, draws.fresh())
-    return dict(zip(samples, pictures, strict=True))
+        student_x0 += student_pictures(student, draws.noise(), run.levels, draws.fresh())
+    return dict(zip(samples, student_x0, strict=True))
 
 
 # ---- student
@@ -173,8 +179,8 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
     sums: dict[str, Tensor] = {}
     prompts: list[int] = []
     for part in _student_micro_batches(run, cycle):
-        # First steps: go where the teacher goes from this noise. L_div is back-propagated at once, which frees its
-        # activations.
+        # First steps: go where the teacher goes from this noise. L_div is back-propagated at once; with stop-gradient
+        # the latents then carry no graph, so L_DMD does not reach these steps.
         diversity, latents, diversity_norm = backward_diversity(run, part)
         # Remaining steps: match the teacher's distribution.
         dmd, dmd_norm = backward_dmd(run, part, latents, compare=diversity_norm is not None)
@@ -284,7 +290,7 @@ def _syncs_each_backward(run: Run, part: MicroBatch) -> bool:
 
 @dataclass(frozen=True)
 class Cycle:
-    """Losses and norms of a cycle, still on the device, and the rows of the student update's prompts."""
+    """Losses and norms of a cycle, still on the device, and the prompts of its student update."""
 
     number: int
     values: dict[str, Tensor]

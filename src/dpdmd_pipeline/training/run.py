@@ -28,7 +28,7 @@ DrawAnchors = Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indic
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Prompts, anchors, and the teacher's use.
+    """Prompts, anchors, and the teacher's schedule and guidance.
 
     Attributes:
         embeddings: of all prompts, the empty one last.
@@ -65,7 +65,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """One distillation in one process; what changes of it is in its networks, its optimizers, and `training.state`.
+    """One distillation in one process. Everything that changes during the run is part of `training.state.State`.
 
     Attributes:
         teacher: frozen.
@@ -111,7 +111,7 @@ class Run:
         return unsynced(role.network) if is_sharded(role.network) else self.accelerator.no_sync(role.network)
 
     def student_gradient_norm(self, loss: Tensor) -> Tensor:
-        """Norm of a loss's gradient in the student's weights, averaged over all processes; no gradient is added."""
+        """Norm of a loss's mean gradient over all processes, in the student's weights; adds no gradient."""
         weights = trainable(self.student.network)
         if is_sharded(self.student.network):
             return gradient_norm(loss, weights)
