@@ -143,7 +143,7 @@ def test_the_tensors_kept_by_a_pass_are_counted_on_weightless_networks_as_on_rea
             denoised = family.denoise(roles.student, torch.randn(2, *family.latent_shape), level, cond)
         saved = sum(storage.nbytes() for name, storage in storages.items() if name not in own)
         counted = estimates.pass_memory(recipe, "student", 2)
-        assert saved == pytest.approx(counted.kept_between if checkpointing else counted.kept, rel=0.04)
+        assert saved == pytest.approx(counted.saved_between if checkpointing else counted.saved, rel=0.04)
         del denoised
 
 
@@ -176,7 +176,7 @@ def test_the_passes_that_wait_for_a_backward_pass_are_counted(start, tmp_path, m
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         next(records)
     recipe = recipe_with(**VARIANTS[variant])
-    expected = waiting_passes(recipe) * model.pass_memory(recipe, "student", 2).kept
+    expected = waiting_passes(recipe) * model.pass_memory(recipe, "student", 2).saved
     assert saved.peak == pytest.approx(expected, rel=0.05)
 
 

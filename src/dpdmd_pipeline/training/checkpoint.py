@@ -21,7 +21,7 @@ class Checkpoints:
     """The last few states of one run, in a folder of its own.
 
     A state is one file and a small manifest with its hash. Both are written to a temporary file and renamed, the
-    manifest last, so after a kill at any moment the previous state is the newest complete one.
+    manifest last. So a kill at any moment leaves the previous state complete.
     """
 
     def __init__(self, folder: Path, keep_last: int = 2) -> None:

@@ -1,7 +1,7 @@
 """Random draws of a run, each a function of (seed, stream, purpose, update, batch index).
 
-So a resumed run repeats an uninterrupted one bit for bit, and neither the number of processes nor the size of the
-micro-batches changes what a sample sees.
+So a resumed run repeats an uninterrupted one bit for bit. Neither the number of processes nor the size of the
+micro-batches changes a sample's draws.
 """
 
 from __future__ import annotations

@@ -6,20 +6,21 @@ One process holds, in bytes:
     gradients     of the network being trained; twice if the two losses' gradients are compared (train.ratio_every)
     optimizer     two moments of every trained weight, and a counter
     average       a copy of the student's trained weights, for train.ema or train.watch.keep=best
-    activations   the largest of: passes * kept + max(calls * block, casts); the workspace of AdamW; the student's
+    activations   the largest of: passes * saved + max(calls * block, casts); the workspace of AdamW; the student's
                   rollout for the fake score (a block of train.rollout_micro_batch samples)
     reserved      RESERVED
 
-`passes` is the number of graded passes that wait for one backward pass, `kept` the bytes that each of them keeps for
-it, `block` the bytes that the largest checkpointed block keeps while it is repeated (a pass without gradient holds no
-more), `calls` the halves of a guided call that go through the network together, `casts` the copies of float32 weights
-that autocast makes for one pass. They are counted on networks without weights (`pass_memory`); a test compares the
-counts with real networks on the CPU.
+These are counted on networks without weights (`pass_memory`); a test compares the counts with real networks on the CPU:
 
-If trained networks are sharded, each process holds its shard of their weights, gradients, moments and average. Tensors
-that are whole for a while are counted whole: among the activations the weights and gradients of two blocks and of
-everything outside the blocks, among the gradients one that waits for the last backward pass of its update (decision
-0006).
+    passes        graded passes that wait for one backward pass
+    saved         bytes that each of them keeps for it
+    block         bytes that the largest checkpointed block keeps while it is repeated, and any pass without gradient
+    calls         halves of a guided call that go through the network together
+    casts         copies of float32 weights that autocast makes for one pass
+
+If trained networks are sharded, each process holds its shard of their weights, gradients, moments and average. Some
+tensors are whole for a while (decision 0006). The activations include the weights and gradients of two blocks and of
+everything outside the blocks. The gradients include one that waits for the last backward pass of its update.
 
 Not measured on a GPU: the choice of attention kernel there, the allocator's fragmentation, and RESERVED, a guess at
 CUDA's context and the workspaces of its libraries. Everything else is exact up to small tensors.
@@ -156,8 +157,8 @@ class MemoryModel:
         calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
         if execution.gradient_checkpointing:
             casts = 0 if execution.sharded else counted.casts  # shards are gathered in the arithmetic's precision
-            return passes * counted.kept_between + max(calls * counted.block, casts)
-        return passes * counted.kept + calls * counted.block
+            return passes * counted.saved_between + max(calls * counted.block, casts)
+        return passes * counted.saved + calls * counted.block
 
     def _make_roles(self, options: _NetworkOptions) -> tuple[Roles, list[nn.Module]]:
         """The roles without weights, and diffusers' networks behind them."""

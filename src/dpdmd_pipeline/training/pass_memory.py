@@ -28,15 +28,15 @@ class PassMemory:
     """One graded pass of a batch.
 
     Attributes:
-        kept: bytes that autograd keeps until the backward pass, without checkpointing.
-        kept_between: the same with checkpointing: inputs of the blocks, and everything outside of them.
+        saved: bytes that autograd keeps until the backward pass, without checkpointing.
+        saved_between: the same with checkpointing: inputs of the blocks, and everything outside of them.
         block: bytes that the largest block keeps.
         casts: bytes of autocast's copies of the weights.
         flops: floating-point operations of the forward pass, per sample.
     """
 
-    kept: int
-    kept_between: int
+    saved: int
+    saved_between: int
     block: int
     casts: int
     flops: float
@@ -54,7 +54,7 @@ def count_pass(
         cond: [batch, ...].
         precision: autocast context, enabled or not.
     """
-    kept: Storages = {}
+    outside: Storages = {}
     between: Storages = {}
     blocks: list[Storages] = [{}]
 
@@ -69,15 +69,15 @@ def count_pass(
     with (
         _checkpointed_by(inner, checkpoint),
         FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
-        _saved_tensors_in(kept),
+        _saved_tensors_in(outside),
         precision,
     ):
         backbone.denoise(network, latents, level, cond)
     parameters = {parameter.untyped_storage()._cdata for parameter in (*network.parameters(), *inner.parameters())}
-    everything = kept | {name: storage for block in blocks for name, storage in block.items()}
+    everything = outside | {name: storage for block in blocks for name, storage in block.items()}
     return PassMemory(
-        kept=_size(everything, parameters),
-        kept_between=_size(kept | between, parameters),
+        saved=_size(everything, parameters),
+        saved_between=_size(outside | between, parameters),
         block=max(_size(block, parameters) for block in blocks),
         casts=_casts(inner),
         flops=counter.get_total_flops() / batch,

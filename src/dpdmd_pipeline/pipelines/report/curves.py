@@ -8,7 +8,6 @@ CURVES = {
     "dmd_loss": ("DMD loss", "The pull towards what the teacher finds likely; it need not fall."),
     "diversity_loss": ("Diversity loss", "Distance of DP-DMD's anchored steps from the teacher's; DMD has none."),
     "fake_score_loss": ("Fake-score loss", "How well the second network follows the changing student."),
-    "diversity_weight": ("Weight of the diversity loss", "Where it is set anew as training goes, by the gradients."),
     "latent_diversity": (
         "Diversity while training",
         "Distance between one prompt's latents; it falls as variety is lost.",
