@@ -45,11 +45,11 @@ class Execution(BaseModel):
     fused: bool  # AdamW's update in one kernel
     fetch_every: PositiveInt  # cycles between fetches of the losses; each fetch waits for the device
 
-    # Cycles between checkpoints, measurements of both gradients' norms (two backward passes), and lines in the log
-    checkpoint_every: PositiveInt
-    ratio_every: PositiveInt
-    log_every: PositiveInt
+    # Checkpoints and records
+    checkpoint_every: PositiveInt  # cycles between checkpoints
     keep_last: PositiveInt  # checkpoints on the disk while training; a damaged one is skipped for the one before
+    ratio_every: PositiveInt  # cycles between comparisons of both losses' gradient norms, two more backward passes
+    log_every: PositiveInt  # cycles between lines in the log
 
     @property
     def sharded(self) -> bool:

@@ -79,7 +79,7 @@ class OptimizerRecipe(BaseModel):
     kind: Literal["adamw", "adamw_8bit"]  # adamw_8bit stores its moments in 8 bits; needs bitsandbytes and CUDA
     learning_rate: PositiveFloat  # the student's follows Recipe.warmup and Recipe.decay
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # decay rates of the moments; YAML has lists, no tuples
-    weight_decay: NonNegativeFloat
+    weight_decay: NonNegativeFloat  # decoupled, as in AdamW
     max_grad_norm: PositiveFloat  # gradients are clipped to this norm
 
 
@@ -88,8 +88,8 @@ class LoraRecipe(BaseModel):
 
     model_config = STRICT
 
-    student_rank: PositiveInt
-    fake_score_rank: PositiveInt
+    student_rank: PositiveInt  # of the student's low-rank products
+    fake_score_rank: PositiveInt  # of the fake score's
     alpha_per_rank: PositiveFloat  # scale of an adapter's low-rank product, independent of its rank
     targets: list[str] = Field(min_length=1)  # adapted layers, by the endings of their names
 
@@ -101,7 +101,7 @@ class WatchRecipe(BaseModel):
 
     every: NonNegativeInt  # cycles between measurements; 0: none
     prompts: PositiveInt  # training prompts to measure, at most
-    images_per_prompt: Annotated[int, Field(ge=2)]
+    images_per_prompt: Annotated[int, Field(ge=2)]  # samples of each; diversity needs a pair
     level: Share  # noise level of the teacher's correction: 0 the lowest of training, 1 the highest
     keep: Literal["last", "best"]  # the student of the last cycle, or of the best measured one
     diversity_floor: Share  # the best cycle must have this share of the teacher's latent diversity
@@ -155,9 +155,9 @@ class Recipe(BaseModel):
     fake_rollout: Literal["fresh", "shared"]  # student samples for each of these updates, or once per cycle for all
 
     # Optimizers and measurements
-    student: OptimizerRecipe
-    fake_score: OptimizerRecipe
-    watch: WatchRecipe
+    student: OptimizerRecipe  # of the student
+    fake_score: OptimizerRecipe  # of the fake score
+    watch: WatchRecipe  # of the student while it trains; only keep=best changes the student
 
     @model_validator(mode="after")
     def _anchored_steps_fit(self) -> Self:
