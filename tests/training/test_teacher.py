@@ -12,7 +12,7 @@ from dpdmd_pipeline.shapes.models import make_diffusion_scheduler
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, captions
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.teacher import (
-    World,
+    DenoisingData,
     draw_examples,
     encode_gallery,
     fit,
@@ -148,31 +148,31 @@ def test_the_decoder_is_trained_alone(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def world():
+def data():
     """Random latents instead of a trained autoencoder's."""
     generator = torch.Generator().manual_seed(0)
     rows = len(captions()) + 1
-    return World(
+    return DenoisingData(
         torch.randn(NUM_PROMPTS * NUM_MODES, 4, 8, 8, generator=generator),
         torch.randn(rows, 12, 64, generator=generator),
         torch.randn(rows, 32, generator=generator),
     )
 
 
-def test_examples_are_noisy_pictures_of_their_captions(world):
+def test_examples_are_noisy_pictures_of_their_captions(data):
     def nearly_clean(uniform):
         return vp_level(torch.zeros_like(uniform).long(), ALPHAS_CUMPROD)
 
-    noisy, level, x0, row = draw_examples(world, nearly_clean, torch.Generator().manual_seed(0), 64, 0.5)
-    distance = (noisy[:, None] / level.alpha[:, None] - world.pictures).flatten(2).square().sum(2)
+    noisy, level, x0, row = draw_examples(data, nearly_clean, torch.Generator().manual_seed(0), 64, 0.5)
+    distance = (noisy[:, None] / level.alpha[:, None] - data.pictures).flatten(2).square().sum(2)
     nearest = distance.argmin(1)
-    torch.testing.assert_close(x0, world.pictures[nearest], rtol=1e-3, atol=1e-3)  # so little noise hides nothing
+    torch.testing.assert_close(x0, data.pictures[nearest], rtol=1e-3, atol=1e-3)  # so little noise hides nothing
     empty = row == len(captions())
     assert 16 < empty.sum() < 48
     assert torch.equal((nearest // NUM_MODES)[~empty], (row % NUM_PROMPTS)[~empty])
 
 
-def test_a_unet_that_knows_the_posterior_mean_has_no_loss(world):
+def test_a_unet_that_knows_the_posterior_mean_has_no_loss(data):
     """The loss is that of the v-prediction: the square of x0's error over sigma."""
     arguments = {}
 
@@ -184,11 +184,11 @@ def test_a_unet_that_knows_the_posterior_mean_has_no_loss(world):
         def forward(self, noisy, timestep, *, encoder_hidden_states, added_cond_kwargs):
             level = vp_level(timestep.view(-1, 1, 1, 1), ALPHAS_CUMPROD)
             arguments.update(noisy=noisy, level=level, cond=encoder_hidden_states, **added_cond_kwargs)
-            x0 = posterior_mean(noisy, level, world.pictures, allowed(world, encoder_hidden_states)) + self.error
+            x0 = posterior_mean(noisy, level, data.pictures, allowed(data, encoder_hidden_states)) + self.error
             return type("Output", (), {"sample": (noisy - level.alpha * x0) / level.sigma})
 
     def loss(error):
-        return unet_loss(Exact(error), ALPHAS_CUMPROD, world, torch.Generator().manual_seed(1), 16, 0.3)
+        return unet_loss(Exact(error), ALPHAS_CUMPROD, data, torch.Generator().manual_seed(1), 16, 0.3)
 
     assert loss(0.0) < 1e-8
     torch.testing.assert_close(loss(0.1), (0.1 / arguments["level"].sigma).square().mean(), rtol=1e-3, atol=0)
@@ -196,10 +196,10 @@ def test_a_unet_that_knows_the_posterior_mean_has_no_loss(world):
     assert arguments["level"].timestep.max() > 500
 
 
-def allowed(world, embeds):
+def allowed(data, embeds):
     """[B, M] bool: the pictures that each embedded caption permits, looked up by its embedding."""
-    row = (embeds[:, None] - world.prompt_embeds).flatten(2).square().sum(2).argmin(1)
-    owner = torch.arange(len(world.pictures)) // NUM_MODES
+    row = (embeds[:, None] - data.prompt_embeds).flatten(2).square().sum(2).argmin(1)
+    owner = torch.arange(len(data.pictures)) // NUM_MODES
     return (row == len(captions()))[:, None] | (owner == (row % NUM_PROMPTS)[:, None])
 
 

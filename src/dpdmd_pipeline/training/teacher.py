@@ -165,7 +165,7 @@ def posterior_mean(noisy: Tensor, level: NoiseLevel, pictures: Tensor, allowed: 
 
 
 @dataclass(frozen=True)
-class World:
+class DenoisingData:
     """Training data of the denoising network: clean latents, and the embeddings of all captions.
 
     Attributes:
@@ -184,11 +184,11 @@ class Examples(NamedTuple):
     noisy: Tensor  # [B, C, H, W] at `level`
     level: NoiseLevel  # per sample
     x0: Tensor  # [B, C, H, W], posterior mean under the sample's prompt
-    row: Tensor  # [B] int64, of the world's embeddings
+    row: Tensor  # [B] int64, of the data's embeddings
 
 
 def draw_examples(
-    world: World,
+    data: DenoisingData,
     level_at: Callable[[Tensor], NoiseLevel],
     generator: torch.Generator,
     batch_size: int,
@@ -197,23 +197,23 @@ def draw_examples(
     """Noisy pictures under random captions; a share of the prompts is empty.
 
     Args:
-        world: pictures and captions.
+        data: pictures and captions.
         level_at: from uniform numbers [B, 1, 1, 1] in [0, 1) to noise levels.
         generator: decides all draws.
         batch_size: B.
         dropout: share of empty prompts, which permit all pictures.
     """
-    num_captions = len(world.prompt_embeds) - 1
+    num_captions = len(data.prompt_embeds) - 1
     caption = torch.randint(num_captions, (batch_size,), generator=generator)
     prompt = caption % NUM_PROMPTS
     picture = prompt * NUM_MODES + torch.randint(NUM_MODES, (batch_size,), generator=generator)
     empty = torch.rand(batch_size, generator=generator) < dropout
     level = level_at(torch.rand(batch_size, generator=generator).view(-1, 1, 1, 1))
-    x0 = world.pictures[picture]
+    x0 = data.pictures[picture]
     noisy = add_noise(x0, torch.randn(x0.shape, generator=generator), level)
-    owner = torch.arange(len(world.pictures)) // NUM_MODES
+    owner = torch.arange(len(data.pictures)) // NUM_MODES
     allowed = empty[:, None] | (owner[None, :] == prompt[:, None])
-    expected = posterior_mean(noisy, level, world.pictures, allowed)
+    expected = posterior_mean(noisy, level, data.pictures, allowed)
     return Examples(noisy, level, expected, torch.where(empty, num_captions, caption))
 
 
@@ -224,15 +224,15 @@ def decisive_flow_level(uniform: Tensor) -> NoiseLevel:
 
 
 def transformer_loss(
-    transformer: nn.Module, world: World, generator: torch.Generator, batch_size: int, dropout: float
+    transformer: nn.Module, data: DenoisingData, generator: torch.Generator, batch_size: int, dropout: float
 ) -> Tensor:
     """Velocity error against the exact posterior mean."""
-    noisy, level, x0, row = draw_examples(world, decisive_flow_level, generator, batch_size, dropout)
+    noisy, level, x0, row = draw_examples(data, decisive_flow_level, generator, batch_size, dropout)
     predicted = transformer(
         hidden_states=noisy,
         timestep=level.timestep.flatten(),
-        encoder_hidden_states=world.prompt_embeds[row],
-        pooled_projections=world.pooled_embeds[row],
+        encoder_hidden_states=data.prompt_embeds[row],
+        pooled_projections=data.pooled_embeds[row],
     ).sample
     return F.mse_loss(predicted, (noisy - x0) / level.sigma)
 
@@ -240,7 +240,7 @@ def transformer_loss(
 def unet_loss(
     unet: nn.Module,
     alphas_cumprod: Tensor,
-    world: World,
+    data: DenoisingData,
     generator: torch.Generator,
     batch_size: int,
     dropout: float,
@@ -254,12 +254,12 @@ def unet_loss(
     def level_at(uniform: Tensor) -> NoiseLevel:
         return vp_level((uniform * len(alphas_cumprod)).long(), alphas_cumprod)
 
-    noisy, level, x0, row = draw_examples(world, level_at, generator, batch_size, dropout)
+    noisy, level, x0, row = draw_examples(data, level_at, generator, batch_size, dropout)
     predicted = unet(
         noisy,
         level.timestep.flatten(),
-        encoder_hidden_states=world.prompt_embeds[row],
-        added_cond_kwargs={"text_embeds": world.pooled_embeds[row], "time_ids": TIME_IDS.expand(batch_size, -1)},
+        encoder_hidden_states=data.prompt_embeds[row],
+        added_cond_kwargs={"text_embeds": data.pooled_embeds[row], "time_ids": TIME_IDS.expand(batch_size, -1)},
     ).sample
     noise = (noisy - level.alpha * x0) / level.sigma
     return ((predicted - noise) / level.alpha).square().mean()
@@ -306,7 +306,7 @@ def train_sd3(recipe: TeacherRecipe, train: Train) -> StableDiffusion3Pipeline:
     loss = partial(
         transformer_loss,
         pipeline.transformer,
-        sd3_world(pipeline),
+        sd3_data(pipeline),
         batch_size=network_recipe.batch_size,
         dropout=recipe.prompt_dropout,
     )
@@ -323,7 +323,7 @@ def train_sdxl(recipe: TeacherRecipe, train: Train) -> StableDiffusionXLPipeline
         unet_loss,
         pipeline.unet,
         pipeline.scheduler.alphas_cumprod,
-        sdxl_world(pipeline),
+        sdxl_data(pipeline),
         batch_size=network_recipe.batch_size,
         dropout=recipe.prompt_dropout,
     )
@@ -351,19 +351,19 @@ def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer
 
 
 @torch.no_grad()
-def sd3_world(pipeline: StableDiffusion3Pipeline) -> World:
+def sd3_data(pipeline: StableDiffusion3Pipeline) -> DenoisingData:
     """Encode the gallery and all captions; sets the VAE's shift and scaling factors."""
     pictures = encode_gallery(pipeline.vae)
     embeds, _, pooled, _ = pipeline.encode_prompt(
         [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    return World(pictures, embeds, pooled)
+    return DenoisingData(pictures, embeds, pooled)
 
 
 @torch.no_grad()
-def sdxl_world(pipeline: StableDiffusionXLPipeline) -> World:
+def sdxl_data(pipeline: StableDiffusionXLPipeline) -> DenoisingData:
     """Encode the gallery and all captions, the empty prompt as zeros; sets the VAE's scaling factor."""
     pictures = encode_gallery(pipeline.vae)
     embeds, _, pooled, _ = pipeline.encode_prompt(captions(), do_classifier_free_guidance=False)
     embeds, pooled = (torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (embeds, pooled))
-    return World(pictures, embeds, pooled)
+    return DenoisingData(pictures, embeds, pooled)
