@@ -187,9 +187,9 @@ def test_without_guidance_the_teacher_is_called_once():
 
 
 def test_a_mean_over_random_steps_is_that_of_its_steps():
-    given = recipe_with(graded_steps="random"), execution_with(gradient_checkpointing=True), TeacherSettings(GUIDANCE)
-    totals = [student_update(*given, step).total for step in (1, 2, 3)]
-    assert cycle_cost(*given).student_update.total == pytest.approx(sum(totals) / 3)
+    options = recipe_with(graded_steps="random"), execution_with(gradient_checkpointing=True), TeacherSettings(GUIDANCE)
+    totals = [student_update(*options, step).total for step in (1, 2, 3)]
+    assert cycle_cost(*options).student_update.total == pytest.approx(sum(totals) / 3)
 
 
 def test_the_description_names_cycle_run_and_work():

@@ -241,11 +241,11 @@ def test_every_remedy_saves_the_bytes_it_names(model):
 
 
 def test_a_guided_call_in_two_halves_keeps_less(model):
-    joint, apart = (
+    joint, separate = (
         model.estimate(recipe_with(batch_size=64), micro_batches_of(64, guidance_batch=batch, **CHECKPOINTED))
         for batch in ("joint", "apart")
     )
-    assert apart.activations < joint.activations
+    assert separate.activations < joint.activations
 
 
 def test_sharding_is_named_only_if_several_processes_can_share_the_networks(model):
