@@ -26,7 +26,7 @@ from dpdmd_pipeline.backbones.base import Backbone, guided
 from dpdmd_pipeline.datasets.sharded import ShardedDataset, ShardedTensors
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.training.cost import Settings, anchor_passes, cycle_cost
+from dpdmd_pipeline.training.cost import TeacherSettings, anchor_passes, cycle_cost
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 from record import record
 from workload import CHEAPER, FAST, Workload
@@ -132,8 +132,11 @@ def _counted(work: Workload) -> dict[str, float]:
     ratios = {}
     for steps in sorted({own, 5, 10}):
         for name, changes in {"all steps graded": {}, "random step graded, shared rollout": FAST}.items():
-            recipe = work.options(**changes).recipe()
-            cached, online = (cycle_cost(recipe, Settings(scale, False, k)).cycle.total for k in ((), [steps]))
+            options = work.options(gradient_checkpointing=False, **changes)
+            recipe, execution = options.recipe(), options.execution()
+            cached, online = (
+                cycle_cost(recipe, execution, TeacherSettings(scale, k)).cycle.total for k in ((), [steps])
+            )
             cache = anchor_passes([steps], False, scale).total
             ratios[f"K={steps}, {name}"] = (cache + len(WEIGHTS) * cached) / (len(WEIGHTS) * online)
     return ratios

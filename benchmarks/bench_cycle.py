@@ -25,8 +25,8 @@ from accelerate import Accelerator
 import timing
 import workload
 from dpdmd_pipeline.datasets.sharded import ShardedTensors
-from dpdmd_pipeline.training import anchors, distill
-from dpdmd_pipeline.training.cost import Settings, cycle_cost
+from dpdmd_pipeline.training import anchors, draws
+from dpdmd_pipeline.training.cost import TeacherSettings, cycle_cost
 from dpdmd_pipeline.training.options import TrainOptions
 from record import record
 from timing import Duration, Shares, replaced
@@ -187,9 +187,8 @@ def _count_passes(work: Workload, name: str) -> float:
     """Passes through the network per sample and cycle, computed from the options."""
     options, steps = _options(work, name), [level.steps for level in work.anchor_recipe.anchor_levels]
     online = steps if name in (REFERENCE, PLAIN, ONLINE) else ()
-    return cycle_cost(
-        options.recipe(), Settings(work.backbone.guidance_scale, options.gradient_checkpointing, online)
-    ).cycle.total
+    teacher = TeacherSettings(work.backbone.guidance_scale, online)
+    return cycle_cost(options.recipe(), options.execution(), teacher).cycle.total
 
 
 def _row(work: Workload, times: Times, name: str, which: str, passes: dict[str, float]) -> dict[str, Any]:
@@ -243,9 +242,9 @@ def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
     # without gradient checkpointing, whose backward contains forward passes
     roles, records = work.start(work.options(gradient_checkpointing=False, **changes))
     data = [(ShardedTensors, "rows")]
-    draws = [
+    draw_functions = [
         (module, name)
-        for module in (distill, anchors)
+        for module in (draws, anchors)
         for name in ("noise_from_seeds", "uniform_from_seeds", "sample_seeds")
         if hasattr(module, name)
     ]
@@ -253,7 +252,7 @@ def _our_shares(work: Workload, changes: dict[str, Any]) -> dict[str, float]:
         "backward": [(Accelerator, "backward")],
         "optimizer": OPTIMIZER,
         "data: caches": data,
-        "data: noise and levels": draws,
+        "data: noise and levels": draw_functions,
     }
     with closing(records):
         return _shares(records.__next__, (roles.teacher, roles.student, roles.fake_score), charged)

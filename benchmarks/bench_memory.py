@@ -28,7 +28,7 @@ import timing
 import workload
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.run import memory_model
-from dpdmd_pipeline.training.memory import RESERVED, MemorySplit
+from dpdmd_pipeline.training.memory import RESERVED
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_weightless_teacher
@@ -141,8 +141,7 @@ def _case(work: Workload, kind: str, batch: int) -> dict[str, Any]:
     options = work.options(
         roles=kind, batch_size=batch, student_micro_batch=batch, fake_score_micro_batch=batch, rollout_micro_batch=batch
     )
-    split = MemorySplit.alike(batch, gradient_checkpointing=options.gradient_checkpointing)
-    estimate = memory_model(work.teacher, work.backbone).estimate(options.recipe(), split)
+    estimate = memory_model(work.teacher, work.backbone).estimate(options.recipe(), options.execution())
     cases = {
         "ours": ours(work, options),
         "published loop": published(work, options),
@@ -239,11 +238,13 @@ def at_full_size(folder: Path) -> dict[str, Any]:
 def _estimated(teacher: Path, env: str) -> dict[str, int]:
     """Bytes by kind, with an environment's own options, but one sample at a time."""
     parameters = load_parameters(env)
-    backbone, options = BackboneOptions(**parameters["backbone"]), TrainOptions(**parameters["train"])
-    recipe, split = options.recipe(), MemorySplit.alike(1, gradient_checkpointing=options.gradient_checkpointing)
+    backbone = BackboneOptions(**parameters["backbone"])
+    one_sample = dict.fromkeys(("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch"), 1)
+    options = TrainOptions(**parameters["train"] | one_sample)
+    recipe = options.recipe()
     if recipe.roles == "full":  # the published loop has one backward pass for both losses
         recipe = recipe.model_copy(update={"stop_gradient": False})
-    estimate = memory_model(teacher, backbone).estimate(recipe, split)
+    estimate = memory_model(teacher, backbone).estimate(recipe, options.execution())
     return {part: getattr(estimate, part) for part in ESTIMATED_PARTS}
 
 

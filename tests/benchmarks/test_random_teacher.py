@@ -6,13 +6,11 @@ import pytest
 import torch
 from benchmarks.random_teacher import CONFIGS, make_random_teacher, make_weightless_teacher
 from safetensors.torch import load_file
-from tests.training.conftest import RECIPE
+from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.run import memory_model
-from dpdmd_pipeline.training.memory import MemorySplit
-from dpdmd_pipeline.training.recipe import Recipe
 
 # Parameters of the published weights
 SIZES = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
@@ -82,10 +80,10 @@ def test_configurations_alone_give_the_same_estimate_as_weights(tmp_path):
         level_range=(0.02, 0.98),
         dtype="bfloat16",
     )
-    recipe, split = Recipe(**{**RECIPE, "precision": "bfloat16"}), MemorySplit.alike(1, gradient_checkpointing=True)
+    options = recipe_with(precision="bfloat16"), execution_with(gradient_checkpointing=True)
     counts = make_weightless_teacher(tmp_path / "configs", small_config())
     make_random_teacher(tmp_path / "weights", small_config(), torch.bfloat16)
-    estimates = [memory_model(tmp_path / name, backbone).estimate(recipe, split) for name in ("configs", "weights")]
+    estimates = [memory_model(tmp_path / name, backbone).estimate(*options) for name in ("configs", "weights")]
     assert estimates[0] == estimates[1] and not list((tmp_path / "configs").rglob("*.safetensors"))
     weights = load_file(tmp_path / "weights/text_encoder_3/model.safetensors")
     assert counts["text_encoder_3"] == sum(tensor.numel() for tensor in weights.values())

@@ -75,7 +75,7 @@ def test_from_the_same_draws_both_loops_have_the_same_losses_and_students(
         assert {name: record[name] for name in theirs} == pytest.approx(theirs, rel=2e-3)
     for ours, theirs in ((roles.student, published.student), (roles.fake_score, published.fake_score)):
         weights = [torch.cat([p.detach().flatten() for p in network.parameters()]) for network in (ours, theirs)]
-        torch.testing.assert_close(*weights, rtol=0, atol=2e-4)  # a fifth of one step
+        torch.testing.assert_close(*weights, rtol=0, atol=2e-4)  # a fifth of one update
 
 
 def test_its_own_draws_make_pictures_in_every_second_update(published, tmp_path):

@@ -1,4 +1,4 @@
-"""A teacher whose truth is known: Gaussian data have a closed-form denoiser, ODE and anchor."""
+"""An exact teacher: Gaussian data have a closed-form denoiser, ODE and anchor."""
 
 from dataclasses import dataclass
 

@@ -7,7 +7,7 @@ import torch
 from gaussian import PATHS, flow_levels, make_gaussian, sdxl_table, vp_levels
 from torch import nn
 
-from dpdmd_pipeline.dpdmd.algorithm import fake_score_turn_loss, student_loss, student_pictures
+from dpdmd_pipeline.dpdmd.algorithm import fake_score_update_loss, student_loss, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps, teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_level, vp_level, x0_from_eps, x0_from_velocity
 from dpdmd_pipeline.dpdmd.sampling import rollout
@@ -22,7 +22,7 @@ def randn(seed, *shape):
 
 
 class Network(nn.Module):
-    """A small MLP of latents, timestep and a prompt; what its output means is the test's affair."""
+    """A small MLP of latents, timestep and a prompt; each test defines the meaning of its output."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -89,7 +89,7 @@ def paper_flow(student, teacher, fake_score, *, noise, renoise, t, teacher_grid,
 @pytest.mark.parametrize("divide", ["noisy", "x0"])
 @pytest.mark.parametrize(("anchor_steps", "stop_gradient"), [(5, True), (5, False), (10, True), (0, False)], ids=str)
 @pytest.mark.parametrize("grid", [[1, 0.75, 0.5, 0.25, 0], [1, 0.8577, 0.6022, 0.0089, 0]], ids=["even", "published"])
-def test_the_student_turn_is_algorithm_1_of_the_paper(grid, anchor_steps, stop_gradient, divide):
+def test_the_student_update_is_algorithm_1_of_the_paper(grid, anchor_steps, stop_gradient, divide):
     student, teacher, fake_score = networks()
     teacher_denoises, teacher_levels = denoiser(x0_from_velocity, teacher.guided), flow_levels(30)
     noise = FLOW_BATCH["noise"]
@@ -134,11 +134,11 @@ def test_the_student_turn_is_algorithm_1_of_the_paper(grid, anchor_steps, stop_g
         torch.testing.assert_close(mine, printed, **TOLERANCE)
 
 
-def test_the_fake_score_turn_is_flow_matching_on_the_students_pictures():
+def test_the_fake_score_update_is_flow_matching_on_the_students_samples():
     student, _, fake_score = networks()
     grid, t = [1, 0.75, 0.5, 0.25, 0], FLOW_BATCH["level"].sigma
     levels = flow_level(torch.tensor(grid, dtype=torch.float64))
-    loss = fake_score_turn_loss(
+    loss = fake_score_update_loss(
         denoiser(x0_from_velocity, fake_score),
         x0=student_pictures(denoiser(x0_from_velocity, student), FLOW_BATCH["noise"], levels),
         renoise=FLOW_BATCH["renoise"],
@@ -154,7 +154,7 @@ def test_the_fake_score_turn_is_flow_matching_on_the_students_pictures():
         torch.testing.assert_close(mine, printed, **TOLERANCE)
 
 
-def test_each_turn_trains_its_own_network_only():
+def test_each_update_trains_its_own_network_only():
     student, teacher, fake_score = networks()
     roles = [denoiser(x0_from_velocity, net) for net in (student, teacher, fake_score)]
     levels = flow_levels(4)
@@ -166,7 +166,7 @@ def test_each_turn_trains_its_own_network_only():
     assert all(parameter.grad is None for net in (teacher, fake_score) for parameter in net.parameters())
     student.zero_grad(set_to_none=True)
     x0 = student_pictures(roles[0], FLOW_BATCH["noise"], levels)
-    fake_score_turn_loss(roles[2], x0=x0, renoise=FLOW_BATCH["renoise"], level=FLOW_BATCH["level"]).backward()
+    fake_score_update_loss(roles[2], x0=x0, renoise=FLOW_BATCH["renoise"], level=FLOW_BATCH["level"]).backward()
     assert all(parameter.grad is not None for parameter in fake_score.parameters())
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -201,20 +201,20 @@ def paper_eps(student, teacher, fake_score, *, noise, renoise, alpha_bar, timest
     return loss_div, 0.5 * (x - (x - direction).detach()).pow(2).mean(), x_tilde
 
 
-def test_the_student_turn_with_the_tangent_target_is_the_papers_sdxl_case():
+def test_the_student_update_with_the_tangent_target_is_the_papers_sdxl_case():
     student, teacher, fake_score = networks()
     table, timestep, anchor_steps = sdxl_table(), torch.tensor([950, 500, 40]), 5
     teacher_denoises, teacher_levels = denoiser(x0_from_eps, teacher.guided), vp_levels(50)
-    given = batch(vp_level(timestep.view(-1, 1, 1, 1), table))
+    draws = batch(vp_level(timestep.view(-1, 1, 1, 1), table))
     with torch.no_grad():
-        anchor = rollout(teacher_denoises, given["noise"], teacher_levels[: anchor_steps + 1])
+        anchor = rollout(teacher_denoises, draws["noise"], teacher_levels[: anchor_steps + 1])
         tangent = teacher_denoises(anchor, teacher_levels[anchor_steps])
     diversity, dmd, x_tilde = paper_eps(
         student,
         teacher,
         fake_score,
-        noise=given["noise"],
-        renoise=given["renoise"],
+        noise=draws["noise"],
+        renoise=draws["renoise"],
         alpha_bar=table,
         timestep=timestep,
         teacher_steps=list(range(999, -1, -20)),
@@ -226,12 +226,12 @@ def test_the_student_turn_with_the_tangent_target_is_the_papers_sdxl_case():
         denoiser(x0_from_eps, student),
         teacher_denoises,
         denoiser(x0_from_eps, fake_score),
-        anchored=[AnchoredStep(given["noise"], vp_levels(4)[0], tangent)],
+        anchored=[AnchoredStep(draws["noise"], vp_levels(4)[0], tangent)],
         levels=vp_levels(4),
         stop_gradient=True,
         normalizer="noisy",
         space="x0",
-        **given,
+        **draws,
     )
     torch.testing.assert_close(ours.diversity, diversity, **TOLERANCE)
     torch.testing.assert_close(ours.dmd, dmd, **TOLERANCE)
@@ -240,7 +240,7 @@ def test_the_student_turn_with_the_tangent_target_is_the_papers_sdxl_case():
         torch.testing.assert_close(mine, printed, **TOLERANCE)
 
 
-# ---- where the gradients go: a student with parameters of its own at every level
+# ---- reach of the gradients: a student with parameters of its own at every level
 
 
 class PerLevelStudent:
@@ -262,18 +262,18 @@ class PerLevelStudent:
         return gain * latents + offset
 
     def reached_by(self, loss) -> list[bool]:
-        """Per level, whether the loss has a gradient there."""
+        """Per level, True if the loss has a gradient there."""
         if not loss.requires_grad:
             return [False] * len(self.parameters)
         slopes = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
         return [slope is not None and bool((slope != 0).all()) for slope in slopes]
 
 
-def per_level_turn(path, anchored_count, stop_gradient, num_steps=4):
+def per_level_update(path, anchored_count, stop_gradient, num_steps=4):
     levels, gaussian = PATHS[path](num_steps), make_gaussian(SHAPE)
     noise = randn(10, BATCH, *SHAPE)
     ends = levels[1 : anchored_count + 1]
-    lessons = anchored_steps(noise, [gaussian.solve(noise, levels[0], end) for end in ends], levels[0], ends)
+    anchored = anchored_steps(noise, [gaussian.solve(noise, levels[0], end) for end in ends], levels[0], ends)
     student = PerLevelStudent(levels)
     level = flow_level(torch.full((BATCH, 1, 1, 1), 0.5, dtype=torch.float64))
     losses = student_loss(
@@ -281,7 +281,7 @@ def per_level_turn(path, anchored_count, stop_gradient, num_steps=4):
         gaussian.denoise,
         make_gaussian(SHAPE, seed=1).denoise,
         noise=noise,
-        anchored=lessons,
+        anchored=anchored,
         levels=levels,
         renoise=randn(11, BATCH, *SHAPE),
         level=level,
@@ -289,7 +289,7 @@ def per_level_turn(path, anchored_count, stop_gradient, num_steps=4):
         normalizer="noisy",
         space="v",
     )
-    return student, lessons, losses
+    return student, anchored, losses
 
 
 paths = pytest.mark.parametrize("path", PATHS)
@@ -298,14 +298,14 @@ paths = pytest.mark.parametrize("path", PATHS)
 @paths
 @pytest.mark.parametrize("anchored_count", [1, 2, 3])
 def test_no_dmd_gradient_reaches_an_anchored_step(path, anchored_count):
-    student, _, losses = per_level_turn(path, anchored_count, stop_gradient=True)
+    student, _, losses = per_level_update(path, anchored_count, stop_gradient=True)
     assert student.reached_by(losses.dmd) == [index >= anchored_count for index in range(4)]
 
 
 @paths
 @pytest.mark.parametrize("anchored_count", [1, 2, 3])
 def test_without_stop_gradient_the_dmd_gradient_reaches_every_step(path, anchored_count):
-    student, _, losses = per_level_turn(path, anchored_count, stop_gradient=False)
+    student, _, losses = per_level_update(path, anchored_count, stop_gradient=False)
     assert student.reached_by(losses.dmd) == [True] * 4
 
 
@@ -313,14 +313,14 @@ def test_without_stop_gradient_the_dmd_gradient_reaches_every_step(path, anchore
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("anchored_count", [1, 2, 3])
 def test_the_diversity_gradient_reaches_the_anchored_steps_only(path, anchored_count, stop_gradient):
-    student, _, losses = per_level_turn(path, anchored_count, stop_gradient)
+    student, _, losses = per_level_update(path, anchored_count, stop_gradient)
     assert student.reached_by(losses.diversity) == [index < anchored_count for index in range(4)]
 
 
 @paths
 def test_vanilla_dmd_has_no_anchored_step(path):
     for stop_gradient in (True, False):  # nothing to stop
-        student, _, losses = per_level_turn(path, 0, stop_gradient)
+        student, _, losses = per_level_update(path, 0, stop_gradient)
         assert losses.diversity == 0 and not losses.diversity.requires_grad
         assert student.reached_by(losses.dmd) == [True] * 4
         assert student.calls == [0, 1, 2, 3]
@@ -329,40 +329,40 @@ def test_vanilla_dmd_has_no_anchored_step(path):
 @paths
 def test_stop_gradient_changes_gradients_and_no_value(path):
     for anchored_count in (1, 2, 3, 4):
-        (_, _, stopped), (_, _, flowing) = (per_level_turn(path, anchored_count, stop) for stop in (True, False))
+        (_, _, stopped), (_, _, flowing) = (per_level_update(path, anchored_count, stop) for stop in (True, False))
         assert torch.equal(stopped.dmd, flowing.dmd) and torch.equal(stopped.diversity, flowing.diversity)
 
 
 @paths
-def test_several_anchored_steps_are_taught_apart_and_averaged(path):
-    student, lessons, losses = per_level_turn(path, 3, stop_gradient=True)
+def test_several_anchored_steps_have_separate_errors_whose_mean_counts(path):
+    student, anchored, losses = per_level_update(path, 3, stop_gradient=True)
     slopes = torch.autograd.grad(losses.diversity, student.parameters[:3])
-    for index, (lesson, slope) in enumerate(zip(lessons, slopes, strict=True)):
-        alone = ((student(lesson.latents, lesson.level) - lesson.target) / lesson.level.sigma).square().mean() / 3
+    for index, (start, slope) in enumerate(zip(anchored, slopes, strict=True)):
+        alone = ((student(start.latents, start.level) - start.target) / start.level.sigma).square().mean() / 3
         torch.testing.assert_close(slope, torch.autograd.grad(alone, student.parameters[index])[0])
 
 
 @paths
-def test_after_later_lessons_the_student_goes_on_from_its_own_latents(path):
-    """The pictures of the DMD term are those that the student draws alone, whatever the anchors say."""
+def test_after_several_anchored_steps_the_student_goes_on_from_its_own_latents(path):
+    """The samples of the DMD term are those of the student alone, whatever the anchors are."""
     pictures = []
     for anchored_count in (0, 1, 2, 3, 4):
-        _, _, losses = per_level_turn(path, anchored_count, stop_gradient=True)
+        _, _, losses = per_level_update(path, anchored_count, stop_gradient=True)
         pictures.append(losses.dmd)
     torch.testing.assert_close(torch.stack(pictures), pictures[0].expand(5))
 
 
 @paths
-def test_the_first_lesson_and_the_first_step_are_one_forward(path):
-    assert per_level_turn(path, 1, stop_gradient=True)[0].calls == [0, 1, 2, 3]
-    assert sorted(per_level_turn(path, 2, stop_gradient=True)[0].calls) == [0, 1, 1, 2, 3]
+def test_the_first_target_and_the_first_step_share_one_forward_pass(path):
+    assert per_level_update(path, 1, stop_gradient=True)[0].calls == [0, 1, 2, 3]
+    assert sorted(per_level_update(path, 2, stop_gradient=True)[0].calls) == [0, 1, 1, 2, 3]
 
 
 @paths
-def test_a_perfect_student_has_nothing_to_learn(path):
-    """The exact one-step maps: no diversity loss, the teacher's pictures, no DMD gradient."""
+def test_a_perfect_student_has_no_loss_and_no_gradient(path):
+    """The exact one-step maps: no diversity loss, the teacher's samples, no DMD gradient."""
     levels, gaussian = PATHS[path](4), make_gaussian(SHAPE)
-    # Start where the exact path starts, so that the pictures have the teacher's distribution (VP ends its noise early).
+    # At the exact path's start, so that the samples have the teacher's distribution: VP has some signal there.
     noise = levels[0].alpha * gaussian.mean + gaussian.spread(levels[0]) * randn(0, 8, *SHAPE)
     ends = dict(zip(levels.timestep[:-1].tolist(), levels[1:], strict=True))
     errors = torch.zeros(4, *SHAPE, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Anchors and targets: where one step lands is the specification."""
+"""Anchors and targets, specified by the end of one sampling step."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_the_target_at_the_clean_end_is_the_picture(levels):
 @pytest.mark.parametrize(("start", "end"), [(3, 3), (5, 2)])
 def test_an_anchor_that_is_not_less_noisy_is_refused_with_both_numbers(levels, start, end):
     noise = randn(0, 1, *SHAPE)
-    with pytest.raises(ValueError, match="must be below the start level") as error:
+    with pytest.raises(ValueError, match="anchor") as error:
         anchor_target(noise, noise, levels[start], levels[end])
     assert f"{levels[start].sigma:.3f}" in str(error.value)
     assert f"{levels[end].sigma:.3f}" in str(error.value)
@@ -113,7 +113,7 @@ def test_one_pass_gives_the_anchors_of_separate_rollouts(levels):
 
 @pytest.mark.parametrize("anchor_steps", [[], [0], [0, 3], [3, 3], [5, 2], [10], [2, 11]])
 def test_step_counts_that_do_not_rise_inside_the_schedule_are_refused(anchor_steps):
-    with pytest.raises(ValueError, match="must rise from 1 and stay below the teacher's 10 steps") as error:
+    with pytest.raises(ValueError, match=" 10 ") as error:
         teacher_anchors(make_gaussian(SHAPE).denoise, randn(0, 1, *SHAPE), flow_levels(10), anchor_steps)
     assert str(anchor_steps) in str(error.value)
 
@@ -137,11 +137,11 @@ def test_a_perfect_student_has_no_diversity_loss(path):
     gaussian, levels = make_gaussian(SHAPE), PATHS[path](4)
     noise = randn(0, 4, *SHAPE)
     anchors = [gaussian.solve(noise, levels[0], end) for end in levels[1:3]]
-    for lesson, end in zip(anchored_steps(noise, anchors, levels[0], levels[1:3]), levels[1:3], strict=True):
-        perfect = gaussian.one_step(lesson.latents, lesson.level, end)
-        assert diversity_loss(perfect, lesson.target, lesson.level, "x0") < 1e-20
-        imperfect = gaussian.denoise(lesson.latents, lesson.level)
-        assert diversity_loss(imperfect, lesson.target, lesson.level, "x0") > 1e-4
+    for start, end in zip(anchored_steps(noise, anchors, levels[0], levels[1:3]), levels[1:3], strict=True):
+        perfect = gaussian.one_step(start.latents, start.level, end)
+        assert diversity_loss(perfect, start.target, start.level, "x0") < 1e-20
+        imperfect = gaussian.denoise(start.latents, start.level)
+        assert diversity_loss(imperfect, start.target, start.level, "x0") > 1e-4
 
 
 # ---- chains
@@ -149,17 +149,17 @@ def test_a_perfect_student_has_no_diversity_loss(path):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_student_that_hits_every_target_walks_over_the_anchors(path, count):
+def test_a_student_that_hits_every_target_passes_through_the_anchors(path, count):
     levels = PATHS[path](4)
     noise, ends = randn(0, 2, *SHAPE), levels[1 : count + 1]
     anchors = [randn(seed, 2, *SHAPE) for seed in range(1, count + 1)]
     latents = noise
-    for lesson, anchor, start, end in zip(
+    for anchored, anchor, start, end in zip(
         anchored_steps(noise, anchors, levels[0], ends), anchors, levels[:-1], ends, strict=False
     ):
-        assert lesson.level.sigma == start.sigma
-        torch.testing.assert_close(lesson.latents, latents)  # the noise, then the anchor before
-        latents = step(lesson.latents, lesson.target, lesson.level, end)
+        assert anchored.level.sigma == start.sigma
+        torch.testing.assert_close(anchored.latents, latents)  # the noise, then the previous anchor
+        latents = step(anchored.latents, anchored.target, anchored.level, end)
         torch.testing.assert_close(latents, anchor, rtol=1e-8, atol=1e-8)
 
 
@@ -167,5 +167,5 @@ def test_an_anchor_without_a_level_is_refused():
     noise, levels = randn(0, 1, *SHAPE), flow_levels(4)
     with pytest.raises(ValueError, match="shorter"):
         anchored_steps(noise, [noise, noise], levels[0], [levels[1]])
-    with pytest.raises(ValueError, match="must be below"):
+    with pytest.raises(ValueError, match="0.750.* 0.500"):
         anchored_steps(noise, [noise, noise], levels[0], [levels[2], levels[1]])

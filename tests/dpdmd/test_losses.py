@@ -87,7 +87,7 @@ def test_the_fake_score_gradient_is_its_formula(level):
 
 
 @per_sample_levels
-def test_the_diversity_loss_in_v_space_is_the_error_of_what_the_network_says(level):
+def test_the_diversity_loss_in_v_space_is_the_error_of_the_networks_output(level):
     latents, denoised, target = (randn(seed, 3, *SHAPE) for seed in range(3))
 
     def velocity(x0):  # noise - x0 for flow, alpha noise - sigma x0 for VP
@@ -167,12 +167,12 @@ def test_dmd_with_the_exact_fake_score_trains_a_generator_to_the_teachers_distri
     mean, spread = torch.zeros(SHAPE).double().requires_grad_(), torch.ones(SHAPE).double().requires_grad_()
     optimizer = torch.optim.Adam([mean, spread], lr=0.05)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.01, 400)
-    for turn in range(400):
-        x0 = mean + spread * randn(3 * turn, 128, *SHAPE)
+    for update in range(400):
+        x0 = mean + spread * randn(3 * update, 128, *SHAPE)
         level = flow_level(
-            0.02 + 0.96 * torch.rand(128, 1, 1, 1, generator=torch.Generator().manual_seed(turn)).double()
+            0.02 + 0.96 * torch.rand(128, 1, 1, 1, generator=torch.Generator().manual_seed(update)).double()
         )
-        noisy = add_noise(x0, randn(3 * turn + 1, 128, *SHAPE), level)
+        noisy = add_noise(x0, randn(3 * update + 1, 128, *SHAPE), level)
         with torch.no_grad():
             real, fake = teacher.denoise(noisy, level), Gaussian(mean, spread).denoise(noisy, level)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The embedded teachers' and the CLIP's training is only taken up by the code that began it."""
+"""Checkpoints of the embedded teachers and the CLIP are only resumed by the code that began them."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ from dpdmd_pipeline.pipelines.clip import nodes as clip
 from dpdmd_pipeline.pipelines.teacher import nodes as teacher
 
 PACKAGE = Path(teacher.__file__).parents[2]
-# how a state is kept and taken up; recipes, whose numbers are in the name themselves
-APART = {"publishing.py", "training/checkpoint.py", "training/sharding.py", "training/teacher_recipe.py"}
+# Reading and writing of states; recipes, whose numbers are part of the identity
+IGNORED = {"publishing.py", "training/checkpoint.py", "training/sharding.py", "training/teacher_recipe.py"}
 OF_TEACHERS_ALONE = {"dpdmd/noise.py", "shapes/models.py"}
 
 
 @pytest.mark.parametrize(
-    ("stage", "begins", "apart"),
+    ("stage", "start", "ignored"),
     [
-        (teacher, "training/teacher.py", APART),
-        (clip, "training/clip.py", {*APART, *OF_TEACHERS_ALONE, "training/clip_recipe.py"}),
+        (teacher, "training/teacher.py", IGNORED),
+        (clip, "training/clip.py", {*IGNORED, *OF_TEACHERS_ALONE, "training/clip_recipe.py"}),
     ],
     ids=["teacher", "clip"],
 )
-def test_the_code_that_a_training_is_known_by_is_all_that_decides_it(stage, begins, apart):
-    todo, found = [PACKAGE / begins], set()
+def test_the_identity_of_a_training_covers_all_code_that_it_runs(stage, start, ignored):
+    todo, files = [PACKAGE / start], set()
     while todo:
         path = todo.pop()
-        if path not in found:
-            found.add(path)
+        if path not in files:
+            files.add(path)
             todo += [file for name in imported(path) if (file := module_file(name))]
-    assert {path.relative_to(PACKAGE).as_posix() for path in found} - apart == set(stage.CODE)
+    assert {path.relative_to(PACKAGE).as_posix() for path in files} - ignored == set(stage.CODE)

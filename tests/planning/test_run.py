@@ -1,4 +1,4 @@
-"""What is refused before anything large is read, and in which words."""
+"""Refusals before anything large is read: options, memory, disk."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_
 
 from dpdmd_pipeline.planning import checks, run
 from dpdmd_pipeline.planning.run import Planned, disk_needs, explain_out_of_memory, refusals
-from dpdmd_pipeline.training.cost import Settings, describe_cost
+from dpdmd_pipeline.training.cost import TeacherSettings, describe_cost
 
 GIB = 2**30
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
@@ -20,23 +20,23 @@ DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
 @pytest.fixture
 def plan(world_teacher):
-    """A run that goes well, with some of it changed."""
+    """A run without faults, except for the given changes."""
 
     def make(teacher=None, backbone=None, anchors=None, prompts=None, folders=None, **changes) -> Planned:
         options = train_options(**changes)
-        given = backbone_options(**(backbone or {})), anchor_options(**(anchors or {}))
-        return Planned(teacher or world_teacher, *given, {"train": options}, prompts, folders or {})
+        teacher_options = backbone_options(**(backbone or {})), anchor_options(**(anchors or {}))
+        return Planned(teacher or world_teacher, *teacher_options, {"train": options}, prompts, folders or {})
 
     return make
 
 
 @pytest.fixture
 def weightless(world_teacher, tmp_path):
-    """The teacher's configs without a single weight, as they are before a download."""
+    """The teacher's configs without weights, as before a download."""
     return shutil.copytree(world_teacher, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
 
 
-def test_a_run_that_can_go_well_is_not_refused(plan):
+def test_a_run_without_faults_is_not_refused(plan):
     assert refusals(plan()) == refusals(plan(**DMD)) == []
 
 
@@ -48,52 +48,50 @@ def test_configs_are_enough(plan, weightless):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, facts",
     [
-        ({"anchors": {"anchor_levels": [{"steps": 6}]}}, "steps=6 must be below the teacher's backbone.num_steps=6"),
+        ({"anchors": {"anchor_levels": [{"steps": 6}]}}, "steps=6.*backbone.num_steps=6"),
         ({"grid": "trailing"}, "train: .*trailing"),
-        ({"grid": [0.5, 0.2], "num_steps": 2, "backbone": {"num_steps": 30}}, "train: the first of anchors.anchor_lev"),
-        ({"target": "tangent"}, "train: train.target=tangent needs anchors.with_denoised=true"),
-        ({"anchored_steps": 2}, "train: train.anchored_steps=2 needs as many anchors.anchor_levels, there are 1"),
-        ({"precision": "bfloat16"}, "train: backbone.dtype=float32 and train.precision=bfloat16 differ"),
-        ({"channels_last": True}, "train: train.channels_last=true is for .* of a UNet, .* SD3Transformer2DModel: set"),
+        ({"grid": [0.5, 0.2], "num_steps": 2, "backbone": {"num_steps": 30}}, "train: .*anchors.anchor_levels.* 0.5"),
+        ({"target": "tangent"}, "train: .*train.target=tangent.*anchors.with_denoised=true"),
+        ({"anchored_steps": 2}, "train: .*train.anchored_steps=2.*anchors.anchor_levels.* 1"),
+        ({"precision": "bfloat16"}, "train: .*backbone.dtype=float32.*train.precision=bfloat16"),
+        ({"channels_last": True}, "train: .*train.channels_last=true.*SD3Transformer2DModel"),
         (
             {"guidance_interval": [0.2, 0.8], "backbone": {"guidance_scale": 1.0}},
-            "train: .* set guidance_interval=.0.0, 1",
+            r"train: .*guidance_interval=\[0.2, 0.8\].*guidance_scale=1",
         ),
-        ({"backbone": {"resolution": 30}}, "backbone.resolution 30 must be a multiple of"),
+        ({"backbone": {"resolution": 30}}, "backbone.resolution.*30"),
     ],
 )
-def test_options_that_the_teachers_config_does_not_allow_are_refused(plan, changes, message):
+def test_options_that_the_teachers_config_does_not_allow_are_refused(plan, changes, facts):
     (line,) = refusals(plan(**changes))
-    assert re.search(message, line) and "\n" not in line
+    assert re.search(facts, line) and "\n" not in line
 
 
-def test_a_gpu_that_is_asked_for_and_absent_is_refused(plan):
+def test_an_absent_gpu_is_refused(plan):
     if torch.cuda.is_available():
         assert refusals(plan(device="cuda")) == []
     else:
-        assert refusals(plan(device="cuda")) == [
-            "train: device is 'cuda', but torch finds no CUDA device here: set it to 'auto' or 'cpu', "
-            "or install a torch that fits your driver"
-        ]
+        (line,) = refusals(plan(device="cuda"))
+        assert re.search("^train: .*device.*cuda.*cpu", line)
 
 
 EIGHT_BITS = {"kind": "adamw_8bit"}
 
 
 @pytest.mark.parametrize("roles", [("student",), ("fake_score",), ("student", "fake_score")])
-def test_moments_in_8_bits_are_refused_where_their_library_or_cuda_is_absent(plan, monkeypatch, roles):
-    asked = {role: {**OPTIMIZER, **EIGHT_BITS} for role in roles}
-    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in roles)
-    (line,) = refusals(plan(**asked))
-    assert line == f"train: {kinds}: 8-bit moments need a CUDA device, this student trains on cpu: set kind=adamw"
+def test_moments_in_8_bits_are_refused_without_their_library_or_cuda(plan, monkeypatch, roles):
+    optimizers = {role: {**OPTIMIZER, **EIGHT_BITS} for role in roles}
+    kinds = ".*".join(f"{role}.kind=adamw_8bit" for role in roles)
+    (line,) = refusals(plan(**optimizers))
+    assert re.search(f"^train: {kinds}.*CUDA.*cpu", line)
     monkeypatch.setattr(checks, "resolve_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
-    (line,) = refusals(plan(**asked))
-    assert line.startswith(f"train: {kinds}: 8-bit moments need bitsandbytes") and "`pip install bitsandbytes`" in line
+    (line,) = refusals(plan(**optimizers))
+    assert re.search(f"^train: {kinds}.*`pip install bitsandbytes`", line)
     monkeypatch.setattr(checks, "find_spec", lambda _: object())
-    assert refusals(plan(**asked)) == []
+    assert refusals(plan(**optimizers)) == []
 
 
 def test_a_teacher_of_another_family_is_refused(plan, tmp_path, world_teacher):
@@ -107,41 +105,42 @@ def test_a_teacher_of_another_family_is_refused(plan, tmp_path, world_teacher):
 def test_adapters_that_match_no_layer_are_refused(plan):
     lora = {**TRAIN["lora"], "targets": ["no_such_layer"]}
     (line,) = refusals(plan(roles="lora", lora=lora), device_memory=64 * GIB)
-    assert line.startswith("train: train.lora.targets=['no_such_layer']: ")
+    assert line.startswith("train: ") and "train.lora.targets=['no_such_layer']" in line
 
 
 # ---- memory
 
 
-def test_a_student_that_does_not_fit_is_refused_with_what_helps_and_by_how_much(plan):
+def test_a_student_that_does_not_fit_is_refused_with_remedies_and_their_savings(plan):
     (line,) = refusals(plan(batch_size=64, student_micro_batch=64, fake_score_micro_batch=64), device_memory=GIB)
-    assert line.startswith("train needs about 1.") and "of GPU memory, 1.0 GiB are free: " in line
-    for remedy in ("train.roles=lora spares 0.", "train.gradient_checkpointing=true spares 0."):
-        assert remedy in line
+    assert re.search(r"^train .* 1\.\d GiB.* 1\.0 GiB", line)
+    for remedy in ("train.roles=lora", "train.gradient_checkpointing=true"):
+        assert re.search(rf"{remedy} \w+ 0\.\d GiB", line)
     assert "\n" not in line
 
 
-def test_where_it_fits_the_log_tells_cost_work_and_memory(plan, caplog):
+def test_for_a_student_that_fits_the_log_has_cost_work_and_memory(plan, caplog):
     with caplog.at_level("INFO"):
         assert refusals(plan(), device_memory=64 * GIB) == []
-    assert "forwards per sample and cycle" in caplog.text and "TFLOP each" in caplog.text
-    assert "estimated GPU memory: 1." in caplog.text
+    assert "forwards" in caplog.text and "TFLOP" in caplog.text
+    assert re.search(r"GPU memory.* 1\.\d GiB", caplog.text)
 
 
-def test_the_cost_that_is_told_is_that_of_the_options(plan, caplog):
-    asked = plan(anchors={"mode": "online"}, gradient_checkpointing=True)
+def test_the_logged_cost_is_that_of_the_options(plan, caplog):
+    planned = plan(anchors={"mode": "online"}, gradient_checkpointing=True)
     with caplog.at_level("INFO"):
-        refusals(asked)
-    settings = Settings(3.5, gradient_checkpointing=True, online_anchors=[2])
-    assert describe_cost(asked.trained["train"], settings)[0] in caplog.text
+        refusals(planned)
+    options = planned.trained["train"]
+    teacher = TeacherSettings(3.5, online_anchors=[2])
+    assert describe_cost(options.recipe(), options.execution(), teacher)[0] in caplog.text
 
 
 def test_a_gpu_out_of_memory_is_explained_in_one_line(plan):
-    asked = plan(batch_size=64, student_micro_batch=64, fake_score_micro_batch=64)
+    planned = plan(batch_size=64, student_micro_batch=64, fake_score_micro_batch=64)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
-    line = explain_out_of_memory(error, asked.teacher, asked.backbone, asked.trained["train"])
-    assert line.startswith("out of GPU memory while training (Tried to allocate 2.00 GiB); the estimate was 1.")
-    assert "train.roles=lora spares 0." in line and line.endswith("finished steps are kept") and "\n" not in line
+    line = explain_out_of_memory(error, planned.teacher, planned.backbone, planned.trained["train"])
+    assert re.search(r"Tried to allocate 2\.00 GiB.* 1\.\d GiB", line)
+    assert re.search(r"train\.roles=lora \w+ 0\.\d GiB", line) and "\n" not in line
 
 
 # ---- disk
@@ -151,71 +150,74 @@ def full_disk(monkeypatch, free: int) -> None:
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
-def test_caches_that_do_not_fit_together_are_refused_with_what_helps(plan, tmp_path, monkeypatch):
-    asked = plan(
+def test_caches_that_do_not_fit_together_are_refused_with_remedies(plan, tmp_path, monkeypatch):
+    planned = plan(
         prompts=(20_000_000, 10_000_000), folders={name: tmp_path / name for name in ("embeddings", "anchors")}
     )
-    sizes = disk_needs(asked)
+    sizes = disk_needs(planned)
     full_disk(monkeypatch, sum(sizes.values()) - 1)
-    (line,) = refusals(asked)
+    (line,) = refusals(planned)
     gib = {name: size / GIB for name, size in sizes.items()}
-    assert line.startswith(
-        f"disk of {tmp_path}: embeddings {gib['embeddings']:.2f} GiB, anchors {gib['anchors']:.2f} GiB are needed, "
-    )
-    assert f"half as many prompts spare {gib['embeddings'] / 2:.1f} GiB" in line
-    assert f"anchors.dtype=float16 spares {gib['anchors'] / 2:.1f} GiB" in line and "\n" not in line
+    assert str(tmp_path) in line and "\n" not in line
+    for fact in (
+        f"embeddings {gib['embeddings']:.2f} GiB",
+        f"anchors {gib['anchors']:.2f} GiB",
+        f"prompts \\w+ {gib['embeddings'] / 2:.1f} GiB",
+        f"anchors.dtype=float16 \\w+ {gib['anchors'] / 2:.1f} GiB",
+    ):
+        assert re.search(fact, line)
     full_disk(monkeypatch, sum(sizes.values()))
-    assert refusals(asked) == []
+    assert refusals(planned) == []
 
 
-def test_an_unfinished_cache_needs_no_room_for_what_is_there(plan, tmp_path, monkeypatch):
-    asked = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
-    need = disk_needs(asked)["anchors"]
+def test_an_unfinished_cache_needs_room_only_for_its_missing_part(plan, tmp_path, monkeypatch):
+    planned = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
+    need = disk_needs(planned)["anchors"]
     full_disk(monkeypatch, need // 2)
-    assert len(refusals(asked)) == 1
+    assert len(refusals(planned)) == 1
     (tmp_path / ".anchors.partial").mkdir()
     (tmp_path / ".anchors.partial" / "00000.safetensors").write_bytes(bytes(need))
-    assert refusals(asked) == []
+    assert refusals(planned) == []
 
 
-def test_a_published_cache_needs_no_room_where_it_is_this_runs_and_stays_beside_the_new_one_where_not(
+def test_a_published_cache_needs_no_room_if_it_is_reused_and_stays_beside_the_new_one_otherwise(
     plan, tmp_path, monkeypatch
 ):
-    asked = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
-    need = disk_needs(asked)["anchors"]
+    planned = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
+    need = disk_needs(planned)["anchors"]
     (tmp_path / "anchors").mkdir()
     (tmp_path / "anchors" / "00000.safetensors").write_bytes(bytes(need))
     full_disk(monkeypatch, need - 1)
-    assert len(refusals(asked)) == 1
-    assert refusals(replace(asked, made=frozenset({"anchors"}))) == []
+    assert len(refusals(planned)) == 1
+    assert refusals(replace(planned, made=frozenset({"anchors"}))) == []
 
 
-def test_states_need_no_room_for_this_students_and_room_beside_all_others(plan, tmp_path, monkeypatch):
-    asked = plan(folders={"train_state": tmp_path / "state"})
-    need, own = disk_needs(asked)["train_state"], tmp_path / "state" / "own"
+def test_states_need_no_room_for_those_of_this_student_and_room_beside_all_others(plan, tmp_path, monkeypatch):
+    planned = plan(folders={"train_state": tmp_path / "state"})
+    need, own = disk_needs(planned)["train_state"], tmp_path / "state" / "own"
     other = tmp_path / "state" / "other"
     for folder in (own, other):
         folder.mkdir(parents=True)
         (folder / "step_0000001.pt").write_bytes(bytes(need // 3))
     for states, free in (({}, need), ({"train": own}, need - need // 3), ({"train": tmp_path / "absent"}, need)):
         full_disk(monkeypatch, free - 1)
-        assert len(refusals(replace(asked, states=states))) == 1
+        assert len(refusals(replace(planned, states=states))) == 1
         full_disk(monkeypatch, free)
-        assert refusals(replace(asked, states=states)) == []
+        assert refusals(replace(planned, states=states)) == []
     (own / f"step_{TRAIN['max_steps']:07d}.json").write_text("{}")  # finished: nothing follows
     full_disk(monkeypatch, 0)
-    assert refusals(replace(asked, states={"train": own})) == []
+    assert refusals(replace(planned, states={"train": own})) == []
 
 
 def test_online_anchors_take_no_room(plan, tmp_path):
-    asked = plan(prompts=(9, 9), anchors={"mode": "online"}, folders={"anchors": tmp_path / "anchors"})
-    assert "anchors" not in disk_needs(asked)
+    planned = plan(prompts=(9, 9), anchors={"mode": "online"}, folders={"anchors": tmp_path / "anchors"})
+    assert "anchors" not in disk_needs(planned)
 
 
-def test_states_of_a_student_are_counted_where_they_are_written(plan, tmp_path):
-    asked = plan(folders={"train_state": tmp_path / "state"})
-    needs = disk_needs(asked)
-    network = sum(p.numel() for p in asked.backbone.load(asked.teacher, "cpu").load_model().parameters())
+def test_states_of_a_student_are_counted_if_they_are_written(plan, tmp_path):
+    planned = plan(folders={"train_state": tmp_path / "state"})
+    needs = disk_needs(planned)
+    network = sum(p.numel() for p in planned.backbone.load(planned.teacher, "cpu").load_model().parameters())
     assert needs["train_state"] == pytest.approx(
         (TRAIN["keep_last"] + 1) * 24 * network, rel=0.01
     )  # two networks with two moments each

@@ -1,4 +1,4 @@
-"""A whole distillation in miniature: the real classes, random weights, a few samples a turn."""
+"""A whole distillation in miniature: the real classes, random weights, a few samples per update."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.training.anchors import OnlineAnchors, TeacherAnchors
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.distill import Execution, Lessons, distill
+from dpdmd_pipeline.training.distill import distill
+from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, make_roles
+from dpdmd_pipeline.training.run import TrainingData
 
 NUM_STEPS, GUIDANCE, ANCHOR_STEPS = 8, 3.5, [2, 4]
 OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -32,9 +34,6 @@ RECIPE = {
     "grid": "shifted",
     "anchored_steps": 1,
     "diversity_weight": 1.0,
-    "weighting": "fixed",
-    "balance_every": 2,
-    "balance_ema": 0.5,
     "guidance_interval": [0.0, 1.0],
     "stop_gradient": True,
     "between_steps": "ode",
@@ -57,8 +56,14 @@ RECIPE = {
     },
 }
 WATCHED = {"watch": {**RECIPE["watch"], "every": 2}}
+ALONE = {"processes": 1, "machines": 1, "rendezvous": None, "sharding": "none"}
 EXECUTION = {
+    "device": "cpu",
+    "launch": ALONE,
+    "gradient_checkpointing": False,
     "checkpoint_every": 2,
+    "keep_last": 2,
+    "log_every": 2,
     "fetch_every": 1,
     "ratio_every": 2,
     "student_micro_batch": 2,
@@ -72,8 +77,16 @@ EXECUTION = {
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
 
+def recipe_with(**changes) -> Recipe:
+    return Recipe(**{**RECIPE, **changes})
+
+
+def execution_with(**changes) -> Execution:
+    return Execution(**{**EXECUTION, **changes})
+
+
 class InMemory:
-    """Rows of tensors, as a cache gives them."""
+    """Rows of tensors, like those of a cache."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
@@ -97,11 +110,10 @@ def embeddings(backbone) -> InMemory:
 
 @pytest.fixture(scope="session")
 def ask_teacher(backbone, embeddings) -> TeacherAnchors:
-    return asked(backbone, embeddings)
+    return teacher_anchors(backbone, embeddings)
 
 
-def asked(backbone, embeddings: InMemory) -> TeacherAnchors:
-    """A teacher that gives the anchors."""
+def teacher_anchors(backbone, embeddings: InMemory) -> TeacherAnchors:
     settings = {"num_steps": NUM_STEPS, "guidance_scale": GUIDANCE, "anchor_steps": ANCHOR_STEPS}
     return TeacherAnchors(backbone, backbone.load_model(), embeddings, with_denoised=True, **settings)
 
@@ -113,13 +125,15 @@ def start(backbone, embeddings, ask_teacher):
     def start_run(
         folder: Path, execution: dict | None = None, checkpointing: bool = False, **changes
     ) -> tuple[Roles, Iterator[dict]]:
-        recipe = Recipe(**{**RECIPE, **changes})
+        recipe = recipe_with(**changes)
         anchored = recipe.anchored_steps
         draw = OnlineAnchors(ask_teacher, [0, 1, 2], seed=recipe.seed, anchored_steps=anchored)
         levels = backbone.schedule(NUM_STEPS)
-        lessons = Lessons(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], levels, GUIDANCE)
+        data = TrainingData(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], levels, GUIDANCE)
         roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing, sharded=False)
-        kept, carried_out = Checkpoints(folder), Execution(**{**EXECUTION, **(execution or {})})
-        return roles, distill(backbone, roles, lessons, recipe, kept, kept.load_latest(), carried_out)
+        checkpoints = Checkpoints(folder)
+        resumed = checkpoints.load_latest()
+        options = execution_with(gradient_checkpointing=checkpointing, **(execution or {}))
+        return roles, distill(backbone, roles, data, recipe, checkpoints, resumed, options)
 
     return start_run

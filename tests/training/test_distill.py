@@ -1,3 +1,5 @@
+"""The loop: losses on record, exact resume, variants, and executions that change rounding only."""
+
 import gc
 import json
 import os
@@ -7,7 +9,10 @@ import pytest
 import torch
 from tests.training.conftest import DMD, RECIPE, WATCHED
 
+from dpdmd_pipeline.dpdmd.algorithm import follow_anchors, match_teacher, student_loss
+from dpdmd_pipeline.training import distill
 from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.run import Trained
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 
@@ -37,9 +42,9 @@ def test_losses_of_the_tiny_run_are_those_on_record(start, tmp_path, variant):
     }[variant]
     _, records = start(tmp_path, **changes)
     measured = [[row["dmd_loss"], row["diversity_loss"], row["fake_score_loss"]] for row in records]
-    if os.environ.get("DPDMD_RECORD_GOLDEN"):  # after a change of the mathematics made on purpose, with -n 0
-        known = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        GOLDEN.write_text(json.dumps({**known, variant: measured}, indent=1) + "\n")
+    if os.environ.get("DPDMD_RECORD_GOLDEN"):  # after an intended change of the mathematics, with -n 0
+        recorded = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        GOLDEN.write_text(json.dumps({**recorded, variant: measured}, indent=1) + "\n")
     torch.testing.assert_close(
         torch.tensor(measured), torch.tensor(json.loads(GOLDEN.read_text())[variant]), rtol=2e-3, atol=1e-4
     )
@@ -49,11 +54,11 @@ def test_losses_of_the_tiny_run_are_those_on_record(start, tmp_path, variant):
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(start, tmp_path, stop_after):
     whole, records = start(tmp_path / "whole")
     history = list(records)
-    _, records = start(tmp_path / "broken")
+    _, records = start(tmp_path / "stopped")
     for _ in range(stop_after):
         next(records)
     records.close()  # as Ctrl-C does
-    resumed, records = start(tmp_path / "broken")
+    resumed, records = start(tmp_path / "stopped")
     assert list(records) == history[stop_after:]
     assert torch.equal(weights(resumed), weights(whole))
 
@@ -70,9 +75,7 @@ def test_a_finished_run_is_reused_and_keeps_the_student_alone(start, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_prompts(start, tmp_path):
     roles, records = start(tmp_path, student={**RECIPE["student"], "learning_rate": 1e30})
-    with pytest.raises(
-        ValueError, match=r"loss is (nan|inf) at step \d, prompts \[[0-9, ]+\]: lower the learning rate"
-    ):
+    with pytest.raises(ValueError, match=r"loss.* (nan|inf) .*step \d.*prompts \[[0-9, ]+\].*1e\+30"):
         list(records)
 
 
@@ -82,12 +85,14 @@ def test_the_checkpoint_on_disk_survives_a_failed_step(start, tmp_path):
         next(records)
     with torch.no_grad():
         next(roles.fake_score.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="fake_score_loss is nan at step 4"):
+    with pytest.raises(ValueError, match="fake_score_loss.* nan .*step 4"):
         list(records)
+    step, _ = Checkpoints(tmp_path).load_latest()
+    assert step == 2
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
-def test_the_students_rate_falls_in_the_last_share_of_the_turns(start, tmp_path, decay, monkeypatch):
+def test_the_students_learning_rate_falls_in_the_last_share_of_the_cycles(start, tmp_path, decay, monkeypatch):
     rates, plain = [], torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
@@ -97,11 +102,9 @@ def test_the_students_rate_falls_in_the_last_share_of_the_turns(start, tmp_path,
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     _, records = start(tmp_path, decay=decay)
     list(records)
-    fake, student = (
-        [rates[i] for i in range(len(rates)) if i % 3 < 2],
-        rates[2::3],
-    )  # two fake-score turns, then the student
-    assert fake == [1e-3] * 8
+    # two fake-score updates, then the student's
+    fake_score, student = [rates[i] for i in range(len(rates)) if i % 3 < 2], rates[2::3]
+    assert fake_score == [1e-3] * 8
     shares = {0.0: [1, 1, 1, 1], 0.5: [1, 1, 1, 0.5], 1.0: [1, 0.75, 0.5, 0.25]}[decay]
     assert student == pytest.approx([1e-3 * share for share in shares])
 
@@ -114,10 +117,9 @@ VARIANTS = {
     "last_step": {"graded_steps": "last"},
     "shared_rollout": {"fake_rollout": "shared"},
     "warmed_up": {"fake_score_warmup": 3, "warmup": 2},
-    "balanced": {"weighting": "balanced", "balance_ema": 0.9},
     "guided_in_an_interval": {"guidance_interval": [0.3, 0.7]},
     "watched": WATCHED,
-    "best_turn": {"watch": {**WATCHED["watch"], "every": 1, "keep": "best"}},
+    "best_cycle": {"watch": {**WATCHED["watch"], "every": 1, "keep": "best"}},
 }
 
 
@@ -127,57 +129,24 @@ def test_every_variant_trains_and_resumes_bit_for_bit(start, tmp_path, variant):
     before = weights(whole)
     history = list(records)
     assert not torch.equal(before, weights(whole))
-    _, records = start(tmp_path / "broken", **VARIANTS[variant])
-    for _ in range(3):  # the checkpoint after two steps, and one by Ctrl-C after the third
+    _, records = start(tmp_path / "stopped", **VARIANTS[variant])
+    for _ in range(3):  # a checkpoint after two cycles, and one by Ctrl-C after the third
         next(records)
     records.close()
-    resumed, records = start(tmp_path / "broken", **VARIANTS[variant])
+    resumed, records = start(tmp_path / "stopped", **VARIANTS[variant])
     assert list(records) == history[3:]
     assert torch.equal(weights(resumed), weights(whole))
 
 
-BALANCED = {"weighting": "balanced", "diversity_weight": 0.25}
-
-
-@pytest.mark.parametrize("changes", [{}, BALANCED], ids=["fixed", "balanced"])
-def test_a_batch_may_be_worked_through_in_parts(start, tmp_path, changes):
-    whole, records = start(tmp_path / "whole", batch_size=4, execution={"student_micro_batch": 4}, **changes)
+def test_a_batch_may_be_worked_through_in_micro_batches(start, tmp_path):
+    whole, records = start(tmp_path / "whole", batch_size=4, execution={"student_micro_batch": 4})
     history = list(records)
-    parts = {"student_micro_batch": 3, "fake_score_micro_batch": 1}
-    in_parts, records = start(tmp_path / "parts", batch_size=4, execution=parts, **changes)
+    sizes = {"student_micro_batch": 3, "fake_score_micro_batch": 1}
+    split, records = start(tmp_path / "split", batch_size=4, execution=sizes)
     for ours, theirs in zip(records, history, strict=True):
-        ours.pop("grad_ratio", None), theirs.pop("grad_ratio", None)  # of the first part only
+        ours.pop("grad_ratio", None), theirs.pop("grad_ratio", None)  # of the first micro-batch only
         assert ours == pytest.approx(theirs, rel=1e-4)
-    torch.testing.assert_close(weights(in_parts), weights(whole), rtol=1e-3, atol=2e-4)
-
-
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_a_balanced_weight_holds_the_gradients_in_the_ratio_asked_for(start, tmp_path, stop_gradient):
-    """The ratio is measured apart, by passes of its own, for the record."""
-    asked = {**BALANCED, "stop_gradient": stop_gradient, "balance_every": 1, "balance_ema": 0.0}
-    _, records = start(tmp_path, execution={"ratio_every": 1}, **asked)
-    history = list(records)
-    assert [row["grad_ratio"] for row in history] == pytest.approx([0.25] * 4, rel=1e-4)
-    assert len({row["diversity_weight"] for row in history}) == 4
-
-
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_a_balanced_run_is_a_fixed_one_of_the_weights_on_its_record(start, tmp_path, stop_gradient):
-    asked = {**BALANCED, "stop_gradient": stop_gradient, "balance_every": 10}
-    balanced, records = start(tmp_path / "balanced", **asked)
-    history = list(records)
-    (weight,) = {row.pop("diversity_weight") for row in history}
-    fixed = {"weighting": "fixed", "diversity_weight": weight, "stop_gradient": stop_gradient}
-    same, records = start(tmp_path / "fixed", **fixed)
-    for ours, theirs in zip(history, records, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    torch.testing.assert_close(weights(balanced), weights(same), rtol=1e-3, atol=2e-4)
-
-
-def test_a_weight_is_measured_anew_only_where_the_recipe_says_so(start, tmp_path):
-    _, records = start(tmp_path, weighting="balanced", balance_every=2)
-    first, second, third, fourth = (row["diversity_weight"] for row in records)
-    assert first == second != third == fourth
+    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-3, atol=2e-4)
 
 
 def test_an_interval_of_guidance_changes_the_teacher_of_dmd_and_not_the_anchors(start, tmp_path):
@@ -198,7 +167,7 @@ def test_an_interval_of_guidance_changes_the_teacher_of_dmd_and_not_the_anchors(
     ],
     ids=str,
 )
-def test_how_a_turn_is_computed_changes_the_student_by_rounding_only(start, tmp_path, execution):
+def test_an_execution_changes_the_student_by_rounding_only(start, tmp_path, execution):
     plain, records = start(tmp_path / "plain")
     history = list(records)
     other, records = start(tmp_path / "other", execution=execution)
@@ -215,7 +184,7 @@ def test_losses_fetched_late_are_the_same_losses(start, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_kept_student_is_the_average_where_one_is_taken(start, tmp_path, kind):
+def test_the_final_student_is_the_average_if_the_recipe_asks_for_one(start, tmp_path, kind):
     last, records = start(tmp_path / "last", roles=kind)
     path = [weights(last).clone() for _ in records]
     averaged, records = start(tmp_path / "averaged", ema=0.5, roles=kind)
@@ -227,55 +196,47 @@ def test_the_kept_student_is_the_average_where_one_is_taken(start, tmp_path, kin
 
 
 def test_an_average_of_adapters_copies_no_base(start, tmp_path, backbone):
-    """Counted on all parameters there are, since a view hides its base from torch."""
-    before = {id(found) for found in parameters_in_memory()}
+    """Counted on all parameters in memory, since a view hides its base from torch."""
+    before = {id(parameter) for parameter in parameters_in_memory()}
     one = sum(parameter.numel() for parameter in backbone.load_model().parameters())
     _, records = start(tmp_path, roles="lora", ema=0.5)
     next(records)
-    held = {p.data_ptr(): p.numel() for p in parameters_in_memory() if id(p) not in before}
-    assert one < sum(held.values()) <= 1.25 * one
+    new = {p.data_ptr(): p.numel() for p in parameters_in_memory() if id(p) not in before}
+    assert one < sum(new.values()) <= 1.25 * one
 
 
 def parameters_in_memory():
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
+    return [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
 
 
-def test_gradients_of_the_two_losses_add_up_where_the_first_is_back_propagated_at_once(start, tmp_path, monkeypatch):
-    """One turn without clipping: its gradient is that of L_DMD + lambda L_div, taken together by Algorithm 1."""
-    from dpdmd_pipeline.dpdmd.algorithm import student_loss
-    from dpdmd_pipeline.training import distill
+def test_gradients_of_the_two_losses_add_up_although_the_first_is_back_propagated_at_once(start, tmp_path, monkeypatch):
+    """One cycle without clipping: its gradient is that of L_DMD + lambda L_div, taken together by Algorithm 1."""
+    arguments, gradients = {}, []
 
-    seen = {}
-    monkeypatch.setattr(distill, "follow_anchors", lambda student, **given: _kept(seen, student, given))
-    monkeypatch.setattr(distill, "match_teacher", lambda *roles, **given: _matched(seen, roles, given))
-    monkeypatch.setattr(distill._Run, "_update", lambda run, model, *_: _grads(seen, model))
+    def follow(student, **options):
+        arguments.update(options)
+        return follow_anchors(student, **options)
+
+    def match(*roles, **options):
+        arguments.update(options, roles=roles)
+        return match_teacher(*roles, **options)
+
+    def update(trained):
+        parameters = list(trained.network.parameters())
+        gradients[:] = [p.grad.clone() if p.grad is not None else None for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        return torch.zeros(())
+
+    monkeypatch.setattr(distill, "follow_anchors", follow)
+    monkeypatch.setattr(distill, "match_teacher", match)
+    monkeypatch.setattr(Trained, "update", update)
     roles, records = start(tmp_path, max_steps=1, diversity_weight=2.0)
     next(records)
-    given = {**seen["follow"], **{k: v for k, v in seen["match"].items() if k not in {"latents", "first"}}}
-    losses = student_loss(*seen["roles"], **given)
+    options = {name: value for name, value in arguments.items() if name not in {"roles", "latents", "first"}}
+    losses = student_loss(*arguments["roles"], **options)
     parameters = [parameter for parameter in roles.student.parameters() if parameter.requires_grad]
     together = torch.autograd.grad(losses.dmd + 2.0 * losses.diversity, parameters, allow_unused=True)
-    for ours, theirs in zip(seen["grads"], together, strict=True):
+    for ours, theirs in zip(gradients, together, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-
-
-def _kept(seen, student, given):
-    from dpdmd_pipeline.dpdmd.algorithm import follow_anchors
-
-    seen["follow"] = given
-    return follow_anchors(student, **given)
-
-
-def _matched(seen, roles, given):
-    from dpdmd_pipeline.dpdmd.algorithm import match_teacher
-
-    seen["roles"], seen["match"] = roles, given
-    return match_teacher(*roles, **given)
-
-
-def _grads(seen, model):
-    seen["grads"] = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
-    for parameter in model.parameters():
-        parameter.grad = None
-    return torch.zeros(())

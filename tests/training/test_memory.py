@@ -1,54 +1,47 @@
-"""Estimates against real networks, optimisers and caches on the CPU."""
+"""Estimates against real networks, optimizers and caches on the CPU."""
 
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
-from tests.training.conftest import DMD, GUIDANCE, RECIPE, asked
+from tests.training.conftest import ALONE, DMD, GUIDANCE, execution_with, recipe_with, teacher_anchors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.memory import (
-    MemoryModel,
-    MemorySplit,
-    _Wanted,
-    anchor_bytes,
-    conditioning_like,
-    describe_remedies,
-    embedding_bytes,
-    remedies,
-    waiting_passes,
-)
+from dpdmd_pipeline.training.disk import anchor_bytes, embedding_bytes
+from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.memory import MemoryModel, waiting_passes
 from dpdmd_pipeline.training.optimizer import make_optimizer
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.remedies import describe_remedies, remedies
 from dpdmd_pipeline.training.roles import make_roles, trainable
+from dpdmd_pipeline.training.weightless import conditioning_like
 
 
-def alike(samples: int, checkpointing: bool, **rest) -> MemorySplit:
-    return MemorySplit.alike(samples, gradient_checkpointing=checkpointing, **rest)
+def micro_batches_of(samples: int, *, processes: int = 1, sharded: bool = False, **changes) -> Execution:
+    """All micro-batches of one size."""
+    launch = {**ALONE, "processes": processes, "sharding": "fsdp2" if sharded else "none"}
+    sizes = dict.fromkeys(("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch"), samples)
+    return execution_with(launch=launch, **sizes, **changes)
 
 
-SMALL = alike(2, False)
-
-
-def recipe(**changes) -> Recipe:
-    return Recipe(**{**RECIPE, **changes})
+SMALL = micro_batches_of(2)
+CHECKPOINTED = {"gradient_checkpointing": True}
+FOUR = {**CHECKPOINTED, "processes": 4}
 
 
 @pytest.fixture(scope="session")
 def backbone(world_teacher):
-    """Of the sizes that are counted: in a smaller network what the counts leave out would weigh more."""
+    """The embedded teacher: in a smaller network the small tensors that the counts leave out would weigh more."""
     return load_backbone("sd3", world_teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
 
 
 @pytest.fixture(scope="session")
 def ask_teacher(backbone, embeddings):
-    return asked(backbone, embeddings)
+    return teacher_anchors(backbone, embeddings)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +54,7 @@ def half(world_teacher):
     """The same teacher in bfloat16, and its estimates."""
     options = {"resolution": 32, "max_sequence_length": 0, "level_range": (0.02, 0.98), "dtype": torch.bfloat16}
     backbone = load_backbone("sd3", world_teacher, **options)
-    like = conditioning_like(backbone)
-    return backbone, MemoryModel(backbone, world_teacher, like, GUIDANCE)
+    return backbone, MemoryModel(backbone, world_teacher, conditioning_like(backbone), GUIDANCE)
 
 
 def size(tensors) -> int:
@@ -70,20 +62,20 @@ def size(tensors) -> int:
 
 
 def networks(roles) -> list:
-    held = [roles.teacher, roles.student, roles.fake_score]
-    return [*held, roles.student._shared[0]] if hasattr(roles.student, "_shared") else held
+    networks = [roles.teacher, roles.student, roles.fake_score]
+    return [*networks, roles.student._shared[0]] if hasattr(roles.student, "_shared") else networks
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_weights_gradients_and_moments_are_exactly_those_of_real_networks(backbone, model, half, kind, precision):
     family, estimates = (backbone, model) if precision == "float32" else half
-    asked = recipe(roles=kind, precision=precision)
-    roles = make_roles(family, asked, gradient_checkpointing=False, sharded=False)
-    memory = estimates.estimate(asked, SMALL)
+    recipe = recipe_with(roles=kind, precision=precision)
+    roles = make_roles(family, recipe, gradient_checkpointing=False, sharded=False)
+    memory = estimates.estimate(recipe, SMALL)
     assert memory.weights == size(t for network in networks(roles) for t in (*network.parameters(), *network.buffers()))
     moments, gradients = 0, []
-    for role, optimizer_recipe in ((roles.student, asked.student), (roles.fake_score, asked.fake_score)):
+    for role, optimizer_recipe in ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score)):
         for parameter in trainable(role):
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(size(p.grad for p in trainable(role)))
@@ -91,33 +83,35 @@ def test_weights_gradients_and_moments_are_exactly_those_of_real_networks(backbo
         optimizer.step()
         moments += size(value for state in optimizer.state.values() for value in state.values())
     assert memory.optimizer == moments
-    assert memory.gradients == 2 * gradients[0]  # two, while the ratio of the two losses' gradients is measured
-    assert estimates.estimate(recipe(roles=kind, precision=precision, **DMD), SMALL).gradients == max(gradients)
+    assert memory.gradients == 2 * gradients[0]  # two, while the norms of the two losses' gradients are compared
+    dmd = recipe_with(roles=kind, precision=precision, **DMD)
+    assert estimates.estimate(dmd, SMALL).gradients == max(gradients)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_average_takes_the_trained_weights_of_another_student(backbone, model, kind):
-    with_average, without = (model.estimate(recipe(ema=ema, roles=kind), SMALL) for ema in (0.9, 0.0))
-    roles = make_roles(backbone, recipe(roles=kind), gradient_checkpointing=False, sharded=False)
+    with_average, without = (model.estimate(recipe_with(ema=ema, roles=kind), SMALL) for ema in (0.9, 0.0))
+    roles = make_roles(backbone, recipe_with(roles=kind), gradient_checkpointing=False, sharded=False)
     assert with_average.average == size(trainable(roles.student)) and without.average == 0
 
 
-def test_processes_that_share_the_networks_divide_what_belongs_to_them(model):
-    asked = recipe(ema=0.9, batch_size=8, **DMD)  # one backward pass a turn: no gradient waits for another
-    alone, four = (model.estimate(asked, alike(2, True, processes=4, sharded=sharded)) for sharded in (False, True))
+def test_processes_that_share_the_networks_divide_their_memory(model):
+    recipe = recipe_with(ema=0.9, batch_size=8, **DMD)  # one backward pass per update: no gradient waits for another
+    alone, four = (model.estimate(recipe, micro_batches_of(2, sharded=sharded, **FOUR)) for sharded in (False, True))
     for part in ("gradients", "optimizer", "average"):
         assert getattr(four, part) == pytest.approx(getattr(alone, part) / 4, rel=1e-3)
     networks = 2 * alone.average  # student and fake score
     assert four.weights == pytest.approx(alone.weights - 0.75 * networks, rel=1e-3)
-    assert 0 < four.activations < 3 * alone.average  # what is brought together: at most weights and gradients
+    assert 0 < four.activations < 3 * alone.average  # gathered tensors: at most weights and gradients
 
 
-@pytest.mark.parametrize("micro_batch, changes", [(1, DMD), (2, {})], ids=["two parts", "two losses"])
+@pytest.mark.parametrize("micro_batch, changes", [(1, DMD), (2, {})], ids=["two micro-batches", "two losses"])
 def test_a_gradient_that_waits_for_its_exchange_is_counted_whole(model, micro_batch, changes):
-    shards = alike(2, True, processes=4, sharded=True)
-    split = replace(shards, student_micro_batch=micro_batch)
+    one_pass = micro_batches_of(2, sharded=True, **FOUR)
+    two_passes = one_pass.model_copy(update={"student_micro_batch": micro_batch})
     once, waiting = (
-        model.estimate(recipe(batch_size=8, **given), now).gradients for given, now in ((DMD, shards), (changes, split))
+        model.estimate(recipe_with(batch_size=8, **changed), execution).gradients
+        for changed, execution in ((DMD, one_pass), (changes, two_passes))
     )
     student = 4 * once
     assert waiting == pytest.approx(student + (2 if changes == {} else 1) * once, rel=1e-3)
@@ -125,19 +119,19 @@ def test_a_gradient_that_waits_for_its_exchange_is_counted_whole(model, micro_ba
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_what_a_pass_keeps_is_counted_on_weightless_networks_as_on_real_ones(
+def test_the_tensors_kept_by_a_pass_are_counted_on_weightless_networks_as_on_real_ones(
     backbone, model, half, embeddings, kind, precision
 ):
-    """Real tensors on the CPU, collected as autograd asks for them, without and with checkpointing."""
+    """Real tensors on the CPU, collected when autograd saves them, without and with checkpointing."""
     family, estimates = (backbone, model) if precision == "float32" else half
-    asked = recipe(roles=kind, precision=precision)
+    recipe = recipe_with(roles=kind, precision=precision)
     for checkpointing in (False, True):
-        roles = make_roles(family, asked, gradient_checkpointing=checkpointing, sharded=False)
+        roles = make_roles(family, recipe, gradient_checkpointing=checkpointing, sharded=False)
         own = {p.untyped_storage().data_ptr() for network in networks(roles) for p in network.parameters()}
-        found = {}
+        storages = {}
 
-        def pack(tensor, found=found):
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         cond = {name: value[:2].to(family.dtype) for name, value in embeddings.tensors.items()}
@@ -147,16 +141,10 @@ def test_what_a_pass_keeps_is_counted_on_weightless_networks_as_on_real_ones(
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
         ):
             denoised = family.denoise(roles.student, torch.randn(2, *family.latent_shape), level, cond)
-        kept = sum(storage.nbytes() for name, storage in found.items() if name not in own)
-        counted = counted_pass(estimates, asked)
-        assert kept == pytest.approx(counted.kept_between if checkpointing else counted.kept, rel=0.04)
+        saved = sum(storage.nbytes() for name, storage in storages.items() if name not in own)
+        counted = estimates.pass_memory(recipe, "student", 2)
+        assert saved == pytest.approx(counted.saved_between if checkpointing else counted.saved, rel=0.04)
         del denoised
-
-
-def counted_pass(estimates: MemoryModel, asked: Recipe):
-    from dpdmd_pipeline.training.memory import _Wanted
-
-    return estimates._pass(_Wanted.by(asked), "student", 2)
 
 
 def test_operations_are_those_of_plain_matrix_products(backbone, model, embeddings):
@@ -165,7 +153,7 @@ def test_operations_are_those_of_plain_matrix_products(backbone, model, embeddin
     cond = {name: value[:1] for name, value in embeddings.tensors.items()}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         backbone.denoise(network, torch.randn(1, *backbone.latent_shape), level, cond)
-    assert model.forward_flops(recipe()) == counter.get_total_flops()
+    assert model.forward_flops(recipe_with()) == counter.get_total_flops()
 
 
 VARIANTS = {
@@ -180,23 +168,23 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_so_many_passes_wait_for_a_backward_pass_as_are_counted(start, tmp_path, model, variant):
-    """The largest amount that autograd holds at a time during a real cycle."""
+def test_the_passes_that_wait_for_a_backward_pass_are_counted(start, tmp_path, model, variant):
+    """Compared with the largest amount that autograd holds at a time during a real cycle."""
     roles, records = start(tmp_path, max_steps=1, **VARIANTS[variant])
     own = {p.untyped_storage().data_ptr() for network in networks(roles) for p in network.parameters()}
-    held = Held(own)
-    with torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
+    saved = SavedTensors(own)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
         next(records)
-    asked = recipe(**VARIANTS[variant])
-    expected = waiting_passes(asked) * counted_pass(model, asked).kept
-    assert held.most == pytest.approx(expected, rel=0.05)
+    recipe = recipe_with(**VARIANTS[variant])
+    expected = waiting_passes(recipe) * model.pass_memory(recipe, "student", 2).saved
+    assert saved.peak == pytest.approx(expected, rel=0.05)
 
 
-class Held:
+class SavedTensors:
     """Bytes of the storages that autograd holds, and their largest sum."""
 
     def __init__(self, own: set[int]) -> None:
-        self.own, self.users, self.now, self.most = own, {}, 0, 0
+        self.own, self.users, self.now, self.peak = own, {}, 0, 0
 
     def pack(self, tensor: torch.Tensor):
         box = _Box(tensor)
@@ -205,7 +193,7 @@ class Held:
         if name not in self.own:
             self.users[name] = self.users.get(name, 0) + 1
             self.now += size if self.users[name] == 1 else 0
-            self.most = max(self.most, self.now)
+            self.peak = max(self.peak, self.now)
             weakref.finalize(box, self._free, name, size)
         return box
 
@@ -224,72 +212,75 @@ class _Box:
 
 def test_counting_leaves_no_network_and_no_number_behind(model):
     state = torch.get_rng_state()
-    model.estimate(recipe(), SMALL)
+    model.estimate(recipe_with(), SMALL)
     gc.collect()
     assert torch.equal(state, torch.get_rng_state())
 
 
-# ---- what helps
+# ---- remedies
 
 
-def test_every_remedy_spares_what_it_says(model):
-    asked, split = recipe(ema=0.5, batch_size=64), alike(64, False)
-    found = dict(remedies(model, asked, split))
-    now = model.estimate(asked, split).total
-    less = {
-        "train.roles=lora": (recipe(ema=0.5, batch_size=64, roles="lora"), split),
+def test_every_remedy_saves_the_bytes_it_names(model):
+    recipe, execution = recipe_with(ema=0.5, batch_size=64), micro_batches_of(64)
+    saved = dict(remedies(model, recipe, execution))
+    now = model.estimate(recipe, execution).total
+    smaller = {
+        "train.roles=lora": (recipe_with(ema=0.5, batch_size=64, roles="lora"), execution),
         "train.student_micro_batch=32, train.fake_score_micro_batch=32, train.rollout_micro_batch=32": (
-            asked,
-            alike(32, False),
+            recipe,
+            micro_batches_of(32),
         ),
-        "train.gradient_checkpointing=true": (asked, alike(64, True)),
-        "train.graded_steps=random": (recipe(ema=0.5, batch_size=64, graded_steps="random"), split),
+        "train.gradient_checkpointing=true": (recipe, micro_batches_of(64, **CHECKPOINTED)),
+        "train.graded_steps=random": (recipe_with(ema=0.5, batch_size=64, graded_steps="random"), execution),
     }
-    for text, changed in less.items():
-        assert found[text] == now - model.estimate(*changed).total > 0
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert f"train.roles=lora spares {found['train.roles=lora'] / 2**30:.1f} GiB" in describe_remedies(found.items())
+    for text, changed in smaller.items():
+        assert saved[text] == now - model.estimate(*changed).total > 0
+    assert list(saved.values()) == sorted(saved.values(), reverse=True)
+    phrase = next(phrase for phrase in describe_remedies(saved.items()).split("; ") if "train.roles=lora" in phrase)
+    assert f"{saved['train.roles=lora'] / 2**30:.1f} GiB" in phrase
 
 
 def test_a_guided_call_in_two_halves_keeps_less(model):
-    joint, apart = (
-        model.estimate(recipe(batch_size=64), alike(64, True, guidance_batch=batch)).activations
+    joint, separate = (
+        model.estimate(recipe_with(batch_size=64), micro_batches_of(64, guidance_batch=batch, **CHECKPOINTED))
         for batch in ("joint", "apart")
     )
-    assert apart < joint
+    assert separate.activations < joint.activations
 
 
-def test_sharding_is_named_where_several_processes_could_share_the_networks(model):
-    asked, text = recipe(batch_size=8, ema=0.5), "train.launch.sharding=fsdp2"
-    assert dict(remedies(model, asked, alike(2, True, processes=4)))[text] > 0
-    assert text not in dict(remedies(model, asked, alike(2, True)))
-    assert text not in dict(remedies(model, recipe(batch_size=8, roles="lora"), alike(2, True, processes=4)))
-    already = dict(remedies(model, asked, alike(2, True, processes=4, sharded=True)))
-    assert text not in already
-    assert not any("roles=lora" in found and "sharding=none" not in found for found in already)
+def test_sharding_is_named_only_if_several_processes_can_share_the_networks(model):
+    recipe, text = recipe_with(batch_size=8, ema=0.5), "train.launch.sharding=fsdp2"
+    assert dict(remedies(model, recipe, micro_batches_of(2, **FOUR)))[text] > 0
+    assert text not in dict(remedies(model, recipe, micro_batches_of(2, **CHECKPOINTED)))
+    assert text not in dict(remedies(model, recipe_with(batch_size=8, roles="lora"), micro_batches_of(2, **FOUR)))
+    options = dict(remedies(model, recipe, micro_batches_of(2, sharded=True, **FOUR)))
+    assert text not in options
+    assert not any("roles=lora" in option and "sharding=none" not in option for option in options)
 
 
-@pytest.mark.parametrize("found, said", [(None, " (first `pip install bitsandbytes`)"), (object(), "")])
-def test_moments_in_8_bits_are_named_with_the_library_they_lack(model, monkeypatch, found, said):
-    monkeypatch.setattr("dpdmd_pipeline.training.memory.find_spec", lambda _: found)
-    assert f"kind=adamw_8bit for both optimizers{said}" in dict(remedies(model, recipe(batch_size=8), alike(8, True)))
+@pytest.mark.parametrize("spec, installs", [(None, True), (object(), False)], ids=["absent", "installed"])
+def test_moments_in_8_bits_are_named_with_their_library_if_it_is_missing(model, monkeypatch, spec, installs):
+    monkeypatch.setattr("dpdmd_pipeline.training.remedies.find_spec", lambda _: spec)
+    options = remedies(model, recipe_with(batch_size=8), micro_batches_of(8, **CHECKPOINTED))
+    (eight_bits,) = [text for text, _ in options if "kind=adamw_8bit" in text]
+    assert ("`pip install bitsandbytes`" in eight_bits) == installs
 
 
-def test_where_nothing_helps_the_words_say_so():
-    assert describe_remedies([]) == "no option makes it smaller: take a card with more memory"
+def test_without_remedies_the_description_is_still_a_phrase():
+    assert "no option" in describe_remedies([])
 
 
-@pytest.mark.parametrize("less, more", [(16, 32), (32, 64)])
-def test_a_larger_part_keeps_more_and_a_checkpointed_one_less(model, less, more):
-    asked = recipe(batch_size=64)
-    small, large = (model.estimate(asked, alike(n, False)).activations for n in (less, more))
-    assert model.estimate(asked, alike(more, True)).activations < large and small < large
+@pytest.mark.parametrize("smaller, larger", [(16, 32), (32, 64)])
+def test_a_larger_micro_batch_keeps_more_and_a_checkpointed_one_less(model, smaller, larger):
+    recipe = recipe_with(batch_size=64)
+    small, large = (model.estimate(recipe, micro_batches_of(size)).activations for size in (smaller, larger))
+    assert model.estimate(recipe, micro_batches_of(larger, **CHECKPOINTED)).activations < large and small < large
 
 
 # ---- disk
 
 
-def test_caches_on_disk_have_the_bytes_that_are_estimated(backbone, world_teacher, tmp_path):
+def test_caches_on_disk_have_the_estimated_bytes(backbone, world_teacher, tmp_path):
     cond = backbone.encode(["a red circle", "a blue square", ""])
     like = conditioning_like(backbone)
     anchors = {"prompt": torch.zeros(6, dtype=torch.int64), "seed": torch.zeros(6, dtype=torch.int64)}
@@ -307,12 +298,11 @@ def test_caches_on_disk_have_the_bytes_that_are_estimated(backbone, world_teache
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"roles": "lora"}], ids=["full", "averaged", "lora"])
-def test_a_state_on_disk_has_the_bytes_that_are_estimated(start, tmp_path, model, changes):
+def test_a_state_on_disk_has_the_estimated_bytes(start, tmp_path, model, changes):
     _, records = start(tmp_path, **changes)
     next(records), next(records), records.close()
     _, state = Checkpoints(tmp_path).load_latest()
-    written = size(tensors_in(state))
-    assert written == model.checkpoint_bytes(recipe(**changes))
+    assert size(tensors_in(state)) == model.checkpoint_bytes(recipe_with(**changes))
 
 
 def tensors_in(value):
@@ -323,13 +313,11 @@ def tensors_in(value):
             yield from tensors_in(inner)
 
 
-def test_a_large_rollout_is_what_a_run_of_small_parts_needs(model):
-    asked = recipe(batch_size=64, fake_score_turns=5, anchored_steps=0, diversity_weight=0.0, stop_gradient=False)
-    small, large, more = (
-        model.estimate(asked, replace(alike(1, False), rollout_micro_batch=rollout)).activations
-        for rollout in (1, 320, 1000)
-    )
-    assert small < large == more  # no more than a cycle's pictures are drawn
-    assert large == model._pass(_Wanted.by(asked), "student", 320).block
-    shared = asked.model_copy(update={"fake_rollout": "shared"})
-    assert model.estimate(shared, replace(alike(1, False), rollout_micro_batch=320)).activations < large
+def test_a_large_rollout_decides_the_memory_of_a_run_of_small_micro_batches(model):
+    recipe = recipe_with(batch_size=64, fake_score_turns=5, **DMD)
+    rollouts = [micro_batches_of(1).model_copy(update={"rollout_micro_batch": size}) for size in (1, 320, 1000)]
+    small, large, more = (model.estimate(recipe, execution).activations for execution in rollouts)
+    assert small < large == more  # only the samples of one cycle are drawn
+    assert large == model.pass_memory(recipe, "student", 320).block
+    shared = recipe_with(batch_size=64, fake_score_turns=5, fake_rollout="shared", **DMD)
+    assert model.estimate(shared, rollouts[1]).activations < large

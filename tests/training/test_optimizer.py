@@ -1,4 +1,4 @@
-"""AdamW is the same however it is computed, and whoever saved its state."""
+"""AdamW gives the same update with every kernel, and from every saved state."""
 
 import pytest
 import torch
@@ -17,9 +17,9 @@ def begin(fused: bool, layout: str = "plain"):
     return weight, make_optimizer([weight], OptimizerRecipe(**{**OPTIMIZER, "weight_decay": 0.1}), fused=fused)
 
 
-def update(weight, optimizer, turns) -> None:
-    for turn in turns:
-        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(turn))
+def update(weight, optimizer, seeds) -> None:
+    for seed in seeds:
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
         weight.grad = torch.empty_like(weight).copy_(gradient)
         optimizer.step()
 
@@ -33,7 +33,7 @@ def test_a_fused_update_is_the_same_update():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_state_goes_on_as_this_run_computes_whatever_saved_it(fused, layout):
+def test_a_loaded_state_continues_with_this_runs_kernels_whatever_saved_it(fused, layout):
     expected, optimizer = begin(False)
     update(expected, optimizer, range(1, 6))
     (other,) = LAYOUTS.keys() - {layout}

@@ -1,4 +1,4 @@
-"""One base with two adapters must be what three networks are, at a third of the memory."""
+"""One base with two adapters behaves like three networks, at a third of the memory."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def denoised(backbone, model, embeddings):
     return conditioned(backbone, model, embeddings.rows([0, 1]))(noise, backbone.schedule(4)[1])
 
 
-def test_untrained_adapters_leave_all_roles_the_teacher(backbone, embeddings):
+def test_with_untrained_adapters_all_roles_are_the_teacher(backbone, embeddings):
     roles = lora_roles(backbone, LoraRecipe(**LORA), seed=0, gradient_checkpointing=False)
     expected = denoised(backbone, full_roles(backbone, gradient_checkpointing=False).teacher, embeddings)
     for role in (roles.teacher, roles.student, roles.fake_score, roles.teacher):
@@ -55,10 +55,10 @@ def test_gradients_are_those_of_separate_copies_whichever_role_was_called_last(
     loss = denoised(backbone, roles.student, embeddings).square().mean()
     for other in (roles.fake_score, roles.teacher):
         denoised(backbone, other, embeddings)
-        found = torch.autograd.grad(loss, trainable(roles.student), retain_graph=True)
-        for ours, theirs in zip(found, expected, strict=True):
+        grads = torch.autograd.grad(loss, trainable(roles.student), retain_graph=True)
+        for ours, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-        # and the role that was active before the backward pass still is
+        # and the role that was active before the backward pass is still active
         with torch.no_grad():
             assert torch.equal(
                 denoised(backbone, roles.teacher, embeddings), denoised(backbone, alone.teacher, embeddings)
@@ -81,22 +81,22 @@ def test_lora_roles_hold_one_network_and_a_quarter(backbone):
     one = sum(parameter.numel() for parameter in backbone.load_model().parameters())
     roles = lora_roles(backbone, LoraRecipe(**LORA), seed=0, gradient_checkpointing=False)
     base, _ = roles.teacher._shared
-    held = {
+    numbers = {
         parameter.data_ptr(): parameter.numel()
         for role in (base, *vars(roles).values())
         for parameter in role.parameters()
     }
-    assert one < sum(held.values()) <= 1.25 * one
+    assert one < sum(numbers.values()) <= 1.25 * one
     assert len(trainable(roles.teacher)) == 0 and len(trainable(roles.student)) > 0
     assert not {id(p) for p in trainable(roles.student)} & {id(p) for p in trainable(roles.fake_score)}
 
 
 def test_targets_that_match_nothing_are_refused(backbone):
-    with pytest.raises(ValueError, match=r"train.lora.targets=\['no_such_layer'\]"):
+    with pytest.raises(ValueError, match=r"lora.targets=\['no_such_layer'\]"):
         lora_roles(backbone, LoraRecipe(**{**LORA, "targets": ["no_such_layer"]}), seed=0, gradient_checkpointing=False)
 
 
-def test_an_adapters_state_is_what_peft_writes(backbone):
+def test_an_adapters_state_is_that_of_peft(backbone):
     from peft import get_peft_model_state_dict
 
     roles = adapted(backbone, gradient_checkpointing=False)

@@ -1,4 +1,4 @@
-"""Every family's network, cut at its own blocks, computes what the whole one does; here in a group of one process."""
+"""Every family's network, sharded at its own blocks, computes the same as the whole one; in a group of one process."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def family(request):
 
 @pytest.fixture
 def loss(family):
-    """Of a family's network on the same two samples."""
+    """Loss of a family's network on the same two samples."""
 
     def loss_of(name, network, precision="float32"):
         backbone = family(name)
@@ -62,10 +62,10 @@ def loss(family):
 
 
 def networks(backbone, precision="float32", checkpointing=False):
-    """One as it is, and one that is cut; both start as the teacher."""
+    """A plain and a sharded network; both start as the teacher."""
     plain = full_roles(backbone, gradient_checkpointing=checkpointing)
-    cut = full_roles(backbone, gradient_checkpointing=checkpointing, cut=lambda network: shard(network, precision))
-    return plain.student, cut.student
+    sharded = full_roles(backbone, gradient_checkpointing=checkpointing, cut=lambda network: shard(network, precision))
+    return plain.student, sharded.student
 
 
 def gradients(network):
@@ -75,82 +75,86 @@ def gradients(network):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_is_in_one_group_and_the_blocks_have_nearly_all(family, name):
     network = family(name).load_model()
-    found = groups(network)
-    assert sorted(map(id, (p for group in found.values() for p in group))) == sorted(map(id, network.parameters()))
-    *inner, outside = (sum(p.numel() for p in group) for group in found.values())
+    parameters = groups(network).values()
+    assert sorted(map(id, (p for group in parameters for p in group))) == sorted(map(id, network.parameters()))
+    *inner, outside = (sum(p.numel() for p in group) for group in parameters)
     assert len(inner) > 1 and all(inner) and sum(inner) > outside
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_cut_network_has_the_loss_and_the_gradients_of_the_whole_one(family, loss, name, checkpointing):
-    plain, cut = networks(family(name), checkpointing=checkpointing)
-    assert isinstance(cut, FSDPModule) and all(isinstance(p, DTensor) for p in cut.parameters())
-    losses = [loss(name, network) for network in (plain, cut)]
+def test_a_sharded_network_has_the_loss_and_the_gradients_of_the_whole_one(family, loss, name, checkpointing):
+    plain, sharded = networks(family(name), checkpointing=checkpointing)
+    assert isinstance(sharded, FSDPModule) and all(isinstance(p, DTensor) for p in sharded.parameters())
+    losses = [loss(name, network) for network in (plain, sharded)]
     for value in losses:
         value.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    for ours, theirs in zip(gradients(cut), gradients(plain), strict=True):
+    for ours, theirs in zip(gradients(sharded), gradients(plain), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_in_bfloat16_a_cut_network_differs_by_rounding_and_its_gradients_are_float32(family, loss, name):
-    plain, cut = networks(family(name), "bfloat16")
-    losses = [loss(name, network, "bfloat16") for network in (plain, cut)]
+def test_in_bfloat16_a_sharded_network_differs_by_rounding_and_its_gradients_are_float32(family, loss, name):
+    plain, sharded = networks(family(name), "bfloat16")
+    losses = [loss(name, network, "bfloat16") for network in (plain, sharded)]
     for value in losses:
         value.backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02)
-    norms = [torch.stack([g.norm() for g in gradients(network) if g is not None]).norm() for network in (plain, cut)]
+    norms = [
+        torch.stack([g.norm() for g in gradients(network) if g is not None]).norm() for network in (plain, sharded)
+    ]
     assert norms[1].item() == pytest.approx(norms[0].item(), rel=0.05)
-    assert {g.dtype for g in gradients(cut) if g is not None} == {torch.float32}
+    assert {g.dtype for g in gradients(sharded) if g is not None} == {torch.float32}
 
 
-def test_the_norm_of_a_loss_leaves_the_gradients_that_are_there(family, loss):
-    plain, cut = networks(family("sd3"))
+def test_the_norm_of_a_loss_leaves_existing_gradients_as_they_are(family, loss):
+    plain, sharded = networks(family("sd3"))
     expected = torch.autograd.grad(loss("sd3", plain), trainable(plain), allow_unused=True)
-    loss("sd3", cut).backward()
-    before = gradients(cut)
-    norm = gradient_norm(3 * loss("sd3", cut), trainable(cut))
+    loss("sd3", sharded).backward()
+    before = gradients(sharded)
+    norm = gradient_norm(3 * loss("sd3", sharded), trainable(sharded))
     assert norm.item() == pytest.approx(3 * torch.stack([g.norm() for g in expected if g is not None]).norm().item())
-    assert all(ours is None or torch.equal(ours, kept) for ours, kept in zip(gradients(cut), before, strict=True))
+    assert all(
+        ours is None or torch.equal(ours, earlier) for ours, earlier in zip(gradients(sharded), before, strict=True)
+    )
 
 
-def test_gradients_that_were_not_exchanged_are_added_to_the_next(family, loss):
-    plain, cut = networks(family("sd3"))
+def test_gradients_before_an_exchange_are_added_to_the_next(family, loss):
+    plain, sharded = networks(family("sd3"))
     (3 * loss("sd3", plain)).backward()
-    with unsynced(cut):
-        (2 * loss("sd3", cut)).backward()
-        assert all(p.grad is None for p in trainable(cut))
-    loss("sd3", cut).backward()
-    for ours, theirs in zip(gradients(cut), gradients(plain), strict=True):
+    with unsynced(sharded):
+        (2 * loss("sd3", sharded)).backward()
+        assert all(p.grad is None for p in trainable(sharded))
+    loss("sd3", sharded).backward()
+    for ours, theirs in zip(gradients(sharded), gradients(plain), strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_a_whole_state_is_that_of_the_whole_network_and_goes_into_either(family, loss):
-    """One step of each; then their states change places."""
+def test_a_whole_state_is_that_of_the_whole_network_and_loads_into_either(family, loss):
+    """One update of each; then they exchange their states."""
     pairs = []
     for network in networks(family("sd3")):
         optimizer = make_optimizer(trainable(network), OptimizerRecipe(**OPTIMIZER))
         loss("sd3", network).backward()
         optimizer.step()
         pairs.append((network, optimizer))
-    states = [[whole_state(thing.state_dict(), kept=True) for thing in pair] for pair in pairs]
+    states = [[whole_state(part.state_dict(), keep=True) for part in pair] for pair in pairs]
     for theirs, ours in zip(*states, strict=True):
         assert theirs.keys() == ours.keys()
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
     for pair, state in zip(pairs, reversed(states), strict=True):
-        for thing, kept in zip(pair, state, strict=True):
-            load_whole_state(thing, kept)
-            torch.testing.assert_close(whole_state(thing.state_dict(), kept=True), kept, rtol=0, atol=0)
+        for part, loaded in zip(pair, state, strict=True):
+            load_whole_state(part, loaded)
+            torch.testing.assert_close(whole_state(part.state_dict(), keep=True), loaded, rtol=0, atol=0)
 
 
-def test_a_network_without_blocks_is_not_cut():
-    with pytest.raises(ValueError, match="VAE names no blocks to cut it at: set train.launch.sharding=none"):
+def test_a_network_without_blocks_is_not_sharded():
+    with pytest.raises(ValueError, match="VAE.*launch.sharding=none"):
         groups(_Blockless())
 
 

@@ -1,9 +1,9 @@
-"""Compiled networks and other memory formats train as the plain ones do, or are refused in one line."""
+"""Compiled networks and other memory formats train like plain ones, or are refused."""
 
 import pytest
 import torch
 from tests.backbones.conftest import edited, tiny_sdxl  # noqa: F401
-from tests.training.conftest import InMemory
+from tests.training.conftest import InMemory, execution_with
 from tests.training.test_roles import adapted, denoised
 from torch import nn
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """As much of a diffusers network as compiling looks at."""
+    """The attributes of a diffusers network that compiling reads."""
 
     _repeated_blocks: list[str] = []
     _no_split_modules = ["Block"]
@@ -42,24 +42,24 @@ class Network(nn.Module):
 
 @pytest.fixture
 def quickly():
-    """torch.compile all but the last part of it, the translation by a compiler, which takes a minute."""
+    """torch.compile without its last stage, the translation by a compiler, which takes a minute."""
     with torch.compiler.set_stance("default", force_backend="aot_eager"):
         yield
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("compiled", ["blocks", "whole"])
-def test_a_compiled_network_has_the_same_gradients_and_names_and_its_graph_may_be_kept(quickly, compiled):
+def test_a_compiled_network_has_the_same_gradients_and_names_and_its_graph_may_be_retained(quickly, compiled):
     torch.manual_seed(0)
     network, latents = Network(), torch.randn(3, 4)
     parameters, names = list(network.parameters()), list(network.state_dict())
     expected = torch.autograd.grad(network(latents).square().mean(), parameters)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    speed_up(Roles(Network(), network, Network()), compiled=compiled, channels_last=False)
-    for keep in (False, True):  # torch decides by the first backward pass what later ones may do
+    speed_up(Roles(Network(), network, Network()), execution_with(compile=compiled))
+    for retain in (False, True):  # the first backward pass decides what torch allows in later ones
         loss = network(latents).square().mean()
-        found = torch.autograd.grad(loss, parameters, retain_graph=keep)
-        for ours, theirs in zip(found, expected, strict=True):
+        grads = torch.autograd.grad(loss, parameters, retain_graph=retain)
+        for ours, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
     assert list(network.state_dict()) == names and list(network.parameters()) == parameters
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
@@ -70,7 +70,7 @@ def test_compiled_blocks_are_repeated_under_the_adapter_of_their_forward_pass(ba
     expected = torch.autograd.grad(
         denoised(backbone, alone.student, embeddings).square().mean(), trainable(alone.student)
     )
-    speed_up(roles, compiled="blocks", channels_last=False)
+    speed_up(roles, execution_with(compile="blocks"))
     loss = denoised(backbone, roles.student, embeddings).square().mean()
     with torch.no_grad():
         denoised(backbone, roles.fake_score, embeddings)
@@ -78,12 +78,12 @@ def test_compiled_blocks_are_repeated_under_the_adapter_of_their_forward_pass(ba
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_without_a_compiler_there_is_one_line():
+def test_a_missing_compiler_is_refused():
     from torch._inductor import config, cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    message = r"^train.compile needs a C\+\+ compiler on cpu, .* set compile=none$"
-    with config.patch({"cpp.cxx": ("/no/such/compiler",)}), pytest.raises(ValueError, match=message):
+    facts = r"^train.compile.* C\+\+ .*cpu.*compile=none$"
+    with config.patch({"cpp.cxx": ("/no/such/compiler",)}), pytest.raises(ValueError, match=facts):
         refuse_missing_compiler(torch.device("cpu"))
 
 
@@ -91,16 +91,16 @@ def test_a_unet_with_channels_last_is_the_same_unet_and_the_same_file(tiny_sdxl,
     family = load_backbone("sdxl", tiny_sdxl, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
     plain, roles = (full_roles(family, gradient_checkpointing=False) for _ in range(2))
     before = list(roles.student.parameters())
-    speed_up(roles, compiled="none", channels_last=True)
+    speed_up(roles, execution_with(channels_last=True))
     assert all(ours is theirs for ours, theirs in zip(roles.student.parameters(), before, strict=True))
     for network in roles.networks:
         assert network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    found, expected = (
+    ours, expected = (
         denoised(family, each.student, InMemory(family.encode(["a red circle", "a blue square"])))
         for each in (roles, plain)
     )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    found.square().mean().backward()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    ours.square().mean().backward()
     assert all(p.grad.stride() == p.stride() for p in roles.student.parameters())
     files = []
     for name, student in {"plain": plain.student, "channels_last": roles.student}.items():
@@ -110,7 +110,7 @@ def test_a_unet_with_channels_last_is_the_same_unet_and_the_same_file(tiny_sdxl,
     assert files[0] == files[1]
 
 
-def test_transformers_have_no_such_layout(backbone):
+def test_channels_last_is_refused_for_transformers(backbone):
     roles = full_roles(backbone, gradient_checkpointing=False)
-    with pytest.raises(ValueError, match="a UNet, the teacher's network is a SD3Transformer2DModel: set it to false"):
-        speed_up(roles, compiled="none", channels_last=True)
+    with pytest.raises(ValueError, match="train.channels_last=true.*SD3Transformer2DModel"):
+        speed_up(roles, execution_with(channels_last=True))

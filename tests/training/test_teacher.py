@@ -1,3 +1,5 @@
+"""Training of the embedded teachers: the exact denoiser, resume, and the folders they end in."""
+
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from dpdmd_pipeline.shapes.models import make_diffusion_scheduler
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, captions
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.teacher import (
-    Lesson,
+    DenoisingData,
     draw_examples,
     encode_gallery,
     fit,
@@ -55,8 +57,8 @@ def test_the_exact_denoiser_is_the_posterior_mean(level):
         residual = (noisy[row] - alpha[row] * pictures).flatten(1).square().sum(1)
         weights = torch.exp(-residual.double() / (2 * sigma[row].double() ** 2)) * allowed[row]
         expected = (weights[:, None, None, None] * pictures).sum(0) / weights.sum()
-        found = posterior_mean(noisy, level, pictures, allowed)[row]
-        torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+        mean = posterior_mean(noisy, level, pictures, allowed)[row]
+        torch.testing.assert_close(mean, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_fit_resumes_exactly(tmp_path):
@@ -79,25 +81,25 @@ def test_a_fit_resumes_exactly(tmp_path):
     assert torch.equal(run(tmp_path / "killed"), whole)
 
 
-def test_a_resumed_fit_keeps_no_moment_in_the_checkpoint_s_file(tmp_path, monkeypatch):
+def test_a_resumed_fit_holds_no_moment_in_the_checkpoints_file(tmp_path, monkeypatch):
     """The file is mapped, and deleted while the fit goes on."""
-    taken = []
+    optimizers = []
     load = torch.optim.AdamW.load_state_dict
     monkeypatch.setattr(
-        torch.optim.AdamW, "load_state_dict", lambda self, state: (load(self, state), taken.append(self))
+        torch.optim.AdamW, "load_state_dict", lambda self, state: (load(self, state), optimizers.append(self))
     )
-    model, recipe, kept = nn.Linear(3, 3), FitRecipe(steps=4, learning_rate=0.1), Checkpoints(tmp_path)
-    given = model, lambda _: model(torch.ones(3)).sum(), recipe
-    next(fit(*given, seed=0, checkpoints=kept, checkpoint_every=1))
-    mapped = kept.load_latest()
-    monkeypatch.setattr(kept, "load_latest", lambda: mapped)
-    next(fit(*given, seed=0, checkpoints=kept, checkpoint_every=1))
+    model, checkpoints = nn.Linear(3, 3), Checkpoints(tmp_path)
+    arguments = model, lambda _: model(torch.ones(3)).sum(), FitRecipe(steps=4, learning_rate=0.1)
+    next(fit(*arguments, seed=0, checkpoints=checkpoints, checkpoint_every=1))
+    mapped = checkpoints.load_latest()
+    monkeypatch.setattr(checkpoints, "load_latest", lambda: mapped)
+    next(fit(*arguments, seed=0, checkpoints=checkpoints, checkpoint_every=1))
 
-    def places(moments):
-        return {value.data_ptr() for held in moments.values() for value in held.values()}
+    def addresses(moments):
+        return {value.data_ptr() for values in moments.values() for value in values.values()}
 
-    (optimizer,) = taken
-    in_file, in_use = places(mapped[1]["optimizer"]["state"]), places(optimizer.state)
+    (optimizer,) = optimizers
+    in_file, in_use = addresses(mapped[1]["optimizer"]["state"]), addresses(optimizer.state)
     assert len(in_file) == len(in_use) == 6 and not in_file & in_use
 
 
@@ -129,7 +131,7 @@ def test_a_teacher_trained_for_three_steps_is_a_teacher_folder(tmp_path, family,
 
 
 def test_the_decoder_is_trained_alone(tmp_path):
-    """The latents of all pictures stay what they were, and with them the denoising network and every cache."""
+    """The latents of all pictures stay the same, and so do the denoising network and every cache."""
 
     def autoencoder(**changes):
         recipe = TeacherRecipe(**{**RECIPE, **SD3, **changes})
@@ -142,37 +144,37 @@ def test_the_decoder_is_trained_alone(tmp_path):
     assert changed == {"decoder"}
 
 
-# ---- what the denoising networks learn
+# ---- training data of the denoising networks
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def data():
     """Random latents instead of a trained autoencoder's."""
     generator = torch.Generator().manual_seed(0)
     rows = len(captions()) + 1
-    return Lesson(
+    return DenoisingData(
         torch.randn(NUM_PROMPTS * NUM_MODES, 4, 8, 8, generator=generator),
         torch.randn(rows, 12, 64, generator=generator),
         torch.randn(rows, 32, generator=generator),
     )
 
 
-def test_examples_are_noisy_pictures_of_their_captions(lesson):
+def test_examples_are_noisy_pictures_of_their_captions(data):
     def nearly_clean(uniform):
         return vp_level(torch.zeros_like(uniform).long(), ALPHAS_CUMPROD)
 
-    noisy, level, x0, row = draw_examples(lesson, nearly_clean, torch.Generator().manual_seed(0), 64, 0.5)
-    distance = (noisy[:, None] / level.alpha[:, None] - lesson.pictures).flatten(2).square().sum(2)
+    noisy, level, x0, row = draw_examples(data, nearly_clean, torch.Generator().manual_seed(0), 64, 0.5)
+    distance = (noisy[:, None] / level.alpha[:, None] - data.pictures).flatten(2).square().sum(2)
     nearest = distance.argmin(1)
-    torch.testing.assert_close(x0, lesson.pictures[nearest], rtol=1e-3, atol=1e-3)  # so little noise hides nothing
+    torch.testing.assert_close(x0, data.pictures[nearest], rtol=1e-3, atol=1e-3)  # so little noise hides nothing
     empty = row == len(captions())
     assert 16 < empty.sum() < 48
     assert torch.equal((nearest // NUM_MODES)[~empty], (row % NUM_PROMPTS)[~empty])
 
 
-def test_a_unet_that_knows_the_posterior_mean_has_no_loss(lesson):
+def test_a_unet_that_knows_the_posterior_mean_has_no_loss(data):
     """The loss is that of the v-prediction: the square of x0's error over sigma."""
-    seen = {}
+    arguments = {}
 
     class Exact(nn.Module):
         def __init__(self, error):
@@ -181,23 +183,23 @@ def test_a_unet_that_knows_the_posterior_mean_has_no_loss(lesson):
 
         def forward(self, noisy, timestep, *, encoder_hidden_states, added_cond_kwargs):
             level = vp_level(timestep.view(-1, 1, 1, 1), ALPHAS_CUMPROD)
-            seen.update(noisy=noisy, level=level, cond=encoder_hidden_states, **added_cond_kwargs)
-            x0 = posterior_mean(noisy, level, lesson.pictures, allowed(lesson, encoder_hidden_states)) + self.error
+            arguments.update(noisy=noisy, level=level, cond=encoder_hidden_states, **added_cond_kwargs)
+            x0 = posterior_mean(noisy, level, data.pictures, allowed(data, encoder_hidden_states)) + self.error
             return type("Output", (), {"sample": (noisy - level.alpha * x0) / level.sigma})
 
     def loss(error):
-        return unet_loss(Exact(error), ALPHAS_CUMPROD, lesson, torch.Generator().manual_seed(1), 16, 0.3)
+        return unet_loss(Exact(error), ALPHAS_CUMPROD, data, torch.Generator().manual_seed(1), 16, 0.3)
 
     assert loss(0.0) < 1e-8
-    torch.testing.assert_close(loss(0.1), (0.1 / seen["level"].sigma).square().mean(), rtol=1e-3, atol=0)
-    assert seen["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 16
-    assert seen["level"].timestep.max() > 500
+    torch.testing.assert_close(loss(0.1), (0.1 / arguments["level"].sigma).square().mean(), rtol=1e-3, atol=0)
+    assert arguments["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 16
+    assert arguments["level"].timestep.max() > 500
 
 
-def allowed(lesson, embeds):
-    """[B, M] bool: the pictures that each embedded caption permits, found again from its embedding."""
-    row = (embeds[:, None] - lesson.prompt_embeds).flatten(2).square().sum(2).argmin(1)
-    owner = torch.arange(len(lesson.pictures)) // NUM_MODES
+def allowed(data, embeds):
+    """[B, M] bool: the pictures that each embedded caption permits, looked up by its embedding."""
+    row = (embeds[:, None] - data.prompt_embeds).flatten(2).square().sum(2).argmin(1)
+    owner = torch.arange(len(data.pictures)) // NUM_MODES
     return (row == len(captions()))[:, None] | (owner == (row % NUM_PROMPTS)[:, None])
 
 
@@ -214,15 +216,15 @@ def test_the_gallerys_latents_have_variance_1_and_those_of_sd3_are_centred():
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("parts", "facts"),
     [
-        ({"shift": 1.0}, "exactly one of transformer"),
-        ({"shift": 1.0, "transformer": FITTED, "unet": FITTED}, "exactly one of transformer"),
-        ({"shift": None, "transformer": FITTED}, "shift=None: a transformer needs a number"),
-        ({"shift": 3.0, "unet": FITTED}, "shift=3.0: .* a unet needs null"),
+        ({"shift": 1.0}, "transformer.*unet"),
+        ({"shift": 1.0, "transformer": FITTED, "unet": FITTED}, "transformer.*unet"),
+        ({"shift": None, "transformer": FITTED}, "shift=None.*transformer"),
+        ({"shift": 3.0, "unet": FITTED}, "shift=3.0.*unet"),
         ({"unet": FITTED}, "shift"),
     ],
 )
-def test_a_recipe_is_of_one_family(parts, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_recipe_is_of_one_family(parts, facts):
+    with pytest.raises(ValueError, match=facts):
         TeacherRecipe(**RECIPE, **parts)

@@ -1,3 +1,5 @@
+"""Training of the embedded CLIP."""
+
 import open_clip
 import pytest
 import torch
@@ -18,12 +20,12 @@ def test_an_untrained_clip_is_at_chance_and_its_loss_is_that_of_guessing(tmp_pat
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
     tokens = tokenizer(full_captions()), tokenizer(captions())
     with torch.no_grad():
-        model.logit_scale.fill_(-torch.inf)  # all answers are as likely
+        model.logit_scale.fill_(-torch.inf)  # all captions are equally likely
     loss = clip_loss(model, *tokens, RECIPE, torch.Generator().manual_seed(0))
     expected = torch.tensor([24.0, 12.0]).log().sum()
     torch.testing.assert_close(loss, expected)
-    found = retrieval(make_clip(tmp_path, seed=0).eval(), tmp_path)
-    assert found["full_captions"] < 0.02 and found["prompts"] < 0.3
+    shares = retrieval(make_clip(tmp_path, seed=0).eval(), tmp_path)
+    assert shares["full_captions"] < 0.02 and shares["prompts"] < 0.3
 
 
 def test_training_resumes_exactly_and_ends_in_a_folder_that_scores(tmp_path):

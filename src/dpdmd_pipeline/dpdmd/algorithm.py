@@ -1,4 +1,4 @@
-"""Algorithm 1 of DP-DMD (arXiv:2602.03139), and the fake-score turn beside it."""
+"""Algorithm 1 of DP-DMD (arXiv:2602.03139): losses of a student update and of a fake-score update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpdmd_pipeline.dpdmd.sampling import Denoise, Fresh, advance, rollout
 
 
 class StudentLoss(NamedTuple):
-    """The two terms of a student turn; `diversity` is unweighted and zero where no step is anchored."""
+    """The two terms of a student update; `diversity` is unweighted, and zero without anchored steps."""
 
     diversity: Tensor
     dmd: Tensor
@@ -38,21 +38,9 @@ def student_loss(
     fresh: Fresh | None = None,
     graded_step: int | None = None,
 ) -> StudentLoss:
-    """One student turn: l = L_DMD + lambda L_div, both terms apart (eq. 8).
+    """Both terms of a student update, L_DMD + lambda L_div (eq. 8).
 
-    Without anchored steps and stop-gradient this is vanilla DMD.
-
-    Args:
-        student, teacher, fake_score: denoisers; the teacher is guided.
-        noise: where the student starts, [B, C, H, W] at `levels[0]`.
-        anchored: the student's first steps as the teacher takes them; one in the paper, none in DMD.
-        levels: the student's schedule, [N + 1].
-        renoise: fresh noise for the DMD term, [B, C, H, W].
-        level: per-sample levels for the DMD term.
-        stop_gradient: whether L_DMD is kept from the anchored steps.
-        normalizer, space: see `dmd_loss` and `diversity_loss`.
-        fresh: noise between the student's steps, see `trajectory`.
-        graded_step: see `match_teacher`.
+    Without anchored steps and stop-gradient this is vanilla DMD. Arguments as in `follow_anchors` and `match_teacher`.
     """
     # First steps: go where the teacher goes from this noise. This is what keeps diversity.
     diversity, latents = follow_anchors(
@@ -85,16 +73,26 @@ def follow_anchors(
     space: Space,
     fresh: Fresh | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The anchored steps: L_div (zero without any), and where the student stands after them, [B, C, H, W].
+    """The anchored steps.
 
-    With `stop_gradient` the latents carry no graph, so that L_div can be back-propagated, and its
-    activations freed, before the remaining steps begin.
+    Args:
+        student: denoiser, receives the gradient.
+        noise: start of the student, [B, C, H, W] at `levels[0]`.
+        anchored: the student's first steps as the teacher takes them; one in the paper, none in DMD.
+        levels: the student's schedule, [N + 1].
+        stop_gradient: block the gradient of L_DMD from these steps. The latents then carry no graph, so L_div can be
+            back-propagated, and its activations freed, before the remaining steps begin.
+        space: see `diversity_loss`.
+        fresh: noise between the sampling steps, see `trajectory`.
+
+    Returns:
+        L_div, zero without anchored steps; the student's latents after these steps, [B, C, H, W].
     """
     latents, errors = noise, []
-    for index, lesson in enumerate(anchored):
-        denoised = student(lesson.latents, lesson.level)
-        errors.append(diversity_loss(denoised, lesson.target, lesson.level, space))
-        if index > 0:  # later lessons start at the teacher's latents; the student goes on from its own
+    for index, anchored_step in enumerate(anchored):
+        denoised = student(anchored_step.latents, anchored_step.level)
+        errors.append(diversity_loss(denoised, anchored_step.target, anchored_step.level, space))
+        if index > 0:  # later targets start at the teacher's latents; the student goes on from its own
             with torch.no_grad() if stop_gradient else nullcontext():
                 denoised = student(latents, levels[index])
         latents = advance(latents, denoised, levels[index], levels[index + 1], fresh and fresh(index))
@@ -117,14 +115,20 @@ def match_teacher(
     fresh: Fresh | None = None,
     graded_step: int | None = None,
 ) -> Tensor:
-    """L_DMD of the steps from number `first` on.
+    """L_DMD of the sampling steps from number `first` on.
 
     Args:
-        latents: where the student stands after the anchored steps, [B, C, H, W] at `levels[first]`.
-        first: number of steps already taken.
-        graded_step: None sends the gradient through all remaining steps, as published. A number takes that
-            step's prediction for the picture and gives only that step the gradient (backward simulation of
-            DMD2, arXiv:2405.14867 section 4.5): one graph in memory instead of N - first.
+        student, teacher, fake_score: denoisers; the teacher is guided.
+        latents: the student's latents after the anchored steps, [B, C, H, W] at `levels[first]`.
+        first: number of anchored steps.
+        levels: the student's schedule, [N + 1].
+        renoise: fresh noise for the student's x0, [B, C, H, W].
+        level: level of that noise per sample, [B, 1, 1, 1].
+        normalizer: see `dmd_loss`.
+        fresh: noise between the sampling steps, see `trajectory`.
+        graded_step: None sends the gradient through all remaining steps, as published. A number takes that step's
+            prediction as x0 and grades that step alone (backward simulation of DMD2, arXiv:2405.14867 section 4.5):
+            one graph in memory instead of N - first.
     """
     if graded_step is None:
         x0 = rollout(student, latents, levels[first:], fresh, first)
@@ -140,16 +144,16 @@ def match_teacher(
 
 @torch.no_grad()
 def student_pictures(student: Denoise, noise: Tensor, levels: NoiseLevel, fresh: Fresh | None = None) -> Tensor:
-    """What the student draws now, [B, C, H, W], for the fake score to follow."""
+    """Samples of the student, x0 [B, C, H, W], that the fake score trains on."""
     return rollout(student, noise, levels, fresh)
 
 
-def fake_score_turn_loss(fake_score: Denoise, *, x0: Tensor, renoise: Tensor, level: NoiseLevel) -> Tensor:
-    """One fake-score turn: denoise the student's pictures.
+def fake_score_update_loss(fake_score: Denoise, *, x0: Tensor, renoise: Tensor, level: NoiseLevel) -> Tensor:
+    """Loss of a fake-score update: denoise the student's samples.
 
     Args:
-        fake_score: denoiser, which receives the gradient.
-        x0: the student's pictures, [B, C, H, W].
+        fake_score: denoiser, receives the gradient.
+        x0: samples of the student, [B, C, H, W].
         renoise: fresh noise, same shape.
         level: per-sample levels, [B, 1, 1, 1].
     """

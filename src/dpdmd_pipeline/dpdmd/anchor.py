@@ -1,4 +1,4 @@
-"""Anchors: where the teacher is after K steps, and the x0 that takes the student there in one."""
+"""Anchors, the teacher's latents after K steps, and the x0 that takes the student there in one step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dpdmd_pipeline.dpdmd.sampling import Denoise, trajectory
 
 
 class AnchoredStep(NamedTuple):
-    """One step of the student that follows the teacher.
+    """A sampling step of the student that follows the teacher.
 
     Attributes:
-        latents: where the step starts, [B, C, H, W] at `level`.
+        latents: start of the step, [B, C, H, W] at `level`.
         level: scalar level of the start.
         target: the x0 that the student should predict there, [B, C, H, W].
     """
@@ -50,7 +50,7 @@ def anchor_target(noise: Tensor, anchor: Tensor, start: NoiseLevel, end: NoiseLe
 
 
 def teacher_anchors(teacher: Denoise, noise: Tensor, levels: NoiseLevel, anchor_steps: Sequence[int]) -> list[Tensor]:
-    """The teacher's latents after each of `anchor_steps` steps, in one pass from the same noise.
+    """The teacher's latents after each of `anchor_steps` sampling steps, from one rollout.
 
     Args:
         teacher: guided denoiser.
@@ -70,7 +70,7 @@ def teacher_anchors(teacher: Denoise, noise: Tensor, levels: NoiseLevel, anchor_
             f"anchor steps {list(anchor_steps)} must rise from 1 and stay below the teacher's {len(levels) - 1} steps"
         )
     path = trajectory(teacher, noise, levels[: anchor_steps[-1] + 1])
-    return [latents for done, latents in enumerate(path, start=1) if done in anchor_steps]
+    return [latents for steps, latents in enumerate(path, start=1) if steps in anchor_steps]
 
 
 def anchored_steps(

@@ -20,10 +20,10 @@ def diversity_loss(denoised: Tensor, target: Tensor, level: NoiseLevel, space: S
     Args:
         denoised: predicted x0, [B, C, H, W].
         target: x0 that leads to the anchor, same shape.
-        level: where the prediction was made.
-        space: in which the error is squared. ``v`` is the velocity of flow and the v-prediction of VP (both are
-            x0 / sigma up to what the latents fix); ``eps`` is the noise; ``x0`` the clean latent. At an SDXL
-            start x0 weighs an error 214 times as much as eps does (eq. 41 against progressive distillation).
+        level: of the prediction.
+        space: space of the squared error. ``v`` is the velocity of flow models and the v-prediction of VP models (both
+            are x0 / sigma up to a term that the latents fix); ``eps`` is the noise; ``x0`` the clean latent. At an
+            SDXL start x0 weighs an error 214 times as much as eps does (eq. 41 against progressive distillation).
     """
     weight = {"x0": 1.0, "v": 1 / level.sigma**2, "eps": (level.alpha / level.sigma) ** 2}[space]
     return (weight * (denoised - target).square()).mean()
@@ -33,7 +33,7 @@ def dmd_loss(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, normalizer: 
     """L_DMD: its gradient in `x0` is (fake - real) / scale, per element and sample mean (arXiv:2405.14867).
 
     Args:
-        x0: the student's pictures, [B, C, H, W], with gradient.
+        x0: samples of the student, [B, C, H, W], with gradient.
         noisy: the same re-noised, same shape.
         real, fake: x0 predicted from `noisy` by the teacher and by the fake score.
         normalizer: scale is mean|noisy - real| (``noisy``, published DP-DMD) or mean|x0 - real| (``x0``, DMD2).
@@ -46,11 +46,11 @@ def dmd_loss(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, normalizer: 
 
 
 def fake_score_loss(denoised: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
-    """The fake score follows the student: ((denoised - x0) / sigma)^2, the velocity loss of flow and of VP.
+    """Loss of the fake score, ((denoised - x0) / sigma)^2: the velocity loss of flow and of VP models.
 
     Args:
-        denoised: x0 predicted from noised student pictures, [B, C, H, W].
-        x0: those pictures, same shape, without gradient.
+        denoised: x0 predicted from re-noised samples of the student, [B, C, H, W].
+        x0: these samples, same shape, without gradient.
         level: per-sample level, [B, 1, 1, 1].
     """
     return ((denoised - x0) / level.sigma).square().mean()

@@ -23,7 +23,7 @@ class NoiseLevel:
     Attributes:
         alpha: signal coefficient; shape [] (one level), [B, 1, 1, 1] (per sample) or [N + 1] (schedule).
         sigma: noise coefficient, same shape.
-        timestep: the number that the network is given, same shape; used for nothing else.
+        timestep: input of the network, same shape; used for nothing else.
     """
 
     alpha: Tensor
@@ -60,7 +60,7 @@ def vp_level(timestep: Tensor, alphas_cumprod: Tensor) -> NoiseLevel:
 
 
 def noise_share(level: NoiseLevel) -> Tensor:
-    """sigma / (alpha + sigma), same shape: flow's own sigma, and its like of a diffusion level."""
+    """sigma / (alpha + sigma), same shape: sigma of a flow level, and the equivalent of a diffusion level."""
     return level.sigma / (level.alpha + level.sigma)
 
 
@@ -73,7 +73,7 @@ def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifte
     """Falling noise levels of a flow sampler, [num_steps + 1] in float32, last 0.
 
     Args:
-        num_steps: network evaluations.
+        num_steps: sampling steps.
         shift: SD3's static shift.
         grid: ``shifted`` is linspace(1, 1/n, n) shifted once (1, .9, .75, .5, 0 at shift 3). ``diffusers`` is
             FlowMatchEulerDiscreteScheduler.set_timesteps, which shifts its end point twice (1, .858, .602,
@@ -105,12 +105,12 @@ def flow_student_schedule(grid: str | Sequence[float], num_steps: int, shift: fl
     """A student's flow schedule, [num_steps + 1], last clean.
 
     Args:
-        grid: as `flow_sigmas` names them, or the num_steps sigmas above 0 themselves, which are not shifted.
-        num_steps: network evaluations.
+        grid: a name of `flow_sigmas`, or num_steps sigmas above 0, which are not shifted.
+        num_steps: sampling steps.
         shift: the family's static shift.
 
     Raises:
-        ValueError: if the grid has another name, another number of levels, or does not fall from at most 1.
+        ValueError: if the grid has an unknown name, another number of levels, or does not fall from at most 1.
     """
     if isinstance(grid, str):
         return flow_schedule(flow_sigmas(num_steps, shift, grid))
@@ -124,7 +124,7 @@ def random_flow_level(uniform: Tensor, level_range: tuple[float, float], shift: 
 
     Args:
         uniform: numbers in [0, 1), [B].
-        level_range: the sigmas that 0 and 1 stand for, before the shift.
+        level_range: sigmas at 0 and 1, before the shift.
         shift: the family's static shift.
     """
     low, high = level_range
@@ -134,8 +134,7 @@ def random_flow_level(uniform: Tensor, level_range: tuple[float, float], shift: 
 def vp_schedule(num_steps: int, alphas_cumprod: Tensor) -> NoiseLevel:
     """Trailing schedule of a diffusion model, [num_steps + 1]: starts at the last timestep, ends clean.
 
-    Trailing spacing (arXiv:2305.08891) is the only one whose first step is at full noise; for 4 steps of
-    1000 it is 999, 749, 499, 249.
+    Only trailing spacing (arXiv:2305.08891) has its first step at full noise: 999, 749, 499, 249 for 4 steps of 1000.
     """
     total = len(alphas_cumprod)
     timesteps = (torch.arange(num_steps, 0, -1, dtype=torch.float64) * total / num_steps).round().long() - 1
@@ -178,7 +177,7 @@ def step(latents: Tensor, denoised: Tensor, level: NoiseLevel, following: NoiseL
     Args:
         latents: at `level`, [B, C, H, W].
         denoised: x0 predicted from them, same shape.
-        level, following: where the step starts and lands; the start must not be clean.
+        level, following: start and end of the step; the start must not be clean.
     """
     noise = (latents - level.alpha * denoised) / level.sigma
     return add_noise(denoised, noise, following)

@@ -1,4 +1,4 @@
-"""Sampling with any denoiser, and noise that belongs to a picture, not to a batch."""
+"""Sampling with any denoiser, and noise by the seed of an image, whatever its batch."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ _SEEDS = 2**32  # a Mersenne Twister is seeded with 32 bits
 # (latents [B, C, H, W], level) -> x0 [B, C, H, W] in float32
 Denoise = Callable[[Tensor, NoiseLevel], Tensor]
 
-
-# Number of the finished step, from 0 -> fresh noise [B, C, H, W] for the next one
+# Number of the finished sampling step, from 0 -> fresh noise [B, C, H, W] for the next one
 Fresh = Callable[[int], Tensor]
 
 
 def trajectory(
     denoise: Denoise, latents: Tensor, levels: NoiseLevel, fresh: Fresh | None = None, first: int = 0
 ) -> Iterator[Tensor]:
-    """Latents after each step from `levels[0]` to `levels[-1]`: len(levels) - 1 tensors [B, C, H, W].
+    """Latents after each sampling step from `levels[0]` to `levels[-1]`: len(levels) - 1 tensors [B, C, H, W].
 
     Args:
         denoise: the network.
         latents: [B, C, H, W] at `levels[0]`.
-        levels: a schedule, or its part.
-        fresh: None keeps the noise that a prediction implies (an ODE sampler); else each step re-noises its
+        levels: a schedule, or a part of one.
+        fresh: None keeps the noise that a prediction implies (an ODE sampler). Otherwise each step re-noises its
             prediction with `fresh(number of the step)`, as DMD2's sampler does.
-        first: number of the first step, where `levels` is a later part of a schedule.
+        first: number of the first step, if `levels` is a later part of a schedule.
     """
     for number, (level, following) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=first):
         latents = advance(latents, denoise(latents, level), level, following, fresh and fresh(number))
@@ -41,7 +40,7 @@ def trajectory(
 def advance(
     latents: Tensor, denoised: Tensor, level: NoiseLevel, following: NoiseLevel, fresh: Tensor | None
 ) -> Tensor:
-    """From one level to the next: by the noise that `denoised` implies, or by fresh noise."""
+    """Move from one level to the next, with the noise that `denoised` implies or with fresh noise."""
     return step(latents, denoised, level, following) if fresh is None else add_noise(denoised, fresh, following)
 
 
@@ -59,20 +58,20 @@ def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Ten
     """Unit Gaussian noise, one CPU generator per sample, so that a seed means the same in every batch.
 
     Args:
-        seeds: B integers in [0, 2^32): torch's CPU generator looks at no more bits.
+        seeds: B integers in [0, 2^32); torch's CPU generator ignores further bits.
         shape: of one sample, (C, H, W).
 
     Returns:
         [B, *shape] in float32 on the CPU.
 
     Raises:
-        ValueError: for a seed out of range, which would silently mean another seed's picture.
+        ValueError: if a seed is out of range; it would silently give the image of another seed.
     """
     return noises_from_seeds(seeds, shape, 1)[0]
 
 
 def noises_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int], count: int) -> list[Tensor]:
-    """Successive draws of each sample's generator: its start noise, then what a re-noising sampler adds.
+    """Successive draws of each sample's generator: its start noise, then the noise that a re-noising sampler adds.
 
     Args:
         seeds, shape: as in `noise_from_seeds`, which is the first draw.
@@ -86,12 +85,12 @@ def noises_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int], count
 
 
 def uniform_from_seeds(seeds: Sequence[int] | Tensor) -> Tensor:
-    """One uniform number in [0, 1) per sample, [B] in float32 on the CPU, from generators as above."""
+    """One uniform number in [0, 1) per sample, [B] in float32 on the CPU, from the same generators."""
     return torch.cat([torch.rand(1, generator=generator) for generator in _generators(seeds)])
 
 
 def _generators(seeds: Sequence[int] | Tensor) -> Iterator[torch.Generator]:
-    """The same generator, seeded anew for each sample."""
+    """One generator, reseeded for each sample."""
     generator = torch.Generator()
     for seed in seeds:
         if not 0 <= int(seed) < _SEEDS:
@@ -100,14 +99,14 @@ def _generators(seeds: Sequence[int] | Tensor) -> Iterator[torch.Generator]:
 
 
 def sample_seeds(run_seed: int, stream: str, step: int, samples: int | Sequence[int]) -> list[int]:
-    """Seeds of one step's samples: the same however a batch is split, and without state to resume.
+    """Seeds of one update's samples, independent of how the batch is split; there is no state to resume.
 
     Args:
         run_seed: of the whole run.
-        stream: what the seeds are for; streams are independent.
-        step: which step of the run.
-        samples: how many, or which places of the global batch.
+        stream: purpose of the seeds; streams are independent.
+        step: number of the update.
+        samples: number of samples, or their indices in the global batch.
     """
-    places = range(samples) if isinstance(samples, int) else samples
-    digests = (hashlib.sha256(f"{run_seed}/{stream}/{step}/{place}".encode()).digest() for place in places)
+    indices = range(samples) if isinstance(samples, int) else samples
+    digests = (hashlib.sha256(f"{run_seed}/{stream}/{step}/{index}".encode()).digest() for index in indices)
     return [int.from_bytes(digest[:8], "big") % _SEEDS for digest in digests]

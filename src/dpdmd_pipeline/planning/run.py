@@ -133,7 +133,8 @@ def _short_of_memory(plan: Planned, device_memory: int | None) -> Iterator[str]:
 
 def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
     """Estimates of the memory of any recipe over this teacher, from its configs."""
-    from dpdmd_pipeline.training.memory import MemoryModel, conditioning_like
+    from dpdmd_pipeline.training.memory import MemoryModel
+    from dpdmd_pipeline.training.weightless import conditioning_like
 
     model = backbone.load(teacher, "cpu")
     return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
@@ -141,13 +142,13 @@ def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
 
 def refuse_memory(group: str, options: TrainOptions, estimates: Any, free: int) -> str | None:
     """The line for a student that does not fit, with what would help and by how much."""
-    from dpdmd_pipeline.training.memory import describe_remedies, remedies
+    from dpdmd_pipeline.training.remedies import describe_remedies, remedies
 
-    recipe, split = options.recipe(), _split(options)
-    needed = estimates.estimate(recipe, split)
+    recipe, execution = options.recipe(), options.execution()
+    needed = estimates.estimate(recipe, execution)
     if needed.total <= free:
         return None
-    helpful = describe_remedies(remedies(estimates, recipe, split))
+    helpful = describe_remedies(remedies(estimates, recipe, execution))
     return f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
 
 
@@ -158,30 +159,15 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
         error: torch's.
         teacher, backbone, options: of the run.
     """
-    from dpdmd_pipeline.training.memory import describe_remedies, remedies
+    from dpdmd_pipeline.training.remedies import describe_remedies, remedies
 
     estimates = memory_model(teacher, backbone)
-    recipe, split = options.recipe(), _split(options)
+    recipe, execution = options.recipe(), options.execution()
     asked = one_line(error).split(". ")
     words = ". ".join(asked[:2]).removeprefix("CUDA out of memory. ")
     return (
-        f"out of GPU memory while training ({words}); the estimate was {estimates.estimate(recipe, split)}: "
-        f"{describe_remedies(remedies(estimates, recipe, split))}; finished steps are kept"
-    )
-
-
-def _split(options: TrainOptions) -> Any:
-    from dpdmd_pipeline.training.memory import MemorySplit
-
-    share = options.batch_size // options.launch.total  # of each process
-    return MemorySplit(
-        student_micro_batch=min(share, options.student_micro_batch),
-        fake_score_micro_batch=min(share, options.fake_score_micro_batch),
-        rollout_micro_batch=options.rollout_micro_batch,
-        gradient_checkpointing=options.gradient_checkpointing,
-        guidance_batch=options.guidance_batch,
-        processes=options.launch.total,
-        sharded=options.launch.sharding != "none",
+        f"out of GPU memory while training ({words}); the estimate was {estimates.estimate(recipe, execution)}: "
+        f"{describe_remedies(remedies(estimates, recipe, execution))}; finished steps are kept"
     )
 
 
@@ -193,23 +179,22 @@ def _free_memory() -> int:
 
 def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> list[str]:
     """Lines for the log before a student is trained: its passes, and, on a GPU, its work and memory."""
-    from dpdmd_pipeline.training.cost import Settings, describe_cost
+    from dpdmd_pipeline.training.cost import TeacherSettings, describe_cost
 
     steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
     online, known = plan.anchors.mode == "online", None not in steps
-    settings = Settings(
+    teacher = TeacherSettings(
         guidance_scale=plan.backbone.guidance_scale,
-        gradient_checkpointing=options.gradient_checkpointing,
         online_anchors=[step for step in steps if step] if online and known else (),
         with_denoised=plan.anchors.with_denoised,
-        teacher_steps=plan.backbone.num_steps,
+        num_steps=plan.backbone.num_steps,
     )
     flops = estimates.forward_flops(options.recipe()) if estimates else None
-    lines = describe_cost(options, settings, flops)
+    lines = describe_cost(options.recipe(), options.execution(), teacher, flops)
     if online and not known:
         lines.append("to these come the anchors' own passes: the stage anchors finds out how many")
     if estimates:
-        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), _split(options))}")
+        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), options.execution())}")
     return lines
 
 
@@ -237,7 +222,8 @@ def disk_needs(plan: Planned) -> dict[str, int]:
     """Bytes of the caches and of a student's states, as far as they are known."""
     import torch
 
-    from dpdmd_pipeline.training.memory import anchor_bytes, conditioning_like, embedding_bytes
+    from dpdmd_pipeline.training.disk import anchor_bytes, embedding_bytes
+    from dpdmd_pipeline.training.weightless import conditioning_like
 
     needs = {}
     if plan.prompts is not None:

@@ -1,4 +1,4 @@
-"""Anchors for the student's turns: read from a cache, or computed as they are needed. One function makes both."""
+"""Anchors for the student updates, read from a cache or computed online by the same function."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Embeddings(Protocol):
 
 
 class AnchorBatch(NamedTuple):
-    """Samples of one student turn.
+    """Samples of a student update.
 
     Attributes:
         prompts: B rows of the embeddings.
@@ -39,7 +39,7 @@ class AnchorBatch(NamedTuple):
 
 
 class AnchorCache(Protocol):
-    """Rows of prompt, seed, anchor_0, anchor_1 ... and, for the tangent target, denoised_0 ..."""
+    """Rows of prompt, seed, anchor_0, anchor_1 ..., and denoised_0 ... for the tangent target."""
 
     def __len__(self) -> int: ...
 
@@ -47,15 +47,15 @@ class AnchorCache(Protocol):
 
 
 class TeacherAnchors:
-    """The guided teacher, asked where it stands after some of its steps.
+    """The guided teacher's latents after some of its sampling steps.
 
     Args:
         backbone, teacher: family and network.
         embeddings: of all prompts, the empty one last.
-        num_steps, guidance_scale: the teacher's own settings.
+        num_steps, guidance_scale: of the teacher.
         anchor_steps: rising numbers of teacher steps.
-        with_denoised: whether the tangent target is wanted, one more guided call per anchor.
-        guidance_batch: see `guided`; rounding only.
+        with_denoised: True to compute the tangent target, too: one more guided call per anchor.
+        guidance_batch: see `guided`; changes rounding only.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class TeacherAnchors:
             seeds: of the noise, one per sample.
 
         Returns:
-            anchor_0 ... and, if wanted, denoised_0 ..., each [B, C, H, W] in float32 on the CPU.
+            anchor_0 ..., and denoised_0 ... with `with_denoised`; each [B, C, H, W] in float32 on the CPU.
         """
         device = self.levels.sigma.device
         cond = {name: value.to(device) for name, value in self.embeddings.rows(prompts).items()}
@@ -98,26 +98,26 @@ class TeacherAnchors:
         teacher = guided(self.backbone, self.teacher, cond, uncond, self.guidance_scale, batch=self.guidance_batch)
         noise = noise_from_seeds(seeds, self.backbone.latent_shape).to(device)
         anchors = teacher_anchors(teacher, noise, self.levels, self.anchor_steps)
-        found = {f"anchor_{index}": anchor for index, anchor in enumerate(anchors)}
+        tensors = {f"anchor_{index}": anchor for index, anchor in enumerate(anchors)}
         if self.with_denoised:
             pairs = zip(anchors, self.anchor_levels, strict=True)
-            found |= {f"denoised_{index}": teacher(anchor, level) for index, (anchor, level) in enumerate(pairs)}
-        return {name: value.cpu() for name, value in found.items()}
+            tensors |= {f"denoised_{index}": teacher(anchor, level) for index, (anchor, level) in enumerate(pairs)}
+        return {name: value.cpu() for name, value in tensors.items()}
 
 
-def _batch(prompts: Sequence[int], noise: Tensor, found: dict[str, Tensor], anchored_steps: int) -> AnchorBatch:
-    """The first `anchored_steps` anchors of what was found, in float32."""
+def _batch(prompts: Sequence[int], noise: Tensor, tensors: dict[str, Tensor], anchored_steps: int) -> AnchorBatch:
+    """A batch with the first `anchored_steps` anchors, in float32."""
     numbers = range(anchored_steps)
     return AnchorBatch(
         list(prompts),
         noise,
-        [found[f"anchor_{number}"].float() for number in numbers],
-        [found[f"denoised_{number}"].float() for number in numbers if f"denoised_{number}" in found],
+        [tensors[f"anchor_{number}"].float() for number in numbers],
+        [tensors[f"denoised_{number}"].float() for number in numbers if f"denoised_{number}" in tensors],
     )
 
 
 class CachedAnchors:
-    """Draws from a cache without replacement, epoch after epoch.
+    """Samples from a cache, drawn without replacement in each epoch.
 
     Args:
         cache: written by the anchors stage.
@@ -130,19 +130,20 @@ class CachedAnchors:
     ) -> None:
         self.cache, self.latent_shape = cache, latent_shape
         self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
-        self._epoch, self._permutation = -1, list[int]()  # of the epoch that was asked for last; none yet
+        self._epoch, self._permutation = -1, list[int]()  # the epoch used last; none yet
 
-    def __call__(self, step: int, places: Sequence[int]) -> AnchorBatch:
-        """The samples at some places of a step's global batch."""
-        found = self.cache.rows([self._row(step * self.batch_size + place) for place in places])
-        noise = noise_from_seeds(found["seed"], self.latent_shape)
-        return _batch(found["prompt"].tolist(), noise, found, self.anchored_steps)
+    def __call__(self, cycle: int, batch_indices: Sequence[int]) -> AnchorBatch:
+        """Samples at some indices of a cycle's global batch."""
+        tensors = self.cache.rows([self._row(cycle * self.batch_size + index) for index in batch_indices])
+        noise = noise_from_seeds(tensors["seed"], self.latent_shape)
+        return _batch(tensors["prompt"].tolist(), noise, tensors, self.anchored_steps)
 
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.cache))
         return self._order(epoch)[offset]
 
     def _order(self, epoch: int) -> list[int]:
+        """Permutation of the cache's rows in an epoch."""
         if epoch != self._epoch:
             (seed,) = sample_seeds(self.seed, "student/order", epoch, 1)
             generator = torch.Generator().manual_seed(seed)
@@ -151,11 +152,11 @@ class CachedAnchors:
 
 
 class OnlineAnchors:
-    """Draws fresh prompts and seeds and asks the teacher, as published code does.
+    """Samples with fresh prompts and seeds, whose anchors the teacher computes at once, as in the published code.
 
     Args:
         teacher: computes the anchors; its noise and levels are those of a cache.
-        prompts: rows that are trained on.
+        prompts: rows of the training prompts.
         seed, anchored_steps: of the recipe.
     """
 
@@ -163,10 +164,11 @@ class OnlineAnchors:
         self.teacher, self.prompts = teacher, prompts
         self.seed, self.anchored_steps = seed, anchored_steps
 
-    def __call__(self, step: int, places: Sequence[int]) -> AnchorBatch:
-        """The samples at some places of a step's global batch."""
-        chosen = sample_seeds(self.seed, "student/prompt", step, places)
-        prompts = [self.prompts[seed % len(self.prompts)] for seed in chosen]
-        seeds = sample_seeds(self.seed, "student/noise", step, places)
-        found = self.teacher(prompts, seeds) if self.anchored_steps else {}
-        return _batch(prompts, noise_from_seeds(seeds, self.teacher.backbone.latent_shape), found, self.anchored_steps)
+    def __call__(self, cycle: int, batch_indices: Sequence[int]) -> AnchorBatch:
+        """Samples at some indices of a cycle's global batch."""
+        prompt_seeds = sample_seeds(self.seed, "student/prompt", cycle, batch_indices)
+        prompts = [self.prompts[seed % len(self.prompts)] for seed in prompt_seeds]
+        seeds = sample_seeds(self.seed, "student/noise", cycle, batch_indices)
+        noise = noise_from_seeds(seeds, self.teacher.backbone.latent_shape)
+        tensors = self.teacher(prompts, seeds) if self.anchored_steps else {}
+        return _batch(prompts, noise, tensors, self.anchored_steps)

@@ -1,4 +1,4 @@
-"""Trains the embedded world's CLIP on its pictures and captions: under a minute of one core."""
+"""Train the embedded world's CLIP on its images and captions, in under a minute of one core."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _LARGEST_SCALE = 100  # of the logits, as in CLIP (arXiv:2103.00020, section 2.5
 def train_clip(
     recipe: ClipRecipe, folder: Path, state: Path, follow: Callable[[int, Iterator[tuple[int, float]]], None]
 ) -> CLIP:
-    """Train and save to a folder that open_clip loads; what is finished is not trained again.
+    """Train the CLIP and save it to a folder that open_clip loads; finished steps are not repeated.
 
     Args:
-        recipe: how it is trained.
-        folder: of the model; whole once its weights are there.
+        recipe: of the training.
+        folder: of the model; complete once it has weights.
         state: folder of the checkpoints.
         follow: runs the fit to its end: (total steps, records).
     """
@@ -39,17 +39,17 @@ def train_clip(
     model = make_clip(folder, recipe.seed)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     loss_at = partial(clip_loss, model.train(), tokenizer(full_captions()), tokenizer(captions()), recipe)
-    kept = Checkpoints(state)
-    records = fit(model, loss_at, recipe, seed=recipe.seed, checkpoints=kept, checkpoint_every=recipe.checkpoint_every)
+    every = recipe.checkpoint_every
+    records = fit(model, loss_at, recipe, seed=recipe.seed, checkpoints=Checkpoints(state), checkpoint_every=every)
     follow(recipe.steps, records)
     save_clip(model.eval(), folder)
     return model
 
 
 def clip_loss(model: CLIP, full: Tensor, short: Tensor, recipe: ClipRecipe, generator: torch.Generator) -> Tensor:
-    """Contrast of pictures with their full captions (both ways), and of pictures with the world's prompts.
+    """Contrast of images with their full captions (both ways), plus contrast of images with the world's prompts.
 
-    The prompts are short: many pictures of a batch share one, which the plain contrast would count as wrong.
+    The prompts are short: many images of a batch share one, which the plain contrast would count as wrong.
 
     Args:
         model: to train.
@@ -72,23 +72,23 @@ def clip_loss(model: CLIP, full: Tensor, short: Tensor, recipe: ClipRecipe, gene
 
 
 def _noised(images: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """Images with noise of a standard deviation of their own each, in [0, 1]."""
+    """Add noise to images, each with its own standard deviation; clamped to [0, 1]."""
     sigma = torch.rand(len(images), 1, 1, 1, generator=generator) * largest
     return (images + sigma * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 @torch.no_grad()
 def retrieval(model: CLIP, folder: Path) -> dict[str, float]:
-    """Share of legal pictures whose nearest caption is their own: of all full ones, and of the canonical prompts."""
+    """Share of legal images whose nearest caption is their own, among all full captions and among the prompts."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     image = model.encode_image(gallery() * 2 - 1, normalize=True)
-    found = {}
+    shares = {}
     for name, texts, owner in (
         ("full_captions", full_captions(), torch.arange(len(image))),
         ("prompts", captions()[:NUM_PROMPTS], torch.arange(len(image)) // NUM_MODES),
     ):
         nearest = (image @ model.encode_text(tokenizer(texts), normalize=True).T).argmax(1)
-        found[name] = (nearest == owner).float().mean().item()
-    return found
+        shares[name] = (nearest == owner).float().mean().item()
+    return shares

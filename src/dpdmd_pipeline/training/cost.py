@@ -1,7 +1,7 @@
-"""What a distillation costs before it is run: passes through the network, counted per sample.
+"""Cost of a distillation before it runs: passes through the network, counted per sample.
 
-One pass without gradient is the unit, F. A backward pass counts 2 F, a forward pass that gradient checkpointing
-repeats 1 F more. With adapters a backward pass takes less, down to 1 F: the frozen weights get no gradient.
+The unit F is one pass without gradient. A backward pass counts 2 F; a forward pass repeated by gradient checkpointing
+1 F more. With adapters a backward pass takes less, down to 1 F: the frozen weights get no gradient.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 
-BACKWARD = 2  # F: one for the gradient of what goes in, one for that of the weights
+BACKWARD = 2  # F: one for the gradient of the inputs, one for that of the weights
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Passes:
     """Passes through the network per sample; a guided call is two.
 
     Attributes:
-        forward: asked for, with and without gradient.
-        backward: of the same.
-        repeated: forward passes that gradient checkpointing does again at backward.
+        forward: with and without gradient, before any repetition.
+        backward: of these.
+        repeated: forward passes that gradient checkpointing repeats in the backward pass.
     """
 
     forward: float = 0.0
@@ -44,59 +45,65 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the cost depends on besides the recipe.
+class TeacherSettings:
+    """The teacher's part in the cost.
 
     Attributes:
-        guidance_scale: of the teacher; of its answers.
-        gradient_checkpointing: of the trained networks.
-        online_anchors: teacher steps K of the anchors that are computed in each student turn; empty: from a cache.
-        with_denoised: whether the teacher's x0 at each of these is computed, too.
-        teacher_steps: of the teacher's own sampling.
+        guidance_scale: of the teacher.
+        online_anchors: teacher steps K of the anchors that are computed in each student update; empty with a cache.
+        with_denoised: True if the teacher's x0 at each of these is computed, too.
+        num_steps: of the teacher's own sampling.
     """
 
     guidance_scale: float
-    gradient_checkpointing: bool
     online_anchors: Sequence[int] = ()
     with_denoised: bool = False
-    teacher_steps: int = 0
+    num_steps: int = 0
 
-    def graded(self, forward: float, backward: float) -> Passes:
-        """Each backward pass repeats its forward pass, where it was not kept."""
-        return Passes(forward, backward, backward if self.gradient_checkpointing else 0)
+    @property
+    def calls(self) -> int:
+        """Forward passes of one guided call."""
+        return calls_of(self.guidance_scale)
 
 
 def calls_of(guidance_scale: float) -> int:
-    """Forward passes of one answer of the teacher."""
+    """Forward passes of one guided call of the teacher."""
     return 1 if guidance_scale == 1 else 2
 
 
 def anchor_passes(steps: Sequence[int], with_denoised: bool, guidance_scale: float) -> Passes:
-    """One sample's anchors: the teacher walks to the last, and may be asked once more at each.
+    """Anchors of one sample: the teacher's rollout to the last one, and one more call at each for its x0.
 
     Args:
         steps: rising teacher steps K.
+        with_denoised: True if the x0 is computed.
+        guidance_scale: of the teacher.
     """
-    walked = (steps[-1] if steps else 0) + len(steps) * with_denoised
-    return Passes(walked * calls_of(guidance_scale))
+    calls = (steps[-1] if steps else 0) + len(steps) * with_denoised
+    return Passes(calls * calls_of(guidance_scale))
 
 
-def student_turn(recipe: Recipe, settings: Settings, graded_step: int | None) -> Passes:
-    """One sample of a student turn, its anchors included where they are computed in it.
+def student_update(recipe: Recipe, execution: Execution, teacher: TeacherSettings, graded_step: int | None) -> Passes:
+    """One sample of a student update, including its anchors if they are computed online.
 
     Args:
-        graded_step: the step that L_DMD trains, None for all; as `match_teacher` has it.
+        graded_step: step that L_DMD trains, None for all; see `match_teacher`.
     """
     anchored = recipe.anchored_steps
     anchors = Passes()
     if anchored:
-        anchors = anchor_passes(settings.online_anchors, settings.with_denoised, settings.guidance_scale)
-    # a later one starts at the teacher's latents, and the student goes on from its own
-    lessons = 2 * anchored - 1 if anchored else 0
+        anchors = anchor_passes(teacher.online_anchors, teacher.with_denoised, teacher.guidance_scale)
+    # A later anchored step starts at the teacher's latents, and the student goes on from its own
+    first = 2 * anchored - 1 if anchored else 0
     rest = (recipe.num_steps if graded_step is None else graded_step + 1) - anchored
-    judged = calls_of(settings.guidance_scale) + 1  # by the teacher and by the fake score
+    scores = teacher.calls + 1  # of the teacher and of the fake score
     backward = anchored + _backward_of_dmd(recipe, graded_step)
-    return anchors + settings.graded(lessons + rest + judged, backward)
+    return anchors + _graded(execution, first + rest + scores, backward)
+
+
+def _graded(execution: Execution, forward: float, backward: float) -> Passes:
+    """Passes with gradient; with checkpointing each backward pass repeats its forward pass."""
+    return Passes(forward, backward, backward if execution.gradient_checkpointing else 0)
 
 
 def _backward_of_dmd(recipe: Recipe, graded_step: int | None) -> int:
@@ -107,85 +114,88 @@ def _backward_of_dmd(recipe: Recipe, graded_step: int | None) -> int:
 
 
 def graded_steps(recipe: Recipe) -> list[int | None]:
-    """The steps that L_DMD may train, all equally often; [None] where each turn trains all of them."""
+    """Steps that L_DMD may train, all equally often; [None] if each update trains all of them."""
     if recipe.graded_steps == "all":
         return [None]
     steps = range(recipe.anchored_steps, recipe.num_steps)
     return [steps[-1]] if recipe.graded_steps == "last" else list(steps)
 
 
-def fake_score_turn(recipe: Recipe, settings: Settings, *, draws: bool) -> Passes:
-    """One sample of a fake-score turn.
+def fake_score_update(recipe: Recipe, execution: Execution, *, draws: bool) -> Passes:
+    """One sample of a fake-score update.
 
     Args:
-        draws: whether the student's picture is drawn for it, or an earlier turn's is used again.
+        draws: True if the student draws a sample for it, False if it reuses that of an earlier update.
     """
-    return Passes(recipe.num_steps if draws else 0) + settings.graded(1, 1)
+    return Passes(recipe.num_steps if draws else 0) + _graded(execution, 1, 1)
 
 
 @dataclass(frozen=True)
 class CycleCost:
-    """Mean passes per sample of a recipe's turns.
+    """Mean passes per sample.
 
     Attributes:
-        student_turn: one, with its anchors where these are computed in it.
-        fake_score_turns: all between two student turns.
+        student_update: one, including its anchors if they are computed online.
+        fake_score_updates: all of one cycle.
         ratio: one measurement of the two gradients' norms, which `ratio_every` makes rare.
-        warmup: the fake score's turns before the student's first, together.
+        warmup: the fake-score updates before the first cycle, together.
     """
 
-    student_turn: Passes
-    fake_score_turns: Passes
+    student_update: Passes
+    fake_score_updates: Passes
     ratio: Passes
     warmup: Passes
 
     @property
     def cycle(self) -> Passes:
-        """One student turn and the fake-score turns before it."""
-        return self.student_turn + self.fake_score_turns
+        """The fake-score updates and the student update of one cycle."""
+        return self.student_update + self.fake_score_updates
 
 
-def cycle_cost(recipe: Recipe, settings: Settings) -> CycleCost:
-    """What one student turn and its fake-score turns cost per sample; exact but for the mean over random steps."""
-    turns = [student_turn(recipe, settings, step) for step in graded_steps(recipe)]
-    mean = Passes(*(fmean(getattr(turn, kind) for turn in turns) for kind in ("forward", "backward", "repeated")))
-    drawn = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
-    fresh, again = (fake_score_turn(recipe, settings, draws=draws) for draws in (True, False))
-    measured = recipe.anchored_steps + _backward_of_dmd(recipe, graded_steps(recipe)[0]) if recipe.anchored_steps else 0
+def cycle_cost(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -> CycleCost:
+    """Cost of a cycle per sample; exact, except that randomly graded steps enter by their mean."""
+    updates = [student_update(recipe, execution, teacher, step) for step in graded_steps(recipe)]
+    kinds = ("forward", "backward", "repeated")
+    mean = Passes(*(fmean(getattr(update, kind) for update in updates) for kind in kinds))
+    rollouts = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
+    fresh, reused = (fake_score_update(recipe, execution, draws=draws) for draws in (True, False))
+    compared = recipe.anchored_steps + _backward_of_dmd(recipe, graded_steps(recipe)[0]) if recipe.anchored_steps else 0
     return CycleCost(
-        student_turn=mean,
-        fake_score_turns=drawn * fresh + (recipe.fake_score_turns - drawn) * again,
-        ratio=settings.graded(0, measured),
+        student_update=mean,
+        fake_score_updates=rollouts * fresh + (recipe.fake_score_turns - rollouts) * reused,
+        ratio=_graded(execution, 0, compared),
         warmup=recipe.fake_score_warmup * fresh,
     )
 
 
-def watch_cost(recipe: Recipe, settings: Settings) -> Passes:
-    """All passes of a run's measurements: of the teacher's pictures once, of the student's at each watched turn.
+def watch_cost(recipe: Recipe, teacher: TeacherSettings) -> Passes:
+    """All passes of a run's measurements: the teacher's samples once, the student's at each measured cycle.
 
-    Of as many prompts as are asked for; with fewer training prompts there are fewer.
+    They are counted for `watch.prompts` prompts; with fewer training prompts there are fewer.
     """
-    watch, calls = recipe.watch, calls_of(settings.guidance_scale)
+    watch = recipe.watch
     if not watch.every:
         return Passes()
-    pictures, turns = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
-    once, each = calls * (settings.teacher_steps + 1), recipe.num_steps + calls
-    return Passes(pictures * (once + turns * each))
+    samples, measurements = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
+    of_teacher, of_student = teacher.calls * (teacher.num_steps + 1), recipe.num_steps + teacher.calls
+    return Passes(samples * (of_teacher + measurements * of_student))
 
 
-def describe_cost(recipe: Recipe, settings: Settings, forward_flops: float | None = None) -> list[str]:
+def describe_cost(
+    recipe: Recipe, execution: Execution, teacher: TeacherSettings, forward_flops: float | None = None
+) -> list[str]:
     """Lines for the log before a run.
 
     Args:
-        forward_flops: floating-point operations of one forward pass of one sample, if they are known.
+        forward_flops: floating-point operations of one forward pass of one sample; None leaves them out.
     """
-    cost = cycle_cost(recipe, settings)
+    cost = cycle_cost(recipe, execution, teacher)
     name = "DP-DMD" if recipe.anchored_steps else "DMD"
     samples = recipe.batch_size
-    run = samples * (recipe.max_steps * cost.cycle.total + cost.warmup.total) + watch_cost(recipe, settings).total
+    run = samples * (recipe.max_steps * cost.cycle.total + cost.warmup.total) + watch_cost(recipe, teacher).total
     lines = [
-        f"{name}: {cost.cycle.total:g} forwards per sample and cycle: student turn {cost.student_turn.total:g}, "
-        f"{recipe.fake_score_turns} turns of the fake score {cost.fake_score_turns.total:g}",
+        f"{name}: {cost.cycle.total:g} forwards per sample and cycle: student update {cost.student_update.total:g}, "
+        f"{recipe.fake_score_turns} fake-score updates {cost.fake_score_updates.total:g}",
         f"{name}: {run:,.0f} forwards in {recipe.max_steps} cycles of {samples} samples",
     ]
     if forward_flops is not None:

@@ -1,4 +1,4 @@
-"""Over how many processes a stage is shared; checked without loading torch."""
+"""Number of processes that share a stage; checked without loading torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpdmd_pipeline.backbones.options import Device, resolve_device
 
 
 class LaunchOptions(BaseModel):
-    """Over how many processes a turn's batch, or the shards of a cache, are shared.
+    """Processes that share the batch of an update, or the shards of a cache.
 
     A student is the same but for rounding; a cache is the same to the bit on a CPU.
     """
@@ -21,7 +21,7 @@ class LaunchOptions(BaseModel):
 
     processes: PositiveInt  # on each machine; with CUDA, one per GPU
     machines: PositiveInt  # the same command on each, at the same time, over one shared file system
-    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one of several machines
+    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one machine; null if there is only one
 
     @property
     def total(self) -> int:
@@ -29,23 +29,24 @@ class LaunchOptions(BaseModel):
         return self.processes * self.machines
 
     @model_validator(mode="after")
-    def _meets(self) -> Self:
+    def _machines_can_meet(self) -> Self:
         if self.machines > 1 and self.rendezvous is None:
             raise ValueError(f"machines={self.machines} need a rendezvous: host:port of one that all can reach")
         return self
 
     def of_shards(self, run: str, device: Device) -> Callable[..., Any] | None:
-        """What runs the work on shards in so many processes; None for one, which needs nothing of it.
+        """Launcher of these processes for work on shards; None for a single process.
 
-        Each has as many threads as one alone would have: another number would sum in another order.
+        Each process has as many threads as a single one: another number would sum in another order.
 
         Args:
-            run: name of what is run, the same on every machine.
+            run: name of the run, the same on every machine.
             device: with CUDA, each process has a GPU of its own.
         """
         if self.total == 1:
             return None
-        from dpdmd_pipeline.training.launch import Launch, launched
+        from dpdmd_pipeline.training.launch import launched
+        from dpdmd_pipeline.training.member import Launch
 
         cuda = resolve_device(device).type == "cuda"
         launch = Launch(self.processes, self.machines, self.rendezvous, run, cuda, share_cores=False)

@@ -1,4 +1,4 @@
-"""AdamW of a trained network, and the student's learning rate over its turns."""
+"""AdamW of a trained network, and the student's learning rate over the cycles."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 def make_optimizer(
     parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW as the recipe says.
+    """AdamW by a recipe.
 
     Args:
         parameters: trained ones.
         recipe: of their network.
-        fused: one kernel for a whole update, the same but for rounding; adamw_8bit has its own in any case.
+        fused: True for one kernel per update, the same but for rounding; adamw_8bit always has its own.
 
     Raises:
-        ValueError: if 8-bit moments are asked for where bitsandbytes or CUDA is absent.
+        ValueError: if 8-bit moments lack bitsandbytes or CUDA.
     """
     options = {"lr": recipe.learning_rate, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
     if recipe.kind == "adamw":
-        # None, not False, lets torch choose the fastest of the others
+        # None, not False, lets torch choose the fastest other implementation
         optimizer = torch.optim.AdamW(parameters, **options, fused=fused or None)
-        optimizer.register_load_state_dict_pre_hook(partial(_computed_as_here, fused=fused))
+        optimizer.register_load_state_dict_pre_hook(partial(_with_fused, fused=fused))
         optimizer.register_load_state_dict_post_hook(_lay_out_as_the_weights)
         return optimizer
     try:
@@ -41,21 +41,21 @@ def make_optimizer(
     return AdamW8bit(parameters, **options)
 
 
-def _computed_as_here(_optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool) -> dict[str, Any]:
-    """A state goes on as this run computes, not as the run that saved it did."""
+def _with_fused(_optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool) -> dict[str, Any]:
+    """Continue a loaded state with this run's kernels, not with those of the run that saved it."""
     return {**state, "param_groups": [{**group, "fused": fused or None} for group in state["param_groups"]]}
 
 
 def _lay_out_as_the_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Fused kernels take the moments to lie in memory as the weights do, and are silently wrong where they do not."""
+    """Give the moments the memory format of their weights: fused kernels assume it, or are silently wrong."""
     for weight, moments in optimizer.state.items():
         for name, value in moments.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
                 moments[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
-def learning_rate_share(recipe: Recipe, step: int) -> float:
-    """Share of the student's learning rate at a step; a function of the step alone, so resuming needs no state."""
-    rising = (step + 1) / (recipe.warmup + 1)
+def learning_rate_share(recipe: Recipe, cycle: int) -> float:
+    """Share of the student's full learning rate in a cycle; no state is needed to resume."""
+    rising = (cycle + 1) / (recipe.warmup + 1)
     falling = recipe.decay * recipe.max_steps
-    return min(1.0, rising, (recipe.max_steps - step) / falling if falling else 1.0)
+    return min(1.0, rising, (recipe.max_steps - cycle) / falling if falling else 1.0)

@@ -1,4 +1,4 @@
-"""What a distillation is: every number that changes the anchors or the student."""
+"""Recipes of anchors and of a student: every option that changes them."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from pydantic import (
 
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
-Grid = Literal["diffusers", "shifted", "trailing"]  # flow has the first two, diffusion (VP) models the third
+Grid = Literal["diffusers", "shifted", "trailing"]  # flow models have the first two, diffusion (VP) models the third
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-NOT_IN_THE_RESULT = {"device", "batch_size", "launch"}  # of AnchorRecipe
+NOT_IN_THE_RESULT = {"device", "batch_size", "launch"}  # fields of AnchorRecipe that change no anchor
 
 
 class StudentGrid(BaseModel):
-    """The schedule of a student."""
+    """Schedule of a student."""
 
     model_config = STRICT
 
-    grid: Grid | list[float]
-    num_steps: PositiveInt
+    grid: Grid | list[float]  # as in Recipe
+    num_steps: PositiveInt  # as in Recipe
 
 
 class AnchorLevel(BaseModel):
-    """Where on the teacher's schedule an anchor lies: by its number of steps, its noise level, or a student's schedule.
+    """An anchor's level on the teacher's schedule, given in exactly one of three ways.
 
-    A sigma is in the model's own terms: of flow below 1, of a diffusion model sigma / alpha, up to 14.6 for SDXL.
+    A sigma is in the model's own terms: below 1 for flow models; sigma / alpha for diffusion models (SDXL: up to 14.6).
     """
 
     model_config = STRICT
 
-    steps: PositiveInt | None = None  # K
-    sigma: PositiveFloat | None = None  # the teacher's level nearest to this
-    first_step: StudentGrid | None = None  # the teacher's level nearest to where this student's first step lands
+    steps: PositiveInt | None = None  # K, sampling steps of the teacher
+    sigma: PositiveFloat | None = None  # the teacher's level nearest to this noise level
+    first_step: StudentGrid | None = None  # the teacher's level nearest to the end of this student's first step
 
     @model_validator(mode="after")
-    def _one(self) -> Self:
+    def _is_given_once(self) -> Self:
         if sum(value is not None for value in (self.steps, self.sigma, self.first_step)) != 1:
             raise ValueError("give exactly one of steps, sigma and first_step")
         return self
 
 
 class AnchorRecipe(BaseModel):
-    """Which anchors are computed, and how they are kept."""
+    """Anchors to compute, and their cache."""
 
     model_config = STRICT
 
-    mode: Literal["cached", "online"]
-    anchor_levels: list[AnchorLevel] = Field(min_length=1)
-    with_denoised: bool  # also the teacher's x0 at each anchor, which train.target=tangent needs
-    seed: NonNegativeInt
-    seeds_per_prompt: PositiveInt
-    batch_size: PositiveInt
-    shard_size: PositiveInt
-    dtype: Literal["float32", "float16"]
-    device: Literal["auto", "cpu", "cuda"]
-    launch: LaunchOptions
+    mode: Literal["cached", "online"]  # computed once and stored, or in each student update
+    anchor_levels: list[AnchorLevel] = Field(min_length=1)  # in falling order of noise
+    with_denoised: bool  # also store the teacher's x0 at each anchor, which train.target=tangent needs
+    seed: NonNegativeInt  # of the noise
+    seeds_per_prompt: PositiveInt  # anchors of each prompt in the cache
+    batch_size: PositiveInt  # samples that the teacher denoises at once
+    shard_size: PositiveInt  # samples in one file of the cache
+    dtype: Literal["float32", "float16"]  # of the stored latents
+    device: Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is a GPU
+    launch: LaunchOptions  # processes that share the shards
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -76,40 +76,40 @@ class OptimizerRecipe(BaseModel):
 
     model_config = STRICT
 
-    kind: Literal["adamw", "adamw_8bit"]  # the second keeps its moments in 8 bits; needs bitsandbytes and CUDA
-    learning_rate: PositiveFloat
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # YAML has lists, no tuples
-    weight_decay: NonNegativeFloat
-    max_grad_norm: PositiveFloat
+    kind: Literal["adamw", "adamw_8bit"]  # adamw_8bit stores its moments in 8 bits; needs bitsandbytes and CUDA
+    learning_rate: PositiveFloat  # the student's follows Recipe.warmup and Recipe.decay
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)]  # decay rates of the moments; YAML has lists, no tuples
+    weight_decay: NonNegativeFloat  # decoupled, as in AdamW
+    max_grad_norm: PositiveFloat  # gradients are clipped to this norm
 
 
 class LoraRecipe(BaseModel):
-    """Low-rank adapters of the student and of the fake score on one frozen base."""
+    """Low-rank adapters of the student and the fake score on one frozen base."""
 
     model_config = STRICT
 
-    student_rank: PositiveInt
-    fake_score_rank: PositiveInt
-    alpha_per_rank: PositiveFloat  # an adapter adds this times its low-rank product, whatever its rank
-    targets: list[str] = Field(min_length=1)  # endings of the names of the layers that are adapted
+    student_rank: PositiveInt  # of the student's low-rank products
+    fake_score_rank: PositiveInt  # of the fake score's
+    alpha_per_rank: PositiveFloat  # scale of an adapter's low-rank product, independent of its rank
+    targets: list[str] = Field(min_length=1)  # adapted layers, by the endings of their names
 
 
 class WatchRecipe(BaseModel):
-    """What is measured of the student while it learns, and which of its turns is kept; see `training.watch`."""
+    """Measurements of the student while it trains, and the choice of the final weights; see `training.watch`."""
 
     model_config = STRICT
 
-    every: NonNegativeInt  # student turns between measurements; 0: none at all
-    prompts: PositiveInt  # at most, of those that are trained on
-    images_per_prompt: Annotated[int, Field(ge=2)]
-    level: Share  # how far up the noise levels of training the teacher corrects; 0 the lowest, 1 the highest
-    keep: Literal["last", "best"]  # the student after the last turn, or after the best of those measured
-    diversity_floor: Share  # share of the teacher's latent diversity that a turn must have to be the best
+    every: NonNegativeInt  # cycles between measurements; 0: none
+    prompts: PositiveInt  # training prompts to measure, at most
+    images_per_prompt: Annotated[int, Field(ge=2)]  # samples of each; diversity needs a pair
+    level: Share  # noise level of the teacher's correction: 0 the lowest of training, 1 the highest
+    keep: Literal["last", "best"]  # the student of the last cycle, or of the best measured one
+    diversity_floor: Share  # the best cycle must have this share of the teacher's latent diversity
 
     @model_validator(mode="after")
-    def _measures_what_it_keeps(self) -> Self:
+    def _best_is_measured(self) -> Self:
         if self.keep == "best" and not self.every:
-            raise ValueError("keep=best needs measurements: set every, the student turns between them")
+            raise ValueError(f"keep=best needs measurements, every={self.every}: set every to some number of cycles")
         return self
 
 
@@ -118,58 +118,74 @@ class Recipe(BaseModel):
 
     model_config = STRICT
 
+    # Networks
     roles: Literal["full", "lora"]  # three networks, or one frozen base with two adapters
-    lora: LoraRecipe  # read where roles=lora
+    lora: LoraRecipe  # read if roles=lora
     precision: Literal["float32", "bfloat16"]  # of the trained networks' arithmetic; their weights are float32
-    seed: NonNegativeInt
-    max_steps: PositiveInt  # student turns
-    warmup: NonNegativeInt  # first turns, in which the student's learning rate rises to its full value
-    decay: float = Field(ge=0, le=1)  # last share of the turns, in which the student's learning rate falls towards 0
-    ema: float = Field(ge=0, lt=1)  # the kept student's weights average about 1 / (1 - ema) turns; 0: the last ones
-    batch_size: PositiveInt  # per turn, of the student and of the fake score, over all processes
+
+    # Length of the run, and the student's optimization
+    seed: NonNegativeInt  # of all random draws
+    max_steps: PositiveInt  # cycles: student updates, each after its fake-score updates
+    warmup: NonNegativeInt  # first cycles, in which the student's learning rate rises to its full value
+    decay: float = Field(ge=0, le=1)  # last share of the cycles, in which the student's learning rate falls towards 0
+    ema: float = Field(ge=0, lt=1)  # the final weights average about 1 / (1 - ema) cycles; 0: those of the last cycle
+    batch_size: PositiveInt  # samples of one update, of the student and of the fake score, over all processes
+
+    # The student's sampler
     num_steps: PositiveInt  # N, network evaluations of the student
-    grid: Grid | list[float]  # named, or the N falling levels themselves: sigmas of flow, timesteps of diffusion models
+    grid: Grid | list[float]  # a named schedule, or N falling levels: sigmas (flow) or timesteps (diffusion models)
     between_steps: Literal["ode", "renoise"]  # keep the noise that a prediction implies, or add fresh noise
-    anchored_steps: NonNegativeInt  # how many first steps follow the teacher; 1 in the paper
-    diversity_weight: NonNegativeFloat  # lambda, or what balanced weighting makes of it
-    # balanced: lambda such that |lambda grad L_div| = diversity_weight |grad L_DMD| (arXiv:2012.09841, eq. 7)
-    weighting: Literal["fixed", "balanced"]
-    balance_every: PositiveInt  # student turns between measurements of these norms; read where weighting=balanced
-    balance_ema: float = Field(ge=0, lt=1)  # share of the earlier measurements in lambda at each; read there, too
-    # noise shares, sigma of flow, between which L_DMD's teacher is guided (arXiv:2404.07724); [0, 1]: at every level
+
+    # Diversity: the first steps, which follow the teacher
+    anchored_steps: NonNegativeInt  # number of first steps trained with L_div; 1 in the paper
+    diversity_weight: NonNegativeFloat  # lambda of eq. 8
+    stop_gradient: bool  # block the gradient of L_DMD from the anchored steps
+    target: Literal["secant", "tangent"]  # x0 that leads to the anchor in one step, or the teacher's x0 at the anchor
+    space: Literal["x0", "v", "eps"]  # space in which L_div squares the error, see `diversity_loss`
+
+    # Quality: the remaining steps, which match the teacher's distribution
+    # Noise shares (sigma for flow models) between which L_DMD's teacher is guided (arXiv:2404.07724); [0, 1]: all
     guidance_interval: Annotated[tuple[Share, Share], Field(strict=False)]
-    stop_gradient: bool  # keep L_DMD from the anchored steps
-    target: Literal["secant", "tangent"]
-    space: Literal["x0", "v", "eps"]
-    normalizer: Literal["noisy", "x0"]
-    graded_steps: Literal["all", "last", "random"]  # which of the steps after the anchored ones L_DMD trains, per turn
-    fake_score_turns: PositiveInt  # per student turn
-    fake_score_warmup: NonNegativeInt  # turns of the fake score before the student's first
-    fake_rollout: Literal["fresh", "shared"]  # the student's pictures: drawn for each of these turns, or once for all
-    student: OptimizerRecipe
-    fake_score: OptimizerRecipe
-    watch: WatchRecipe
+    normalizer: Literal["noisy", "x0"]  # scale of L_DMD's gradient, see `dmd_loss`
+    graded_steps: Literal["all", "last", "random"]  # remaining steps that L_DMD trains in one update
+
+    # The fake score
+    fake_score_turns: PositiveInt  # fake-score updates per cycle
+    fake_score_warmup: NonNegativeInt  # further fake-score updates before the first cycle
+    fake_rollout: Literal["fresh", "shared"]  # student samples for each of these updates, or once per cycle for all
+
+    # Optimizers and measurements
+    student: OptimizerRecipe  # of the student
+    fake_score: OptimizerRecipe  # of the fake score
+    watch: WatchRecipe  # of the student while it trains; only keep=best changes the student
 
     @model_validator(mode="after")
-    def _agrees(self) -> Self:
+    def _anchored_steps_fit(self) -> Self:
         if self.anchored_steps >= self.num_steps:
             raise ValueError(f"anchored_steps={self.anchored_steps} must be below num_steps={self.num_steps}")
         if self.anchored_steps == 0 and (self.diversity_weight > 0 or self.stop_gradient):
             raise ValueError("anchored_steps=0 is vanilla DMD: set diversity_weight=0 and stop_gradient=false with it")
-        if self.weighting == "balanced" and not (self.anchored_steps and self.diversity_weight):
-            raise ValueError(
-                f"weighting=balanced holds two losses against each other: with anchored_steps={self.anchored_steps}, "
-                f"diversity_weight={self.diversity_weight} there is one, set weighting=fixed with them"
-            )
-        if self.guidance_interval[0] >= self.guidance_interval[1]:
-            raise ValueError(f"guidance_interval={list(self.guidance_interval)} must rise; [0.0, 1.0] is every level")
         if self.graded_steps != "all" and self.anchored_steps and not self.stop_gradient:
             raise ValueError(
                 f"graded_steps={self.graded_steps} sends no gradient into the anchored steps: "
                 "set stop_gradient=true with it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_interval_rises(self) -> Self:
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(f"guidance_interval={list(self.guidance_interval)} must rise; [0.0, 1.0] is every level")
+        return self
+
+    @model_validator(mode="after")
+    def _final_weights_are_chosen_once(self) -> Self:
         if self.watch.keep == "best" and self.ema:
-            raise ValueError(f"watch.keep=best keeps one turn's weights, ema={self.ema} averages many: set ema=0.0")
+            raise ValueError(f"watch.keep=best keeps one cycle's weights, ema={self.ema} averages many: set ema=0.0")
+        return self
+
+    @model_validator(mode="after")
+    def _grid_falls(self) -> Self:
         if isinstance(self.grid, list):
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} levels, num_steps={self.num_steps} needs as many")

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-Cut = Callable[[nn.Module], nn.Module]  # leaves each process a shard of a network
+Cut = Callable[[nn.Module], nn.Module]  # shards a network over the processes
 
 
 @dataclass(frozen=True)
 class Roles:
     """The three networks of one family; the teacher is frozen.
 
-    Each is called as the family's own network is.
+    Each has the call signature of the family's own network.
     """
 
     teacher: nn.Module
@@ -43,16 +43,16 @@ class Roles:
 
 
 def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
-    """The networks that a recipe asks for.
+    """Load the networks of a recipe.
 
     Args:
         backbone: of the family.
-        recipe: which roles, in which precision.
+        recipe: roles and precision.
         gradient_checkpointing: of the trained networks.
-        sharded: whether these are cut over the processes, of which there must be a group.
+        sharded: True to shard these over the processes, which must have joined a group.
 
     Raises:
-        ValueError: if adapters are to be sharded, or `lora.targets` match no layer of the network.
+        ValueError: if adapters would be sharded, or `lora.targets` match no layer of the network.
     """
     if recipe.roles == "full":
         cut = partial(shard, precision=recipe.precision) if sharded else None
@@ -63,7 +63,7 @@ def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bo
 
 
 def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, cut: Cut | None = None) -> Roles:
-    """Three networks that start as the teacher; the trained ones hold float32 weights, cut as soon as they are read."""
+    """Three networks that start as the teacher; the trained ones have float32 weights, sharded right after loading."""
     teacher = backbone.load_model().requires_grad_(False).eval()
     student, fake_score = (
         cut(network) if cut else network for network in (backbone.load_model(float32=True) for _ in range(2))
@@ -75,7 +75,7 @@ def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, cut: Cut | N
 
 
 def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_checkpointing: bool) -> Roles:
-    """One frozen base: the teacher is the base alone, student and fake score are it with an adapter of their own.
+    """One frozen base: the teacher is the base alone, student and fake score are the base with an adapter each.
 
     Args:
         backbone: of the family.
@@ -101,7 +101,7 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
                 init_lora_weights="gaussian",
             )
             try:
-                with warnings.catch_warnings():  # a second adapter is what is wanted
+                with warnings.catch_warnings():  # the second adapter is intended
                     warnings.filterwarnings("ignore", "Already found a `peft_config`")
                     inject_adapter_in_model(config, base, adapter_name=name)
             except ValueError as error:
@@ -113,7 +113,7 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
 
 
 class AdapterView(nn.Module):
-    """A shared base under one adapter, or under none; its parameters are the adapter's alone.
+    """A shared base under one adapter or none; its parameters are only those of the adapter.
 
     Args:
         base: the network with all adapters.
@@ -123,7 +123,7 @@ class AdapterView(nn.Module):
 
     def __init__(self, base: nn.Module, layers: list[BaseTunerLayer], adapter: str | None) -> None:
         super().__init__()
-        self._shared = (base, layers)  # in a tuple: not a submodule, so three views do not hold it three times
+        self._shared = (base, layers)  # in a tuple, so not a submodule: three views would hold it three times
         self.adapter = adapter
         named = [] if adapter is None else [(n, p) for n, p in base.named_parameters() if f".{adapter}." in n]
         self.names = [name.replace(f".{adapter}.", ".") for name, _ in named]
@@ -156,8 +156,8 @@ def _active(layers: list[BaseTunerLayer]) -> str | None:
     return layers[0]._active_adapter[0] if layers[0]._active_adapter else None
 
 
-class _Under:
-    """While it lasts, a given adapter is active; may be entered again, as two backward passes through one graph do."""
+class _ActiveAdapter:
+    """Activate an adapter for a while; may be entered again, since two backward passes may go through one graph."""
 
     def __init__(self, layers: list[BaseTunerLayer], adapter: str | None) -> None:
         self.layers, self.adapter = layers, adapter
@@ -171,8 +171,8 @@ class _Under:
 
 
 def _checkpoint_under_its_adapter(layers: list[BaseTunerLayer], function: Any, *args: Any) -> Any:
-    """Recompute under the adapter of the forward pass, not under the one that happens to be active at backward."""
-    recompute = _Under(layers, _active(layers))
+    """Repeat the forward pass under its own adapter, not under the one that is active in the backward pass."""
+    recompute = _ActiveAdapter(layers, _active(layers))
     return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), recompute))
 
 

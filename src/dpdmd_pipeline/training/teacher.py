@@ -1,9 +1,8 @@
-"""Trains the embedded teachers: tokenizer and text encoders, autoencoder, transformer or UNet.
+"""Train the embedded teachers: text encoders, autoencoder, transformer or UNet.
 
-The world is finite, so the denoising target need not be sampled: given a noisy latent, the exact
-posterior over all legal pictures is one softmax, and its mean is what flow matching and diffusion
-estimate. Training on it has the same minimiser with far less variance
-(docs/decisions/0002-exact-targets.md).
+The world is finite, so the denoising target need not be sampled. The exact posterior over all legal images, given a
+noisy latent, is one softmax; its mean is the quantity that flow matching and diffusion estimate. Training on it has the
+same minimiser with far less variance (docs/decisions/0002-exact-targets.md).
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
-# What SDXL is told of a picture that was neither scaled nor cropped: (H, W, 0, 0, H, W).
+# SDXL's size conditioning of an image that was neither scaled nor cropped: (H, W, 0, 0, H, W).
 TIME_IDS = torch.tensor([[RESOLUTION, RESOLUTION, 0, 0, RESOLUTION, RESOLUTION]], dtype=torch.float32)
 
-# What no recipe changes: both teachers and the CLIP that are shipped were trained with these.
+# No recipe changes these: both shipped teachers and the CLIP were trained with them.
 _BETAS, _WEIGHT_DECAY = (0.9, 0.99), 0.01  # of AdamW
-_RISING_SHARE = 0.1  # of a fit's steps: the learning rate rises for so long, then falls
+_WARMUP_SHARE = 0.1  # share of a fit's steps in which the learning rate rises; then it falls
 _MAX_GRAD_NORM = 1.0
-_KL_WEIGHT = 1e-5  # light: the latents are brought to variance 1 afterwards, see `encode_gallery`
+_KL_WEIGHT = 1e-5  # light: the latents are scaled to variance 1 afterwards, see `encode_gallery`
 _L1_WEIGHT = 0.2  # beside the squared error
-_LEAST_UNIFORM = 0.01  # of the flow's levels: the velocity's target is divided by sigma
-_TRAINING_SHIFT = 2.0  # of the flow's levels: more weight where the free attributes are decided
+_MIN_UNIFORM = 0.01  # of the flow levels: the velocity target is divided by sigma
+_TRAINING_SHIFT = 2.0  # of the flow levels: more weight at the levels that decide the free attributes
 
 
 def fit(
@@ -55,20 +54,20 @@ def fit(
     """Minimise `loss_at(generator)`; yields (finished steps, loss). Resumes from the checkpoints, exactly.
 
     Args:
-        modules: whose parameters are trained.
+        modules: to train.
         loss_at: from a seeded generator to a scalar loss.
-        recipe: sizes and rates.
+        recipe: steps and learning rate.
         seed: step i draws from seed + i.
-        checkpoints: where to resume from and save to.
+        checkpoints: to resume from and save to.
         checkpoint_every: steps between checkpoints.
 
     Raises:
-        ValueError: when the loss is not finite.
+        ValueError: if the loss is not finite.
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, recipe.steps + 1, pct_start=_RISING_SHARE
+        optimizer, recipe.learning_rate, recipe.steps + 1, pct_start=_WARMUP_SHARE
     )
     stateful = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
     start, state = checkpoints.load_latest() or (0, {})
@@ -85,7 +84,7 @@ def fit(
         schedule.step()
         done = step + 1
         if done % checkpoint_every == 0 or done == recipe.steps:
-            state = {name: thing.state_dict() for name, thing in stateful.items()}
+            state = {name: part.state_dict() for name, part in stateful.items()}
             checkpoints.save(done, state, finished=done == recipe.steps)
         yield done, loss.item()
 
@@ -103,7 +102,7 @@ def text_loss(
 
 
 def vae_loss(vae: AutoencoderKL, generator: torch.Generator, batch_size: int) -> Tensor:
-    """Error of the restored picture plus a light pull of the latents towards N(0, 1)."""
+    """Error of the restored image plus a light pull of the latents towards N(0, 1)."""
     pictures = gallery()
     images = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)] * 2 - 1
     posterior = vae.encode(images).latent_dist
@@ -117,16 +116,16 @@ def restoration_error(restored: Tensor, images: Tensor) -> Tensor:
 
 
 def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator, recipe: DecoderRecipe) -> Tensor:
-    """The same error from latents that are hardly noisy.
+    """Error of images restored from latents with little noise.
 
-    Beside the encoder the decoder learns from samples of the posterior, whose noise hides the difference of a small
-    circle and a small square; the latents that a teacher or a student makes are cleaner than that.
+    Together with the encoder, the decoder learns from samples of the posterior. Their noise hides the difference of a
+    small circle and a small square; the latents of a teacher or a student are cleaner.
 
     Args:
-        vae: of which the decoder learns.
-        latents: of every legal picture, in scaled units.
-        generator: decides pictures and noise.
-        recipe: has the batch size and the noise.
+        vae: its decoder is trained.
+        latents: of every legal image, in scaled units.
+        generator: decides images and noise.
+        recipe: batch size and noise.
     """
     picture = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
     clean = latents[picture]
@@ -137,10 +136,10 @@ def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator
 
 @torch.no_grad()
 def encode_gallery(vae: AutoencoderKL) -> Tensor:
-    """Latents of every legal picture with variance 1: sets the VAE's scaling factor, and its shift if it has one.
+    """Latents of every legal image with variance 1; sets the VAE's scaling factor, and its shift if it has one.
 
     Returns:
-        [NUM_PROMPTS * NUM_MODES, C, H, W]; SD3's are centred, SDXL's scaled alone.
+        [NUM_PROMPTS * NUM_MODES, C, H, W]; SD3's are centred, SDXL's only scaled.
     """
     raw = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in gallery().split(96)])
     vae.register_to_config(scaling_factor=1 / raw.std().item())
@@ -151,13 +150,13 @@ def encode_gallery(vae: AutoencoderKL) -> Tensor:
 
 
 def posterior_mean(noisy: Tensor, level: NoiseLevel, pictures: Tensor, allowed: Tensor) -> Tensor:
-    """E[x0 | noisy] when x0 is uniform over the allowed pictures: the exact denoiser.
+    """E[x0 | noisy] for x0 uniform over the allowed pictures: the exact denoiser.
 
     Args:
         noisy: [B, C, H, W] at `level`.
         level: per sample, [B, 1, 1, 1], none of them clean.
         pictures: [M, C, H, W], clean latents.
-        allowed: [B, M] bool, which pictures the sample's prompt permits.
+        allowed: [B, M] bool, True for the pictures that the sample's prompt permits.
     """
     flat, alpha, sigma = pictures.flatten(1), level.alpha.view(-1, 1), level.sigma.view(-1, 1)
     scores = alpha * (noisy.flatten(1) @ flat.T) - 0.5 * alpha**2 * flat.square().sum(1)
@@ -166,8 +165,8 @@ def posterior_mean(noisy: Tensor, level: NoiseLevel, pictures: Tensor, allowed: 
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the denoising network learns from: clean latents and the embeddings of all captions.
+class DenoisingData:
+    """Training data of the denoising network: clean latents, and the embeddings of all captions.
 
     Attributes:
         pictures: [NUM_PROMPTS * NUM_MODES, C, H, W].
@@ -180,16 +179,16 @@ class Lesson:
 
 
 class Examples(NamedTuple):
-    """A batch to learn from: noisy latents, and the exact x0 that is expected of them."""
+    """A batch: noisy latents, and their exact denoised x0."""
 
     noisy: Tensor  # [B, C, H, W] at `level`
     level: NoiseLevel  # per sample
     x0: Tensor  # [B, C, H, W], posterior mean under the sample's prompt
-    row: Tensor  # [B] int64, of the lesson's embeddings
+    row: Tensor  # [B] int64, of the data's embeddings
 
 
 def draw_examples(
-    lesson: Lesson,
+    data: DenoisingData,
     level_at: Callable[[Tensor], NoiseLevel],
     generator: torch.Generator,
     batch_size: int,
@@ -198,42 +197,42 @@ def draw_examples(
     """Noisy pictures under random captions; a share of the prompts is empty.
 
     Args:
-        lesson: pictures and captions.
+        data: pictures and captions.
         level_at: from uniform numbers [B, 1, 1, 1] in [0, 1) to noise levels.
         generator: decides all draws.
         batch_size: B.
-        dropout: share of empty prompts, whose posterior runs over all pictures.
+        dropout: share of empty prompts, which permit all pictures.
     """
-    num_captions = len(lesson.prompt_embeds) - 1
+    num_captions = len(data.prompt_embeds) - 1
     caption = torch.randint(num_captions, (batch_size,), generator=generator)
     prompt = caption % NUM_PROMPTS
     picture = prompt * NUM_MODES + torch.randint(NUM_MODES, (batch_size,), generator=generator)
     empty = torch.rand(batch_size, generator=generator) < dropout
     level = level_at(torch.rand(batch_size, generator=generator).view(-1, 1, 1, 1))
-    x0 = lesson.pictures[picture]
+    x0 = data.pictures[picture]
     noisy = add_noise(x0, torch.randn(x0.shape, generator=generator), level)
-    owner = torch.arange(len(lesson.pictures)) // NUM_MODES
+    owner = torch.arange(len(data.pictures)) // NUM_MODES
     allowed = empty[:, None] | (owner[None, :] == prompt[:, None])
-    expected = posterior_mean(noisy, level, lesson.pictures, allowed)
+    expected = posterior_mean(noisy, level, data.pictures, allowed)
     return Examples(noisy, level, expected, torch.where(empty, num_captions, caption))
 
 
 def decisive_flow_level(uniform: Tensor) -> NoiseLevel:
-    """SD3's shifted map of the uniform, [B, 1, 1, 1] both; none is clean."""
-    uniform = uniform.clamp(min=_LEAST_UNIFORM)
+    """Flow levels from uniform numbers by SD3's shift, [B, 1, 1, 1] both; none is clean."""
+    uniform = uniform.clamp(min=_MIN_UNIFORM)
     return flow_level(_TRAINING_SHIFT * uniform / (1 + (_TRAINING_SHIFT - 1) * uniform))
 
 
 def transformer_loss(
-    transformer: nn.Module, lesson: Lesson, generator: torch.Generator, batch_size: int, dropout: float
+    transformer: nn.Module, data: DenoisingData, generator: torch.Generator, batch_size: int, dropout: float
 ) -> Tensor:
     """Velocity error against the exact posterior mean."""
-    noisy, level, x0, row = draw_examples(lesson, decisive_flow_level, generator, batch_size, dropout)
+    noisy, level, x0, row = draw_examples(data, decisive_flow_level, generator, batch_size, dropout)
     predicted = transformer(
         hidden_states=noisy,
         timestep=level.timestep.flatten(),
-        encoder_hidden_states=lesson.prompt_embeds[row],
-        pooled_projections=lesson.pooled_embeds[row],
+        encoder_hidden_states=data.prompt_embeds[row],
+        pooled_projections=data.pooled_embeds[row],
     ).sample
     return F.mse_loss(predicted, (noisy - x0) / level.sigma)
 
@@ -241,26 +240,26 @@ def transformer_loss(
 def unet_loss(
     unet: nn.Module,
     alphas_cumprod: Tensor,
-    lesson: Lesson,
+    data: DenoisingData,
     generator: torch.Generator,
     batch_size: int,
     dropout: float,
 ) -> Tensor:
     """Error of the predicted noise against that of the exact posterior mean, at uniform timesteps.
 
-    It is weighted by 1/alpha^2, which makes it the error of the v-prediction (arXiv:2202.00512): an error of the
-    noise moves x0 by sigma/alpha as much, 15 times at the first step, and that step decides what is drawn.
+    The weight 1/alpha^2 makes it the error of the v-prediction (arXiv:2202.00512). An error of the noise moves x0 by
+    sigma/alpha as much: 15 times at the first step, which decides the image.
     """
 
     def level_at(uniform: Tensor) -> NoiseLevel:
         return vp_level((uniform * len(alphas_cumprod)).long(), alphas_cumprod)
 
-    noisy, level, x0, row = draw_examples(lesson, level_at, generator, batch_size, dropout)
+    noisy, level, x0, row = draw_examples(data, level_at, generator, batch_size, dropout)
     predicted = unet(
         noisy,
         level.timestep.flatten(),
-        encoder_hidden_states=lesson.prompt_embeds[row],
-        added_cond_kwargs={"text_embeds": lesson.pooled_embeds[row], "time_ids": TIME_IDS.expand(batch_size, -1)},
+        encoder_hidden_states=data.prompt_embeds[row],
+        added_cond_kwargs={"text_embeds": data.pooled_embeds[row], "time_ids": TIME_IDS.expand(batch_size, -1)},
     ).sample
     noise = (noisy - level.alpha * x0) / level.sigma
     return ((predicted - noise) / level.alpha).square().mean()
@@ -269,72 +268,73 @@ def unet_loss(
 # Consumes the records of one fit: (name, total steps, records).
 Follow = Callable[[str, int, Iterator[tuple[int, float]]], None]
 
-
-# Trains one network: (name, what is trained, its loss, how).
+# Trains one network: (name, modules, loss, recipe).
 Train = Callable[[str, nn.Module, Callable[[torch.Generator], Tensor], FitRecipe], None]
 
 
 def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> DiffusionPipeline:
-    """Train all parts in order; what is finished is loaded from `state`, not trained again.
+    """Train all networks in order; finished ones are loaded from `state`.
 
     Args:
-        recipe: which teacher, and how it is trained.
+        recipe: of the teacher.
         state: folder of the checkpoints.
         follow: runs each fit to its end.
     """
 
-    def train(name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fitted: FitRecipe) -> None:
+    def train(
+        name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fit_recipe: FitRecipe
+    ) -> None:
         checkpoints = Checkpoints(state / name)
         records = fit(
             modules,
             loss_at,
-            fitted,
+            fit_recipe,
             seed=recipe.seed,
             checkpoints=checkpoints,
             checkpoint_every=recipe.checkpoint_every,
         )
-        follow(name, fitted.steps, records)
+        follow(name, fit_recipe.steps, records)
 
     return {"sd3": train_sd3, "sdxl": train_sdxl}[recipe.family](recipe, train)
 
 
 def train_sd3(recipe: TeacherRecipe, train: Train) -> StableDiffusion3Pipeline:
-    """The flow-matching teacher."""
+    """Train the flow-matching teacher."""
     pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
     train_encoders(pipeline, recipe, train)
-    fitted = recipe.transformer
+    network_recipe = recipe.transformer
     loss = partial(
         transformer_loss,
         pipeline.transformer,
-        sd3_lesson(pipeline),
-        batch_size=fitted.batch_size,
+        sd3_data(pipeline),
+        batch_size=network_recipe.batch_size,
         dropout=recipe.prompt_dropout,
     )
-    train("transformer", pipeline.transformer, loss, fitted)
+    train("transformer", pipeline.transformer, loss, network_recipe)
     return pipeline
 
 
 def train_sdxl(recipe: TeacherRecipe, train: Train) -> StableDiffusionXLPipeline:
-    """The diffusion teacher."""
+    """Train the diffusion teacher."""
     pipeline = make_sdxl_pipeline(max_length=recipe.max_length, seed=recipe.seed)
     train_encoders(pipeline, recipe, train)
-    fitted = recipe.unet
+    network_recipe = recipe.unet
     loss = partial(
         unet_loss,
         pipeline.unet,
         pipeline.scheduler.alphas_cumprod,
-        sdxl_lesson(pipeline),
-        batch_size=fitted.batch_size,
+        sdxl_data(pipeline),
+        batch_size=network_recipe.batch_size,
         dropout=recipe.prompt_dropout,
     )
-    train("unet", pipeline.unet, loss, fitted)
+    train("unet", pipeline.unet, loss, network_recipe)
     return pipeline
 
 
 def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Train) -> None:
-    """What comes before the denoising network: both text encoders, the autoencoder, and its decoder once more."""
+    """Train everything before the denoising network: both text encoders, the autoencoder, and its decoder again."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)  # of the heads, which are thrown away
+        torch.manual_seed(recipe.seed)  # of the heads, which are discarded
         for name, tokenizer in (("text_encoder", pipeline.tokenizer), ("text_encoder_2", pipeline.tokenizer_2)):
             encoder = getattr(pipeline, name)
             heads = nn.Linear(encoder.config.projection_dim, NUM_PROMPTS // len(SHAPES) + len(SHAPES))
@@ -351,19 +351,19 @@ def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer
 
 
 @torch.no_grad()
-def sd3_lesson(pipeline: StableDiffusion3Pipeline) -> Lesson:
-    """Encode the gallery and all captions; the VAE's shift and scaling factors are set on the way."""
+def sd3_data(pipeline: StableDiffusion3Pipeline) -> DenoisingData:
+    """Encode the gallery and all captions; sets the VAE's shift and scaling factors."""
     pictures = encode_gallery(pipeline.vae)
     embeds, _, pooled, _ = pipeline.encode_prompt(
         [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
     )
-    return Lesson(pictures, embeds, pooled)
+    return DenoisingData(pictures, embeds, pooled)
 
 
 @torch.no_grad()
-def sdxl_lesson(pipeline: StableDiffusionXLPipeline) -> Lesson:
-    """Encode the gallery and all captions, the empty prompt as zeros; the VAE's scaling factor is set on the way."""
+def sdxl_data(pipeline: StableDiffusionXLPipeline) -> DenoisingData:
+    """Encode the gallery and all captions, the empty prompt as zeros; sets the VAE's scaling factor."""
     pictures = encode_gallery(pipeline.vae)
     embeds, _, pooled, _ = pipeline.encode_prompt(captions(), do_classifier_free_guidance=False)
-    embeds, pooled = (torch.cat([known, torch.zeros_like(known[:1])]) for known in (embeds, pooled))
-    return Lesson(pictures, embeds, pooled)
+    embeds, pooled = (torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (embeds, pooled))
+    return DenoisingData(pictures, embeds, pooled)

@@ -1,6 +1,6 @@
-"""What an embedded teacher is: every number of it that an environment chooses.
+"""Recipe of an embedded teacher: every number that an environment chooses.
 
-Those that none does are constants: of the training in `training/teacher.py`, of the networks in `shapes/models.py`.
+All others are constants: those of the training in `training/teacher.py`, those of the networks in `shapes/models.py`.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=Fals
 
 
 class FitRecipe(BaseModel):
-    """How one network of the embedded teacher is trained: AdamW on a one-cycle schedule."""
+    """Training of one network of the embedded teacher: AdamW on a one-cycle schedule."""
 
     model_config = STRICT
 
-    steps: PositiveInt
+    steps: PositiveInt  # optimizer steps
     learning_rate: PositiveFloat  # peak
 
 
 class BatchFitRecipe(FitRecipe):
-    """The same with sampled batches."""
+    """Training on sampled batches."""
 
-    batch_size: PositiveInt
+    batch_size: PositiveInt  # samples of one step
 
 
 class DecoderRecipe(BatchFitRecipe):
-    """How the autoencoder's decoder is trained alone: the encoder, and with it every latent, stays as it is."""
+    """Training of the autoencoder's decoder alone: the encoder, and so every latent, stays as it is."""
 
     noise: NonNegativeFloat  # on the latents, whose standard deviation is 1
 
 
 class TeacherRecipe(BaseModel):
-    """An embedded teacher, from nothing; which network is named decides its family."""
+    """An embedded teacher, trained from scratch; the network that is given decides its family."""
 
     model_config = STRICT
 
-    seed: NonNegativeInt
+    seed: NonNegativeInt  # of initial weights and all draws
     max_length: PositiveInt  # tokens per prompt, start and end included
-    shift: PositiveFloat | None  # of the flow-matching schedule; null with a unet, whose noise levels are SDXL's
+    shift: PositiveFloat | None  # of the flow-matching schedule; null with a unet, which has the noise levels of SDXL
     prompt_dropout: float = Field(ge=0, lt=1)  # share of empty prompts, for guidance
     text_encoders: FitRecipe  # every step sees all captions
     vae: BatchFitRecipe
-    decoder: DecoderRecipe  # after the vae
+    decoder: DecoderRecipe  # trained after the vae
     transformer: BatchFitRecipe | None = None  # of an SD3 teacher
     unet: BatchFitRecipe | None = None  # of an SDXL teacher
-    checkpoint_every: PositiveInt  # steps
+    checkpoint_every: PositiveInt  # steps between checkpoints
 
     @property
     def family(self) -> Literal["sd3", "sdxl"]:
-        """Name of the backbone that reads this teacher."""
+        """Name of the teacher's backbone."""
         return "sd3" if self.transformer else "sdxl"
 
     @model_validator(mode="after")

@@ -1,88 +1,120 @@
-"""Diversity and likeness to the teacher while a student learns, measured in latents: no picture is decoded.
+"""Diversity and quality of a student while it trains, measured in latents: no image is decoded.
 
-    latent_diversity    RMS distance between two latents of one prompt, mean over pairs and prompts; a collapse falls
-    correction          RMS change that the teacher makes to a latent after some noise; small where the student draws
-                        what the teacher finds likely
+    latent_diversity    RMS distance between two latents of one prompt, mean over pairs and prompts; falls in a collapse
+    correction          RMS change that the teacher makes to a re-noised latent; small if the teacher finds it likely
 
-Both are measured of the same prompts and seeds each time, and once of the teacher's own pictures (`*_teacher`).
+Both are measured with the same prompts and seeds each time, and once on the teacher's own samples (`*_teacher`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.dpdmd.algorithm import student_pictures
+from dpdmd_pipeline.dpdmd.noise import add_noise
+from dpdmd_pipeline.dpdmd.sampling import rollout
+from dpdmd_pipeline.training.draws import SampleDraws, micro_batches
+from dpdmd_pipeline.training.recipe import Recipe, WatchRecipe
+from dpdmd_pipeline.training.run import Run
 
-# (rows of the prompts [B], places of the samples) -> latents [B, C, H, W]
+# (rows of the prompts [B], batch indices) -> latents [B, C, H, W]
 Draw = Callable[[Sequence[int], range], Tensor]
-# The same with latents -> what the teacher makes of them after noise, [B, C, H, W]
+# (rows of the prompts [B], batch indices, latents) -> the teacher's x0 after re-noising them, [B, C, H, W]
 Correct = Callable[[Sequence[int], range, Tensor], Tensor]
 
 
+@dataclass
 class Watch:
-    """Measures at some turns, and remembers which of them was the best.
+    """Prompts that are measured, the teacher's values, and the best cycle so far.
 
-    The best is that with the least correction of those whose diversity is at least `diversity_floor` of the teacher's;
-    as long as there is none, that with the largest diversity.
+    The best cycle has the least correction among those with at least `diversity_floor` of the teacher's diversity.
+    While there is none, it is the one with the largest diversity.
 
-    Args:
-        recipe: how often, of how many pictures.
-        prompts: rows that are trained on; some are taken, evenly spread, or all where there are no more.
-        part: pictures that go through a network at once.
+    Attributes:
+        recipe: of the measurements.
+        max_steps: cycles of the run.
+        rows: of the prompts, each as often as it has images.
+        teacher: latent_diversity and correction of the teacher; empty until measured.
+        best: its rank and its number; empty until there is one.
     """
 
-    def __init__(self, recipe: Recipe, prompts: Sequence[int], part: int) -> None:
-        self.options, self.max_steps, self.part = recipe.watch, recipe.max_steps, part
-        self._count = count = min(self.options.prompts, len(prompts))
+    recipe: WatchRecipe
+    max_steps: int
+    rows: list[int]
+    teacher: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recipe: Recipe, prompts: Sequence[int]) -> Watch:
+        """Choose prompts evenly spread over the training prompts, or all if there are no more."""
+        count = min(recipe.watch.prompts, len(prompts))
         chosen = [prompts[number * len(prompts) // count] for number in range(count)]
-        self._rows = [row for row in chosen for _ in range(self.options.images_per_prompt)]
-        self.of_teacher: dict[str, float] = {}
-        self._best: dict[str, float] = {}
+        rows = [row for row in chosen for _ in range(recipe.watch.images_per_prompt)]
+        return cls(recipe.watch, recipe.max_steps, rows)
 
-    def due(self, step: int) -> bool:
-        """Whether the turn at a step is followed by a measurement; the last always is."""
-        return (step + 1) % self.options.every == 0 or step + 1 == self.max_steps
+    def due(self, cycle: int) -> bool:
+        """True if a cycle is followed by a measurement; the last one always is."""
+        return (cycle + 1) % self.recipe.every == 0 or cycle + 1 == self.max_steps
 
-    @torch.no_grad()
-    def measure(self, draw: Draw, correct: Correct) -> dict[str, Tensor]:
-        """Both measures, scalars."""
-        latents, changes = [], []
-        for rows, places in self._parts():
-            drawn = draw(rows, places)
-            latents.append(drawn)
-            changes.append((correct(rows, places, drawn) - drawn).flatten(1).square().mean(1).sqrt())
-        together = torch.cat(latents).unflatten(0, (self._count, -1))
-        return {"latent_diversity": mean_distance(together), "correction": torch.cat(changes).mean()}
-
-    def _parts(self) -> Iterator[tuple[Sequence[int], range]]:
-        for start in range(0, len(self._rows), self.part):
-            places = range(start, min(start + self.part, len(self._rows)))
-            yield self._rows[places.start : places.stop], places
-
-    def is_best(self, step: int, diversity: float, correction: float) -> bool:
-        """Take up a measurement; whether it is better than all before."""
-        enough = diversity >= self.options.diversity_floor * self.of_teacher["latent_diversity"]
-        rank = (1.0, -correction) if enough else (0.0, diversity)
-        if self._best and rank <= (self._best["enough"], self._best["value"]):
+    def is_best(self, cycle: int, diversity: float, correction: float) -> bool:
+        """True if a cycle is better than all before; remembers it then."""
+        diverse = diversity >= self.recipe.diversity_floor * self.teacher["latent_diversity"]
+        rank = (1.0, -correction) if diverse else (0.0, diversity)
+        if self.best and rank <= (self.best["enough"], self.best["value"]):
             return False
-        self._best = {"enough": rank[0], "value": rank[1], "step": step + 1}
+        self.best = {"enough": rank[0], "value": rank[1], "step": cycle + 1}
         return True
 
-    @property
-    def best_step(self) -> int:
-        """Number of the turn that was the best so far."""
-        return int(self._best["step"])
-
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return {"of_teacher": self.of_teacher, "best": self._best}
+        """State for a checkpoint."""
+        return {"of_teacher": self.teacher, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.of_teacher, self._best = dict(state["of_teacher"]), dict(state["best"])
+        """Continue from a checkpoint's state."""
+        self.teacher, self.best = dict(state["of_teacher"]), dict(state["best"])
+
+
+def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], bool]:
+    """Measure the student after a cycle, and the teacher before the first measurement; every process draws everything.
+
+    Returns:
+        Scalars for the record; True if the recipe keeps the best cycle and this is the best so far.
+    """
+    device = run.accelerator.device
+    if not watch.teacher:
+        watch.teacher = _means(run, measure(watch, *_teacher_sampler(run)))
+    measured, is_best = measure(watch, *_student_sampler(run)), False
+    if watch.recipe.keep == "best":
+        means = _means(run, measured)
+        is_best = watch.is_best(cycle, means["latent_diversity"], means["correction"])
+        measured["best_step"] = torch.tensor(int(watch.best["step"]), device=device)
+    teacher = {f"{name}_teacher": torch.tensor(value, device=device) for name, value in watch.teacher.items()}
+    return {**measured, **teacher}, is_best
+
+
+@torch.no_grad()
+def measure(watch: Watch, micro_batch: int, draw: Draw, correct: Correct) -> dict[str, Tensor]:
+    """Latent diversity and correction, scalars.
+
+    Args:
+        watch: rows of the prompts.
+        micro_batch: samples that go through a network at once.
+        draw: sampler under measurement.
+        correct: the teacher's x0 of re-noised samples.
+    """
+    latents, changes = [], []
+    for indices in micro_batches(range(len(watch.rows)), micro_batch):
+        rows = watch.rows[indices.start : indices.stop]
+        samples = draw(rows, indices)
+        latents.append(samples)
+        changes.append((correct(rows, indices, samples) - samples).flatten(1).square().mean(1).sqrt())
+    by_prompt = torch.cat(latents).unflatten(0, (-1, watch.recipe.images_per_prompt))
+    return {"latent_diversity": mean_distance(by_prompt), "correction": torch.cat(changes).mean()}
 
 
 def mean_distance(latents: Tensor) -> Tensor:
@@ -93,11 +125,39 @@ def mean_distance(latents: Tensor) -> Tensor:
     """
     flat = latents.flatten(2).float()
     count, size = flat.shape[1:]
-    # of differences: torch's way by products of matrices would round away small ones
+    # From differences: torch's way by matrix products would round small distances away
     distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / size**0.5
     return distances.sum((1, 2)).mean() / (count * (count - 1))
 
 
-def kept_weights(weights: Sequence[nn.Parameter]) -> nn.ParameterList:
-    """A copy, which later turns do not change; each process copies its shards."""
-    return nn.ParameterList(weight.detach().clone() for weight in weights)
+def _student_sampler(run: Run) -> tuple[int, Draw, Correct]:
+    def draw(rows: Sequence[int], indices: range) -> Tensor:
+        draws, student = _draws(run, indices), run.denoiser(run.student, run.cond(rows))
+        return student_pictures(student, draws.noise(), run.levels, draws.fresh())
+
+    return run.execution.student_micro_batch, draw, _corrector(run)
+
+
+def _teacher_sampler(run: Run) -> tuple[int, Draw, Correct]:
+    def draw(rows: Sequence[int], indices: range) -> Tensor:
+        return rollout(run.guided_teacher(run.cond(rows)), _draws(run, indices).noise(), run.data.teacher_levels)
+
+    return run.execution.student_micro_batch, draw, _corrector(run)
+
+
+def _corrector(run: Run) -> Correct:
+    def correct(rows: Sequence[int], indices: range, latents: Tensor) -> Tensor:
+        level = run.backbone.random_level(torch.full((len(rows),), run.recipe.watch.level))
+        noisy = add_noise(latents, _draws(run, indices).noise("renoise"), level)
+        return run.guided_teacher(run.cond(rows))(noisy, level)
+
+    return correct
+
+
+def _draws(run: Run, indices: range) -> SampleDraws:
+    return run.draws.batch("watch", 0, indices)
+
+
+def _means(run: Run, values: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the processes, which must choose the same cycle although their roundings may differ."""
+    return {name: run.accelerator.reduce(value, reduction="mean").item() for name, value in values.items()}

@@ -103,10 +103,7 @@ def made_history(anchored, steps=120):
     measurements = {"latent_diversity": 1.0, "correction": 0.1}
     measurements |= {"latent_diversity_teacher": 1.2, "correction_teacher": 0.05}
     rows = [row | measurements if row["step"] % 25 == 0 else row for row in rows]
-    return [
-        {**row, "grad_ratio": 2.0, "diversity_weight": 0.5} if anchored and row["step"] % 10 == 0 else row
-        for row in rows
-    ]
+    return [{**row, "grad_ratio": 2.0} if anchored and row["step"] % 10 == 0 else row for row in rows]
 
 
 def group(name, file=None):

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed, and started again, gives the student of one that was left alone."""
+"""A run that was stopped or killed and started again gives the student of an uninterrupted one."""
 
 import multiprocessing
 import os
@@ -11,33 +11,32 @@ from tests.training.test_launch import TWO, distance, records_of, student_of
 
 from dpdmd_pipeline.pipelines.train.progress import follow
 from dpdmd_pipeline.training.launch import launched
-from dpdmd_pipeline.training.recipe import Recipe
 
 RUNS = {"full": {"ema": 0.5}, "lora": {"roles": "lora", "ema": 0.5}}
-END, MET = 4, 3  # steps: the last, and the one after which the signal comes; a checkpoint is due after every second
+END, SIGNALLED = 4, 3  # the last cycle, and the one after which the signal comes; checkpoints come every two cycles
 RECIPE = {"max_steps": END, "fake_score_turns": 1}
 HOW = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 
 
 def trained(teacher, folder, micro_batch=4):
-    """The steps of several runs that go on together, so that one signal meets them all."""
-    started = [
+    """Records of several runs that advance together, so that one signal stops them all."""
+    runs = [
         records_of(teacher, folder / name, micro_batch, checkpoint_every=2, **RECIPE, **changes)
         for name, changes in RUNS.items()
     ]
     try:
-        for records in zip(*started, strict=True):
+        for records in zip(*runs, strict=True):
             yield records[0]
     finally:
-        for run in started:
+        for run in runs:
             run.close()
 
 
-def met_by(number, records, rank=0):
-    """The same records; the signal comes to this process after one of them."""
+def signalled(number, records, rank=0):
+    """The same records; this process receives a signal after one of them."""
     with closing(records):
         for record in records:
-            if record["step"] == MET and rank == 0:
+            if record["step"] == SIGNALLED and rank == 0:
                 os.kill(os.getpid(), number)
             yield record
 
@@ -46,21 +45,21 @@ def met_by(number, records, rank=0):
 
 
 def train_alone_until_killed(teacher, folder, threads):
-    """First the runs that are asked to stop, and do; then those that are killed."""
-    from tests.training.conftest import RECIPE as WHOLE
+    """First the runs that stop on request, then those that are killed."""
+    from tests.training.conftest import recipe_with
 
     torch.set_num_threads(threads)  # else sums may come in another order
     for how, number in HOW.items():
         with suppress(KeyboardInterrupt):
-            follow(met_by(number, trained(teacher, folder / how)), 0, Recipe(**{**WHOLE, **RECIPE}), 100)
+            follow(signalled(number, trained(teacher, folder / how)), 0, recipe_with(**RECIPE), 100)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny_teacher, tmp_path_factory):
-    """Folders of runs in one process: left alone, and met by a signal and resumed; and the resumed steps."""
+    """Folder of runs in one process, uninterrupted or resumed after a signal; and the resumed cycles."""
     folder = tmp_path_factory.mktemp("alone")
-    given = tiny_teacher, folder, torch.get_num_threads()
-    process = multiprocessing.get_context("spawn").Process(target=train_alone_until_killed, args=given)
+    arguments = tiny_teacher, folder, torch.get_num_threads()
+    process = multiprocessing.get_context("spawn").Process(target=train_alone_until_killed, args=arguments)
     process.start()
     list(trained(tiny_teacher, folder / "whole"))
     process.join(300)
@@ -68,7 +67,7 @@ def alone(tiny_teacher, tmp_path_factory):
     return folder, {how: [record["step"] for record in trained(tiny_teacher, folder / how)] for how in HOW}
 
 
-def test_a_stopped_process_loses_no_step_and_a_killed_one_those_since_its_checkpoint(alone):
+def test_a_stopped_process_loses_no_cycle_and_a_killed_one_those_since_its_checkpoint(alone):
     assert alone[1] == {"stopped": [4], "killed": [3, 4]}
 
 
@@ -83,13 +82,13 @@ def test_one_process_resumes_bit_for_bit(alone, how, roles):
 
 
 def train_until_killed(job, member):
-    """As above."""
+    """The same in each of two processes."""
     teacher, folder = job
-    with closing(met_by(HOW["stopped"], trained(teacher, folder / "stopped", 2), member.rank)) as records:
+    with closing(signalled(HOW["stopped"], trained(teacher, folder / "stopped", 2), member.rank)) as records:
         for _ in records:
             if member.asked_to_stop():
                 break
-    list(met_by(HOW["killed"], trained(teacher, folder / "killed", 2), member.rank))
+    list(signalled(HOW["killed"], trained(teacher, folder / "killed", 2), member.rank))
 
 
 def train_to_the_end(job, member):
@@ -102,15 +101,15 @@ def train_to_the_end(job, member):
 
 @pytest.fixture(scope="module")
 def together(tiny_teacher, tmp_path_factory):
-    """The same of two processes, one of which gets the signal."""
+    """The same for two processes, one of which receives the signal."""
     folder = tmp_path_factory.mktemp("together")
-    with pytest.raises(ChildProcessError, match="process 0 of 2 was ended by SIGKILL"):
+    with pytest.raises(ChildProcessError, match="process 0 of 2.*SIGKILL"):
         list(launched(train_until_killed, (tiny_teacher, folder), TWO))
     reported = list(launched(train_to_the_end, (tiny_teacher, folder), TWO))
     return folder, {how: [record["step"] for record in reported if record["run"] == how] for how in HOW}
 
 
-def test_two_stopped_processes_lose_no_step_and_killed_ones_those_since_their_checkpoint(together):
+def test_two_stopped_processes_lose_no_cycle_and_killed_ones_those_since_their_checkpoint(together):
     assert together[1] == {"stopped": [4], "killed": [3, 4]}
 
 

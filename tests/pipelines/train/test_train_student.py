@@ -1,4 +1,7 @@
+"""The train stage: students, their files, and the anchors and recipes that it refuses."""
+
 import json
+import re
 import shutil
 import signal
 
@@ -22,9 +25,8 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.pipelines.train.progress import _noted_signals
+from dpdmd_pipeline.pipelines.train.progress import _recorded_signals
 from dpdmd_pipeline.planning.checks import check_anchors
-from dpdmd_pipeline.planning.reuse import student_identity
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -55,8 +57,8 @@ def train(tiny_teacher, embeddings, anchors, tmp_path):
 @pytest.fixture
 def check(tiny_teacher, embeddings, anchors):
     def check_with(teacher=None, backbone=None, options=None, rows=(0, 1), **recipe):
-        given = teacher or tiny_teacher, backbone or backbone_options(), options or anchor_options()
-        check_anchors(anchors, rows, embeddings, *given, train_options(**recipe))
+        inputs = teacher or tiny_teacher, backbone or backbone_options(), options or anchor_options()
+        check_anchors(anchors, rows, embeddings, *inputs, train_options(**recipe))
 
     return check_with
 
@@ -64,7 +66,7 @@ def check(tiny_teacher, embeddings, anchors):
 # ---- a student
 
 
-def test_a_student_comes_with_its_schedule_and_a_row_a_step(train):
+def test_a_student_has_its_schedule_and_a_record_per_cycle(train):
     folder, history = train()
     assert load_header(folder) == StudentHeader(
         "sd3", sigmas=[1.0, 0.75, 0.5, 0.25, 0.0], shift=1.0, resolution=32, max_sequence_length=0
@@ -79,45 +81,35 @@ def test_the_baseline_comes_from_the_same_code(train):
     assert [row["diversity_loss"] for row in history] == [0, 0]
 
 
-def test_a_lora_student_is_its_adapter_and_is_drawn_with(train, tiny_teacher, embeddings):
+def test_a_lora_student_is_its_adapter_and_draws_images(train, tiny_teacher, embeddings):
     lora = {**TRAIN["lora"], "student_rank": 2, "alpha_per_rank": 2.0}
     folder, _ = train(roles="lora", lora=lora)
     header = load_header(folder)
     assert (header.kind, header.lora_rank, header.lora_alpha) == ("lora", 2, 4.0)
     assert (folder / ADAPTER).stat().st_size < 0.1 * (tiny_teacher / "transformer" / WEIGHTS).stat().st_size
     chosen = {0: PROMPTS[0]["text"]}
-    given = chosen, embeddings, tiny_teacher, backbone_options(num_steps=4), evaluate_options()
-    drawn, untrained = (sample_model(place, *given)["image"] for place in (folder, None))
-    assert not torch.equal(drawn, untrained)
+    inputs = chosen, embeddings, tiny_teacher, backbone_options(num_steps=4), evaluate_options()
+    of_student, of_teacher = (sample_model(model, *inputs)["image"] for model in (folder, None))
+    assert not torch.equal(of_student, of_teacher)
 
 
 def test_unread_adapter_options_do_not_make_a_full_student_stale(train, caplog):
     train()
     with caplog.at_level("INFO"):
         train(lora={**TRAIN["lora"], "student_rank": 3})
-    assert "DP-DMD: finished student reused" in caplog.text
+    assert "reused" in caplog.text
 
 
-def test_what_only_balancing_reads_is_no_part_of_a_fixed_student(anchors):
-    def identity(**changes):
-        return student_identity(train_options(**changes).recipe(), backbone_options(), anchors, [0, 1])
-
-    fixed, balanced = (
-        {identity(weighting=weighting, balance_every=every) for every in (5, 10)} for weighting in ("fixed", "balanced")
-    )
-    assert len(fixed) == 1 and len(balanced) == 2 and not fixed & balanced
-
-
-def test_a_finished_student_is_reused_and_says_so(train, caplog):
+def test_a_finished_student_is_reused_with_a_line_in_the_log(train, caplog):
     folder, history = train()
     before = load_file(folder / WEIGHTS)
     with caplog.at_level("INFO"):
         folder, again = train(log_every=2, checkpoint_every=2)  # neither changes the student
-    assert again == history and "DP-DMD: finished student reused" in caplog.text
+    assert again == history and "reused" in caplog.text
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(folder / WEIGHTS).items())
 
 
-def test_another_recipe_does_not_take_up_this_one(train, caplog):
+def test_a_student_of_another_recipe_is_not_reused(train, caplog):
     train()
     with caplog.at_level("INFO"):
         _, history = train(diversity_weight=2.0)
@@ -125,7 +117,7 @@ def test_another_recipe_does_not_take_up_this_one(train, caplog):
 
 
 def test_anchors_of_another_split_are_refused(check):
-    with pytest.raises(ValueError, match="the anchors were made with rows="):
+    with pytest.raises(ValueError, match=r"\brows="):
         check(rows=(0, 1, 2))
 
 
@@ -133,33 +125,33 @@ def test_anchors_of_another_schedule_are_refused(check, tiny_teacher, tmp_path):
     copy = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "shift": 3.0}))
-    with pytest.raises(ValueError, match="the anchors were made with teacher_sigmas="):
+    with pytest.raises(ValueError, match=r"\bteacher_sigmas="):
         check(teacher=copy)
 
 
 @pytest.mark.parametrize("what", ["prompts", "text encoders"])
-def test_embeddings_of_something_else_are_refused(tiny_teacher, embeddings, anchors, tmp_path, what):
+def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, embeddings, anchors, tmp_path, what):
     prompts, teacher = [*PROMPTS], tiny_teacher
     if what == "prompts":
         prompts[1] = {**PROMPTS[1], "text": "a blue triangle"}
     else:
         teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
         (teacher / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    given = embeddings, anchors, teacher, tmp_path / "state", backbone_options(), anchor_options(), train_options()
-    with pytest.raises(ValueError, match=rf"the embeddings are of other {what} \([0-9a-f]+, now [0-9a-f]+\): run"):
-        train_student(prompts, *given)
+    inputs = embeddings, anchors, teacher, tmp_path / "state", backbone_options(), anchor_options(), train_options()
+    with pytest.raises(ValueError, match=rf"{what}.*[0-9a-f]{{8}}.*[0-9a-f]{{8}}"):
+        train_student(prompts, *inputs)
 
 
 def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embeddings, tmp_path):
     half = backbone_options(dtype="bfloat16")
-    made = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
-    given = cached(tmp_path / "anchors", made), tiny_teacher, tmp_path / "state", half, anchor_options()
-    with pytest.raises(ValueError, match="backbone.dtype=bfloat16 and train.precision=float32 differ"):
-        train_student(PROMPTS, embeddings, *given, train_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
+    inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", half, anchor_options()
+    with pytest.raises(ValueError, match="backbone.dtype=bfloat16.*train.precision=float32"):
+        train_student(PROMPTS, embeddings, *inputs, train_options())
 
 
 @pytest.mark.parametrize("value", [{"betas": [0.9, 1.0]}, {"learning_rate": "fast"}, {"learning_rate": float("inf")}])
-def test_numbers_that_no_optimizer_takes_are_refused(value):
+def test_impossible_optimizer_options_are_refused(value):
     with pytest.raises(ValidationError):
         train_options(student={**TRAIN["student"], **value})
 
@@ -173,11 +165,11 @@ def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp
 
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_noted_and_the_second_obeyed(number, second):
+def test_the_first_signal_is_recorded_and_the_second_interrupts(number, second):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with _noted_signals() as noted:
+    with _recorded_signals() as signals:
         signal.raise_signal(number)
-        assert noted == [number]
+        assert signals == [number]
         if second:
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(number)
@@ -218,10 +210,10 @@ def test_a_folder_without_a_student_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("metadata", [None, {"dpdmd.format": "2"}], ids=["of another program", "of a newer version"])
-def test_weights_that_do_not_say_how_they_are_sampled_are_refused(tmp_path, metadata):
+def test_weights_without_a_known_format_are_refused(tmp_path, metadata):
     save_file({"weight": torch.zeros(1)}, tmp_path / WEIGHTS, metadata)
-    found = metadata["dpdmd.format"] if metadata else None
-    with pytest.raises(ValueError, match=f"dpdmd.format is {found!r}, this version reads '1'"):
+    version = metadata["dpdmd.format"] if metadata else None
+    with pytest.raises(ValueError, match=f"dpdmd.format.*{version!r}.*'1'"):
         load_header(tmp_path)
 
 
@@ -241,29 +233,29 @@ def test_anchors_of_the_same_options_are_accepted_however_they_were_computed(che
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, facts",
     [
-        ({"guidance_scale": 2.0}, r"backbone\.guidance_scale=3\.5, this run has 2\.0"),
-        ({"num_steps": 9}, r"backbone\.num_steps=6, this run has 9"),
-        ({"dtype": "bfloat16"}, r"backbone\.dtype='float32', this run has 'bfloat16'"),
-        ({"resolution": 64}, r"backbone\.resolution=32, this run has 64"),
+        ({"guidance_scale": 2.0}, r"backbone\.guidance_scale=3\.5,.* 2\.0"),
+        ({"num_steps": 9}, r"backbone\.num_steps=6,.* 9"),
+        ({"dtype": "bfloat16"}, r"backbone\.dtype='float32',.* 'bfloat16'"),
+        ({"resolution": 64}, r"backbone\.resolution=32,.* 64"),
     ],
 )
-def test_anchors_of_another_use_of_the_teacher_are_refused_with_both_values(check, changes, message):
-    with pytest.raises(ValueError, match=rf"the anchors were made with {message}: run `kedro run --pipelines anchors`"):
+def test_anchors_of_other_teacher_settings_are_refused_with_both_values(check, changes, facts):
+    with pytest.raises(ValueError, match=facts):
         check(backbone=backbone_options(**changes))
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, facts",
     [
-        ({"seed": 4}, r"anchors\.seed=0, this run has 4"),
-        ({"mode": "online"}, r"anchors\.mode='cached', this run has 'online'"),
-        ({"anchor_levels": [{"steps": 3}]}, r"anchors\.anchor_levels=.*'steps': 2.* this run has .*'steps': 3"),
+        ({"seed": 4}, r"anchors\.seed=0,.* 4"),
+        ({"mode": "online"}, r"anchors\.mode='cached',.* 'online'"),
+        ({"anchor_levels": [{"steps": 3}]}, r"anchors\.anchor_levels=.*'steps': 2.*'steps': 3"),
     ],
 )
-def test_anchors_of_other_options_are_refused_with_both_values(check, changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_anchors_of_other_options_are_refused_with_both_values(check, changes, facts):
+    with pytest.raises(ValueError, match=facts):
         check(options=anchor_options(**changes))
 
 
@@ -271,51 +263,53 @@ def test_anchors_of_another_teacher_are_refused(check, tmp_path):
     from dpdmd_pipeline.shapes.models import make_pipeline
 
     make_pipeline(max_length=12, shift=1.0, seed=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"made with teacher='[0-9a-f]+\.\.\., this run has '[0-9a-f]+\.\.\."):
+    with pytest.raises(ValueError, match=r"\bteacher='[0-9a-f]{8,}.* '[0-9a-f]{8,}"):
         check(teacher=tmp_path)
 
 
 def test_more_anchored_steps_than_anchors_are_refused(check):
-    with pytest.raises(ValueError, match=r"train\.anchored_steps=2 needs as many anchors\.anchor_levels, there are 1"):
+    with pytest.raises(ValueError, match=r"train\.anchored_steps=2.*anchors\.anchor_levels.* 1\b"):
         check(anchored_steps=2)
 
 
 def test_the_tangent_target_without_its_x0_is_refused(check):
-    with pytest.raises(ValueError, match=r"train\.target=tangent needs anchors\.with_denoised=true"):
+    with pytest.raises(ValueError, match=r"train\.target=tangent.*anchors\.with_denoised=true"):
         check(target="tangent")
 
 
 def test_a_grid_that_starts_below_the_anchor_is_refused_with_both_levels(check, anchors):
     sigma = anchors.manifest["anchor_sigmas"][0]
-    with pytest.raises(ValueError, match=rf"at sigma {sigma:.4g}, train\.grid starts at 0\.5: an anchor lies below"):
+    with pytest.raises(ValueError, match=rf"{re.escape(f'{sigma:.4g}')}.*train\.grid.* 0\.5"):
         check(num_steps=2, grid=[0.5, 0.2])
     check(num_steps=2, grid=[0.5, 0.2], **DMD)
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, facts",
     [
-        ({"grid": [1.0, 0.5, 0.5, 0.2]}, "must fall strictly"),
-        ({"grid": [0.9, 0.5, 0.6, 0.2]}, "must fall strictly"),
-        ({"grid": [1.0, 0.5, 0.2, 0.0]}, "stay above 0"),
-        ({"grid": [1.0, 0.5]}, "grid has 2 levels, num_steps=4 needs as many"),
-        ({"anchored_steps": 4}, "anchored_steps=4 must be below num_steps=4"),
-        ({"anchored_steps": 0}, "anchored_steps=0 is vanilla DMD"),
+        ({"grid": [1.0, 0.5, 0.5, 0.2]}, r"grid=\[1.0, 0.5, 0.5, 0.2\]"),
+        ({"grid": [0.9, 0.5, 0.6, 0.2]}, r"grid=\[0.9, 0.5, 0.6, 0.2\]"),
+        ({"grid": [1.0, 0.5, 0.2, 0.0]}, r"grid=\[1.0, 0.5, 0.2, 0.0\]"),
+        ({"grid": [1.0, 0.5]}, "grid.* 2 .*num_steps=4"),
+        ({"anchored_steps": 4}, "anchored_steps=4.*num_steps=4"),
+        ({"anchored_steps": 0}, "anchored_steps=0.*diversity_weight=0.*stop_gradient=false"),
         ({"max_steps": 0}, "max_steps"),
+        ({"guidance_interval": [0.7, 0.3]}, r"guidance_interval=\[0.7, 0.3\]"),
+        ({"guidance_interval": [0.5, 1.5]}, r"guidance_interval(.|\n)*input_value=1.5,"),
         (
-            {**DMD, "weighting": "balanced"},
-            "with anchored_steps=0, diversity_weight=0.0 there is one, set weighting=fixed",
+            {"compile": "whole", "roles": "lora", "gradient_checkpointing": True},
+            "compile=whole.*roles=lora.*compile=blocks.*gradient_checkpointing=false",
         ),
-        (
-            {"weighting": "balanced", "diversity_weight": 0.0},
-            "with anchored_steps=1, diversity_weight=0.0 there is one",
-        ),
-        ({"guidance_interval": [0.7, 0.3]}, r"guidance_interval=\[0.7, 0.3\] must rise; \[0.0, 1.0\] is every level"),
-        ({"guidance_interval": [0.5, 1.5]}, "less than or equal to 1"),
-        ({"compile": "whole", "roles": "lora", "gradient_checkpointing": True}, "set compile=blocks, or gradient_ch"),
-        ({"lambda": 1.0}, "Extra inputs"),
     ],
 )
-def test_a_recipe_that_makes_no_student_is_refused(changes, message):
-    with pytest.raises(ValidationError, match=message):
+def test_a_recipe_that_makes_no_student_is_refused(changes, facts):
+    with pytest.raises(ValidationError, match=facts):
         train_options(**changes)
+
+
+# The last three existed until the balanced weight was removed
+@pytest.mark.parametrize("name", ["lambda", "weighting", "balance_every", "balance_ema"])
+def test_an_unknown_option_is_refused_by_its_name(name):
+    with pytest.raises(ValidationError) as error:
+        train_options(**{name: 1.0})
+    assert [(fault["type"], fault["loc"]) for fault in error.value.errors()] == [("extra_forbidden", (name,))]

@@ -14,7 +14,6 @@ CURVES = {
         "Fake-score loss",
         "Error of the network that tracks the student's distribution.",
     ),
-    "diversity_weight": ("Weight of the diversity loss", "Shown if training adjusted it to the gradients."),
     "latent_diversity": (
         "Diversity during training",
         "Distance between latents of the same prompt; it falls as diversity is lost.",

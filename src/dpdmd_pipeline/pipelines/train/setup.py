@@ -1,9 +1,9 @@
-"""From a student's inputs and options to the loop that trains it, in the one process or in each of many."""
+"""Set up a student's training from its inputs and options, in one process or in each of several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that sets up the run of a student; pickled for other processes, so files are given by their place."""
+    """Inputs and options of one student; pickled for other processes, so files are given by their paths.
 
-    rows: list[int]  # of the training prompts
+    Attributes:
+        rows: of the training prompts.
+    """
+
+    rows: list[int]
     embeddings: Any
     anchors: Any
     teacher: Path
@@ -28,19 +32,24 @@ class Job:
 
 
 def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Any, Iterator[dict]]:
-    """Load the networks and set up the loop; nothing is trained until its records are asked for."""
+    """Load the networks and set up the loop.
+
+    Returns:
+        Backbone, roles, and the records of the new cycles; training happens while these are consumed.
+    """
     from torch.distributed import is_initialized
 
-    from dpdmd_pipeline.training.distill import Execution, Lessons, distill
+    from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
+    from dpdmd_pipeline.training.run import TrainingData
 
     backbone, options = job.backbone, job.options
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
-    # The process that starts the others only takes up what they leave, whole.
-    sharded = options.launch.sharding == "fsdp2" and is_initialized()
+    # The process that starts the others is in no group: it only loads the whole student that they leave.
+    sharded = options.sharded and is_initialized()
     roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=sharded)
     levels = model.schedule(backbone.num_steps)
-    lessons = Lessons(
+    data = TrainingData(
         embeddings=job.embeddings,
         prompts=job.rows,
         draw_anchors=_draw_anchors(job, model, roles.teacher),
@@ -48,19 +57,18 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Any, Iterato
         teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
     )
-    execution = Execution(**options.model_dump(include={field.name for field in fields(Execution)}))
-    return model, roles, distill(model, roles, lessons, recipe, job.checkpoints, resumed, execution)
+    return model, roles, distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
-    """The student turn's samples: from the cache, or from the teacher as they are needed."""
+    """Source of the student updates' samples: the cache, or the teacher at each update."""
     from dpdmd_pipeline.training.anchors import CachedAnchors, OnlineAnchors, TeacherAnchors
 
     options, manifest = job.options, job.anchors.manifest
-    drawing = {"seed": options.seed, "anchored_steps": options.anchored_steps}
+    shared = {"seed": options.seed, "anchored_steps": options.anchored_steps}
     if manifest["options"]["mode"] == "cached":
-        return CachedAnchors(job.anchors, model.latent_shape, batch_size=options.batch_size, **drawing)
-    asked = TeacherAnchors(
+        return CachedAnchors(job.anchors, model.latent_shape, batch_size=options.batch_size, **shared)
+    anchors = TeacherAnchors(
         model,
         teacher,
         job.embeddings,
@@ -70,4 +78,4 @@ def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
         with_denoised=manifest["options"]["with_denoised"],
         guidance_batch=options.guidance_batch,
     )
-    return OnlineAnchors(asked, job.rows, **drawing)
+    return OnlineAnchors(anchors, job.rows, **shared)

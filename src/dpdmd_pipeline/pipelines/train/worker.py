@@ -1,4 +1,4 @@
-"""What each of many processes does: its share of one student."""
+"""Training of one student in several processes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from contextlib import closing, nullcontext
 
 from dpdmd_pipeline.backbones.options import resolve_device
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.training.launch import Launch, Member, launched
+from dpdmd_pipeline.training.launch import launched
+from dpdmd_pipeline.training.member import Launch, Member
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
-    """Train in as many processes as the options say; yields the new steps' records. The checkpoint has the student."""
-    where = job.options.launch
+    """Train in other processes; yields the new cycles' records. The student is in the last checkpoint."""
+    options = job.options.launch
     cuda = resolve_device(job.options.device).type == "cuda"
-    launch = Launch(where.processes, where.machines, where.rendezvous, job.checkpoints.folder.name, cuda)
+    launch = Launch(options.processes, options.machines, options.rendezvous, job.checkpoints.folder.name, cuda)
     return launched(train_share, job, launch)
 
 
 def train_share(job: Job, member: Member) -> bool:
-    """The loop in one process; returns whether it came to its end."""
-    # Held by the process that writes: it outlives a killed parent until its step is done.
+    """Run the loop in one process; returns True if it came to its end."""
+    # The writing process holds the lock: it outlives a killed parent until its cycle is done.
     with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
         resumed = job.checkpoints.load_latest()
         *_, records = start(job, resumed)
-        with closing(records):  # broken off, it saves
+        with closing(records):  # saves if the loop stops early
             if member.asked_to_stop():
                 return False
             for record in records:

@@ -1,0 +1,168 @@
+"""The fixed parts of one distillation: networks with their optimizers, data, draws, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from dpdmd_pipeline.backbones.base import EVERY_LEVEL, Backbone, Conditioning, conditioned, guided
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.dpdmd.sampling import Denoise
+from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
+from dpdmd_pipeline.training.draws import Draws, process_share
+from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
+from dpdmd_pipeline.training.roles import Roles, trainable
+from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, unsynced, whole
+from dpdmd_pipeline.training.speed import onto, speed_up
+
+DrawAnchors = Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indices) -> samples of the student update
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Prompts, anchors, and the teacher's schedule and guidance.
+
+    Attributes:
+        embeddings: of all prompts, the empty one last.
+        prompts: training prompts, as rows of the embeddings.
+        draw_anchors: samples of a cycle's student update.
+        anchor_levels: scalar level of each anchor.
+        teacher_levels: the teacher's own schedule, [steps + 1].
+        guidance_scale: of the teacher.
+    """
+
+    embeddings: Embeddings
+    prompts: Sequence[int]
+    draw_anchors: DrawAnchors
+    anchor_levels: Sequence[NoiseLevel]
+    teacher_levels: NoiseLevel
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and its optimizer."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+
+    def update(self) -> Tensor:
+        """Clip the gradients and take one optimizer step; returns their norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(trainable(self.network), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return whole(norm)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One distillation in one process. Everything that changes during the run is part of `training.state.State`.
+
+    Attributes:
+        teacher: frozen.
+        batch_indices: this process's share of each global batch.
+        levels: the student's schedule, [N + 1].
+        uncond: embedding of the empty prompt, [1, ...].
+    """
+
+    backbone: Backbone
+    teacher: nn.Module
+    student: Trained
+    fake_score: Trained
+    data: TrainingData
+    recipe: Recipe
+    execution: Execution
+    accelerator: Accelerator
+    draws: Draws
+    batch_indices: range
+    levels: NoiseLevel
+    uncond: Conditioning
+
+    # ---- roles under given prompts, as denoisers
+
+    def cond(self, prompts: Sequence[int]) -> Conditioning:
+        """Embeddings of prompts, on the device."""
+        return _embed(self.data.embeddings, prompts, self.accelerator.device)
+
+    def denoiser(self, role: Trained, cond: Conditioning) -> Denoise:
+        """Student or fake score."""
+        return conditioned(self.backbone, role.network, cond)
+
+    def guided_teacher(self, cond: Conditioning, interval: tuple[float, float] = EVERY_LEVEL) -> Denoise:
+        """The teacher with classifier-free guidance; see `guided`."""
+        scale, batch = self.data.guidance_scale, self.execution.guidance_batch
+        return guided(self.backbone, self.teacher, cond, self.uncond, scale, interval=interval, batch=batch)
+
+    # ---- gradients
+
+    def gradient_sync(self, role: Trained, *, sync: bool) -> AbstractContextManager:
+        """Exchange gradients between processes in the next backward pass, or add them up in this process only."""
+        if sync:
+            return nullcontext()
+        return unsynced(role.network) if is_sharded(role.network) else self.accelerator.no_sync(role.network)
+
+    def student_gradient_norm(self, loss: Tensor) -> Tensor:
+        """Norm of a loss's mean gradient over all processes, in the student's weights; adds no gradient."""
+        weights = trainable(self.student.network)
+        if is_sharded(self.student.network):
+            return gradient_norm(loss, weights)
+        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        means = (self.accelerator.reduce(grad, reduction="mean") for grad in grads if grad is not None)
+        return torch.stack([mean.norm() for mean in means]).norm()
+
+
+def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe, execution: Execution) -> Run:
+    """Prepare the networks for training, here or as one of several processes.
+
+    Raises:
+        ValueError: if the options do not fit the networks or the number of processes.
+    """
+    accelerator = _accelerator(backbone.device, recipe)
+    batch_indices = process_share(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
+    levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
+    if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:
+        raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
+    speed_up(roles, execution)
+    return Run(
+        backbone=backbone,
+        teacher=roles.teacher,
+        student=_prepare_role(accelerator, roles.student, recipe.student, execution.fused),
+        fake_score=_prepare_role(accelerator, roles.fake_score, recipe.fake_score, execution.fused),
+        data=data,
+        recipe=recipe,
+        execution=execution,
+        accelerator=accelerator,
+        draws=Draws(backbone, recipe.seed, data.prompts, recipe.between_steps == "renoise", accelerator.device),
+        batch_indices=batch_indices,
+        levels=levels,
+        uncond=_embed(data.embeddings, [len(data.embeddings) - 1], accelerator.device),
+    )
+
+
+def _accelerator(device: torch.device, recipe: Recipe) -> Accelerator:
+    """This process among the others, if any; they exchange gradients, nothing else."""
+    precision = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
+    exchange = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[exchange])
+
+
+def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: OptimizerRecipe, fused: bool) -> Trained:
+    optimizer = make_optimizer(trainable(network), recipe, fused=fused)
+    if is_sharded(network):  # exchanges gradients by itself: accelerate only sets the precision
+        network = accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
+    else:
+        network, optimizer = accelerator.prepare(network, optimizer)
+    return Trained(network, optimizer, recipe.max_grad_norm)
+
+
+def _embed(embeddings: Embeddings, prompts: Sequence[int], device: torch.device) -> Conditioning:
+    return {name: onto(device, value) for name, value in embeddings.rows(prompts).items()}

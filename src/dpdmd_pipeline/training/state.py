@@ -1,0 +1,112 @@
+"""State of a distillation: everything that changes while it runs and that a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.roles import trainable
+from dpdmd_pipeline.training.run import Run
+from dpdmd_pipeline.training.sharding import load_whole_state, whole_state
+from dpdmd_pipeline.training.watch import Watch
+
+Record = dict[str, float]
+
+
+@dataclass
+class State:
+    """Networks, optimizers, chosen weights and history.
+
+    Attributes:
+        parts: networks and optimizers, by their names in a checkpoint.
+        average: of the student's weights, if the recipe asks for it.
+        best: the student's weights of the best cycle, if the recipe keeps them.
+        watch: measurements, if the recipe asks for them.
+        history: record of each finished cycle.
+    """
+
+    parts: dict[str, Any]
+    average: AveragedModel | None
+    best: nn.ParameterList | None
+    watch: Watch | None
+    history: list[Record] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, run: Run) -> State:
+        """State before the first cycle."""
+        recipe, student = run.recipe, run.student.network
+        parts = {
+            "student": student,
+            "fake_score": run.fake_score.network,
+            "student_optimizer": run.student.optimizer,
+            "fake_score_optimizer": run.fake_score.optimizer,
+        }
+        return cls(
+            parts=parts,
+            average=_average(student, recipe.ema) if recipe.ema else None,
+            best=copy_weights(student) if recipe.watch.keep == "best" else None,
+            watch=Watch.of(recipe, run.data.prompts) if recipe.watch.every else None,
+        )
+
+    def stateful(self) -> dict[str, Any]:
+        """Everything with a `state_dict`, by its name in a checkpoint."""
+        optional = {"ema": self.average, "watch": self.watch, "best": self.best}
+        return {**self.parts, **{name: part for name, part in optional.items() if part is not None}}
+
+
+def resume(run: Run, state: State, checkpoint: tuple[int, dict[str, Any]] | None) -> int:
+    """Continue from a checkpoint, if there is one; returns the number of finished cycles."""
+    if checkpoint is None:
+        return 0
+    cycles, saved = checkpoint
+    state.history = list(saved["history"])
+    for name, part in state.stateful().items():
+        if name in saved:
+            load_whole_state(_unwrapped(run, part), saved[name])
+    return cycles
+
+
+def save(run: Run, state: State, checkpoints: Checkpoints, cycles: int) -> None:
+    """Write the state after `cycles` cycles; after the last one set the final weights and keep the student alone.
+
+    All processes must call this: each holds a shard of a sharded network.
+    """
+    finished = cycles == run.recipe.max_steps
+    if finished:
+        _set_final_weights(state)
+    parts = {"student": state.parts["student"]} if finished else state.stateful()
+    states = {name: _unwrapped(run, part).state_dict() for name, part in parts.items()}
+    writes = run.accelerator.is_main_process
+    content = {"history": state.history, **whole_state(states, keep=writes)}
+    if writes:
+        checkpoints.save(cycles, content, finished=finished)
+    run.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def _set_final_weights(state: State) -> None:
+    """Put the average or the best cycle's weights into the student, if the recipe asks for either."""
+    chosen: Sequence[nn.Parameter] | None = state.best if state.average is None else state.average.module
+    if chosen is not None:
+        for weight, final in zip(trainable(state.parts["student"]), chosen, strict=True):
+            weight.copy_(final)
+
+
+def copy_weights(student: nn.Module) -> nn.ParameterList:
+    """A copy of the trained weights; each process copies its shards."""
+    return nn.ParameterList(weight.detach().clone() for weight in trainable(student))
+
+
+def _average(student: nn.Module, decay: float) -> AveragedModel:
+    """Moving average of the trained weights alone: a view of a shared base would be copied with all of the base."""
+    return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def _unwrapped(run: Run, part: Any) -> Any:
+    return run.accelerator.unwrap_model(part) if isinstance(part, nn.Module) else part
