@@ -26,7 +26,7 @@ from dpdmd_pipeline.backbones.base import Backbone, guided
 from dpdmd_pipeline.datasets.sharded import ShardedDataset, ShardedTensors
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
-from dpdmd_pipeline.training.cost import TeacherSettings, anchor_passes, cycle_cost
+from dpdmd_pipeline.planning.cost import TeacherSettings, anchor_passes, cycle_cost
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 from record import record
 from workload import CHEAPER, FAST, Workload

@@ -25,8 +25,8 @@ from accelerate import Accelerator
 import timing
 import workload
 from dpdmd_pipeline.datasets.sharded import ShardedTensors
+from dpdmd_pipeline.planning.cost import TeacherSettings, cycle_cost
 from dpdmd_pipeline.training import anchors, draws
-from dpdmd_pipeline.training.cost import TeacherSettings, cycle_cost
 from dpdmd_pipeline.training.options import TrainOptions
 from record import record
 from timing import Duration, Shares, replaced

@@ -11,8 +11,8 @@ import torch
 from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.planning import checks, run
+from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
 from dpdmd_pipeline.planning.run import Planned, disk_needs, explain_out_of_memory, refusals
-from dpdmd_pipeline.training.cost import TeacherSettings, describe_cost
 
 GIB = 2**30
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}

@@ -88,8 +88,8 @@ def check_speed(teacher: Path, options: TrainOptions) -> None:
     Raises:
         ValueError: names the option and what is missing.
     """
+    from dpdmd_pipeline.planning.weightless import network_class
     from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
-    from dpdmd_pipeline.training.weightless import network_class
 
     if options.compile != "none":
         refuse_missing_compiler(resolve_device(options.device))

@@ -133,8 +133,8 @@ def _short_of_memory(plan: Planned, device_memory: int | None) -> Iterator[str]:
 
 def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
     """Estimates of the memory of any recipe over this teacher, from its configs."""
-    from dpdmd_pipeline.training.memory import MemoryModel
-    from dpdmd_pipeline.training.weightless import conditioning_like
+    from dpdmd_pipeline.planning.memory import MemoryModel
+    from dpdmd_pipeline.planning.weightless import conditioning_like
 
     model = backbone.load(teacher, "cpu")
     return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
@@ -142,7 +142,7 @@ def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
 
 def refuse_memory(group: str, options: TrainOptions, estimates: Any, free: int) -> str | None:
     """The line for a student that does not fit, with what would help and by how much."""
-    from dpdmd_pipeline.training.remedies import describe_remedies, remedies
+    from dpdmd_pipeline.planning.remedies import describe_remedies, remedies
 
     recipe, execution = options.recipe(), options.execution()
     needed = estimates.estimate(recipe, execution)
@@ -159,7 +159,7 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
         error: torch's.
         teacher, backbone, options: of the run.
     """
-    from dpdmd_pipeline.training.remedies import describe_remedies, remedies
+    from dpdmd_pipeline.planning.remedies import describe_remedies, remedies
 
     estimates = memory_model(teacher, backbone)
     recipe, execution = options.recipe(), options.execution()
@@ -179,7 +179,7 @@ def _free_memory() -> int:
 
 def describe(plan: Planned, options: TrainOptions, estimates: Any | None) -> list[str]:
     """Lines for the log before a student is trained: its passes, and, on a GPU, its work and memory."""
-    from dpdmd_pipeline.training.cost import TeacherSettings, describe_cost
+    from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
 
     steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
     online, known = plan.anchors.mode == "online", None not in steps
@@ -222,8 +222,8 @@ def disk_needs(plan: Planned) -> dict[str, int]:
     """Bytes of the caches and of a student's states, as far as they are known."""
     import torch
 
-    from dpdmd_pipeline.training.disk import anchor_bytes, embedding_bytes
-    from dpdmd_pipeline.training.weightless import conditioning_like
+    from dpdmd_pipeline.planning.disk import anchor_bytes, embedding_bytes
+    from dpdmd_pipeline.planning.weightless import conditioning_like
 
     needs = {}
     if plan.prompts is not None:

@@ -177,7 +177,7 @@ def check_measurements(made: DataCatalog) -> None:
 
 def test_the_configs_give_the_shapes_of_the_embeddings(t5_teacher):
     """So the room for their cache is estimated before a text encoder is loaded."""
-    from dpdmd_pipeline.training.weightless import conditioning_like
+    from dpdmd_pipeline.planning.weightless import conditioning_like
 
     options = BackboneOptions(**{**loader("sd35")["parameters"]["backbone"], **TINY["backbone"]})
     backbone = options.model_copy(update={"max_sequence_length": 9}).load(t5_teacher, "cpu")

@@ -38,13 +38,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
-from dpdmd_pipeline.training.cost import calls_of
+from dpdmd_pipeline.planning.cost import calls_of
+from dpdmd_pipeline.planning.pass_memory import PassMemory, count_pass
+from dpdmd_pipeline.planning.weightless import WeightlessBackbone, bytes_of, move_to_fake_cpu
 from dpdmd_pipeline.training.execution import Execution
-from dpdmd_pipeline.training.pass_memory import PassMemory, count_pass
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
 from dpdmd_pipeline.training.sharding import groups
-from dpdmd_pipeline.training.weightless import WeightlessBackbone, bytes_of, move_to_fake_cpu
 
 RESERVED = 2**30  # bytes; a guess, see above
 GIB = 2**30

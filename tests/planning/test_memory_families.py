@@ -8,9 +8,9 @@ from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.training.memory import MemoryModel
+from dpdmd_pipeline.planning.memory import MemoryModel
+from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.roles import full_roles
-from dpdmd_pipeline.training.weightless import conditioning_like
 
 TEACHERS = {"sd3": ("tiny_teacher", 0), "sdxl": ("tiny_sdxl", 0), "sana": ("tiny_sana", 7)}
 

@@ -15,7 +15,7 @@ from tests.training.conftest import (
 )
 
 from dpdmd_pipeline.dpdmd.sampling import sample_seeds
-from dpdmd_pipeline.training.cost import (
+from dpdmd_pipeline.planning.cost import (
     CycleCost,
     Passes,
     TeacherSettings,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
-from dpdmd_pipeline.training.weightless import bytes_of
+from dpdmd_pipeline.planning.weightless import bytes_of
 
 Storages = dict[int, Any]  # by their identity
 
