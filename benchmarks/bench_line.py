@@ -99,7 +99,7 @@ def by_library(project: Path) -> None:
     *inputs, anchor_recipe = _prepare(project, parameters, backbone)
     for group, name in (("train_dmd", "student_dmd"), ("train", "student")):
         options = TrainOptions(**parameters[group])
-        write, history = train_student(*inputs, data / "06_models/.train_state", backbone, anchor_recipe, options)
+        write, history = train_student(*inputs, data / "06_models/.train_state", None, backbone, anchor_recipe, options)
         _save_and_load("model_folder.ModelFolderDataset", data / "06_models" / name, write)
         (data / f"08_reporting/{name}_history.json").write_text(json.dumps(history))
         histories[name] = history

@@ -10,9 +10,12 @@ import pytest
 import torch
 from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
-from dpdmd_pipeline.planning import checks, run
+from dpdmd_pipeline.planning import checks, disk
 from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-from dpdmd_pipeline.planning.run import Planned, disk_needs, explain_out_of_memory, refusals
+from dpdmd_pipeline.planning.disk import written_bytes
+from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+from dpdmd_pipeline.planning.plan import Plan
+from dpdmd_pipeline.planning.run import refusals
 
 GIB = 2**30
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
@@ -22,10 +25,10 @@ DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 def plan(world_teacher):
     """A run without faults, except for the given changes."""
 
-    def make(teacher=None, backbone=None, anchors=None, prompts=None, folders=None, **changes) -> Planned:
+    def make(teacher=None, backbone=None, anchors=None, prompts=None, folders=None, **changes) -> Plan:
         options = train_options(**changes)
         teacher_options = backbone_options(**(backbone or {})), anchor_options(**(anchors or {}))
-        return Planned(teacher or world_teacher, *teacher_options, {"train": options}, prompts, folders or {})
+        return Plan(teacher or world_teacher, *teacher_options, {"train": options}, prompts, folders or {})
 
     return make
 
@@ -147,14 +150,14 @@ def test_a_gpu_out_of_memory_is_explained_in_one_line(plan):
 
 
 def full_disk(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
 
 
 def test_caches_that_do_not_fit_together_are_refused_with_remedies(plan, tmp_path, monkeypatch):
     planned = plan(
         prompts=(20_000_000, 10_000_000), folders={name: tmp_path / name for name in ("embeddings", "anchors")}
     )
-    sizes = disk_needs(planned)
+    sizes = written_bytes(planned)
     full_disk(monkeypatch, sum(sizes.values()) - 1)
     (line,) = refusals(planned)
     gib = {name: size / GIB for name, size in sizes.items()}
@@ -172,7 +175,7 @@ def test_caches_that_do_not_fit_together_are_refused_with_remedies(plan, tmp_pat
 
 def test_an_unfinished_cache_needs_room_only_for_its_missing_part(plan, tmp_path, monkeypatch):
     planned = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
-    need = disk_needs(planned)["anchors"]
+    need = written_bytes(planned)["anchors"]
     full_disk(monkeypatch, need // 2)
     assert len(refusals(planned)) == 1
     (tmp_path / ".anchors.partial").mkdir()
@@ -184,17 +187,17 @@ def test_a_published_cache_needs_no_room_if_it_is_reused_and_stays_beside_the_ne
     plan, tmp_path, monkeypatch
 ):
     planned = plan(prompts=(9, 9), folders={"anchors": tmp_path / "anchors"})
-    need = disk_needs(planned)["anchors"]
+    need = written_bytes(planned)["anchors"]
     (tmp_path / "anchors").mkdir()
     (tmp_path / "anchors" / "00000.safetensors").write_bytes(bytes(need))
     full_disk(monkeypatch, need - 1)
     assert len(refusals(planned)) == 1
-    assert refusals(replace(planned, made=frozenset({"anchors"}))) == []
+    assert refusals(replace(planned, reused=frozenset({"anchors"}))) == []
 
 
 def test_states_need_no_room_for_those_of_this_student_and_room_beside_all_others(plan, tmp_path, monkeypatch):
     planned = plan(folders={"train_state": tmp_path / "state"})
-    need, own = disk_needs(planned)["train_state"], tmp_path / "state" / "own"
+    need, own = written_bytes(planned)["train_state"], tmp_path / "state" / "own"
     other = tmp_path / "state" / "other"
     for folder in (own, other):
         folder.mkdir(parents=True)
@@ -211,12 +214,12 @@ def test_states_need_no_room_for_those_of_this_student_and_room_beside_all_other
 
 def test_online_anchors_take_no_room(plan, tmp_path):
     planned = plan(prompts=(9, 9), anchors={"mode": "online"}, folders={"anchors": tmp_path / "anchors"})
-    assert "anchors" not in disk_needs(planned)
+    assert "anchors" not in written_bytes(planned)
 
 
 def test_states_of_a_student_are_counted_if_they_are_written(plan, tmp_path):
     planned = plan(folders={"train_state": tmp_path / "state"})
-    needs = disk_needs(planned)
+    needs = written_bytes(planned)
     network = sum(p.numel() for p in planned.backbone.load(planned.teacher, "cpu").load_model().parameters())
     assert needs["train_state"] == pytest.approx(
         (TRAIN["keep_last"] + 1) * 24 * network, rel=0.01

@@ -1,4 +1,4 @@
-"""What is refused before a student is trained: anchors of another teacher, schedule, split or recipe."""
+"""Checks before a student is trained: its anchors, its options against each other, and this machine."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
@@ -19,10 +20,11 @@ def check_anchors(
     options: AnchorRecipe,
     recipe: Recipe,
 ) -> None:
-    """Hold the anchors' manifest against what is asked for now.
+    """Compare the anchors' manifest with this run.
 
     Raises:
-        ValueError: names what differs, both values, and the remedy.
+        StageError: if they were made with another option, teacher, prompts or embeddings; names it and both values.
+        ValueError: if the recipe needs other anchors.
     """
     from dpdmd_pipeline.datasets.model_folder import folder_hash
     from dpdmd_pipeline.datasets.sharded import fingerprint
@@ -30,25 +32,27 @@ def check_anchors(
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest
-    kept = ("teacher", "teacher_sigmas", "embeddings", "rows")
-    then = {
+    facts = ("teacher", "teacher_sigmas", "embeddings", "rows")
+    recorded = {
         **{f"anchors.{name}": value for name, value in manifest["options"].items()},
         **{f"backbone.{name}": value for name, value in manifest.get("backbone", {}).items()},
-        **{name: manifest.get(name) for name in kept},
+        **{name: manifest.get(name) for name in facts},
     }
-    now = {
-        **{f"anchors.{name}": value for name, value in _asked(options).items()},
+    options_dump = options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
+    current = {
+        **{f"anchors.{name}": value for name, value in options_dump.items()},
         **{f"backbone.{name}": getattr(backbone, name) for name in manifest.get("backbone", {})},
         "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(list(rows)),
     }
-    for name in now:
-        if now[name] != then.get(name):
-            raise ValueError(
-                f"the anchors were made with {name}={_short(then.get(name))}, this run has {_short(now[name])}: "
-                "run `kedro run --pipelines anchors` again, or set the value back"
+    for name, value in current.items():
+        if value != recorded.get(name):
+            raise StageError(
+                f"the anchors were made with {name}={_short(recorded.get(name))}, this run has {_short(value)}; set "
+                "it back or make them again",
+                stage="anchors",
             )
     check_recipe(options, recipe)
     if recipe.anchored_steps:
@@ -57,7 +61,7 @@ def check_anchors(
 
 
 def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Networks of one run work in one precision.
+    """Check that teacher and trained networks compute in one precision.
 
     Raises:
         ValueError: names both values.
@@ -70,23 +74,23 @@ def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
 
 
 def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """An interval of guidance needs guidance.
+    """Check that a guidance interval comes with guidance.
 
     Raises:
         ValueError: names both values.
     """
     if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
         raise ValueError(
-            f"train.guidance_interval={list(recipe.guidance_interval)} says where the teacher is guided, and "
-            "backbone.guidance_scale=1 that it is not: set guidance_interval=[0.0, 1.0]"
+            f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "
+            "backbone.guidance_scale=1 has no guidance: set guidance_interval=[0.0, 1.0]"
         )
 
 
 def check_speed(teacher: Path, options: TrainOptions) -> None:
-    """What the options ask for can be had on this machine and of this network.
+    """Check that this machine can compile, and that the network has convolutions, if the options need it.
 
     Raises:
-        ValueError: names the option and what is missing.
+        ValueError: names the option and the missing part.
     """
     from dpdmd_pipeline.planning.weightless import network_class
     from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
@@ -98,15 +102,15 @@ def check_speed(teacher: Path, options: TrainOptions) -> None:
 
 
 def check_optimizers(options: TrainOptions) -> None:
-    """8-bit moments can be had on this machine, where they are asked for.
+    """Check that this machine has what 8-bit moments need, if an optimizer uses them.
 
     Raises:
-        ValueError: names the optimizers and what is missing.
+        ValueError: names the optimizers and the missing part.
     """
-    asked = [role for role in ("student", "fake_score") if getattr(options, role).kind == "adamw_8bit"]
-    if not asked:
+    roles = [role for role in ("student", "fake_score") if getattr(options, role).kind == "adamw_8bit"]
+    if not roles:
         return
-    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in asked)
+    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in roles)
     if (device := resolve_device(options.device)).type != "cuda":
         raise ValueError(f"{kinds}: 8-bit moments need a CUDA device, this student trains on {device}: set kind=adamw")
     if find_spec("bitsandbytes") is None:
@@ -116,21 +120,17 @@ def check_optimizers(options: TrainOptions) -> None:
         )
 
 
-def _asked(options: AnchorRecipe) -> dict[str, Any]:
-    return options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
-
-
 def _short(value: Any) -> str:
-    """A hash by its first digits; a schedule by its first levels."""
+    """Text of a value, cut after 40 characters: the first digits of a hash, the first levels of a schedule."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:40]}..."
 
 
 def check_start(start: float, anchor: float) -> None:
-    """The first anchor is less noisy than what the student begins with: its one step leads there.
+    """Check that the first anchor is less noisy than the student's start.
 
     Args:
-        start, anchor: their sigmas.
+        start, anchor: sigmas.
 
     Raises:
         ValueError: names both.
@@ -138,19 +138,19 @@ def check_start(start: float, anchor: float) -> None:
     if not anchor < start:
         raise ValueError(
             f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
-            "an anchor lies below the start; take a later anchor or start the grid higher"
+            "the anchor must be below the start: take a later anchor, or start the grid higher"
         )
 
 
 def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
-    """The anchors have what the student's recipe asks of them: its levels, enough of them, and the tangent's x0.
+    """Check that the anchors have the recipe's levels, enough of them, and the x0 of tangent targets.
 
     Args:
-        options: that the anchors are made with.
+        options: of the anchors.
         recipe: of the student.
 
     Raises:
-        ValueError: names what is missing or differs, both values, and the remedy.
+        ValueError: names the option, both values and the remedy.
     """
     for level in options.anchor_levels if recipe.anchored_steps else ():
         student = level.first_step
@@ -165,6 +165,4 @@ def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
             f"train.anchored_steps={recipe.anchored_steps} needs as many anchors.anchor_levels, there are {available}"
         )
     if recipe.anchored_steps and recipe.target == "tangent" and not options.with_denoised:
-        raise ValueError(
-            "train.target=tangent needs anchors.with_denoised=true: the teacher's x0 at the anchor is not stored"
-        )
+        raise ValueError("train.target=tangent needs the teacher's x0 at the anchor: set anchors.with_denoised=true")

@@ -1,12 +1,65 @@
-"""Bytes of the caches on disk."""
+"""Bytes that a run writes, and the check that its disks have room for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.planning.plan import Plan
+from dpdmd_pipeline.planning.reuse import folder_size
+from dpdmd_pipeline.publishing import Folders
+from dpdmd_pipeline.training.options import TrainOptions
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+SMALLER = {
+    "embeddings": "half as many prompts",
+    "anchors": "half the anchors.seeds_per_prompt",
+    "train_state": "train.roles=lora, or another disk for data/06_models",
+}
+
+
+def full_disks(plan: Plan) -> Iterator[str]:
+    """One line for each disk without room for all that the run writes on it; logs sizes over 1 GiB."""
+    sizes = {name: size for name, size in written_bytes(plan).items() if name in plan.folders}
+    names_by_disk: dict[int, list[str]] = {}
+    for name in sizes:
+        names_by_disk.setdefault(_nearest_existing(plan.folders[name]).stat().st_dev, []).append(name)
+    for names in names_by_disk.values():
+        folder = _nearest_existing(plan.folders[names[0]])
+        missing = {name: _missing_bytes(plan, name, sizes[name]) for name in names}
+        free = shutil.disk_usage(folder).free
+        if sum(missing.values()) > GIB:
+            log.info("disk: %s; %.1f GiB are free on the disk of %s", _format(missing), free / GIB, folder)
+        if sum(missing.values()) > free:
+            need = f"{_format(missing)} are needed, {free / GIB:.1f} GiB are free"
+            yield f"disk of {folder}: {need}: {_remedies(plan, missing)}"
+
+
+def written_bytes(plan: Plan) -> dict[str, int]:
+    """Bytes of the caches and of one student's checkpoints, if they can be computed."""
+    from dpdmd_pipeline.planning.weightless import conditioning_like
+
+    sizes = {}
+    if plan.prompts is not None:
+        sizes["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts[0])
+        if plan.anchors.mode == "cached":
+            sizes["anchors"] = anchor_bytes(
+                plan.model.latent_shape,
+                plan.prompts[1] * plan.anchors.seeds_per_prompt,
+                len(plan.anchors.anchor_levels),
+                with_denoised=plan.anchors.with_denoised,
+                dtype=getattr(torch, plan.anchors.dtype),
+            )
+    if plan.trained and "train_state" in plan.folders:
+        sizes["train_state"] = max(_checkpoint_bytes(plan, options) for options in plan.trained.values())
+    return sizes
 
 
 def embedding_bytes(cond: Conditioning, prompts: int) -> int:
@@ -25,3 +78,55 @@ def anchor_bytes(
     """Cache of anchors: prompt and seed of each sample, and its latents at each level."""
     latents = levels * (1 + with_denoised) * torch.Size(latent_shape).numel() * dtype.itemsize
     return samples * (2 * torch.int64.itemsize + latents)
+
+
+def _checkpoint_bytes(plan: Plan, options: TrainOptions) -> int:
+    """Bytes of a student's checkpoints: those that are kept, and the one being written."""
+    return (options.keep_last + 1) * plan.estimates.checkpoint_bytes(options.recipe())
+
+
+def _missing_bytes(plan: Plan, name: str, size: int) -> int:
+    """Bytes still to write. The cache of another run stays beside the new one until that is complete."""
+    if name == "train_state":
+        return max(_missing_checkpoint_bytes(plan, group, options) for group, options in plan.trained.items())
+    if name in plan.reused:
+        return 0
+    # An unfinished cache is continued, or deleted before the first shard is written.
+    return max(0, size - folder_size(Folders.of(plan.folders[name]).partial))
+
+
+def _missing_checkpoint_bytes(plan: Plan, group: str, options: TrainOptions) -> int:
+    from dpdmd_pipeline.training.checkpoint import Checkpoints
+
+    if group in plan.finished:
+        return 0
+    size = _checkpoint_bytes(plan, options)
+    if group not in plan.states:
+        return size
+    finished = Checkpoints(plan.states[group]).holds(options.max_steps)
+    return 0 if finished else max(0, size - folder_size(plan.states[group]))
+
+
+def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
+    """Options that save disk, the largest saving first."""
+    phrases = []
+    for name, size in sorted(missing.items(), key=lambda item: -item[1]):
+        if name == "train_state":
+            phrases.append(SMALLER[name])
+        elif size:
+            phrases.append(f"{SMALLER[name]} saves {size / 2 / GIB:.1f} GiB")
+    if missing.get("anchors") and plan.anchors.dtype == "float32":
+        phrases.append(f"anchors.dtype=float16 saves {missing['anchors'] / 2 / GIB:.1f} GiB")
+    if missing.get("anchors"):
+        phrases.append(f"anchors.mode=online saves {missing['anchors'] / GIB:.1f} GiB")
+    return "free some space, or: " + "; ".join(phrases)
+
+
+def _format(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes.items())
+
+
+def _nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.resolve()
+    return next(path for path in (folder, *folder.parents) if path.exists())

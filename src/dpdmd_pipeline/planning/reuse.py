@@ -1,26 +1,27 @@
-"""What of a run's caches and states is on the disk already, as far as that is known before a weight is read.
+"""Reuse: caches, checkpoints and students on the disk that belong to a run, found without reading weights.
 
-The teacher's weights are not: a cache of another teacher with the same options is taken for this run's.
+The teacher's weights are not compared here: a cache of another teacher with the same options counts as this run's.
 """
 
-from collections.abc import Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.planning.identity import code_hash, texts_digest
-from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
 
-class Known(NamedTuple):
-    """Prompts that are written down.
+class WrittenPrompts(NamedTuple):
+    """Cleaned prompts on the disk.
 
     Attributes:
-        total: how many there are.
-        rows: of those trained on.
-        texts: digest of all.
+        total: number of prompts.
+        rows: rows of the training prompts.
+        texts: digest of all texts.
     """
 
     total: int
@@ -28,11 +29,11 @@ class Known(NamedTuple):
     texts: str
 
 
-def read_prompts(prompts: Iterable[dict]) -> Known:
+def read_prompts(prompts: Iterable[dict]) -> WrittenPrompts:
     """Count and hash the prompts in one pass."""
     total, rows = 0, []
 
-    def noted() -> Iterable[dict]:
+    def counted() -> Iterator[dict]:
         nonlocal total
         for record in prompts:
             if record["train"]:
@@ -40,38 +41,39 @@ def read_prompts(prompts: Iterable[dict]) -> Known:
             total += 1
             yield record
 
-    texts = texts_digest(noted())
-    return Known(total, rows, texts)
+    texts = texts_digest(counted())
+    return WrittenPrompts(total, rows, texts)
 
 
-def own_caches(
-    caches: Mapping[str, Any], prompts: Known, backbone: BackboneOptions, anchors: AnchorRecipe
+def reusable_caches(
+    caches: Mapping[str, Any], prompts: WrittenPrompts, backbone: BackboneOptions, anchors: AnchorRecipe
 ) -> dict[str, Any]:
-    """Those of the published caches that hold what the options and the prompts ask for: they are not made again.
+    """The published caches that belong to the run.
 
     Args:
-        caches: `embeddings` and `anchors`, as far as they are there and whole.
+        caches: `embeddings` and `anchors`, None if missing.
         prompts, backbone, anchors: of the run.
     """
     settings = backbone.model_dump(mode="json")
-    own: dict[str, Any] = {}
+    reusable: dict[str, Any] = {}
     if (embeddings := caches.get("embeddings")) is not None:
         names = ("family", "max_sequence_length", "dtype")
-        if _says(embeddings, {"texts": prompts.texts, **{name: settings[name] for name in names}}):
-            own["embeddings"] = embeddings
-    if (cache := caches.get("anchors")) is not None and "embeddings" in own:
+        if _records(embeddings, {"texts": prompts.texts, **{name: settings[name] for name in names}}):
+            reusable["embeddings"] = embeddings
+    if (cache := caches.get("anchors")) is not None and "embeddings" in reusable:
         facts = {
             "options": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
             "rows": fingerprint(prompts.rows),
-            "embeddings": own["embeddings"].fingerprint,
+            "embeddings": reusable["embeddings"].fingerprint,
             "backbone": {name: settings[name] for name in cache.manifest.get("backbone", {}) if name in settings},
         }
-        if _says(cache, facts):
-            own["anchors"] = cache
-    return own
+        if _records(cache, facts):
+            reusable["anchors"] = cache
+    return reusable
 
 
-def _says(cache: Any, facts: Mapping[str, Any]) -> bool:
+def _records(cache: Any, facts: Mapping[str, Any]) -> bool:
+    """True if the manifest of a cache holds these facts."""
     return all(cache.manifest.get(name) == value for name, value in facts.items())
 
 
@@ -93,22 +95,16 @@ def state_folder(train_state: Path, identity: str) -> Path:
     return train_state / identity[:16]
 
 
-def state_folders(
-    train_state: Path, trained: Mapping[str, TrainOptions], backbone: BackboneOptions, anchors: Any, rows: list[int]
-) -> dict[str, Path]:
-    """Where each student's states lie, by its group.
+def finished_students(folders: Mapping[str, Path | None], identities: Mapping[str, str]) -> Iterator[str]:
+    """Names of the students whose published folder has the identity of this run."""
+    from dpdmd_pipeline.backbones.student_file import load_finished
 
-    Args:
-        train_state: folder of all states.
-        trained: options of each student.
-        backbone, anchors, rows: what they learn from.
-    """
-    return {
-        group: state_folder(train_state, student_identity(options.recipe(), backbone, anchors, rows))
-        for group, options in trained.items()
-    }
+    for name, identity in identities.items():
+        folder = folders.get(name)
+        if folder is not None and load_finished(folder, identity) is not None:
+            yield name
 
 
-def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 where there is none."""
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

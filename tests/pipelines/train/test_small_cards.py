@@ -8,7 +8,8 @@ from benchmarks.random_teacher import CLIP_LENGTH, CONFIGS, make_weightless_teac
 from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.planning.run import Planned, refusals
+from dpdmd_pipeline.planning.plan import Plan
+from dpdmd_pipeline.planning.run import refusals
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
@@ -69,12 +70,12 @@ def sdxl(tmp_path_factory) -> Path:
     return folder
 
 
-def plan(teacher: Path, environment: str) -> Planned:
+def plan(teacher: Path, environment: str) -> Plan:
     config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # where there is no GPU, the options of one are not refused for that: the card is given
     trained = {"train": TrainOptions(**config["train"] | {"device": "cpu", "fused": False})}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
-    return Planned(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
+    return Plan(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
 
 
 @pytest.mark.parametrize("family", ["sd35", "sdxl"])

@@ -20,7 +20,7 @@ from tests.pipelines.conftest import (
 )
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
-from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header, save_student
+from dpdmd_pipeline.backbones.student_file import ADAPTER, HISTORY, load_header, save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
@@ -35,13 +35,14 @@ DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 def train(tiny_teacher, embeddings, anchors, tmp_path):
     """A student's folder and history, made with some options changed."""
 
-    def train_with(cache=None, anchored=None, **changes):
+    def train_with(cache=None, anchored=None, state="state", finished=None, **changes):
         write, history = train_student(
             PROMPTS,
             embeddings,
             anchors if cache is None else cache,
             tiny_teacher,
-            tmp_path / "state",
+            tmp_path / state,
+            finished,
             backbone_options(),
             anchored or anchor_options(),
             train_options(**changes),
@@ -109,6 +110,37 @@ def test_a_finished_student_is_reused_with_a_line_in_the_log(train, caplog):
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(folder / WEIGHTS).items())
 
 
+def test_a_published_student_is_reused_without_its_checkpoints(train, tmp_path, caplog):
+    """As after `dvc pull`: the folder alone tells that it is this run's student."""
+    folder, history = train()
+    pulled = shutil.copytree(folder, tmp_path / "pulled")
+    content = {path.name: path.read_bytes() for path in pulled.iterdir()}
+    shutil.rmtree(folder)
+    with caplog.at_level("INFO"):
+        folder, again = train(state="no_state", finished=pulled)
+    assert again == history and "reused" in caplog.text and not (tmp_path / "no_state").exists()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+
+
+@pytest.mark.parametrize("change", ["recipe", "no history", "foreign file"])
+def test_a_published_student_that_is_not_this_runs_is_not_reused(train, tmp_path, caplog, change):
+    folder, _ = train()
+    pulled = shutil.copytree(folder, tmp_path / "pulled")
+    if change == "no history":
+        (pulled / HISTORY).unlink()
+    elif change == "foreign file":
+        save_file(load_file(pulled / WEIGHTS), pulled / WEIGHTS)
+    with caplog.at_level("INFO"):
+        train(state="other", finished=pulled, **({"seed": 1} if change == "recipe" else {}))
+    assert "reused" not in caplog.text
+
+
+def test_the_header_names_the_options_that_decided_the_student(train):
+    recipe = load_header(train(diversity_weight=2.0)[0]).recipe
+    assert recipe["train"]["diversity_weight"] == 2.0 and recipe["backbone"]["family"] == "sd3"
+    assert recipe["anchors"]["anchor_levels"] and "batch_size" not in recipe["anchors"]
+
+
 def test_a_student_of_another_recipe_is_not_reused(train, caplog):
     train()
     with caplog.at_level("INFO"):
@@ -137,7 +169,16 @@ def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, 
     else:
         teacher = shutil.copytree(tiny_teacher, tmp_path / "teacher")
         (teacher / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    inputs = embeddings, anchors, teacher, tmp_path / "state", backbone_options(), anchor_options(), train_options()
+    inputs = (
+        embeddings,
+        anchors,
+        teacher,
+        tmp_path / "state",
+        None,
+        backbone_options(),
+        anchor_options(),
+        train_options(),
+    )
     with pytest.raises(ValueError, match=rf"{what}.*[0-9a-f]{{8}}.*[0-9a-f]{{8}}"):
         train_student(prompts, *inputs)
 
@@ -145,7 +186,7 @@ def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, 
 def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embeddings, tmp_path):
     half = backbone_options(dtype="bfloat16")
     shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
-    inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", half, anchor_options()
+    inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", None, half, anchor_options()
     with pytest.raises(ValueError, match="backbone.dtype=bfloat16.*train.precision=float32"):
         train_student(PROMPTS, embeddings, *inputs, train_options())
 

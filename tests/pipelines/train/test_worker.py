@@ -14,7 +14,7 @@ ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
 def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_a_single_process_and_reused_by_it(
     tiny_teacher, embeddings, anchors, tmp_path, caplog
 ):
-    inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
+    inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", None, backbone_options(), anchor_options()
     write, history = train_student(*inputs, train_options(launch={**SHARED, "sharding": "fsdp2"}))
     (tmp_path / "student").mkdir()
     write(tmp_path / "student")
@@ -27,7 +27,7 @@ def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_
 
 def test_a_missing_state_after_the_processes_end_is_refused(tiny_teacher, embeddings, anchors, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "train_in_processes", lambda job: (record for record in ()))  # leaves nothing
-    inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", backbone_options(), anchor_options()
+    inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", None, backbone_options(), anchor_options()
     with pytest.raises(ValueError, match=r"state/[0-9a-f]{16}"):
         train_student(*inputs, train_options(launch=SHARED))
 

@@ -149,7 +149,9 @@ def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Stud
     run = runs[name]
     options = run.train.model_copy(update={"seed": seed})
     own_inputs = inputs._replace(anchors=run.anchors)._asdict()
-    train = partial(train_student, **own_inputs, anchor_options=run.anchor_options, options=options)
+    train = partial(
+        train_student, **own_inputs, finished_student=None, anchor_options=run.anchor_options, options=options
+    )
     identity = student_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
     return {"run": name, "seed": seed, **judge_student(train, judge, identity)}
 

@@ -1,8 +1,10 @@
 """Nodes of the train stage."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_
 from dpdmd_pipeline.planning.identity import check_embeddings
 from dpdmd_pipeline.planning.reuse import state_folder, student_identity
 from dpdmd_pipeline.training.options import TrainOptions
-from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
 log = logging.getLogger(__name__)
+
+Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the student into a folder, and its history
 
 
 def train_student(
@@ -24,14 +28,18 @@ def train_student(
     anchors: Any,
     teacher: Path,
     train_state: Path,
+    finished_student: Path | None,
     backbone: BackboneOptions,
     anchor_options: AnchorRecipe,
     options: TrainOptions,
-) -> tuple[Callable[[Path], None], list[dict]]:
-    """Distil one student: DP-DMD, or DMD where no step is anchored.
+) -> Trained:
+    """Distil one student: DP-DMD, or DMD if no step is anchored.
+
+    Args:
+        finished_student: student of an earlier run; it is reused if it has the identity of this one.
 
     Returns:
-        What writes the student into a folder, and the history, one row per step; all have the same keys.
+        A function that writes the student into a folder, and the history: one row per cycle, all with the same keys.
     """
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     check_embeddings(embeddings, prompts, teacher)
@@ -39,39 +47,66 @@ def train_student(
     check_precision(backbone, options)
     check_guidance(backbone, options)
     check_speed(teacher, options)
-    from dpdmd_pipeline.training.checkpoint import Checkpoints
-
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
+    if finished_student and (trained := _reuse(finished_student, identity, recipe)):
+        return trained
+    from dpdmd_pipeline.training.checkpoint import Checkpoints
+
     checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)
-    many = options.launch.total > 1  # then one of the processes holds the checkpoints
-    held = nullcontext() if many else checkpoints.locked()
-    with held, _out_of_memory_explained(teacher, backbone, options):
-        resumed = checkpoints.load_latest()
-        done = _tell(resumed, recipe, checkpoints.folder)
-        job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
-        if many and done < recipe.max_steps:
-            resumed = _train_in_processes(job, done)
-            done = resumed[0]
+    job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
+    with _out_of_memory_explained(teacher, backbone, options):
+        model, student, history = _train(job, recipe)
+    groups = {
+        "backbone": backbone.model_dump(mode="json"),
+        "anchors": anchor_options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "train": recipe.model_dump(mode="json"),
+    }
+    header = _make_header(model, backbone, recipe, identity, groups)
+    history = _with_same_keys(history)
+    return partial(_write_student, student=student, header=header, history=history), history
+
+
+def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | None:
+    """The published student, if it is this run's."""
+    from dpdmd_pipeline.backbones.student_file import load_finished
+
+    history = load_finished(finished_student, identity)
+    if history is None:
+        return None
+    log.info("%s: finished student reused from %s", _method(recipe), finished_student)
+    return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
+
+
+def _train(job: Job, recipe: Recipe) -> tuple[Any, Any, list[dict]]:
+    """Train to the end, from the newest checkpoint if there is one: the family's adapter, the student, its history."""
+    several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
+    with nullcontext() if several else job.checkpoints.locked():
+        resumed = job.checkpoints.load_latest()
+        finished_cycles = _log_resume(resumed, recipe, job.checkpoints.folder)
+        if several and finished_cycles < recipe.max_steps:
+            resumed = _train_in_processes(job, finished_cycles)
+            finished_cycles = resumed[0]
         model, roles, records = start(job, resumed)
-        # A finished student has no records left, but only when they are asked for do its weights get into the roles.
-        new = follow(records, done, recipe, options.log_every) if done < recipe.max_steps else list(records)
+        # Iterating also loads the weights of a finished student, which has no records left.
+        unfinished = finished_cycles < recipe.max_steps
+        new = follow(records, finished_cycles, recipe, job.options.log_every) if unfinished else list(records)
         history = [*(resumed[1]["history"] if resumed else []), *new]
-    return _writer(model, roles.student, backbone, recipe), _of_the_same_keys(history)
+    return model, roles.student, history
 
 
-def _of_the_same_keys(history: list[dict]) -> list[dict]:
-    """Rows with None for what was not measured in their turn: `dvc plots` reads no rows whose keys differ."""
+def _with_same_keys(history: list[dict]) -> list[dict]:
+    """Rows with None for what was not measured in their cycle: `dvc plots` needs the same keys in every row."""
     keys = dict.fromkeys(key for row in history for key in row)
     return [{**keys, **row} for row in history]
 
 
 @contextmanager
 def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> Iterator[None]:
-    """A GPU that runs out of memory is told with the options that need less."""
+    """Replace torch's error by one that names the options which need less memory."""
     import torch
 
-    from dpdmd_pipeline.planning.run import explain_out_of_memory
+    from dpdmd_pipeline.planning.gpu import explain_out_of_memory
 
     try:
         yield
@@ -79,9 +114,10 @@ def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: 
         raise ValueError(explain_out_of_memory(error, teacher, backbone, options)) from error
 
 
-def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe) -> Callable[[Path], None]:
-    """What writes the student, whole or as its adapter, with how it is to be sampled in its header."""
-    from dpdmd_pipeline.backbones.student_file import save_lora, save_student
+def _make_header(
+    model: Any, backbone: BackboneOptions, recipe: Recipe, identity: str, groups: dict[str, dict[str, Any]]
+) -> Any:
+    """Header of the student: its sampling, identity and recipe."""
     from dpdmd_pipeline.backbones.student_header import StudentHeader
 
     levels = model.student_schedule(recipe.grid, recipe.num_steps)
@@ -91,44 +127,60 @@ def _writer(model: Any, student: Any, backbone: BackboneOptions, recipe: Recipe)
         "max_sequence_length": backbone.max_sequence_length,
         "prediction": model.prediction,
         "sampler": {"ode": "euler", "renoise": "renoise"}[recipe.between_steps],
+        "identity": identity,
+        "recipe": groups,
     }
     if model.prediction == "flow":
         facts |= {"sigmas": levels.sigma.tolist(), "shift": getattr(model, "shift", None)}
     else:
         facts |= {"timesteps": [int(timestep) for timestep in levels.timestep[:-1]]}
-    if recipe.roles == "full":
-        return lambda folder: save_student(folder, student, StudentHeader(**facts))
-    rank, scale = recipe.lora.student_rank, recipe.lora.alpha_per_rank
-    header = StudentHeader(**facts, kind="lora", lora_rank=rank, lora_alpha=rank * scale)
-    return lambda folder: save_lora(folder, student.adapter_state(), header)
+    if recipe.roles == "lora":
+        rank, scale = recipe.lora.student_rank, recipe.lora.alpha_per_rank
+        facts |= {"kind": "lora", "lora_rank": rank, "lora_alpha": rank * scale}
+    return StudentHeader(**facts)
 
 
-def _tell(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:
-    """Say what is reused; returns the number of finished steps."""
-    name, done = "DP-DMD" if recipe.anchored_steps else "DMD", resumed[0] if resumed else 0
-    if done == recipe.max_steps:
-        log.info("%s: finished student reused from %s", name, folder)
-    elif done:
-        log.info("%s: resumed after step %d of %d from %s", name, done, recipe.max_steps, folder)
-    return done
+def _write_student(folder: Path, student: Any, header: Any, history: list[dict]) -> None:
+    """Write the student into a folder, whole or as its adapter, with its history."""
+    from dpdmd_pipeline.backbones.student_file import save_history, save_lora, save_student
+
+    if header.kind == "lora":
+        save_lora(folder, student.adapter_state(), header)
+    else:
+        save_student(folder, student, header)
+    save_history(folder, history)
 
 
-def _train_in_processes(job: Job, done: int) -> tuple[int, dict]:
-    """Train on in other processes; returns the finished state that they leave.
+def _method(recipe: Recipe) -> str:
+    return "DP-DMD" if recipe.anchored_steps else "DMD"
+
+
+def _log_resume(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:
+    """Log what is reused; returns the number of finished cycles."""
+    cycles = resumed[0] if resumed else 0
+    if cycles == recipe.max_steps:
+        log.info("%s: finished student reused from %s", _method(recipe), folder)
+    elif cycles:
+        log.info("%s: resumed after cycle %d of %d from %s", _method(recipe), cycles, recipe.max_steps, folder)
+    return cycles
+
+
+def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
+    """Continue in other processes; returns the finished state that they leave.
 
     Raises:
         ValueError: if there is none, since it was deleted or damaged meanwhile.
     """
     from dpdmd_pipeline.pipelines.train.worker import train_in_processes
 
-    follow(train_in_processes(job), done, job.options.recipe(), job.options.log_every)
-    finished = job.checkpoints.load_latest()
-    if finished is None:
+    follow(train_in_processes(job), finished_cycles, job.options.recipe(), job.options.log_every)
+    state = job.checkpoints.load_latest()
+    if state is None:
         raise ValueError(
-            f"the processes have ended, and no whole state is left in {job.checkpoints.folder}: "
-            "was it deleted, or is its disk faulty? The same command trains again"
+            f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its "
+            "disk faulty? Run the same command again"
         )
-    return finished
+    return state
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
