@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from dpdmd_pipeline.backbones import FAMILIES
@@ -69,14 +71,24 @@ def test_a_familys_code_belongs_to_what_it_computes_and_another_familys_does_not
     assert not {f"dpdmd_pipeline.backbones.{family}" for family in FAMILIES} & closure.keys()
 
 
-def test_the_students_code_holds_the_method_and_the_loop():
-    closure = identity._import_closure(["pipelines.train.setup"])
-    expected = {
-        "dpdmd.algorithm",
-        "dpdmd.anchor",
-        "dpdmd.losses",
-        "training.distill",
-        "training.anchors",
-        "backbones.base",
-    }
-    assert {f"dpdmd_pipeline.{name}" for name in expected} <= closure.keys()
+@pytest.mark.parametrize(
+    ("roots", "modules"),
+    [
+        (["pipelines.train.setup"], {"dpdmd.algorithm", "dpdmd.anchor", "training.distill", "training.draws"}),
+        (["pipelines.evaluate.sampling"], {"exporting.sample", "dpdmd.sampling", "backbones.base"}),
+        (["scoring.score", "scoring.builders"], {"metrics.alignment", "metrics.quality", "metrics.distribution"}),
+        (["pipelines.study.students"], {"metrics.modes", "shapes.reader", "exporting.sample"}),
+        (["training.teacher"], {"shapes.models", "shapes.world"}),
+        (["training.clip"], {"shapes.clip", "training.teacher"}),
+    ],
+)
+def test_the_code_of_a_result_holds_the_modules_that_compute_it(roots, modules):
+    assert {f"dpdmd_pipeline.{name}" for name in modules} <= identity._import_closure(roots).keys()
+
+
+def test_every_root_of_a_code_hash_exists():
+    package = identity._ROOT / "dpdmd_pipeline"
+    calls = [call for path in package.rglob("*.py") for call in re.findall(r"code_hash\(([^)]*)\)", path.read_text())]
+    roots = {root for call in calls for root in re.findall(r'(?<!f)"([\w.]+)"', call)}
+    assert len(roots) > 5
+    assert {root for root in roots if not identity._import_closure([root])} == set()

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 from tests.pipelines.conftest import PROMPTS, anchor_options, backbone_options, evaluate_options, train_options
-from tests.test_dvc_sync import imported, module_file
 
 from dpdmd_pipeline.pipelines.study import students
 from dpdmd_pipeline.pipelines.study.nodes import run_study
@@ -59,13 +58,3 @@ def test_a_stored_result_is_reused_and_other_pictures_need_no_new_training(study
     study(images_per_prompt=5)
     assert len(folders) == 1 + 3
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("step_*")} == checkpoints
-
-
-def test_the_code_hash_of_a_result_covers_every_module_that_reads_the_pictures():
-    package = Path(students.__file__).parents[2]
-    todo, used = [package / "metrics/shapes.py"], set()
-    while todo:
-        path = todo.pop()
-        used.add(path.relative_to(package).as_posix())
-        todo += [file for name in imported(path) if (file := module_file(name))]
-    assert len(used) > 5 and used - {"metrics/__init__.py", "shapes/__init__.py"} <= set(students.CODE)

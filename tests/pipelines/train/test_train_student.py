@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def check(tiny_teacher, embeddings, anchors):
 
 def test_a_student_has_its_schedule_and_a_record_per_cycle(train):
     folder, history = train()
-    assert load_header(folder) == StudentHeader(
+    assert replace(load_header(folder), identity=None, recipe=None) == StudentHeader(
         "sd3", sigmas=[1.0, 0.75, 0.5, 0.25, 0.0], shift=1.0, resolution=32, max_sequence_length=0
     )
     assert [row["step"] for row in history] == [1, 2]
