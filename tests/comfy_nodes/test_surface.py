@@ -125,8 +125,10 @@ def test_a_note_names_every_file_and_its_folder(example):
 def test_an_example_loads_the_file_that_the_export_writes_and_names_its_folder(example):
     environment = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb"}.get(example, "sd35")
     conf = PROJECT / "conf" / environment
-    options = yaml.safe_load((conf / "parameters_export.yml").read_text())["export"]
-    export = yaml.safe_load((conf / "catalog.yml").read_text())["export"]["filepath"]
+    options = yaml.safe_load((conf / "parameters.yml").read_text())["export"]
+    folder = yaml.safe_load((conf / "globals.yml").read_text())["folder"]
+    export = yaml.safe_load((PROJECT / "conf/base/catalog.yml").read_text())["export"]["filepath"]
+    export = export.replace("${globals:folder}", folder)
     (loader,) = [node for node in nodes_of(example) if node["type"] == "DPDMDLoader"]
     (note,) = [node["widgets_values"][0] for node in nodes_of(example) if node["type"] == "MarkdownNote"]
     folder, name = loader["widgets_values"][0].split("/")
