@@ -15,6 +15,7 @@ import yaml
 from tests.forked import ForkedKedro
 
 PROJECT = Path(__file__).parents[1]
+FEW = {"raw_prompts": "data/01_raw/few.txt", "raw_eval_prompts": "data/01_raw/few_eval.txt"}
 STAGES = {"prompts", "anchors", "train", "evaluate", "report", "export", "sample"}
 # `kedro` on the PATH of DVC's stages: hands its arguments to the tests' process, whose forks have the libraries loaded.
 SHIM = """#!{python} -SE
@@ -76,6 +77,8 @@ def project(tmp_path_factory) -> Path:
     for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=folder, text=True).rstrip("\0").split("\0"):
         if name not in names or not (PROJECT / name).is_file():
             (folder / name).unlink()
+    for name, prompts in {"few": "a red circle\na blue square\n", "few_eval": "a green triangle\n"}.items():
+        (folder / f"data/01_raw/{name}.txt").write_text(prompts)
     make_tiny_sd35(folder)
     shutil.rmtree(folder / "data/06_models/shapes_clip", ignore_errors=True)
     subprocess.run(["git", "checkout", "-q", "--", "data/06_models/shapes_clip"], cwd=folder, check=True)
@@ -90,9 +93,7 @@ def make_tiny_sd35(folder: Path) -> None:
     shutil.copytree(folder / "conf/sd35", conf)
     teacher = "data/06_models/my_teacher"
     shutil.copytree(folder / "data/06_models/shapes_teacher", folder / teacher)
-    shared = {name: f"data/01_raw/{name}.txt" for name in ("prompts", "prompts_eval")}
-    raw = {"raw_prompts": shared["prompts"], "raw_eval_prompts": shared["prompts_eval"]}
-    names = {"folder": "tiny_sd35", **raw, "teacher": teacher, "teacher_model": teacher, "teacher_revision": None}
+    names = {"folder": "tiny_sd35", **FEW, "teacher": teacher, "teacher_model": teacher, "teacher_revision": None}
     (conf / "globals.yml").write_text(yaml.safe_dump(names))
     parameters = yaml.safe_load((conf / "parameters.yml").read_text())
     tiny = {"max_steps": 2, "batch_size": 2, "device": "cpu", "precision": "float32", "watch": {"every": 0}}
@@ -159,6 +160,9 @@ def test_every_stage_runs_in_another_environment_once_and_leaves_base_alone(env,
             options = {group: options}
         parameters = merged(parameters, options)
     conf.write_text(yaml.safe_dump(parameters))
+    if env != "ci":
+        names = project / f"conf/{env}/globals.yml"
+        names.write_text(yaml.safe_dump({**yaml.safe_load(names.read_text()), **FEW}))
 
     first = dvc(project, bin_folder, "repro")
     assert {stage for stage in STAGES if f"Running stage '{stage}'" in first} == STAGES
