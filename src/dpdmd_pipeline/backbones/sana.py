@@ -98,4 +98,4 @@ def _count_after_instruction(tokenizer: Any, prompts: Sequence[str]) -> list[int
     return [tokens - alone for tokens in together]
 
 
-load = Sana
+load = Sana  # called by `load_backbone`

@@ -85,4 +85,4 @@ def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit
     return {name: t5 if name == "tokenizer_3" else clip for name in tokenizer_names(folder)}
 
 
-load = SD3
+load = SD3  # called by `load_backbone`

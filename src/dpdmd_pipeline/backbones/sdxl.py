@@ -145,4 +145,4 @@ def token_limits(folder: Path, _max_sequence_length: int) -> dict[str, TokenLimi
     return {name: TokenLimit(tokenizer_length(folder / name)) for name in tokenizer_names(folder)}
 
 
-load = SDXL
+load = SDXL  # called by `load_backbone`

@@ -38,12 +38,7 @@ class Student:
 def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
     """Load a trained student, hold it against its teacher, and complete its header.
 
-    Args:
-        folder: written by training.
-        teacher: diffusers pipeline directory of the teacher.
-        family: of the teacher.
-        resolution: of training, in pixels.
-        max_sequence_length: of T5 in training.
+    The resolution (in pixels) and the sequence length (in tokens of T5) are those of the training.
 
     Raises:
         ValueError: if it is of another family, or its keys or shapes differ from the network's.

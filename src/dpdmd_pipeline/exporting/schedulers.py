@@ -18,14 +18,7 @@ from dpdmd_pipeline.backbones.base import static_shift
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 
 _ROUNDING = 2e-7  # of levels up to 1 in float32
-_VP_TABLE = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "num_train_timesteps",
-    "rescale_betas_zero_snr",
-)
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 _DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 
 
@@ -99,7 +92,7 @@ def _shift(sigma: float, shift: float) -> float:
 def _vp_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
     """A scheduler with trailing spacing if it gives the timesteps; if not, the caller passes the timesteps."""
     make = _deterministic if header.sampler == "euler" else _renoising
-    table = {key: teacher_config[key] for key in _VP_TABLE if key in teacher_config}
+    table = {key: teacher_config[key] for key in _BETAS if key in teacher_config}
     scheduler = make(header, table | {"prediction_type": _DIFFUSERS_PREDICTION[header.prediction]})
     scheduler.set_timesteps(header.num_steps)
     arguments = {} if scheduler.timesteps.tolist() == header.timesteps else {"timesteps": header.timesteps}
