@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpdmd_pipeline.backbones.networks import WEIGHTS, check_network
+from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files, shapes_of
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_lora, load_weights, save_lora, save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import save_weights
@@ -152,10 +152,10 @@ def test_a_teachers_network_in_one_file_or_several_is_held_against_its_architect
     if shards > 1:
         weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}
         (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    check_network(tmp_path, network)
+    check_keys(network_files(tmp_path), shapes_of(network))
     save_file({name: value for name, value in parts[0].items() if name != "0.weight"}, tmp_path / names[0])
     with pytest.raises(ValueError, match=r"1 missing \(0.weight\)"):
-        check_network(tmp_path, network)
+        check_keys(network_files(tmp_path), shapes_of(network))
 
 
 def test_a_student_of_another_family_is_refused(tmp_path, network):

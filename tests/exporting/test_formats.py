@@ -11,8 +11,8 @@ from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_opti
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
-from dpdmd_pipeline.exporting.folder import Export, read_student
-from dpdmd_pipeline.exporting.formats import About, write_lora
+from dpdmd_pipeline.exporting.folder import Export
+from dpdmd_pipeline.exporting.formats import About, read_student, write_lora
 
 
 def metadata(path):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from dpdmd_pipeline.shapes.models import (
     make_diffusion_scheduler,
     make_pipeline,
-    make_scheduler,
     make_sdxl_pipeline,
     make_sdxl_vae,
     make_tokenizer,
@@ -199,7 +198,7 @@ def test_the_diffusion_scheduler_has_the_levels_of_sdxl_and_starts_at_full_noise
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_scheduler_shifts_statically(shift):
-    config = make_scheduler(shift).config
+    config = make_pipeline(max_length=MAX_LENGTH, shift=shift, seed=0).scheduler.config
     assert config.shift == shift and not config.use_dynamic_shifting
 
 

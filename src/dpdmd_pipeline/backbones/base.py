@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,10 +37,7 @@ class Backbone(Protocol):
     prediction: str  # output of the network: flow (velocity), eps or v (v-prediction)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        """Load the denoising network of the teacher or, with a folder, of a saved student.
-
-        Its weights have the configured precision, or float32, which training needs.
-        """
+        """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
@@ -67,15 +65,10 @@ class Backbone(Protocol):
 
 
 def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
-    """Load the adapter of a family for a teacher's folder; weights are read on use.
-
-    Args:
-        family: name of a file in `backbones/`.
-        folder: diffusers pipeline directory of the teacher.
-        options: of that family.
+    """Load the adapter of a family for a teacher's pipeline directory; weights are read on use.
 
     Raises:
-        ValueError: if the family is unknown.
+        ValueError: if the family is unknown, or the folder does not fit it or the options.
     """
     module = _module(family)
     _hide_progress_bars()
@@ -101,24 +94,15 @@ def _hide_progress_bars() -> None:
 
 
 class PipelineBackbone:
-    """Options, network loading and guidance of a backbone over a diffusers pipeline directory.
+    """Options, components and guidance of a backbone over a diffusers pipeline directory; see `BackboneOptions`."""
 
-    Args:
-        folder: the teacher's directory.
-        component: folder of the denoising network below it.
-        kind: diffusers class of that network.
-        resolution, max_sequence_length, level_range, dtype: see `BackboneOptions`.
-        device: of networks, embeddings and levels.
-
-    Raises:
-        ValueError, OSError: see `network_config`.
-    """
+    component: str  # folder of the denoising network
+    network_class: Any  # of diffusers
+    autoencoder_class: Any  # of diffusers
 
     def __init__(
         self,
         folder: Path,
-        component: str,
-        kind: Any,
         *,
         resolution: int,
         max_sequence_length: int,
@@ -128,41 +112,45 @@ class PipelineBackbone:
     ) -> None:
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
         self.resolution, self.max_sequence_length, self.level_range = resolution, max_sequence_length, level_range
-        self._kind, self._network_folder = kind, self.folder / component
-        self._config = network_config(kind, self._network_folder)
+        self._config = network_config(self.network_class, self.folder / self.component)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
-        return load_network(self._kind, Path(folder or self._network_folder), dtype).to(self.device)
+        return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
 
     def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
         return uncond_x0 + scale * (cond_x0 - uncond_x0)
 
-    def _latent_shape(self, pixels: int, patch_size: int = 1) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the latents at the configured resolution.
-
-        Args:
-            pixels: of the picture per latent pixel, along one side.
-            patch_size: of the network, in latent pixels.
-
-        Raises:
-            ValueError: if the resolution does not divide into patches.
-        """
-        multiple = pixels * patch_size
+    def _latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the latents at the configured resolution, which must divide into the network's patches."""
+        vae = self.autoencoder_class.load_config(self.folder, subfolder="vae")
+        blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+        pixels = 2 ** (len(blocks) - 1)  # of the picture per latent pixel, along one side
+        multiple = pixels * self._config.get("patch_size", 1)
         if self.resolution % multiple:
             raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {multiple}")
         return self._config["in_channels"], self.resolution // pixels, self.resolution // pixels
 
+    @cached_property
+    def _vae(self) -> nn.Module:
+        """The autoencoder, frozen and in float32: SDXL's overflows in float16."""
+        vae = self.autoencoder_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
+        return vae.to(self.device).requires_grad_(False)
+
+    def _load_text(self, pipeline_class: Any, **components: Any) -> Any:
+        """Load the pipeline with frozen text encoders, without the autoencoder and with these other components."""
+        pipeline = pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
+        for name, component in pipeline.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                component.to(self.device).requires_grad_(False)
+        return pipeline
+
 
 class FlowBackbone(PipelineBackbone):
-    """Levels of a flow model with a static shift.
-
-    Attributes:
-        shift: of the teacher's schedule; set by the family.
-    """
+    """Levels of a flow model with a static shift."""
 
     prediction = "flow"
-    shift: float
+    shift: float  # of the teacher's schedule; set by the family
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return self.student_schedule("diffusers", num_steps)
@@ -200,28 +188,14 @@ def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """The length to which a tokenizer truncates prompts.
+    """The length to which a tokenizer truncates prompts."""
 
-    Attributes:
-        tokens: the most tokens of a prompt.
-        count: (tokenizer, prompts) -> tokens of each, as this limit counts them; may import the family's pipeline.
-    """
-
-    tokens: int
-    count: Callable[[Any, Sequence[str]], list[int]] = count_tokens
+    tokens: int  # the most of a prompt
+    count: Callable[[Any, Sequence[str]], list[int]] = count_tokens  # of each prompt, as this limit counts them
 
 
 def token_limits(family: str, folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
-    """Limits of a teacher's tokenizers, by the names of their folders; reads their configs only.
-
-    Args:
-        family: name of a file in `backbones/`.
-        folder: of the teacher.
-        max_sequence_length: of the family's options.
-
-    Raises:
-        ValueError: if the family is unknown.
-    """
+    """Limits of a teacher's tokenizers, by the names of their folders; reads their configs only."""
     return _module(family).token_limits(folder, max_sequence_length)
 
 

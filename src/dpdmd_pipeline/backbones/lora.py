@@ -19,39 +19,22 @@ _KOHYA_ENDINGS = {_A: ".lora_down.weight", _B: ".lora_up.weight"}
 _PEFT_ENDINGS = {kohya: peft for peft, kohya in _KOHYA_ENDINGS.items()}
 
 
-def rank_of(name: str, tensor: Tensor) -> int:
-    """Rank of one tensor of an adapter: A is [rank, in, ...], B is [out, rank, ...]."""
-    return tensor.shape[0 if name.endswith(_A) else 1]
-
-
 def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
-    """Hold an adapter with peft's keys against its rank.
-
-    Raises:
-        ValueError: if there are other keys, a module lacks one of its factors, or a factor has another rank.
-    """
+    """Hold an adapter against its rank: it has peft's keys, and both factors of every module."""
     modules = {name.removesuffix(_A).removesuffix(_B) for name in state}
     unpaired = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
     if unpaired or not state:
         keys = listed(unpaired, FEW) or "no keys"
         raise ValueError(f"this is not a LoRA of pairs <module>{_A} and <module>{_B}: {keys}")
     for name in sorted(state):
-        if rank_of(name, state[name]) != rank:
-            raise ValueError(f"dpdmd.lora_rank is {rank}, but {name} has rank {rank_of(name, state[name])}")
+        stored_rank = state[name].shape[0 if name.endswith(_A) else 1]  # A is [rank, in, ...], B [out, rank, ...]
+        if stored_rank != rank:
+            raise ValueError(f"dpdmd.lora_rank is {rank}, but {name} has rank {stored_rank}")
 
 
 @torch.no_grad()
 def add_lora(weights: MutableMapping[str, Tensor], state: Mapping[str, Tensor], scale: float) -> None:
-    """Add an adapter to weights, in place; each sum is formed in float32.
-
-    Args:
-        weights: of the network, by name.
-        state: with peft's keys, as `check_lora` accepts it.
-        scale: alpha / rank.
-
-    Raises:
-        ValueError: if the network lacks modules of the adapter (the first three are named), or one has another shape.
-    """
+    """Add scale (alpha / rank) times an adapter with peft's keys to weights, in place; sums are formed in float32."""
     remedy = "give the teacher that it was trained on"
     modules = sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
     if unknown := [name for name in modules if f"{name}.weight" not in weights]:
@@ -93,9 +76,7 @@ def kohya_from_peft(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tens
 def peft_from_file(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Tensor]:
     """Convert any of the three formats to peft's keys; unknown keys stay, for `check_lora` to report.
 
-    Args:
-        tensors: of a LoRA file.
-        modules: names of the network's modules, needed to undo kohya's keys.
+    Kohya's keys need the names of the network's modules.
     """
     words = {_kohya_word(module): module for module in modules}
     state = {}

@@ -24,30 +24,17 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     that is refused before weights are read.
 
     Raises:
-        ValueError, OSError: see `network_config` and `check_network`.
+        ValueError: if the network is of another class, or keys or shapes differ.
+        OSError: if there is no config, or safetensors files are missing or incomplete.
     """
     config = network_config(kind, folder)
     with torch.device("meta"):
-        check_network(folder, kind.from_config(config))
+        check_keys(network_files(folder), shapes_of(kind.from_config(config)))
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
-def load_autoencoder(kind: Any, pipeline: Path, device: torch.device) -> nn.Module:
-    """Load the autoencoder of a pipeline, frozen and in float32: SDXL's overflows in float16."""
-    return kind.from_pretrained(pipeline, subfolder="vae", dtype=torch.float32).to(device).requires_grad_(False)
-
-
 def network_config(kind: Any, folder: Path) -> dict[str, Any]:
-    """Read the config of a network's folder.
-
-    Args:
-        kind: the family's diffusers class.
-        folder: of the network, such as a pipeline's ``transformer``.
-
-    Raises:
-        FileNotFoundError: if there is no config.
-        ValueError: if the network is of another class.
-    """
+    """Read the config of a network's folder, which must be of this diffusers class."""
     remedy = "give a teacher of backbone.family, or set that to the teacher's own"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder / 'config.json'} does not exist: {remedy}")
@@ -57,27 +44,8 @@ def network_config(kind: Any, folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_network(folder: Path, model: nn.Module) -> None:
-    """Hold the weight files of a network's folder against its architecture.
-
-    Args:
-        folder: of one network; its weights are in one safetensors file, or in several with an index.
-        model: made from the folder's config; its weights are not used.
-
-    Raises:
-        ValueError: if keys or shapes differ.
-        OSError: if safetensors files are missing or incomplete.
-    """
-    check_keys(network_files(folder), {name: tuple(value.shape) for name, value in model.state_dict().items()})
-
-
 def network_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a network's folder: the single one, or those of the index.
-
-    Raises:
-        FileNotFoundError: if there are none.
-        ValueError: if there are only pickles, or both a single file and an index.
-    """
+    """List the safetensors files of a network's folder: the single one, or those of the index."""
     single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
     if single.is_file() and index.is_file():
         raise ValueError(f"{folder} has both {WEIGHTS} and an index of several files: delete the one you do not need")
@@ -91,14 +59,15 @@ def network_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{single} does not exist{only}: save the network as safetensors")
 
 
-def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Hold weight files against a network: the same names with the same shapes, no more and no less.
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's weights."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
-    Raises:
-        ValueError: with the first names that differ.
-    """
+
+def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold weight files against a network: the same names with the same shapes, no more and no less."""
     stored = stored_shapes(paths)
-    resized = [name for name in stored.keys() & shapes.keys() if stored[name] != tuple(shapes[name])]
+    resized = [name for name in stored.keys() & shapes.keys() if stored[name] != shapes[name]]
     faults = {
         "unknown": sorted(stored.keys() - shapes.keys()),
         "missing": sorted(shapes.keys() - stored.keys()),

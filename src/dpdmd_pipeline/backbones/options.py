@@ -14,28 +14,18 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class BackboneOptions(BaseModel):
-    """Options of the teacher that every stage shares.
-
-    Attributes:
-        family: name of a file in `backbones/`.
-        resolution: of the pictures, in pixels.
-        max_sequence_length: tokens of SD3's T5 encoder or of SANA's language model; 0 for a teacher without either.
-        num_steps: of the teacher's sampling.
-        guidance_scale: of the teacher, in the sense of its own pipeline; 1 is no guidance.
-        level_range: noise levels of DMD and the fake score, as fractions of the schedule before its shift.
-        dtype: of the networks; everything outside them is float32.
-    """
+    """Options of the teacher that every stage shares."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    family: str
-    resolution: PositiveInt
-    max_sequence_length: NonNegativeInt
-    num_steps: PositiveInt
-    guidance_scale: float = Field(ge=1, allow_inf_nan=False)
-    # not strict: YAML has lists, no tuples
+    family: str  # name of a file in `backbones/`
+    resolution: PositiveInt  # of the pictures, in pixels
+    max_sequence_length: NonNegativeInt  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
+    num_steps: PositiveInt  # of the teacher's sampling
+    guidance_scale: float = Field(ge=1, allow_inf_nan=False)  # in the sense of the teacher's own pipeline; 1 is none
+    # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the networks; everything outside them is float32
 
     @field_validator("family")
     @classmethod
@@ -52,11 +42,7 @@ class BackboneOptions(BaseModel):
         return level_range
 
     def load(self, folder: Path, device: Device) -> "Backbone":
-        """Load the adapter for a teacher's folder; weights are read on use.
-
-        Raises:
-            ValueError: if the device does not exist, or the folder does not fit these options.
-        """
+        """Load the adapter for a teacher's folder, as in `load_backbone`."""
         import torch
 
         from dpdmd_pipeline.backbones.base import load_backbone
@@ -73,11 +59,7 @@ class BackboneOptions(BaseModel):
 
 
 def resolve_device(device: Device) -> Any:
-    """Resolve to a torch.device; `auto` is CUDA if torch finds it, else the CPU.
-
-    Raises:
-        ValueError: if the device is CUDA and torch does not find it.
-    """
+    """Resolve to a torch.device that exists; `auto` is CUDA if torch finds it, else the CPU."""
     import torch
 
     if device == "auto":

@@ -9,26 +9,25 @@ import inspect
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, count_tokens, static_shift
-from dpdmd_pipeline.backbones.networks import load_autoencoder
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
-
-if TYPE_CHECKING:
-    from diffusers import SanaPipeline
 
 
 class Sana(FlowBackbone):
     """Backbone over a SanaPipeline directory."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
+    component = "transformer"
+    network_class = SanaTransformer2DModel
+    autoencoder_class = AutoencoderDC
 
-        super().__init__(folder, "transformer", SanaTransformer2DModel, **options)
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
         if not self.max_sequence_length:
             raise ValueError("backbone.max_sequence_length is 0: SANA needs a positive one, its own default is 300")
         if self._config.get("guidance_embeds"):
@@ -36,8 +35,7 @@ class Sana(FlowBackbone):
         self._timestep_scale = self._config.get("timestep_scale", 1.0)  # diffusers' own default
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
         self.shift = static_shift(scheduler, self.folder)
-        blocks = AutoencoderDC.load_config(folder, subfolder="vae")["encoder_block_out_channels"]
-        self.latent_shape = self._latent_shape(2 ** (len(blocks) - 1), self._config["patch_size"])
+        self.latent_shape = self._latent_shape()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -78,25 +76,12 @@ class Sana(FlowBackbone):
         return (self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
-    def _vae(self) -> nn.Module:
-        from diffusers import AutoencoderDC
-
-        return load_autoencoder(AutoencoderDC, self.folder, self.device)
-
-    @cached_property
     def _text(self) -> SanaPipeline:
-        """The pipeline with its text encoder alone."""
-        from diffusers import SanaPipeline
-
-        pipeline = SanaPipeline.from_pretrained(self.folder, transformer=None, vae=None, dtype=self.dtype)
-        pipeline.text_encoder.to(self.device).requires_grad_(False)
-        return pipeline
+        return self._load_text(SanaPipeline, transformer=None)
 
 
 def _instruction() -> list[str]:
     """Lines that the pipeline's call puts before every prompt."""
-    from diffusers import SanaPipeline
-
     return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
@@ -113,6 +98,4 @@ def _count_after_instruction(tokenizer: Any, prompts: Sequence[str]) -> list[int
     return [tokens - alone for tokens in together]
 
 
-def load(folder: Path, **options: Any) -> Sana:
-    """Load the SANA backbone for a teacher's folder."""
-    return Sana(folder, **options)
+load = Sana  # called by `load_backbone`

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import (
@@ -20,24 +21,21 @@ from dpdmd_pipeline.backbones.base import (
     tokenizer_length,
     tokenizer_names,
 )
-from dpdmd_pipeline.backbones.networks import load_autoencoder
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusion3Pipeline
 
 
 class SD3(FlowBackbone):
     """Backbone over a StableDiffusion3Pipeline directory."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    component = "transformer"
+    network_class = SD3Transformer2DModel
+    autoencoder_class = AutoencoderKL
 
-        super().__init__(folder, "transformer", SD3Transformer2DModel, **options)
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
         scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
         self.shift = static_shift(scheduler, self.folder)
-        vae = AutoencoderKL.load_config(folder, subfolder="vae")
-        self.latent_shape = self._latent_shape(2 ** (len(vae["block_out_channels"]) - 1), self._config["patch_size"])
+        self.latent_shape = self._latent_shape()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -73,26 +71,11 @@ class SD3(FlowBackbone):
         return (self._vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
-    def _vae(self) -> nn.Module:
-        from diffusers import AutoencoderKL
-
-        return load_autoencoder(AutoencoderKL, self.folder, self.device)
-
-    @cached_property
     def _text(self) -> StableDiffusion3Pipeline:
-        """The pipeline with its text encoders and a weightless transformer, whose config `encode_prompt` reads."""
-        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-        with torch.device("meta"):
+        with torch.device("meta"):  # without weights: `encode_prompt` reads the config
             transformer = SD3Transformer2DModel.from_config(self._config)
         without_t5 = {} if (self.folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            self.folder, transformer=transformer, vae=None, dtype=self.dtype, **without_t5
-        )
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
-            if encoder is not None:
-                encoder.to(self.device).requires_grad_(False)
-        return pipeline
+        return self._load_text(StableDiffusion3Pipeline, transformer=transformer, **without_t5)
 
 
 def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
@@ -102,6 +85,4 @@ def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit
     return {name: t5 if name == "tokenizer_3" else clip for name in tokenizer_names(folder)}
 
 
-def load(folder: Path, **options: Any) -> SD3:
-    """Load the SD3 backbone for a teacher's folder."""
-    return SD3(folder, **options)
+load = SD3  # called by `load_backbone`

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import (
@@ -21,7 +22,6 @@ from dpdmd_pipeline.backbones.base import (
     tokenizer_length,
     tokenizer_names,
 )
-from dpdmd_pipeline.backbones.networks import load_autoencoder
 from dpdmd_pipeline.dpdmd.noise import (
     NoiseLevel,
     vp_level,
@@ -31,26 +31,20 @@ from dpdmd_pipeline.dpdmd.noise import (
     x0_from_v_prediction,
 )
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLPipeline
-
 # diffusers' prediction type -> our name, and the function that converts it to x0
 _PREDICTIONS = {"epsilon": ("eps", x0_from_eps), "v_prediction": ("v", x0_from_v_prediction)}
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 
 
 class SDXL(PipelineBackbone):
-    """Backbone over a StableDiffusionXLPipeline directory.
+    """Backbone over a StableDiffusionXLPipeline directory."""
 
-    Attributes:
-        prediction: eps or v.
-        alphas_cumprod: [T] float32, the scheduler's own table of alpha^2.
-    """
+    component = "unet"
+    network_class = UNet2DConditionModel
+    autoencoder_class = AutoencoderKL
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
-
-        super().__init__(folder, "unet", UNet2DConditionModel, **options)
+        super().__init__(folder, **options)
         unet = self._config
         if self.max_sequence_length:
             raise ValueError(
@@ -62,8 +56,7 @@ class SDXL(PipelineBackbone):
                 f"to {unet['out_channels']} channels: give a text-to-image network of SDXL (text_time, 4 to 4)"
             )
         self.prediction, self._to_x0, self.alphas_cumprod = _read_scheduler(self.folder)
-        vae = AutoencoderKL.load_config(folder, subfolder="vae")
-        self.latent_shape = self._latent_shape(2 ** (len(vae["block_out_channels"]) - 1))
+        self.latent_shape = self._latent_shape()
         index = StableDiffusionXLPipeline.load_config(folder)
         self._zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)  # diffusers' own default
 
@@ -125,32 +118,12 @@ class SDXL(PipelineBackbone):
         return (self._vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
-    def _vae(self) -> nn.Module:
-        from diffusers import AutoencoderKL
-
-        return load_autoencoder(AutoencoderKL, self.folder, self.device)
-
-    @cached_property
     def _text(self) -> StableDiffusionXLPipeline:
-        """The pipeline with its text encoders alone."""
-        from diffusers import StableDiffusionXLPipeline
-
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            self.folder, unet=None, vae=None, add_watermarker=False, dtype=self.dtype
-        )
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-            encoder.to(self.device).requires_grad_(False)
-        return pipeline
+        return self._load_text(StableDiffusionXLPipeline, unet=None, add_watermarker=False)
 
 
 def _read_scheduler(folder: Path) -> tuple[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor], Tensor]:
-    """Read the prediction, its conversion to x0, and the table of alpha^2 [T].
-
-    Raises:
-        ValueError: if the config is not that of a diffusion model, or its prediction type is not supported.
-    """
-    from diffusers import DDIMScheduler
-
+    """Read the prediction (eps or v), its conversion to x0, and the table of alpha^2, [T] in float32."""
     config = DDIMScheduler.load_config(folder, subfolder="scheduler")
     if missing := [name for name in (*_BETAS, "prediction_type") if name not in config]:
         raise ValueError(f"{folder}: the scheduler's config has no {', '.join(missing)}: give a teacher of SDXL")
@@ -172,6 +145,4 @@ def token_limits(folder: Path, _max_sequence_length: int) -> dict[str, TokenLimi
     return {name: TokenLimit(tokenizer_length(folder / name)) for name in tokenizer_names(folder)}
 
 
-def load(folder: Path, **options: Any) -> SDXL:
-    """Load the SDXL backbone for a teacher's folder."""
-    return SDXL(folder, **options)
+load = SDXL  # called by `load_backbone`

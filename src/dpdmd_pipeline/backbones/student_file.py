@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
-from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys
+from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, shapes_of
 from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
 from dpdmd_pipeline.backbones.tensor_files import (
     check_finite,
@@ -30,10 +30,7 @@ HISTORY = "history.json"  # a record per cycle of the training
 
 
 def save_student(folder: Path, model: nn.Module, header: StudentHeader) -> None:
-    """Write a diffusers model folder: `from_pretrained` loads it, and the weight file carries the header.
-
-    The same student gives the same bytes on every machine.
-    """
+    """Write a diffusers model folder: `from_pretrained` loads it, and the weight file carries the header."""
     model.save_config(folder)
     config_file = Path(folder) / "config.json"
     config = json.loads(config_file.read_text())
@@ -43,16 +40,12 @@ def save_student(folder: Path, model: nn.Module, header: StudentHeader) -> None:
 
 
 def save_lora(folder: Path, state: Mapping[str, Tensor], header: StudentHeader) -> None:
-    """Write the folder of a LoRA student.
+    """Write a LoRA student into an existing folder.
 
     Args:
-        folder: exists.
         state: as returned by peft's `get_peft_model_state_dict`: ``<module>.lora_A.weight`` [rank, in] and
             ``<module>.lora_B.weight`` [out, rank] per adapted module of the network.
-        header: of kind lora.
-
-    Raises:
-        ValueError: if the header is of kind full, or the state is not a LoRA of the header's rank.
+        header: of kind lora and the state's rank.
     """
     if header.kind != "lora":
         raise header_error("kind", header.kind, "adapter weights are of kind lora")
@@ -72,10 +65,7 @@ def save_history(folder: Path, history: list[dict]) -> None:
 
 
 def weight_file(path: Path) -> Path:
-    """Find the one file with a student's weights.
-
-    Args:
-        path: a student's folder, an exported diffusers pipeline, or a weight file.
+    """Find the one file with a student's weights: `path` itself, or in a student's folder or an exported pipeline.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -95,17 +85,18 @@ def weight_file(path: Path) -> Path:
 
 
 def load_header(path: Path) -> StudentHeader:
-    """Read the header of a student.
-
-    Args:
-        path: as in `weight_file`.
+    """Read the header of a student; the path is as in `weight_file`.
 
     Raises:
         FileNotFoundError: if there is no weight file.
         ValueError: if the file was not written by this package, or by a newer version of it.
     """
     file = weight_file(path)
-    return _parse_header(file, load_metadata(file))
+    metadata = load_metadata(file)
+    try:
+        return StudentHeader.from_metadata(metadata)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def load_finished(folder: Path, identity: str) -> list[dict] | None:
@@ -119,15 +110,11 @@ def load_finished(folder: Path, identity: str) -> list[dict] | None:
 
 
 def load_lora(path: Path, modules: Iterable[str] = ()) -> tuple[dict[str, Tensor], StudentHeader]:
-    """Read a LoRA that `save_lora` wrote, or an exported LoRA file, with peft's keys.
+    """Read a LoRA, from a student's folder or an exported file, with peft's keys.
 
     Args:
-        path: of the folder or file.
+        path: as in `weight_file`.
         modules: names of the network's modules; needed for the exported files of a UNet.
-
-    Raises:
-        ValueError: if it is not a LoRA of the header's rank.
-        OSError: if the weight file is missing or incomplete.
     """
     file = weight_file(path)
     header = load_header(file)
@@ -146,7 +133,7 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
     A full student replaces every weight, a LoRA is added to them.
 
     Args:
-        path: a folder or a file; without a header of this project, only keys and shapes are checked.
+        path: as in `weight_file`; without a header of this project, only keys and shapes are checked.
         model: of the teacher's architecture, with weights.
         family: of the model.
 
@@ -156,17 +143,15 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
         OSError: if the weight file is missing or incomplete.
     """
     file = weight_file(path)
-    metadata = load_metadata(file)
-    if "dpdmd.format" in metadata:
-        header = _parse_header(file, metadata)
+    if "dpdmd.format" in load_metadata(file):
+        header = load_header(file)
         check_family(file, header, family)
         if header.kind == "lora":
-            state, header = load_lora(file, [name for name, _ in model.named_modules()])
+            state, _ = load_lora(file, [name for name, _ in model.named_modules()])
             return add_lora(model.state_dict(), state, header.lora_alpha / header.lora_rank)
-    weights = model.state_dict()
-    check_keys([file], {name: tuple(value.shape) for name, value in weights.items()})
+    check_keys([file], shapes_of(model))
     with open_tensors(file) as stored:
-        for name, value in weights.items():
+        for name, value in model.state_dict().items():
             tensor = stored.get_tensor(name)
             check_finite(file, {name: tensor})
             value.copy_(tensor)
@@ -188,10 +173,3 @@ def check_prediction(path: Path, header: StudentHeader, prediction: str, teacher
             f"{path}: the student predicts {header.prediction!r}, the pipeline in {teacher} {prediction!r}: "
             "give the teacher that it was distilled from"
         )
-
-
-def _parse_header(path: Path, metadata: Mapping[str, str]) -> StudentHeader:
-    try:
-        return StudentHeader.from_metadata(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error

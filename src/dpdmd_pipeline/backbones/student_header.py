@@ -27,39 +27,26 @@ _REQUIRED = ("family", "guidance", "prediction", "sampler")
 class StudentHeader:
     """The facts that a sampler needs; values that no sampler of this project can follow are refused.
 
-    Attributes:
-        family: name of a file in `backbones/`.
-        sigmas: flow only: N + 1 falling levels, the first at most 1, the last 0.
-        prediction: output of the network: ``flow``, ``eps`` or ``v``.
-        sampler: ``euler`` (deterministic: Euler for flow, DDIM with eta 0 for VP) or ``renoise``.
-        guidance: 1.0; a student is sampled without classifier-free guidance.
-        kind: ``full`` weights, or a ``lora`` to be added to the teacher's.
-        timesteps: VP only (eps, v): N falling integers below 1000.
-        shift: flow only: the family's static shift, for information; None if unknown.
-        lora_rank, lora_alpha: lora only; the adapter is scaled by alpha / rank.
-        resolution: of the training pictures, in pixels; None if unknown.
-        max_sequence_length: tokens of the T5 encoder in training; None if unknown.
-        identity: hash of recipe, teacher, anchors, prompts and code, for reuse; None if unknown.
-        recipe: parameter group to the options that decided the weights; None if unknown.
+    Facts that a sampler does not need are None if they are unknown.
 
     Raises:
         ValueError: with the key, its value and the allowed values.
     """
 
-    family: str
-    sigmas: list[float] | None = None
-    prediction: str = "flow"
-    sampler: str = "euler"
-    guidance: float = 1.0
-    kind: str = "full"
-    timesteps: list[int] | None = None
-    shift: float | None = None
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
-    resolution: int | None = None
-    max_sequence_length: int | None = None
-    identity: str | None = None
-    recipe: dict[str, dict[str, Any]] | None = None
+    family: str  # name of a file in `backbones/`
+    sigmas: list[float] | None = None  # flow only: N + 1 falling levels, the first at most 1, the last 0
+    prediction: str = "flow"  # output of the network: flow (velocity), eps or v
+    sampler: str = "euler"  # deterministic (Euler for flow, DDIM with eta 0 for VP), or renoise
+    guidance: float = 1.0  # a student is sampled without classifier-free guidance
+    kind: str = "full"  # or lora, to be added to the teacher's weights
+    timesteps: list[int] | None = None  # VP only (eps, v): N falling integers below 1000
+    shift: float | None = None  # flow only: the family's static shift, for information
+    lora_rank: int | None = None  # lora only
+    lora_alpha: float | None = None  # lora only; the adapter is scaled by alpha / rank
+    resolution: int | None = None  # of the training pictures, in pixels
+    max_sequence_length: int | None = None  # tokens of the T5 encoder in training
+    identity: str | None = None  # hash of recipe, teacher, anchors, prompts and code, for reuse
+    recipe: dict[str, dict[str, Any]] | None = None  # parameter group to the options that decided the weights
 
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
@@ -69,10 +56,10 @@ class StudentHeader:
         self._check_lora()
         for key, least in (("resolution", 1), ("max_sequence_length", 0)):
             value = getattr(self, key)
-            valid = value is None or (_is_integer(value) and value >= least)
+            valid = value is None or (type(value) is int and value >= least)
             self._require(key, valid, f"give an integer of at least {least}")
-        groups = self.recipe if isinstance(self.recipe, dict) else {"": self.recipe}
-        valid = self.recipe is None or all(isinstance(group, dict) for group in groups.values())
+        recipe = {} if self.recipe is None else self.recipe
+        valid = isinstance(recipe, dict) and all(isinstance(group, dict) for group in recipe.values())
         self._require("recipe", valid, "give an object of parameter groups")
 
     def _check_levels(self) -> None:
@@ -92,7 +79,7 @@ class StudentHeader:
             for key in ("lora_rank", "lora_alpha"):
                 self._require_none(key, "belongs to kind lora, this is full")
         else:
-            positive = _is_integer(self.lora_rank) and self.lora_rank > 0
+            positive = type(self.lora_rank) is int and self.lora_rank > 0
             self._require("lora_rank", positive, "give a positive integer")
             self._require("lora_alpha", _is_positive(self.lora_alpha), "give a positive number")
 
@@ -123,11 +110,7 @@ class StudentHeader:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> StudentHeader:
-        """Convert from safetensors metadata; keys of other programs are ignored.
-
-        Raises:
-            ValueError: if the format is unknown, or a key is missing, unreadable or out of range.
-        """
+        """Convert from safetensors metadata; keys of other programs are ignored."""
         if metadata.get("dpdmd.format") != FORMAT:
             raise ValueError(f"dpdmd.format is {metadata.get('dpdmd.format')!r}, this version reads {FORMAT!r}")
         for key in _REQUIRED:
@@ -151,10 +134,6 @@ def _parse(key: str, text: str) -> Any:
         raise header_error(key, text, "it cannot be read; export the student again") from error
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -169,9 +148,9 @@ def _are_sigmas(values: Any) -> bool:
 
 
 def _are_timesteps(values: Any) -> bool:
-    integers = isinstance(values, list) and bool(values) and all(map(_is_integer, values))
+    integers = isinstance(values, list) and bool(values) and all(type(value) is int for value in values)
     return integers and values[0] < NUM_TRAIN_TIMESTEPS and values[-1] >= 0 and _falls(values)
 
 
 def _falls(values: list) -> bool:
-    return all(before > after for before, after in zip(values, values[1:], strict=False))
+    return values == sorted(set(values), reverse=True)

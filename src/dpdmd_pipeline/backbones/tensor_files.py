@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dpdmd_pipeline.wording import listed
@@ -18,13 +20,7 @@ _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: the same content gives the same bytes on every machine.
-
-    Raises:
-        ValueError: if a tensor is not finite.
-    """
-    from safetensors.torch import save_file
-
+    """Write a safetensors file of finite weights: the same content gives the same bytes on every machine."""
     check_finite(path, weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, path, metadata=dict(metadata))
@@ -32,11 +28,7 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file: the library's order differs from process to process.
-
-    Raises:
-        ValueError: if the sorted header is longer than the original one.
-    """
+    """Sort the metadata of a safetensors file: the library's order differs from process to process."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -77,8 +69,6 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ValueError: if it is a pickle.
         OSError: if it is missing or incomplete.
     """
-    from safetensors import SafetensorError, safe_open
-
     refuse_pickles([path])
     try:
         file = safe_open(path, framework="pt")

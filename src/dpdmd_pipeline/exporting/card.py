@@ -36,50 +36,29 @@ class Licence:
 
 @dataclass(frozen=True)
 class DiffusersUse:
-    """Arguments with which diffusers draws with the student.
+    """Arguments with which diffusers draws with the student."""
 
-    Attributes:
-        load: further arguments of the pipeline's `from_pretrained`.
-        call: arguments of the pipeline's call, without prompts and generators.
-        scheduler: name of the scheduler's class.
-        settings: of the scheduler, without its defaults.
-        passes_generators: True if the pipeline's generators also make the noise between the sampling steps.
-    """
-
-    load: Mapping[str, Any]
-    call: Mapping[str, Any]
-    scheduler: str
-    settings: Mapping[str, Any]
-    passes_generators: bool
+    load: Mapping[str, Any]  # further arguments of the pipeline's `from_pretrained`
+    call: Mapping[str, Any]  # arguments of the pipeline's call, without prompts and generators
+    scheduler: str  # name of the scheduler's class
+    settings: Mapping[str, Any]  # of the scheduler, without its defaults
+    passes_generators: bool  # True if the pipeline's generators also make the noise between the sampling steps
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts for a card.
+    """Facts for a card."""
 
-    Attributes:
-        title: of the model, and name of its files.
-        licence: of the weights.
-        base_model: hub id of the teacher; None if unknown.
-        teacher_folder: name of the teacher's folder, used without a hub id.
-        header: of the student, before a LoRA is added to the teacher's weights.
-        dtype: of the exported weights.
-        files: path below the card of every form that was written.
-        diffusers: arguments for diffusers.
-        recipe: parameter group to the options that decided the student; {} if unknown.
-        metrics: of this student, as the evaluate stage writes them; {} without measurements.
-    """
-
-    title: str
+    title: str  # of the model, and name of its files
     licence: Licence
-    base_model: str | None
-    teacher_folder: str
-    header: StudentHeader
-    dtype: str
-    files: Mapping[str, str]
+    base_model: str | None  # hub id of the teacher; None if unknown
+    teacher_folder: str  # name of the teacher's folder, used without a hub id
+    header: StudentHeader  # of the student, before a LoRA is added to the teacher's weights
+    dtype: str  # of the exported weights
+    files: Mapping[str, str]  # path below the card of every form that was written
     diffusers: DiffusersUse
-    recipe: Mapping[str, Mapping[str, Any]]
-    metrics: Mapping[str, Any]
+    recipe: Mapping[str, Mapping[str, Any]]  # parameter group to the options that decided the student; {} if unknown
+    metrics: Mapping[str, Any]  # of this student, as the evaluate stage writes them; {} without measurements
 
 
 def write_card(facts: CardFacts) -> str:

@@ -5,64 +5,36 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from dpdmd_pipeline.backbones.base import static_shift
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.exporting.card import FORMS, CardFacts, DiffusersUse, Licence, write_card
 from dpdmd_pipeline.exporting.formats import (
     About,
     Student,
     component,
-    load_student,
-    schedule_of,
     teacher_scheduler,
     write_comfyui,
     write_diffusers,
     write_lora,
 )
-
-
-def read_student(student: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
-    """Load a trained student and add to its header the facts that an exported file needs on its own.
-
-    Args:
-        student, teacher, family: as in `load_student`.
-        resolution: of training, in pixels.
-        max_sequence_length: of T5 in training.
-    """
-    loaded = load_student(student, teacher, family)
-    facts = {"resolution": resolution, "max_sequence_length": max_sequence_length}
-    if loaded.header.prediction == "flow" and loaded.header.shift is None:  # students of older versions
-        facts["shift"] = float(static_shift(teacher_scheduler(teacher), teacher))
-    return replace(loaded, header=replace(loaded.header, **facts))
+from dpdmd_pipeline.exporting.schedulers import trained_schedule
 
 
 @dataclass(frozen=True)
 class Export:
-    """Everything that an export depends on.
-
-    Attributes:
-        student: with its weights.
-        teacher: its diffusers pipeline directory.
-        title: of the model, and name of its files.
-        formats: requested forms; see `FORMS`.
-        dtype: of the weights, a name in torch.
-        license, license_name, license_link: as in a hub's front matter; None if unknown.
-        base_model: hub id of the teacher; None if unknown: the card then has the name of its folder.
-        recipe: parameter group to the options that decided the student, for the card; {} if unknown.
-        metrics: of this student, as the evaluate stage writes them, for the card; {} without measurements.
-    """
+    """Everything that an export depends on; see `CardFacts` for the facts that are on the card alone."""
 
     student: Student
-    teacher: Path
+    teacher: Path  # its diffusers pipeline directory
     title: str
-    formats: Sequence[str]
-    dtype: str
+    formats: Sequence[str]  # requested forms; see `FORMS`
+    dtype: str  # of the weights, a name in torch
     license: str | None
     license_name: str | None
     license_link: str | None
@@ -82,12 +54,7 @@ class Export:
         return ["lora"] if "lora" in self.formats and self.student.adapter is None else []
 
     def write(self, folder: Path) -> None:
-        """Write all forms, an index and the model card into an empty folder.
-
-        Raises:
-            ValueError: if there is no form to write, or weights are not finite in the dtype.
-            OSError: if a file of the teacher is missing.
-        """
+        """Write all forms, an index and the model card into an empty folder; refuse weights not finite in the dtype."""
         if not self.files:
             raise ValueError("export.formats=['lora'], but the student is of kind full: add diffusers or comfyui")
         about = About(self.title, self.license_name or self.license, getattr(torch, self.dtype))
@@ -100,10 +67,7 @@ class Export:
         # a model folder has a config.json; this one is an index of the forms
         index = {"title": self.title, "dtype": self.dtype, "files": self.files, **self.student.header.metadata()}
         (folder / "config.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(write_card(self._facts()), encoding="utf-8")
-
-    def _facts(self) -> CardFacts:
-        return CardFacts(
+        facts = CardFacts(
             title=self.title,
             licence=Licence(self.license, self.license_name, self.license_link),
             base_model=self.base_model,
@@ -115,14 +79,13 @@ class Export:
             recipe=self.recipe,
             metrics=self.metrics,
         )
+        (folder / "README.md").write_text(write_card(facts), encoding="utf-8")
 
 
 def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
     """Arguments for diffusers, from the signatures of the teacher's pipeline and of the scheduler."""
-    import diffusers
-
     index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
-    pipeline, schedule = getattr(diffusers, index["_class_name"]), schedule_of(header, teacher)
+    pipeline, schedule = getattr(diffusers, index["_class_name"]), trained_schedule(header, teacher_scheduler(teacher))
     absent = {name for name, value in index.items() if value == [None, None]}
     facts = {
         "num_inference_steps": header.num_steps,

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.backbones.base import static_shift
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
 from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_tensors, refuse_pickles, save_weights, stored_shapes
-from dpdmd_pipeline.exporting.schedulers import TrainedSchedule, trained_schedule
+from dpdmd_pipeline.exporting.schedulers import trained_schedule
 
 _COPIED = {".json", ".model", ".safetensors", ".txt"}
 # names of the ModelSpec convention and of the trainers that write it
@@ -27,26 +28,17 @@ _MODELSPEC_PREDICTION = {"eps": "epsilon", "v": "v"}
 
 @dataclass(frozen=True)
 class Student:
-    """A student that fits its teacher, ready to be written.
+    """A student that fits its teacher, ready to be written."""
 
-    Attributes:
-        header: how it is sampled.
-        weights: of the whole network; a LoRA is already added.
-        adapter: the LoRA itself, with peft's keys; None for a full student.
-    """
-
-    header: StudentHeader
-    weights: dict[str, Tensor]
-    adapter: dict[str, Tensor] | None
+    header: StudentHeader  # with every fact that an exported file needs on its own
+    weights: dict[str, Tensor]  # of the whole network; a LoRA is already added
+    adapter: dict[str, Tensor] | None  # the LoRA itself, with peft's keys; None for a full student
 
 
-def load_student(folder: Path, teacher: Path, family: str) -> Student:
-    """Load a trained student and hold it against its teacher.
+def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
+    """Load a trained student, hold it against its teacher, and complete its header.
 
-    Args:
-        folder: written by training.
-        teacher: diffusers pipeline directory of the teacher.
-        family: of the teacher.
+    The resolution (in pixels) and the sequence length (in tokens of T5) are those of the training.
 
     Raises:
         ValueError: if it is of another family, or its keys or shapes differ from the network's.
@@ -55,22 +47,20 @@ def load_student(folder: Path, teacher: Path, family: str) -> Student:
     path, header = weight_file(folder), load_header(folder)
     check_family(path, header, family)
     network = network_files(teacher / component(teacher))
+    header = replace(header, resolution=resolution, max_sequence_length=max_sequence_length)
+    if header.prediction == "flow" and header.shift is None:  # students of older versions
+        header = replace(header, shift=float(static_shift(teacher_scheduler(teacher), teacher)))
     if header.kind == "full":
         check_keys([path], stored_shapes(network))
         return Student(header, load_tensors(path), None)
-    adapter, header = load_lora(path)
+    adapter, _ = load_lora(path)
     weights = {name: tensor.float() for file in network for name, tensor in load_tensors(file).items()}
     add_lora(weights, adapter, header.lora_alpha / header.lora_rank)
     return Student(header, weights, adapter)
 
 
 def component(pipeline: Path) -> str:
-    """Name of the denoising network in a pipeline's folder.
-
-    Raises:
-        OSError: if the folder is not a diffusers pipeline.
-        ValueError: if it has no denoising network.
-    """
+    """Name of the denoising network in a pipeline's folder."""
     index = _model_index(pipeline)
     for name in COMPONENTS:
         if name in index:
@@ -82,17 +72,11 @@ def component(pipeline: Path) -> str:
 
 @dataclass(frozen=True)
 class About:
-    """Facts that every weight file of an export shares.
+    """Facts that every weight file of an export shares."""
 
-    Attributes:
-        title: of the model.
-        licence: of its weights; None if it is unknown.
-        dtype: of its weights.
-    """
-
-    title: str
-    licence: str | None
-    dtype: torch.dtype
+    title: str  # of the model
+    licence: str | None  # of its weights; None if it is unknown
+    dtype: torch.dtype  # of its weights
 
 
 def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
@@ -110,11 +94,6 @@ def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in fields.items() if value}
 
 
-def schedule_of(header: StudentHeader, teacher: Path) -> TrainedSchedule:
-    """The diffusers scheduler with the student's levels and its teacher's noise table."""
-    return trained_schedule(header, teacher_scheduler(teacher))
-
-
 def teacher_scheduler(teacher: Path) -> dict[str, Any]:
     """The config of the teacher's own scheduler."""
     return _json(teacher / "scheduler" / "scheduler_config.json")
@@ -124,20 +103,13 @@ def teacher_scheduler(teacher: Path) -> dict[str, Any]:
 
 
 def write_diffusers(folder: Path, student: Student, teacher: Path, about: About) -> None:
-    """Write a whole pipeline: the teacher's, with the student's network and schedule.
-
-    Args:
-        folder: must not exist.
-        student: a LoRA is already in its weights.
-        teacher: diffusers pipeline directory; its other components are copied unchanged.
-        about: title, licence and precision.
-    """
+    """Write a whole pipeline into a new folder: the teacher's, with the student's network and schedule."""
     network, index = component(teacher), _model_index(teacher)
     folder.mkdir(parents=True)
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
         if name not in ("scheduler", network):
             _copy_component(teacher / name, folder / name)
-    scheduler = schedule_of(student.header, teacher).scheduler
+    scheduler = trained_schedule(student.header, teacher_scheduler(teacher)).scheduler
     scheduler.save_pretrained(folder / "scheduler")
     (folder / network).mkdir()
     _write_json(folder / network / "config.json", _json(teacher / network / "config.json"))
@@ -157,11 +129,7 @@ def write_comfyui(path: Path, student: Student, about: About) -> None:
 def write_lora(path: Path, student: Student, network: str, about: About) -> None:
     """Write a LoRA that diffusers and ComfyUI load with the right scale.
 
-    Args:
-        path: of the file.
-        student: a LoRA.
-        network: ``transformer`` (prefix, and the scale in B) or ``unet`` (kohya's keys, with alpha).
-        about: title, licence and precision.
+    A ``transformer`` gets a prefix, and the scale in B; a ``unet`` gets kohya's keys, with alpha.
     """
     header = student.header
     if network == "unet":
@@ -196,11 +164,7 @@ def hub_id(teacher: Path) -> str | None:
 
 
 def _copy_component(source: Path, target: Path) -> None:
-    """Copy one component of a pipeline without its pickles.
-
-    Raises:
-        ValueError: if its weights are pickles only.
-    """
+    """Copy one component of a pipeline without its pickles; it must have other weights."""
     files = [path for path in sorted(source.rglob("*")) if path.is_file()]
     if not any(path.suffix == ".safetensors" for path in files):
         refuse_pickles(files)
@@ -212,7 +176,7 @@ def _copy_component(source: Path, target: Path) -> None:
 
 
 def _model_index(pipeline: Path) -> dict[str, Any]:
-    path = Path(pipeline) / "model_index.json"
+    path = pipeline / "model_index.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give the folder of a diffusers pipeline")
     return _json(path)

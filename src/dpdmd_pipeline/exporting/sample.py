@@ -65,29 +65,20 @@ def sample(
 
 @dataclass(frozen=True)
 class OpenStudent:
-    """A student that can be sampled.
+    """A student that can be sampled."""
 
-    Attributes:
-        header: of its file.
-        backbone: of its family, over the pipeline with the other components.
-        network: with its weights.
-        levels: of its schedule, [N + 1].
-    """
-
-    header: StudentHeader
-    backbone: Backbone
-    network: nn.Module
-    levels: NoiseLevel
+    header: StudentHeader  # of its file
+    backbone: Backbone  # of its family, over the pipeline with the other components
+    network: nn.Module  # with its weights
+    levels: NoiseLevel  # of its schedule, [N + 1]
 
 
 def open_student(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> OpenStudent:
     """Load an export; see `sample`."""
-    header = load_header(path)
-    pipeline = _pipeline(path, teacher)
-    backbone = _backbone(path, pipeline, header, device, dtype)
-    check_prediction(path, header, backbone.prediction, pipeline)
+    backbone, header = _backbone(path, teacher, device, dtype), load_header(path)
+    check_prediction(path, header, backbone.prediction, backbone.folder)
     network = backbone.load_model()
-    if pipeline != path:
+    if backbone.folder != path:
         load_weights(path, network, header.family)
     levels = backbone.student_schedule(header.grid, header.num_steps)
     return OpenStudent(header, backbone, network.requires_grad_(False).eval(), levels)
@@ -101,7 +92,7 @@ def encode(
     The text encoders belong to a separate backbone, so that they are freed before the network is loaded.
     """
     texts = list(dict.fromkeys(prompts))
-    backbone = _backbone(path, _pipeline(path, teacher), load_header(path), device, dtype)
+    backbone = _backbone(path, teacher, device, dtype)
     batches = [backbone.encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=backbone.device)
     return {name: torch.cat([batch[name] for batch in batches])[rows] for name in batches[0]}
@@ -134,7 +125,8 @@ def _pipeline(path: Path, teacher: Path | None) -> Path:
     return path if is_pipeline else teacher
 
 
-def _backbone(path: Path, pipeline: Path, header: StudentHeader, device: Device, dtype: Precision) -> Backbone:
+def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
+    pipeline, header = _pipeline(path, teacher), load_header(path)
     for key in ("resolution", "max_sequence_length"):
         if getattr(header, key) is None:
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 
 from dpdmd_pipeline.backbones.base import static_shift
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
 _ROUNDING = 2e-7  # of levels up to 1 in float32
-_VP_TABLE = (
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "num_train_timesteps",
-    "rescale_betas_zero_snr",
-)
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 _DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 
 
-@dataclass(frozen=True)
-class TrainedSchedule:
-    """A scheduler, and further arguments of the pipeline's call.
+class TrainedSchedule(NamedTuple):
+    """A scheduler, and further arguments of the pipeline's call."""
 
-    Attributes:
-        scheduler: of a stock class.
-        arguments: {} if `num_inference_steps` is enough, else the levels themselves.
-    """
-
-    scheduler: SchedulerMixin
-    arguments: dict[str, Any]
+    scheduler: SchedulerMixin  # of a stock class
+    arguments: dict[str, Any]  # {} if `num_inference_steps` is enough, else the levels themselves
 
 
 def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
-    """Find the scheduler of an exported pipeline.
-
-    Args:
-        header: of the student.
-        teacher_config: the teacher's own scheduler_config.json.
-    """
+    """Find the scheduler with a student's levels and its teacher's noise table, from the teacher's scheduler config."""
     if header.prediction == "flow":
         return _flow_schedule(header, teacher_config)
     return _vp_schedule(header, teacher_config)
@@ -56,8 +41,6 @@ def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> T
 
 def _flow_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
     """Euler with the first candidate shift that gives the levels; if none does, the caller passes the levels."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     trained = torch.tensor(header.sigmas)
     fixed = {"stochastic_sampling": header.sampler == "renoise"}
     for shift, shift_terminal in _shifts(header.sigmas, float(static_shift(teacher_config))):
@@ -109,7 +92,7 @@ def _shift(sigma: float, shift: float) -> float:
 def _vp_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
     """A scheduler with trailing spacing if it gives the timesteps; if not, the caller passes the timesteps."""
     make = _deterministic if header.sampler == "euler" else _renoising
-    table = {key: teacher_config[key] for key in _VP_TABLE if key in teacher_config}
+    table = {key: teacher_config[key] for key in _BETAS if key in teacher_config}
     scheduler = make(header, table | {"prediction_type": _DIFFUSERS_PREDICTION[header.prediction]})
     scheduler.set_timesteps(header.num_steps)
     arguments = {} if scheduler.timesteps.tolist() == header.timesteps else {"timesteps": header.timesteps}
@@ -120,13 +103,8 @@ def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMix
     """DDIM with eta 0, or DPM-Solver++ of order 1 for uneven timesteps.
 
     DDIMScheduler assumes evenly spaced timesteps. DPM-Solver++ of order 1 is the same step between any two levels and
-    also starts from unit variance.
-
-    Raises:
-        ValueError: if no stock scheduler makes these steps exactly.
+    also starts from unit variance. Steps that no stock scheduler makes exactly are refused.
     """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
     stride = table["num_train_timesteps"] // header.num_steps
     ends = [*header.timesteps[1:], None]
     pairs = zip(header.timesteps, ends, strict=True)
@@ -144,6 +122,4 @@ def _deterministic(header: StudentHeader, table: dict[str, Any]) -> SchedulerMix
 
 def _renoising(header: StudentHeader, table: dict[str, Any]) -> SchedulerMixin:
     """LCMScheduler as a plain re-noising sampler: a large scaling removes the skip connection of consistency models."""
-    from diffusers import LCMScheduler
-
     return LCMScheduler(original_inference_steps=header.num_steps, timestep_scaling=1e6, clip_sample=False, **table)

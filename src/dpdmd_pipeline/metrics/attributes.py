@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.modes import count_modes
-from dpdmd_pipeline.shapes.clip import FREE_WORDS
 from dpdmd_pipeline.shapes.reader import read
-from dpdmd_pipeline.shapes.world import FREE, FREE_COUNTS, NUM_MODES, prompt_index
+from dpdmd_pipeline.shapes.world import FREE, FREE_COUNTS, FREE_WORDS, NUM_MODES, prompt_index
 
 
 def mode_counts(pictures: Tensor, prompt: str) -> Tensor:

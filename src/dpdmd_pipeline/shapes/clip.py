@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import open_clip
 import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
-from dpdmd_pipeline.shapes.world import BACKGROUNDS, COLOURS, FREE, LEGAL, RESOLUTION, SHAPES, Attributes, captions
-
-if TYPE_CHECKING:
-    from open_clip import CLIP
-    from transformers import PreTrainedTokenizerFast
+from dpdmd_pipeline.shapes.world import COLOURS, FREE, FREE_WORDS, LEGAL, RESOLUTION, SHAPES, Attributes, captions
 
 CONTEXT_LENGTH = 16
-_ROWS, _COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-# Words for the free attributes, in the order of their indices.
-FREE_WORDS = {
-    "position": tuple(f"{row} {column}" for row in _ROWS for column in _COLUMNS),
-    "radius": ("small", "large"),
-    "background": tuple(BACKGROUNDS),
-}
 _PAD, _UNKNOWN, _END = "<pad>", "<unknown>", "<end>"
 
 
@@ -43,9 +36,6 @@ def full_captions() -> list[str]:
 
 def make_word_tokenizer() -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token per word; any other word is the unknown token."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     words = sorted({word for text in [*captions(), *full_captions()] for word in text.split()})
     vocabulary = [_PAD, _UNKNOWN, *words, _END]  # end last: open_clip pools at the highest id
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, _UNKNOWN))
@@ -63,7 +53,7 @@ def make_word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(vocab_size: int) -> dict[str, Any]:
+def _model_config(vocab_size: int) -> dict[str, Any]:
     """Config from which open_clip builds the model and its preprocessing."""
     vision = {"image_size": RESOLUTION, "patch_size": 8, "width": 96, "layers": 2, "head_width": 32, "mlp_ratio": 2.0}
     text = {"context_length": CONTEXT_LENGTH, "vocab_size": vocab_size, "width": 64, "heads": 2, "layers": 1}
@@ -74,22 +64,18 @@ def model_config(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def make_clip(folder: Path, seed: int) -> CLIP:
+def make_clip(folder: Path, seed: int) -> open_clip.CLIP:
     """Make an untrained model, and write its config and tokenizer, but not its weights, to the folder."""
-    import open_clip
-
     tokenizer = make_word_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    (folder / "open_clip_config.json").write_text(json.dumps(model_config(len(tokenizer)), indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(json.dumps(_model_config(len(tokenizer)), indent=2) + "\n")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return open_clip.create_model(f"local-dir:{folder}", load_weights=False)
 
 
-def save_clip(model: CLIP, folder: Path) -> None:
+def save_clip(model: open_clip.CLIP, folder: Path) -> None:
     """Write the weights to the folder of `make_clip`."""
-    from safetensors.torch import save_file
-
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")

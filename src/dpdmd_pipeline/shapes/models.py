@@ -1,29 +1,27 @@
 """The tiny diffusers components of the embedded teachers: the real classes, small.
 
 There are two pipelines: SD3 (flow matching) and SDXL (diffusion). The SD3 transformer has in_channels 16, head size 64
-and as many layers as heads, because ComfyUI recognises an SD3 network by these sizes. diffusers and transformers are
-imported on use.
+and as many layers as heads, because ComfyUI recognises an SD3 network by these sizes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dpdmd_pipeline.shapes.world import RESOLUTION, captions
-
-if TYPE_CHECKING:
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 LATENT_CHANNELS = 16
 SDXL_LATENT_CHANNELS = 4
@@ -38,9 +36,6 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
 
     It is a complete CLIP tokenizer: other words become bytes, and no byte is lost.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
     merges: list[tuple[str, str]] = []
@@ -60,24 +55,9 @@ def make_tokenizer(max_length: int) -> CLIPTokenizer:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """Make a two-layer CLIP text model with random weights and a projected pooled embedding."""
-    from transformers import CLIPTextModelWithProjection
-
-    return CLIPTextModelWithProjection(_text_config(tokenizer))
-
-
-def make_plain_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Make a two-layer CLIP text model without the projection: SDXL's first text encoder."""
-    from transformers import CLIPTextModel
-
-    return CLIPTextModel(_text_config(tokenizer))
-
-
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    from transformers import CLIPTextConfig
-
-    return CLIPTextConfig(
+def make_text_encoder(tokenizer: CLIPTokenizer, kind: Any = CLIPTextModelWithProjection) -> Any:
+    """Make a two-layer CLIP text model with random weights; by default with a projected pooled embedding."""
+    config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TEXT_WIDTH,
         intermediate_size=2 * _TEXT_WIDTH,
@@ -89,6 +69,7 @@ def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return kind(config)
 
 
 def make_vae() -> AutoencoderKL:
@@ -107,8 +88,6 @@ def make_sdxl_vae() -> AutoencoderKL:
 
 
 def _make_autoencoder(latent_channels: int, **style: Any) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
     channels = (16, 32, 32)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * len(channels),
@@ -124,8 +103,6 @@ def _make_autoencoder(latent_channels: int, **style: Any) -> AutoencoderKL:
 
 def make_transformer() -> SD3Transformer2DModel:
     """Make a three-layer SD3 transformer (3.8 M parameters) with random weights."""
-    from diffusers import SD3Transformer2DModel
-
     return SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         pos_embed_max_size=LATENT_SIZE,
@@ -143,12 +120,7 @@ def make_transformer() -> SD3Transformer2DModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Make a two-level SDXL UNet (4 M parameters) with random weights.
-
-    It has no attention at 8x8, like the first level of SDXL.
-    """
-    from diffusers import UNet2DConditionModel
-
+    """Make a two-level SDXL UNet (4 M parameters) with random weights; the first level has no attention, as in SDXL."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=SDXL_LATENT_CHANNELS,
@@ -167,17 +139,8 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
-    """diffusers' flow-matching sampler with a static shift."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(shift=shift)
-
-
 def make_diffusion_scheduler() -> DDIMScheduler:
     """DDIM on SDXL's noise levels, with trailing timesteps: they start at full noise, and the end is clean."""
-    from diffusers import DDIMScheduler
-
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -193,17 +156,15 @@ def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusio
 
     Args:
         max_length: tokens per prompt, start and end included.
-        shift: of the flow-matching schedule; 1 puts the steps at the levels that matter for small pictures.
+        shift: of the flow-matching schedule, static; 1 puts the steps at the levels that matter for small pictures.
         seed: of the initial weights.
     """
-    from diffusers import StableDiffusion3Pipeline
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(max_length)
         return StableDiffusion3Pipeline(
             transformer=make_transformer(),
-            scheduler=make_scheduler(shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
             vae=make_vae(),
             text_encoder=make_text_encoder(tokenizer),
             tokenizer=tokenizer,
@@ -215,14 +176,7 @@ def make_pipeline(*, max_length: int, shift: float, seed: int) -> StableDiffusio
 
 
 def make_sdxl_pipeline(*, max_length: int, seed: int) -> StableDiffusionXLPipeline:
-    """Make an untrained StableDiffusionXLPipeline of the tiny components; its unconditional embeddings are zeros.
-
-    Args:
-        max_length: tokens per prompt, start and end included.
-        seed: of the initial weights.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
+    """Make an untrained SDXL pipeline, as `make_pipeline` does for SD3; its unconditional embeddings are zeros."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(max_length)
@@ -230,7 +184,7 @@ def make_sdxl_pipeline(*, max_length: int, seed: int) -> StableDiffusionXLPipeli
             unet=make_unet(),
             scheduler=make_diffusion_scheduler(),
             vae=make_sdxl_vae(),
-            text_encoder=make_plain_text_encoder(tokenizer),
+            text_encoder=make_text_encoder(tokenizer, CLIPTextModel),
             tokenizer=tokenizer,
             text_encoder_2=make_text_encoder(tokenizer),
             tokenizer_2=tokenizer,

@@ -29,10 +29,7 @@ def read(images: Tensor) -> Reading:
     object less, changes only one pixel in twenty, which a mean would hide.
 
     Args:
-        images: [N, 3, RESOLUTION, RESOLUTION] in [0, 1].
-
-    Raises:
-        ValueError: if the images have another shape.
+        images: [N, 3, RESOLUTION, RESOLUTION] in [0, 1]; other shapes are refused.
     """
     pictures = gallery().to(images.device)
     if images.ndim != 4 or images.shape[1:] != pictures.shape[1:]:

@@ -53,18 +53,20 @@ class Attributes(NamedTuple):
     background: int
 
 
-FREE = ("position", "radius", "background")
-FREE_COUNTS = {"position": len(POSITIONS), "radius": len(RADII), "background": len(BACKGROUNDS)}
+# Words for the free attributes, in the order of their indices.
+FREE_WORDS = {
+    "position": tuple(map(" ".join, itertools.product(("top", "middle", "bottom"), ("left", "centre", "right")))),
+    "radius": ("small", "large"),
+    "background": tuple(BACKGROUNDS),
+}
+FREE = tuple(FREE_WORDS)
+FREE_COUNTS = {name: len(words) for name, words in FREE_WORDS.items()}
 NUM_PROMPTS = len(COLOURS) * len(SHAPES)
 NUM_MODES = len(POSITIONS) * len(RADII) * len(BACKGROUNDS)
 
 # Picture i shows prompt i // NUM_MODES in mode i % NUM_MODES.
-LEGAL = tuple(
-    Attributes(*values)
-    for values in itertools.product(
-        range(len(COLOURS)), range(len(SHAPES)), range(len(POSITIONS)), range(len(RADII)), range(len(BACKGROUNDS))
-    )
-)
+_COUNTS = (len(COLOURS), len(SHAPES), *FREE_COUNTS.values())
+LEGAL = tuple(Attributes(*indices) for indices in itertools.product(*map(range, _COUNTS)))
 
 
 def caption(prompt_index: int, template: str = CAPTION_TEMPLATES[0]) -> str:

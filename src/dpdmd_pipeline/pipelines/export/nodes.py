@@ -18,7 +18,8 @@ def export_student(
     Returns:
         A function that writes every form and the model card into a folder.
     """
-    from dpdmd_pipeline.exporting.folder import Export, read_student
+    from dpdmd_pipeline.exporting.folder import Export
+    from dpdmd_pipeline.exporting.formats import read_student
 
     loaded = read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length)
     if loaded.header.recipe is None:
