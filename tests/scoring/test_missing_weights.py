@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpdmd_pipeline.metrics.errors import MissingWeightsError, UnavailableError
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import hub_folder
 from dpdmd_pipeline.scoring.preset import Settings
 from dpdmd_pipeline.scoring.presets import PRESETS, choose
 from dpdmd_pipeline.scoring.published import CLIP_SHAPES, DINO_V2

@@ -37,7 +37,6 @@ class OpenClipScore:
         embed: the model's image side; metrics of diversity may share its features.
         factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
         floor: lower bound, 0 for the CLIP score (arXiv:2104.08718).
-        passes: device and batch size.
     """
 
     def __init__(
@@ -47,13 +46,8 @@ class OpenClipScore:
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        """One number per picture, [n].
-
-        Raises:
-            UnfitError: if the tokenizer does not know a word of the text: the score would ignore it.
-        """
         unknown = unknown_words(self.tokenizer, text)
-        if unknown:
+        if unknown:  # the score would ignore these words
             raise UnfitError(
                 f"the network's tokenizer does not know some words of prompt {text!r} ({', '.join(unknown)}): "
                 "use it for prompts of its own world only"
@@ -94,8 +88,6 @@ def clip_score(
     """The CLIP score, 100 max(cos, 0), with the model of a folder.
 
     Args:
-        folder: the model's folder.
-        passes: device and batch size.
         side: as in OpenClipVision.
         share: wraps the image side so that other metrics reuse its features.
     """
@@ -107,10 +99,7 @@ def clip_score(
 def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
     """HPSv2 (arXiv:2306.09341): the cosine; pictures are resized by their longest side and padded, as in its code.
 
-    Args:
-        architecture: open_clip's name, ViT-H-14 for the published file.
-        file: the weights.
-        passes: device and batch size.
+    The `architecture` is open_clip's name, ViT-H-14 for the published file.
     """
     import open_clip
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dpdmd_pipeline.metrics.summary import percentiles, resamples
 
-Correlate = Callable[[Tensor, Tensor], Tensor]
-
 _EXACT = "diversity.shapes.effective_modes"
 
 
@@ -44,13 +42,14 @@ def within(one: Tensor, two: Tensor) -> Tensor:
     return rank_correlation(one, two).nanmean(-1)
 
 
-def correlation_figure(one: Tensor, two: Tensor, correlate: Correlate, seed: int) -> dict[str, float | None]:
+def correlation_figure(
+    one: Tensor, two: Tensor, correlate: Callable[[Tensor, Tensor], Tensor], seed: int
+) -> dict[str, float | None]:
     """A correlation with a 95 % bootstrap interval over prompts.
 
     Args:
         one, two: values of one metric each, [models, prompts].
         correlate: `pooled` or `within`.
-        seed: seed of the resampling.
 
     Returns:
         value, low, high: all None where nothing is ranked; no interval where 1 resample in 40 has nothing to rank.
@@ -74,7 +73,6 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
 
     Args:
         tables: per model: full name of a metric -> prompt id -> value.
-        seed: seed of the bootstrap.
 
     Returns:
         Full name -> the pooled figure, with the figure within models under `within`. Only prompts count that have both
@@ -90,11 +88,10 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
             torch.tensor([[table[metric][key] for key in prompts] for table in tables], dtype=torch.float64)
             for metric in (_EXACT, name)
         )
-        n = {"prompts": len(prompts), "models": len(tables)}
         figures[name] = {
             **correlation_figure(one, two, pooled, seed),
             "within": correlation_figure(one, two, within, seed),
-            "n": n,
+            "n": {"prompts": len(prompts), "models": len(tables)},
             "preset": f"Spearman's, with {_EXACT}",
         }
     return figures

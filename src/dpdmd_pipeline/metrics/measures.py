@@ -15,7 +15,6 @@ from dpdmd_pipeline.metrics.errors import UnfitError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 _BLOCK = 1 << 16  # pixels of each picture in double precision at once
 # Reasons why a picture has no number. "network" in a reason makes the fault carry the metric's name.
 NO_NUMBER = "the network gave no finite number"
@@ -63,15 +62,14 @@ class PairDiversity:
     """Mean distance of all pairs of a prompt.
 
     Args:
-        name: name of the number.
         distances: function from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
     """
 
     least = 2
     any_size = False
 
-    def __init__(self, name: str, distances: Callable[[Sequence[Image]], Tensor]) -> None:
-        self.name, self.distances = name, distances
+    def __init__(self, distances: Callable[[Sequence[Image]], Tensor]) -> None:
+        self.distances = distances
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         rows, columns = torch.tril_indices(len(images), len(images), offset=-1)
@@ -82,15 +80,14 @@ class PairDiversity:
         good = finite.sum(1) > 1
         good &= (finite | ~good).all(1)
         usable = distances[good[rows] & good[columns]]
-        unusable = tuple((~good).nonzero().flatten().tolist())
-        return Measured({self.name: usable.mean().item()} if len(usable) else {}, unusable=unusable)
+        values = {"mean_distance": usable.mean().item()} if len(usable) else {}
+        return Measured(values, unusable=_false_indices(good))
 
 
 class PictureScores:
     """Mean over a prompt's pictures of one score each.
 
     Args:
-        name: name of the number.
         score: function from a text and n pictures to [n].
         cut_at: function from a text to the number of tokens read if it has more, else None.
         why: reason to report for a picture without a number.
@@ -101,19 +98,17 @@ class PictureScores:
 
     def __init__(
         self,
-        name: str,
         score: Callable[[str, Sequence[Image]], Tensor],
         cut_at: Callable[[str], int | None] = lambda text: None,
         why: str = NO_NUMBER,
     ) -> None:
-        self.name, self.score, self.cut_at, self.why = name, score, cut_at, why
+        self.score, self.cut_at, self.why = score, cut_at, why
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         scores = self.score(text, images).double()
         finite = scores.isfinite()
-        unusable = tuple((~finite).nonzero().flatten().tolist())
-        values = {self.name: scores[finite].mean().item()} if finite.any() else {}
-        return Measured(values, unusable=unusable, why=self.why, cut_at=self.cut_at(text))
+        values = {"score": scores[finite].mean().item()} if finite.any() else {}
+        return Measured(values, unusable=_false_indices(finite), why=self.why, cut_at=self.cut_at(text))
 
 
 class PartScores:
@@ -153,12 +148,7 @@ class SetFeatures:
 
 
 class ShapesReader:
-    """The exact reader of the embedded world, for pictures of its size and prompts of its words.
-
-    Args:
-        names: numbers to report.
-        least: pictures they need.
-    """
+    """The exact reader of the embedded world, for pictures of its size and prompts of its words."""
 
     any_size = False
 
@@ -198,4 +188,8 @@ def pixel_distances(images: Sequence[Image]) -> Tensor:
 def _usable(features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Rows that are finite and not all zero, and the indices of the others."""
     good = features.isfinite().all(1) & features.ne(0).any(1)
-    return features[good], tuple((~good).nonzero().flatten().tolist())
+    return features[good], _false_indices(good)
+
+
+def _false_indices(good: Tensor) -> tuple[int, ...]:
+    return tuple((~good).nonzero().flatten().tolist())

@@ -31,13 +31,8 @@ def effective_modes(counts: Tensor) -> Tensor:
 
 
 def coverage(counts: Tensor) -> Tensor:
-    """Share of the K modes with at least one sample, [P]; a perfect sampler reaches `expected_coverage`."""
+    """Share of the K modes with at least one sample, [P]; a uniform sampler of n reaches 1 - (1 - 1/K)^n."""
     return (counts > 0).double().mean(1)
-
-
-def expected_coverage(num_modes: int, num_samples: int) -> float:
-    """Coverage of a uniform sampler: 1 - (1 - 1/K)^n."""
-    return 1 - (1 - 1 / num_modes) ** num_samples
 
 
 def entropy(counts: Tensor) -> Tensor:

@@ -7,20 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.metrics.diversity import pairwise_distance
 from dpdmd_pipeline.metrics.modes import count_modes, coverage, effective_modes, entropy
-from dpdmd_pipeline.metrics.pixels import pairwise_distance
 from dpdmd_pipeline.metrics.summary import interval
-from dpdmd_pipeline.shapes.reader import read
-from dpdmd_pipeline.shapes.world import NUM_MODES, prompt_index
+from dpdmd_pipeline.shapes.clip import FREE_WORDS
+from dpdmd_pipeline.shapes.reader import Reading, read
+from dpdmd_pipeline.shapes.world import FREE, FREE_COUNTS, NUM_MODES, prompt_index
 
 QUALITY = ("valid", "aligned", "residual")
 DIVERSITY = ("effective_modes", "coverage", "entropy")
 
 
 def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[str, dict]:
-    """Quality and diversity of one model.
-
-    Modes count only in pictures that are valid and show the prompt: rubbish must not pass for diversity.
+    """Quality and diversity of one model, each number a mean over prompts with its bootstrap interval.
 
     Args:
         images: pictures of each prompt, [n, 3, H, W] in [0, 1].
@@ -28,8 +27,7 @@ def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[s
         seed: seed of the bootstrap.
 
     Returns:
-        quality (valid, aligned, residual) and diversity (effective_modes, coverage, entropy,
-        pairwise_distance), each a mean over prompts with its interval.
+        Under `quality` the numbers QUALITY, under `diversity` DIVERSITY and pairwise_distance.
     """
     rows = [judge_prompt(pictures, prompt) for pictures, prompt in zip(images, prompts, strict=True)]
     for row, pictures in zip(rows, images, strict=True):
@@ -41,14 +39,8 @@ def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[s
 
 
 def judge_prompt(pictures: Tensor, prompt: str) -> dict[str, Tensor]:
-    """Scalars QUALITY and DIVERSITY of the pictures of one prompt.
-
-    Args:
-        pictures: [n, 3, H, W] in [0, 1].
-        prompt: text of a prompt of the shapes world.
-    """
-    reading = read(pictures)
-    aligned = reading.valid & (reading.prompt == prompt_index(prompt))
+    """Scalars QUALITY and DIVERSITY of the pictures [n, 3, H, W] in [0, 1] of one prompt."""
+    reading, aligned = _read(pictures, prompt)
     counts = count_modes(reading.mode[aligned], NUM_MODES)[None]
     return {
         "valid": reading.valid.double().mean(),
@@ -58,3 +50,25 @@ def judge_prompt(pictures: Tensor, prompt: str) -> dict[str, Tensor]:
         "coverage": coverage(counts)[0],
         "entropy": entropy(counts)[0],
     }
+
+
+def mode_counts(pictures: Tensor, prompt: str) -> Tensor:
+    """Number of valid pictures that show the prompt for each mode, [NUM_MODES]; pictures are as in `judge_prompt`."""
+    reading, aligned = _read(pictures, prompt)
+    return count_modes(reading.mode[aligned], NUM_MODES)
+
+
+def _read(pictures: Tensor, prompt: str) -> tuple[Reading, Tensor]:
+    """Reading, and True for pictures that are valid and show the prompt: rubbish must not pass for diversity."""
+    reading = read(pictures)
+    return reading, reading.valid & (reading.prompt == prompt_index(prompt))
+
+
+def attribute_counts(modes: Tensor) -> dict[str, dict[str, int]]:
+    """Number of pictures for each value of each free attribute, keyed by their words, from counts [NUM_MODES]."""
+    grid = modes.view([FREE_COUNTS[name] for name in FREE])
+    counts = {}
+    for axis, name in enumerate(FREE):
+        others = [other for other in range(len(FREE)) if other != axis]
+        counts[name] = dict(zip(FREE_WORDS[name], torch.sum(grid, others).int().tolist(), strict=True))
+    return counts
