@@ -13,8 +13,8 @@ from dpdmd_pipeline.metrics.questions import (
     rating,
     vqa_score,
 )
-from dpdmd_pipeline.scoring.rows import measure_set
 from dpdmd_pipeline.scoring.sets import Loaded
+from dpdmd_pipeline.scoring.workers import measure_set
 
 
 class OpenSet:

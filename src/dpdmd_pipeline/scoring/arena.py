@@ -29,19 +29,12 @@ _FEW = 3  # files in a message
 
 @dataclass(frozen=True)
 class ArenaOptions:
-    """Contents of a page.
+    """Contents of a page."""
 
-    Attributes:
-        per_prompt: number of single pairs of each prompt, for quality.
-        set_size: pictures per side in a question about diversity.
-        side: longer side of reduced pictures in pixels; None embeds the files unchanged.
-        seed: seed of the choice of pictures and of everyone's order.
-    """
-
-    per_prompt: int
-    set_size: int
-    side: int | None
-    seed: int
+    per_prompt: int  # single pairs of each prompt, for quality
+    set_size: int  # pictures per side in a question about diversity
+    side: int | None  # longer side of reduced pictures in pixels; None embeds the files unchanged
+    seed: int  # of the choice of pictures and of everyone's order
 
 
 def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str], options: ArenaOptions) -> str:
@@ -50,11 +43,6 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
     Args:
         a, b: pictures of both sides, matched by prompt id.
         names: names of the sides; only the saved results show them.
-        options: contents of the page.
-
-    Raises:
-        ValueError: if prompts, their texts or their pictures do not match, or the page would be too large.
-        OSError: if pictures are unusable; names them all.
     """
     others = {pictures.id: pictures for pictures in b}
     unmatched = {one.id for one in a} ^ others.keys()
@@ -105,11 +93,7 @@ def _questions(
 
 
 def _text_of(a: FileSet, b: FileSet, names: tuple[str, str]) -> str:
-    """Text above the pictures: that of a side which has one, else the id.
-
-    Raises:
-        ValueError: if the sides have different texts.
-    """
+    """Text above the pictures: that of a side which has one, else the id."""
     texts = [one.text for one in (a, b) if not one.no_text]
     if len(set(texts)) > 1:
         both = " and ".join(f"{text!r} in {name}" for text, name in zip(texts, names, strict=True))
@@ -127,28 +111,16 @@ def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
 
 
 class _Pictures:
-    """Pictures of the page, each once, under the hash of its content; file names stay out of the page.
-
-    Args:
-        side: longer side of reduced pictures in pixels; None leaves the files unchanged.
-
-    Attributes:
-        uris: data URIs by hash.
-        faults: kinds of fault by file.
-    """
+    """Pictures of the page, each once, under the hash of its content; file names stay out of the page."""
 
     def __init__(self, side: int | None) -> None:
         self.side = side
-        self.uris: dict[str, str] = {}
-        self.faults: dict[Path, str] = {}
+        self.uris: dict[str, str] = {}  # data URIs by hash
+        self.faults: dict[Path, str] = {}  # kinds of fault by file
         self._size = 0
 
     def embed(self, file: Path) -> str:
-        """Add a picture and return its hash, which is empty for an unusable one.
-
-        Raises:
-            ValueError: if the page would be too large.
-        """
+        """Add a picture and return its hash, which is empty for an unusable one."""
         try:
             image = read_picture(file)  # decode it now, so that no one meets a broken picture later
         except OSError as error:
@@ -173,11 +145,7 @@ class _Pictures:
         return buffer.getvalue(), "image/webp"
 
     def refuse_unusable(self) -> None:
-        """Name all unusable pictures at once.
-
-        Raises:
-            OSError: if there is one.
-        """
+        """Name all unusable pictures at once."""
         if self.faults:
             faults = ", ".join(f"{file} ({fault})" for file, fault in self.faults.items())
             # On both sides: pairs that order alone makes need equal numbers.

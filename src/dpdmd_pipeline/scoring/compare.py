@@ -24,8 +24,7 @@ from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.scoring.notes import note_fid, note_sizes, note_two_sizes
 from dpdmd_pipeline.scoring.preset import Preset
-from dpdmd_pipeline.scoring.rows import Row
-from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
 
 log = logging.getLogger(__name__)
@@ -35,11 +34,7 @@ _NO_PICTURE = "one side has no usable picture"
 
 
 def add_distribution(scores: Scores, job: Job) -> None:
-    """Add the figures of a metric that compares two distributions.
-
-    Raises:
-        UnavailableError: without a reference.
-    """
+    """Add the figures of a metric that compares two distributions: inception or dino_v2."""
     if job.reference is None:
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
     preset, seed, compared = job.preset, job.settings.seed, (job.reference.sets, job.sets)
@@ -50,13 +45,16 @@ def add_distribution(scores: Scores, job: Job) -> None:
         side.keep(_features(scores, preset, job.rows_of(sets), where, done))
         for side, sets, where, done in zip(sides, compared, wheres, rows, strict=True)
     ]
-    for name, figure in figures_of(preset, sides, streams, seed).items():
+    figures = (_inception_figures if preset.name == "inception" else _neighbour_figures)(sides, streams, seed)
+    n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
+    for name, figure in figures.items():
         if isinstance(figure, str):
             scores.missing[f"{preset.full_name}.{name}"] = figure
-        else:
-            scores.figures[f"{preset.full_name}.{name}"] = figure
-            if name == "fid":
-                note_fid(scores, figure["n"])
+            continue
+        complete = {"low": None, "high": None, **figure, "preset": preset.protocol} | {"n": n | figure.get("n", {})}
+        scores.figures[f"{preset.full_name}.{name}"] = complete
+        if name == "fid":
+            note_fid(scores, n)
     theirs, ours = (note_sizes(scores, done, where) for done, where in zip(rows, wheres, strict=True))
     note_two_sizes(scores, ours, theirs)
 
@@ -73,9 +71,7 @@ def _features(scores: Scores, preset: Preset, rows: Iterator[Row], where: str, d
 class Side:
     """One side of a comparison: it passes features on and stores a sample of them.
 
-    Args:
-        total: number of pictures, usable or not; the sample depends only on their positions.
-        seed: seed of the sample, and of smaller ones drawn from it.
+    The sample depends only on positions among the `total` of pictures, usable or not, and on the seed.
     """
 
     def __init__(self, total: int, seed: int) -> None:
@@ -108,10 +104,9 @@ class Side:
         self.prompts += 1
 
     def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """At most `size` of the stored features, without replacement, and the numbers of their prompts.
+        """At most `size` stored features [size, d], without replacement, and the numbers of their prompts [size].
 
-        Returns:
-            [size, d] and [size], or fewer if fewer are stored; always the same ones in the same order.
+        They are always the same ones in the same order.
         """
         features = torch.cat(self.features)
         order = torch.randperm(len(features), generator=self._generator())[:size]
@@ -121,30 +116,11 @@ class Side:
         return torch.Generator().manual_seed(self.seed)
 
 
-def figures_of(
-    preset: Preset, sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int
-) -> dict[str, dict[str, Any] | str]:
-    """Figures by name, or the reason why there is none.
-
-    Args:
-        preset: inception or dino_v2.
-        sides: the reference's side, the judged side.
-        streams: features of both; they are read to their end.
-        seed: seed of subsets and bootstrap.
-    """
-    compute = _inception_figures if preset.name == "inception" else _neighbour_figures
-    figures = compute(sides, streams, seed)
-    n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
-    return {
-        name: value
-        if isinstance(value, str)
-        else {"low": None, "high": None, **value, "preset": preset.protocol} | {"n": n | value.get("n", {})}
-        for name, value in figures.items()
-    }
-
-
 def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
-    """FID and KID. Their intervals resample the judged prompts and leave the reference fixed."""
+    """FID and KID, or the reason why there is none, from features of the reference and of the judged pictures.
+
+    Their intervals resample the judged prompts and leave the reference fixed.
+    """
     fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
 
     def kid() -> dict[str, Any]:

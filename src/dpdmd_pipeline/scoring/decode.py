@@ -28,7 +28,12 @@ def read_picture(path: Path) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        _require_content(path)
+        if path.is_dir():
+            raise _UnusableError("a folder, not a picture")
+        if not path.is_file():
+            raise _UnusableError("no such file")
+        if path.stat().st_size == 0:
+            raise _UnusableError("empty file")
         with Image.open(path) as image:
             if image.mode not in _READABLE:
                 raise _UnusableError(f"pixel format {image.mode}: convert it to 8 bits")
@@ -47,15 +52,6 @@ def read_picture(path: Path) -> Image:
         raise OSError("not a picture") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in their errors
         raise OSError("cut off or damaged") from error
-
-
-def _require_content(path: Path) -> None:
-    if path.is_dir():
-        raise _UnusableError("a folder, not a picture")
-    if not path.is_file():
-        raise _UnusableError("no such file")
-    if path.stat().st_size == 0:
-        raise _UnusableError("empty file")
 
 
 def _upright(image: Image) -> Image:

@@ -20,14 +20,11 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
     """Find the sets of a folder in one of the layouts of `layouts`, and the files that are not pictures.
 
     Args:
-        folder: folder of pictures.
         prompts: texts of the prompt ids: .txt (line i is id i, from 0), or .csv or .jsonl with id and text.
         any_name: accept a flat folder whose names tell no prompt, such as real pictures: each is a set of its own.
 
     Raises:
         UnnamedError: if names tell no prompt and `any_name` is false.
-        ValueError: if the layout is ambiguous, a record is invalid, or `prompts` lacks an id.
-        OSError: if the folder does not exist, has no picture, or has something that may not be read.
     """
     try:
         return _find(Path(folder), prompts, any_name)
@@ -98,13 +95,7 @@ def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
 
 
 def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
-    """Note on the files that were ignored; empty if there are none.
-
-    Args:
-        folder: their folder.
-        strays: their names, as `find_pictures` returns them.
-        role: role of the folder, to follow its name.
-    """
+    """Note on the ignored files of a folder, whose name its role follows; empty if there are none."""
     if not strays:
         return ""
     has_manifest = any((folder / name).is_file() for name in _MANIFESTS)

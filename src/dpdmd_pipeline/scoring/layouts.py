@@ -1,17 +1,4 @@
-"""Sets of pictures from the names of files and folders, or from a manifest.
-
-A folder has one of three layouts:
-
-    one folder per prompt   <folder>/<prompt>/<anything>.png   The text is in prompt.txt inside, else in a file of
-                                                               prompts, else it is the name, unless that is an id.
-    one file per picture    <folder>/<prompt-id>_<seed>.png    The text is in a file of prompts, else it is the id, if
-                                                               the id has a space.
-    a manifest              <folder>/manifest.csv or .jsonl    Records with file, prompt and, optionally, id.
-
-A folder per prompt may also be GenEval's: <folder>/00000/samples/0000.png, with the text in 00000/metadata.jsonl.
-
-A folder's name is an id if it has digits and no space: 00000, p7, prompt_12.
-"""
+"""Sets of pictures from the names of files and folders, or from a manifest; `score --help` describes the layouts."""
 
 from __future__ import annotations
 
@@ -79,11 +66,7 @@ def text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
 
 
 def texts_from_file(file: Path) -> TextOf:
-    """Function that looks up prompt ids in a file; it requires every id, also one that could be a text.
-
-    Raises:
-        OSError, ValueError: if the file cannot be read.
-    """
+    """Function that looks up prompt ids in a file; it requires every id, also one that could be a text."""
     return partial(_look_up, file, read_texts(file))
 
 
@@ -108,11 +91,6 @@ def in_prompt_folder(folder: Path) -> list[Path]:
 
 
 def from_prompt_folder(folder: Path, text_of: TextOf) -> FileSet:
-    """The set of a folder of one prompt.
-
-    Raises:
-        ValueError: if the file of prompts lacks the id, or GenEval's record has no prompt.
-    """
     text, no_text = _text_of_folder(folder, text_of)
     entries = in_prompt_folder(folder)
     files, unread = (_in_order(filter(is_kind, entries)) for is_kind in (has_picture_name, is_unread))
@@ -141,7 +119,6 @@ def from_names(files: Sequence[Path], unread: Sequence[Path], text_of: TextOf) -
 
     Raises:
         UnnamedError: for another name.
-        ValueError: if the file of prompts lacks an id.
     """
     groups: dict[str, tuple[list[Path], list[Path]]] = {}
     for file in [*files, *unread]:
@@ -166,19 +143,15 @@ def one_set_each(pictures: Sequence[Path], unread: Sequence[Path]) -> list[FileS
 
 def _in_order(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Sort by name, with 10 after 9."""
-    return tuple(sorted(paths, key=_numbers_as_numbers))
 
+    def words_and_numbers(path: Path) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
-def _numbers_as_numbers(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return tuple(sorted(paths, key=words_and_numbers))
 
 
 def from_manifest(manifest: Path) -> list[FileSet]:
-    """Sets of the pictures that a manifest names.
-
-    Raises:
-        ValueError: for a record without file or prompt, a file named twice, an id with two prompts, or no record.
-    """
+    """Sets of the pictures that a manifest names."""
     groups: dict[str, tuple[str, list[Path]]] = {}
     records_of_files: dict[str, int] = {}
     for line, record in enumerate(read_records(manifest), start=1):

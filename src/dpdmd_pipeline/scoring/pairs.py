@@ -14,17 +14,11 @@ _FEW = 3  # files in a message
 
 
 class Paired(NamedTuple):
-    """Pairs of pictures of one prompt.
+    """Pairs of pictures of one prompt."""
 
-    Attributes:
-        pairs: pictures of A and B, in A's order.
-        alone: pictures without a counterpart.
-        in_order: True if only their order makes the pairs, because names have nothing in common.
-    """
-
-    pairs: list[tuple[Path, Path]]
-    alone: list[Path]
-    in_order: bool = False
+    pairs: list[tuple[Path, Path]]  # pictures of A and B, in A's order
+    alone: list[Path]  # pictures without a counterpart
+    in_order: bool = False  # True if only their order makes the pairs, because names have nothing in common
 
 
 def pair_up(a: FileSet, b: FileSet, names: tuple[str, str]) -> Paired:
@@ -32,14 +26,11 @@ def pair_up(a: FileSet, b: FileSet, names: tuple[str, str]) -> Paired:
 
     If a side lacks some names, the common names still pair safely. Numbers pair only if both sides have the same:
     program A may start to count at 0 and program B at 1.
-
-    Raises:
-        ValueError: if a side has no picture, or no rule pairs the names safely.
     """
     for one, name in zip((a, b), names, strict=True):
         if not one.files:
             raise ValueError(f"prompt {one.id!r} has no picture in {name}: draw it, or delete the prompt on both sides")
-    a_names, b_names = (_by_key(one, _stem) for one in (a, b))
+    a_names, b_names = (_by_key(one, lambda file: file.stem) for one in (a, b))
     if a_names.keys() & b_names.keys():
         pairs = [(file, b_names[name]) for name, file in a_names.items() if name in b_names]
         paired = {file for pair in pairs for file in pair}
@@ -59,10 +50,6 @@ def _by_key(one: FileSet, key: Callable[[Path], str]) -> dict[str, Path]:
     return files if len(files) == len(one) and "" not in files else {}
 
 
-def _stem(file: Path) -> str:
-    return file.stem
-
-
 def _last_number(file: Path) -> str:
     """The last number in a name without leading zeros, such as 7 of `a red circle_0007.png`; empty without one."""
     numbers = re.findall(r"\d+", file.stem)
@@ -74,11 +61,7 @@ def _described(one: FileSet, name: str) -> str:
 
 
 def about_pairs(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str]) -> list[str]:
-    """Notes on pictures without a counterpart and on pairs that only their order makes.
-
-    Args:
-        a, b, names: as in `make_arena`, which has accepted them.
-    """
+    """Notes on pictures without a counterpart and on pairs that only their order makes, after `make_arena`."""
     others, notes = {pictures.id: pictures for pictures in b}, []
     by_prompt = {one.id: pair_up(one, others[one.id], names) for one in a}
     alone = [str(file) for paired in by_prompt.values() for file in paired.alone]

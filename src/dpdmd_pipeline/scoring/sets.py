@@ -44,19 +44,13 @@ class PictureSet(Protocol):
 
 @dataclass(frozen=True)
 class FileSet:
-    """Pictures of one prompt on disk.
-
-    Attributes:
-        id, text, no_text: as in PictureSet.
-        files: files with the suffix of a readable format.
-        unread: pictures in a format that is not read.
-    """
+    """Pictures of one prompt on disk."""
 
     id: str
     text: str
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # with the suffix of a readable format
     no_text: str = ""
-    unread: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()  # in a format that is not read
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,18 +90,12 @@ class TensorSet:
 
 @dataclass(frozen=True)
 class StoredSet:
-    """Pictures of one prompt in a cache, read only when they are measured.
-
-    Attributes:
-        id, text, no_text: as in PictureSet.
-        rows: rows of the cache.
-        read: function from rows to uint8 [n, 3, H, W].
-    """
+    """Pictures of one prompt in a cache, read only when they are measured."""
 
     id: str
     text: str
-    rows: tuple[int, ...]
-    read: Callable[[Sequence[int]], Tensor]
+    rows: tuple[int, ...]  # of the cache
+    read: Callable[[Sequence[int]], Tensor]  # from rows to uint8 [n, 3, H, W]
     no_text: str = ""
 
     def __len__(self) -> int:
