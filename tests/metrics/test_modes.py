@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dpdmd_pipeline.metrics.modes import count_modes, coverage, effective_modes, entropy
+from dpdmd_pipeline.metrics.shapes import count_modes, coverage, effective_modes, entropy
 from dpdmd_pipeline.metrics.summary import gap_recovered, interval
 
 

@@ -53,7 +53,9 @@ class OpenClipScore:
                 "use it for prompts of its own world only"
             )
         direction = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(lambda rows: _unit(rows.to(direction.device)) @ direction, self.embed(images))
+        cosine = self.passes.run(
+            lambda rows: F.normalize(rows.to(direction.device), dim=-1) @ direction, self.embed(images)
+        )
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
@@ -130,16 +132,11 @@ class PickScore:
         options = {"padding": True, "truncation": True, "max_length": _PICK_TOKENS, "return_tensors": "pt"}
         tokens = self.processor(text=[text], **options)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        image = _unit(_embedding(self.model.get_image_features(pixels.to(self.passes.device))))
-        text_features = self.model.get_text_features(**tokens.to(self.passes.device))
-        return self.model.logit_scale.exp() * (image @ _unit(_embedding(text_features))[0])
+        image = _direction(self.model.get_image_features(pixels.to(self.passes.device)))
+        prompt = _direction(self.model.get_text_features(**tokens.to(self.passes.device)))
+        return self.model.logit_scale.exp() * (image @ prompt[0])
 
 
-def _embedding(output: Any) -> Tensor:
-    """Features of transformers 4, which returns the tensor, or 5, which wraps it."""
-    return output if torch.is_tensor(output) else output.pooler_output
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows [n, d] scaled to length 1."""
-    return F.normalize(rows, dim=-1)
+def _direction(output: Any) -> Tensor:
+    """Features [n, d] of length 1; transformers 4 returns the tensor, 5 wraps it."""
+    return F.normalize(output if torch.is_tensor(output) else output.pooler_output, dim=-1)

@@ -35,17 +35,16 @@ class Measured(NamedTuple):
 class Measure(Protocol):
     """One metric, or several from the same pass."""
 
-    least: int  # pictures per prompt, at least
-    any_size: bool  # True if pictures of one prompt may differ in size
+    least: int = 1  # pictures per prompt, at least
+    any_size: bool = False  # True if pictures of one prompt may differ in size
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
 
 
-class SetDiversity:
+class SetDiversity(Measure):
     """1 - mean cosine, Vendi score and nearest similarities in the space of one embedder."""
 
     least = 2
-    any_size = False
 
     def __init__(self, embed: Embedder) -> None:
         self.embed = embed
@@ -58,7 +57,7 @@ class SetDiversity:
         return Measured(values, nearest_similarity(features), unusable=unusable)
 
 
-class PairDiversity:
+class PairDiversity(Measure):
     """Mean distance of all pairs of a prompt.
 
     Args:
@@ -66,7 +65,6 @@ class PairDiversity:
     """
 
     least = 2
-    any_size = False
 
     def __init__(self, distances: Callable[[Sequence[Image]], Tensor]) -> None:
         self.distances = distances
@@ -84,7 +82,7 @@ class PairDiversity:
         return Measured(values, unusable=_false_indices(good))
 
 
-class PictureScores:
+class PictureScores(Measure):
     """Mean over a prompt's pictures of one score each.
 
     Args:
@@ -92,9 +90,6 @@ class PictureScores:
         cut_at: function from a text to the number of tokens read if it has more, else None.
         why: reason to report for a picture without a number.
     """
-
-    least = 1
-    any_size = False
 
     def __init__(
         self,
@@ -111,11 +106,8 @@ class PictureScores:
         return Measured(values, unusable=_false_indices(finite), why=self.why, cut_at=self.cut_at(text))
 
 
-class PartScores:
+class PartScores(Measure):
     """Answers about the parts of a prompt: mean, geometric mean, and share of pictures with all parts right."""
-
-    least = 1
-    any_size = False
 
     def __init__(self, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
         self.score = score
@@ -133,10 +125,9 @@ class PartScores:
         return Measured(values, unusable=unusable)
 
 
-class SetFeatures:
+class SetFeatures(Measure):
     """The features themselves, to compare two distributions."""
 
-    least = 1
     any_size = True  # FID is measured on real pictures
 
     def __init__(self, embed: Embedder) -> None:
@@ -147,10 +138,8 @@ class SetFeatures:
         return Measured({}, features=features, unusable=unusable)
 
 
-class ShapesReader:
+class ShapesReader(Measure):
     """The exact reader of the embedded world, for pictures of its size and prompts of its words."""
-
-    any_size = False
 
     def __init__(self, names: tuple[str, ...], least: int) -> None:
         self.names, self.least = names, least

@@ -166,19 +166,19 @@ def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
             pass
     names = ("precision", "recall", "density", "coverage")
 
-    def compute() -> dict[str, Any]:
-        size = min(sum(map(len, side.features)) for side in sides)
-        if not size:
-            raise UnavailableError(_NO_PICTURE)
-        (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
-        owners = (fake_owner, real_owner, fake_owner, real_owner)
-        return {
-            name: ratio_interval(marks, owner, seed) | {"n": {"compared": size}}
-            for name, marks, owner in zip(names, prdc(real, fake), owners, strict=True)
-        }
-
-    figures = _or_reason(compute)
-    return dict.fromkeys(names, figures) if isinstance(figures, str) else figures
+    size = min(sum(map(len, side.features)) for side in sides)
+    if not size:
+        return dict.fromkeys(names, _NO_PICTURE)
+    (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
+    try:
+        marks_of = prdc(real, fake)
+    except UnavailableError as error:
+        return dict.fromkeys(names, str(error))
+    owners = (fake_owner, real_owner, fake_owner, real_owner)
+    return {
+        name: ratio_interval(marks, owner, seed) | {"n": {"compared": size}}
+        for name, marks, owner in zip(names, marks_of, owners, strict=True)
+    }
 
 
 def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:

@@ -23,6 +23,11 @@ def _cosine(name: str, space: str, build: Callable[..., Measure], weights: Weigh
     return Preset("diversity", name, protocol, build, (weights,), by_default)
 
 
+def _lpips(name: str, title: str, network: str, weights: Weights, by_default: bool = False) -> Preset:
+    protocol = f"LPIPS 0.1 {title} at {b.LPIPS_SIDE} px, mean over pairs"
+    return Preset("diversity", name, protocol, partial(b.lpips, network), (weights,), by_default)
+
+
 _diversity, _quality, _alignment = (partial(Preset, axis) for axis in ("diversity", "quality", "alignment"))
 
 PRESETS = (
@@ -41,19 +46,8 @@ PRESETS = (
         partial(b.clip_diversity, side=RESOLUTION),
         w.CLIP_SHAPES,
     ),
-    _diversity(
-        "lpips",
-        f"LPIPS 0.1 AlexNet at {b.LPIPS_SIDE} px, mean over pairs",
-        partial(b.lpips, "alex"),
-        (w.ALEXNET,),
-        True,
-    ),
-    _diversity(
-        "lpips_squeeze",
-        f"LPIPS 0.1 SqueezeNet at {b.LPIPS_SIDE} px, mean over pairs",
-        partial(b.lpips, "squeeze"),
-        (w.SQUEEZENET,),
-    ),
+    _lpips("lpips", "AlexNet", "alex", w.ALEXNET, True),
+    _lpips("lpips_squeeze", "SqueezeNet", "squeeze", w.SQUEEZENET),
     _diversity(
         "shapes",
         "exact reader of the embedded world, over valid pictures that show the prompt",
