@@ -320,7 +320,7 @@ class Counted:
 
 
 def test_many_prompts_are_scored_in_bounded_memory(settings, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.scoring.compare.LARGEST", 500)
+    monkeypatch.setattr("dpdmd_pipeline.metrics.distribution.LARGEST", 500)
     sets = [Counted(number) for number in range(1000)]
     scores = score(sets, [QUALITY, DIVERSITY], settings)
     for name in ("quality.bright.score", "diversity.corners.vendi"):

@@ -7,8 +7,8 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from dpdmd_pipeline.commands.output import flush, refuse_unwritable, say
 from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.publishing import write_text
-from dpdmd_pipeline.scoring.folders import FolderContents, about_names, about_strays, find_pictures
+from dpdmd_pipeline.scoring.folders import FolderContents, UnnamedError, about_names, about_strays, find_pictures
 from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
 from dpdmd_pipeline.scoring.human import as_text, load_results, summarise
-from dpdmd_pipeline.scoring.layouts import UnnamedError
 from dpdmd_pipeline.scoring.preset import AXES, Preset, Settings
 from dpdmd_pipeline.scoring.presets import LEFT_OUT, PRESETS, choose
 from dpdmd_pipeline.scoring.published import CLIP_SHAPES
@@ -91,10 +90,11 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _metrics() -> str:
     """List of the metrics, and of those that need another environment."""
-    metrics = [f"  {preset.full_name:28}{'*' if preset.by_default else ' '} {preset.protocol}" for preset in PRESETS]
-    left_out = [f"  {name:29} {reason}" for name, reason in LEFT_OUT.items()]
-    titles = "Metrics (* included by the axis alone):", "Not available, because they need another environment:"
-    return "\n".join([titles[0], *metrics, "", titles[1], *left_out])
+    lines = ["Metrics (* included by the axis alone):"]
+    lines += [f"  {preset.full_name:28}{'*' if preset.by_default else ' '} {preset.protocol}" for preset in PRESETS]
+    lines += ["", "Not available, because they need another environment:"]
+    lines += [f"  {name:29} {reason}" for name, reason in LEFT_OUT.items()]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -135,7 +135,8 @@ def _score_pictures(options: argparse.Namespace) -> None:
     contents = {name: _find(folder, options.prompts, presets) for name, folder in folders.items()}
     about_gap = _check_gap(folders, contents, presets)
     reference, about_reference = _reference(options, contents)
-    with _shared_features(settings, presets, len(contents)) as shared:
+    with _feature_folder(presets, len(contents)) as features:
+        shared = replace(settings, features=features and Path(features))
         scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in contents.items()}
     for name, (sets, strays) in contents.items():
         notes = about_names(folders[name], sets), about_strays(folders[name], strays), about_reference, about_gap
@@ -220,15 +221,11 @@ def _in_project(path: Path) -> Path:
     return PROJECT / path if (PROJECT / "pyproject.toml").is_file() else path.absolute()
 
 
-@contextmanager
-def _shared_features(settings: Settings, presets: Sequence[Preset], folders: int) -> Iterator[Settings]:
-    """Settings with a temporary folder for features if a network would see the same pictures twice."""
+def _feature_folder(presets: Sequence[Preset], folders: int) -> AbstractContextManager[str | None]:
+    """A temporary folder for features if a network would see the same pictures twice, else None."""
     networks = Counter(weights.folder for preset in presets for weights in preset.weights)
-    if folders == 1 and max(networks.values(), default=0) < 2:
-        yield settings
-        return
-    with tempfile.TemporaryDirectory() as features:
-        yield replace(settings, features=Path(features))
+    is_shared = folders > 1 or max(networks.values(), default=0) > 1
+    return tempfile.TemporaryDirectory() if is_shared else nullcontext()
 
 
 def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]:

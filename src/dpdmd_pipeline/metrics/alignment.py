@@ -13,13 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.embedders import (
-    Embedder,
-    OpenClipVision,
-    create_open_clip,
-    load_open_clip,
-    load_pretrained,
-)
+from dpdmd_pipeline.metrics import embedders
+from dpdmd_pipeline.metrics.embedders import Embedder, OpenClipVision
 from dpdmd_pipeline.metrics.errors import UnfitError
 from dpdmd_pipeline.metrics.passes import Passes
 
@@ -82,10 +77,7 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def clip_score(
-    folder: Path,
-    passes: Passes,
-    side: int | None = None,
-    share: Callable[[Embedder], Embedder] = lambda embed: embed,
+    folder: Path, passes: Passes, side: int | None = None, share: Callable[[Embedder], Embedder] = lambda embed: embed
 ) -> OpenClipScore:
     """The CLIP score, 100 max(cos, 0), with the model of a folder.
 
@@ -93,7 +85,7 @@ def clip_score(
         side: as in OpenClipVision.
         share: wraps the image side so that other metrics reuse its features.
     """
-    model, preprocess, tokenizer = load_open_clip(folder)
+    model, preprocess, tokenizer = embedders.load_open_clip(folder)
     embed = share(OpenClipVision(model, preprocess, passes, side))
     return OpenClipScore(model, embed, tokenizer, factor=100.0, floor=0.0, passes=passes)
 
@@ -105,7 +97,7 @@ def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
     """
     import open_clip
 
-    model, preprocess = create_open_clip(architecture, pretrained=str(file), image_resize_mode="longest")
+    model, preprocess = embedders.create_open_clip(architecture, pretrained=str(file), image_resize_mode="longest")
     embed = OpenClipVision(model, preprocess, passes)
     return OpenClipScore(model, embed, open_clip.get_tokenizer(architecture), 1.0, None, passes)
 
@@ -116,7 +108,7 @@ class PickScore:
     def __init__(self, folder: Path, passes: Passes) -> None:
         from transformers import AutoModel, AutoProcessor
 
-        self.model = load_pretrained(AutoModel, folder, dtype=torch.float32).to(passes.device)
+        self.model = embedders.load_pretrained(AutoModel, folder, dtype=torch.float32).to(passes.device)
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self.passes = passes
 

@@ -45,11 +45,7 @@ def within(one: Tensor, two: Tensor) -> Tensor:
 def correlation_figure(
     one: Tensor, two: Tensor, correlate: Callable[[Tensor, Tensor], Tensor], seed: int
 ) -> dict[str, float | None]:
-    """A correlation with a 95 % bootstrap interval over prompts.
-
-    Args:
-        one, two: values of one metric each, [models, prompts].
-        correlate: `pooled` or `within`.
+    """Correlation, `pooled` or `within`, of two metrics [models, prompts] with a 95 % bootstrap interval over prompts.
 
     Returns:
         value, low, high: all None where nothing is ranked; no interval where 1 resample in 40 has nothing to rank.

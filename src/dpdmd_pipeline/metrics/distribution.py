@@ -53,14 +53,11 @@ def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
 
 
 def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """First-order effect of each fake picture on FID: its influence function at the two samples.
+    """First-order effect of each fake picture on FID, [m] of mean 0: its influence function at the two samples.
 
     A picture whose features differ from the fake mean by c adds 2 (fake mean - real mean) . c + c' (I - T) c, minus
     the mean of this term over all pictures. T transports the fake Gaussian onto the real one: I - T is the derivative
     of FID by the fake covariance.
-
-    Returns:
-        [m] for fake features [m, d], of mean 0.
 
     Raises:
         RuntimeError: from torch, if a covariance has no decomposition.
@@ -85,13 +82,10 @@ def _root(covariance: Tensor, inverse: bool = False) -> Tensor:
 
 
 def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """First-order effect of each fake picture on KID.
+    """First-order effect of each fake picture on KID, [m] of mean 0.
 
     A picture adds twice the difference between its mean kernel with the other fake pictures and with the real ones,
     minus the mean of this term over all pictures. The kernel is (x . y / d + 1)^3.
-
-    Returns:
-        [m] for fake features [m, d], of mean 0.
     """
     real, fake = real.double(), fake.double()
     near, far = [], []

@@ -58,11 +58,7 @@ class SetDiversity(Measure):
 
 
 class PairDiversity(Measure):
-    """Mean distance of all pairs of a prompt.
-
-    Args:
-        distances: function from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
-    """
+    """Mean distance of all pairs of a prompt; `distances` has the pairs (1, 0), (2, 0), (2, 1), ..., n (n - 1) / 2."""
 
     least = 2
 

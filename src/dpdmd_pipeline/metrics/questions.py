@@ -88,10 +88,8 @@ def rating(answer: str) -> float:
 def part_answers(model: VisionLanguage, records: Mapping[str, dict], text: str, images: Sequence[Image]) -> Tensor:
     """Probability of the right answer to one question for each part of a prompt, [n, parts].
 
-    Questions are as in GenEval (arXiv:2310.11513), but GenEval counts with a detector: call these numbers geneval_vqa.
-
-    Args:
-        records: records of GenEval's evaluation_metadata.jsonl by text of their prompt.
+    Questions are as in GenEval (arXiv:2310.11513), whose `records` are by text of their prompt. But GenEval counts with
+    a detector: call these numbers geneval_vqa.
 
     Raises:
         UnfitError: if the prompt has no record, or one without valid parts.
@@ -106,10 +104,7 @@ def part_answers(model: VisionLanguage, records: Mapping[str, dict], text: str, 
 
 
 class _Part(BaseModel):
-    """An object that a picture must show, or must not, and the questions about it.
-
-    `position` is a relation and the index of another part.
-    """
+    """An object that a picture must or must not show; `position` is a relation and the index of another part."""
 
     name: str = Field(alias="class", min_length=1)
     count: PositiveInt

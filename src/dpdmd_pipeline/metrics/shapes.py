@@ -28,9 +28,7 @@ def judge(images: Sequence[Tensor], prompts: Sequence[str], seed: int) -> dict[s
     """Quality and diversity of one model, each number a mean over prompts with its bootstrap interval.
 
     Args:
-        images: pictures of each prompt, [n, 3, H, W] in [0, 1].
-        prompts: their texts, from the shapes world.
-        seed: seed of the bootstrap.
+        images: pictures of each prompt, as in `judge_prompt`.
 
     Returns:
         Under `quality` the numbers QUALITY, under `diversity` DIVERSITY and pairwise_distance.

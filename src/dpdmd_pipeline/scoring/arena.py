@@ -14,8 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpdmd_pipeline.scoring.decode import read_picture
-from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.scoring.sets import FileSet, read_picture
 from dpdmd_pipeline.wording import counted, listed
 
 if TYPE_CHECKING:

@@ -10,15 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.metrics.distribution import (
-    KID_SUBSET_SIZE,
-    LARGEST,
-    frechet_distance,
-    frechet_influence,
-    kernel_distance,
-    kernel_influence,
-    prdc,
-)
+from dpdmd_pipeline.metrics import distribution
 from dpdmd_pipeline.metrics.errors import MissingLibraryError, UnavailableError
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
@@ -78,7 +70,7 @@ class Side:
         self.seed = seed
         order = torch.randperm(total, generator=self._generator())
         self.in_sample = torch.zeros(total, dtype=torch.bool)
-        self.in_sample[order[:LARGEST]] = True
+        self.in_sample[order[: distribution.LARGEST]] = True
         self.pictures = self.prompts = 0
         self.features: list[Tensor] = []
         self.owners: list[int] = []
@@ -121,21 +113,21 @@ def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
 
     Their intervals resample the judged prompts and leave the reference fixed.
     """
-    fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
+    fid = _or_reason(lambda: {"value": distribution.frechet_distance(*streams)})
 
     def kid() -> dict[str, Any]:
-        samples = [side.sample(LARGEST)[0] for side in sides if side.features]
+        samples = [side.sample(distribution.LARGEST)[0] for side in sides if side.features]
         if len(samples) < len(sides):
             raise UnavailableError(_NO_PICTURE)
-        value, spread = kernel_distance(*samples, seed)
+        value, spread = distribution.kernel_distance(*samples, seed)
         compared = min(map(len, samples))
-        n = {"compared": compared, "subset": min(KID_SUBSET_SIZE, compared)}
+        n = {"compared": compared, "subset": min(distribution.KID_SUBSET_SIZE, compared)}
         return {"value": value, "subset_std": spread, "n": n}
 
     # FID uses all pictures: an interval from the stored sample alone would be too wide.
-    if all(side.pictures <= LARGEST for side in sides):
-        fid = _with_interval(fid, frechet_influence, sides, seed, least=0.0)
-    return {"fid": fid, "kid": _with_interval(_or_reason(kid), kernel_influence, sides, seed)}
+    if all(side.pictures <= distribution.LARGEST for side in sides):
+        fid = _with_interval(fid, distribution.frechet_influence, sides, seed, least=0.0)
+    return {"fid": fid, "kid": _with_interval(_or_reason(kid), distribution.kernel_influence, sides, seed)}
 
 
 def _with_interval(
@@ -148,7 +140,7 @@ def _with_interval(
     """Add the interval to a figure if it can be computed, with no end below `least`."""
     if isinstance(figure, str):
         return figure
-    (real, _), (fake, owners) = (side.sample(LARGEST) for side in sides)
+    (real, _), (fake, owners) = (side.sample(distribution.LARGEST) for side in sides)
     try:
         marks = figure["value"] + influence(real, fake)
     except RuntimeError as error:  # from torch's decompositions
@@ -171,7 +163,7 @@ def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
         return dict.fromkeys(names, _NO_PICTURE)
     (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
     try:
-        marks_of = prdc(real, fake)
+        marks_of = distribution.prdc(real, fake)
     except UnavailableError as error:
         return dict.fromkeys(names, str(error))
     owners = (fake_owner, real_owner, fake_owner, real_owner)
