@@ -52,11 +52,11 @@ def correlation_figure(
     """
     value = correlate(one, two).item()
     figure: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
-    count = one.shape[1]
-    if figure["value"] is None or count < 2:
+    if figure["value"] is None or one.shape[1] < 2:
         return figure
-    # [models, resamples, prompts] to [resamples, models, prompts]
-    chunks = [correlate(*(side[:, index].transpose(0, 1) for side in (one, two))) for index in resamples(count, seed)]
+    chunks = []
+    for index in resamples(one.shape[1], seed):  # [models, resamples, prompts] to [resamples, models, prompts]
+        chunks.append(correlate(one[:, index].transpose(0, 1), two[:, index].transpose(0, 1)))
     resampled = torch.cat(chunks)
     ranked = resampled[~resampled.isnan()]
     if len(ranked) > 0.975 * len(resampled):

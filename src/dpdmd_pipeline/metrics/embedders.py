@@ -19,7 +19,6 @@ from dpdmd_pipeline.wording import one_line
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 Embedder = Callable[[Sequence[Any]], Tensor]  # from n Pillow pictures to features [n, d]
 
 

@@ -58,7 +58,7 @@ class SetDiversity(Measure):
 
 
 class PairDiversity(Measure):
-    """Mean distance of all pairs of a prompt; `distances` has the pairs (1, 0), (2, 0), (2, 1), ..., n (n - 1) / 2."""
+    """Mean of the n (n - 1) / 2 `distances` between n pictures, in the order (1, 0), (2, 0), (2, 1), ..."""
 
     least = 2
 

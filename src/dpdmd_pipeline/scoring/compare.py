@@ -37,7 +37,8 @@ def add_distribution(scores: Scores, job: Job) -> None:
         side.keep(_features(scores, preset, job.rows_of(sets), where, done))
         for side, sets, where, done in zip(sides, compared, wheres, rows, strict=True)
     ]
-    figures = (_inception_figures if preset.name == "inception" else _neighbour_figures)(sides, streams, seed)
+    compute = _inception_figures if preset.name == "inception" else _neighbour_figures
+    figures = compute(sides, streams, seed)
     n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
     for name, figure in figures.items():
         if isinstance(figure, str):
