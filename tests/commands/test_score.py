@@ -8,8 +8,7 @@ import sys
 import pytest
 from torchvision.transforms.functional import to_pil_image
 
-from dpdmd_pipeline.commands.score import PROJECT, main
-from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS
+from dpdmd_pipeline.commands.score import DEFAULT_WEIGHTS, PROJECT, main
 from dpdmd_pipeline.scoring.presets import LEFT_OUT
 from dpdmd_pipeline.scoring.scores import Scores
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery

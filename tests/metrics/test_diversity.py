@@ -9,6 +9,7 @@ from dpdmd_pipeline.metrics.diversity import (
     duplicate_threshold,
     nearest_similarity,
     one_minus_cosine,
+    pairwise_distance,
     vendi_score,
 )
 
@@ -67,3 +68,10 @@ def test_one_picture_alone_is_refused():
     for metric in (one_minus_cosine, vendi_score, nearest_similarity):
         with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
             metric(torch.ones(1, 3))
+
+
+def test_pairwise_distance_is_the_rms_between_pictures():
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.5)])
+    assert math.isclose(pairwise_distance(images), (1 + 0.5 + 0.5) / 3, rel_tol=1e-6)
+    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
+        pairwise_distance(images[:1])

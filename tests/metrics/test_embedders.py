@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from dpdmd_pipeline.metrics.embedders import Inception, Lpips, OpenClipVision, TransformersVision
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import hub_folder
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.scoring.published import ALEXNET, SQUEEZENET
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dpdmd_pipeline.metrics.diversity import pairwise_distance
 from dpdmd_pipeline.metrics.measures import PairDiversity, pixel_distances
-from dpdmd_pipeline.metrics.pixels import pairwise_distance
 
 
 def test_pixel_distance_is_that_of_the_embedded_world_s_metric():
@@ -35,7 +35,9 @@ def test_pixel_distances_are_exact_and_in_the_order_of_their_pairs(monkeypatch):
     ],
 )
 def test_pictures_without_finite_distances_are_left_out_and_listed(distances, value, unusable):
-    measure = PairDiversity("d", lambda images: torch.tensor(distances))  # (1, 0), (2, 0), (2, 1), (3, 0), ...
+    measure = PairDiversity(lambda images: torch.tensor(distances))  # (1, 0), (2, 0), (2, 1), (3, 0), ...
     measured = measure("", [None] * 4)
     assert measured.unusable == unusable
-    assert measured.values == {} if value is None else math.isclose(measured.values["d"], value, rel_tol=1e-6)
+    assert (
+        measured.values == {} if value is None else math.isclose(measured.values["mean_distance"], value, rel_tol=1e-6)
+    )

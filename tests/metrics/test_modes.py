@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from dpdmd_pipeline.metrics.modes import count_modes, coverage, effective_modes, entropy, expected_coverage
-from dpdmd_pipeline.metrics.pixels import pairwise_distance
+from dpdmd_pipeline.metrics.shapes import count_modes, coverage, effective_modes, entropy
 from dpdmd_pipeline.metrics.summary import gap_recovered, interval
 
 
@@ -41,14 +40,7 @@ def test_entropy_without_samples_is_zero():
 
 def test_coverage_of_a_uniform_sampler_is_the_expected_one():
     counts = counts_of(torch.full((72,), 1 / 72), 64, 400)
-    assert abs(coverage(counts).mean() - expected_coverage(72, 64)) < 0.005
-
-
-def test_pairwise_distance_is_the_rms_between_pictures():
-    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4), torch.full((3, 4, 4), 0.5)])
-    assert math.isclose(pairwise_distance(images), (1 + 0.5 + 0.5) / 3, rel_tol=1e-6)
-    with pytest.raises(ValueError, match=r"\b2\b.*\b1\b"):
-        pairwise_distance(images[:1])
+    assert abs(coverage(counts).mean() - (1 - (1 - 1 / 72) ** 64)) < 0.005
 
 
 def test_the_interval_has_the_width_of_a_normal_mean():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from dpdmd_pipeline.metrics.errors import MissingLibraryError
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import hub_folder
 from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa, backbones_of_checkpoints
 
 

@@ -1,19 +1,20 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from dpdmd_pipeline.metrics.measures import PartScores
 from dpdmd_pipeline.metrics.questions import (
-    PartQuestions,
-    RatedQuality,
     VisionLanguage,
-    VqaScore,
+    part_answers,
     part_questions,
+    rated_quality,
     rating,
+    vqa_score,
 )
-from dpdmd_pipeline.scoring.rows import measure_set
 from dpdmd_pipeline.scoring.sets import Loaded
+from dpdmd_pipeline.scoring.workers import measure_set
 
 
 class OpenSet:
@@ -38,7 +39,7 @@ def model(vision_language, passes):
 
 
 def test_the_vqa_score_is_the_probability_of_yes_after_the_question(model, photos):
-    scores = VqaScore(model)("a red circle", photos[:2])
+    scores = vqa_score(model, "a red circle", photos[:2])
     question = 'Does this figure show "a red circle"? Please answer yes or no.'
     processor = model.processor
     for photo, value in zip(photos, scores, strict=False):
@@ -57,7 +58,7 @@ def test_greedy_answers_repeat(model, photos):
 
 def test_an_answer_without_a_rating_is_nan(model, photos, monkeypatch):
     monkeypatch.setattr("dpdmd_pipeline.metrics.questions._RATING_TOKENS", 4)
-    assert RatedQuality(model)("", photos[:2]).isnan().all()  # a random model answers nonsense
+    assert rated_quality(model, "", photos[:2]).isnan().all()  # a random model answers nonsense
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_an_invalid_record_of_parts_is_refused(record, part):
 
 def test_parts_are_scored_by_the_probability_of_the_right_answer(model, photos):
     record = {"include": [{"class": "cat", "count": 1}], "exclude": [{"class": "cat", "count": 2}]}
-    scores = PartQuestions(model, {"a cat": record})("a cat", photos[:2])
+    scores = part_answers(model, {"a cat": record}, "a cat", photos[:2])
     (first, _), (second, _) = part_questions(record)
     assert torch.equal(scores[:, 0], model.probability("Yes", first, photos[:2]))
     assert torch.equal(scores[:, 1], model.probability("No", second, photos[:2]))
@@ -125,7 +126,8 @@ def test_parts_are_scored_by_the_probability_of_the_right_answer(model, photos):
 
 def test_a_prompt_without_valid_parts_costs_no_other_prompt(model, photos):
     record = {"include": [{"class": "cat", "count": 1}]}
-    measure = PartScores(PartQuestions(model, {"a cat": record, "a cow": {"include": [{"class": "cow"}]}}))
+    records = {"a cat": record, "a cow": {"include": [{"class": "cow"}]}}
+    measure = PartScores(partial(part_answers, model, records))
     rows = [measure_set(measure, OpenSet(text, photos[:2])) for text in ("a cat", "a dog", "a cow")]
     assert [bool(row.measured.values) for row in rows] == [True, False, False]
     assert rows[1].unfit and "include.0.count" in rows[2].unfit

@@ -77,7 +77,7 @@ def test_a_familys_code_belongs_to_what_it_computes_and_another_familys_does_not
         (["pipelines.train.setup"], {"dpdmd.algorithm", "dpdmd.anchor", "training.distill", "training.draws"}),
         (["pipelines.evaluate.sampling"], {"exporting.sample", "dpdmd.sampling", "backbones.base"}),
         (["scoring.score", "scoring.builders"], {"metrics.alignment", "metrics.quality", "metrics.distribution"}),
-        (["pipelines.study.students"], {"metrics.modes", "shapes.reader", "exporting.sample"}),
+        (["pipelines.study.students"], {"metrics.shapes", "shapes.reader", "exporting.sample"}),
         (["training.teacher"], {"shapes.models", "shapes.world"}),
         (["training.clip"], {"shapes.clip", "training.teacher"}),
     ],

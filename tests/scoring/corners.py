@@ -33,7 +33,7 @@ def shared_corners(settings):
 
 
 def brightness(settings):
-    return PictureScores("score", lambda text, images: Corners()(images).mean(1))
+    return PictureScores(lambda text, images: Corners()(images).mean(1))
 
 
 DIVERSITY = Preset("diversity", "corners", "corner pixels", partial(corners, SetDiversity))

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
-from dpdmd_pipeline.scoring.pairs import about_pairs, pair_up
+from dpdmd_pipeline.scoring.arena import ArenaOptions, about_pairs, make_arena, pair_up
 from dpdmd_pipeline.scoring.sets import FileSet
 
 OPTIONS = ArenaOptions(per_prompt=2, set_size=4, side=None, seed=0)

@@ -53,7 +53,7 @@ def test_fid_s_interval_ends_at_zero_and_its_failure_costs_no_figure(settings, m
     def breaks_down(real, fake):
         raise torch.linalg.LinAlgError("failed to converge")
 
-    monkeypatch.setattr("dpdmd_pipeline.scoring.compare.frechet_influence", breaks_down)
+    monkeypatch.setattr("dpdmd_pipeline.metrics.distribution.frechet_influence", breaks_down)
     without = score(alike, [MOMENTS], settings, reference).figures
     fid = without["distribution.inception.fid"]
     assert fid == {**figures["distribution.inception.fid"], "low": None, "high": None}

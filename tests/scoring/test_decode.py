@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from tests.scoring.drawing import as_anyone, draw
 
-from dpdmd_pipeline.scoring.decode import MAY_NOT_READ, read_picture
+from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, read_picture
 
 
 def test_a_picture_is_decoded_as_a_viewer_shows_it(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from tests.scoring.drawing import as_anyone, draw
 
-from dpdmd_pipeline.scoring.decode import MAY_NOT_READ
 from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
+from dpdmd_pipeline.scoring.sets import MAY_NOT_READ
 
 
 def described(folder, prompts=None):

@@ -6,20 +6,20 @@ import torch
 from safetensors.torch import save_file
 
 from dpdmd_pipeline.metrics.errors import MissingWeightsError, UnavailableError
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import hub_folder
 from dpdmd_pipeline.scoring.preset import Settings
 from dpdmd_pipeline.scoring.presets import PRESETS, choose
 from dpdmd_pipeline.scoring.published import CLIP_SHAPES, DINO_V2
 from dpdmd_pipeline.scoring.weights import damage_of
 
 
-def test_missing_weights_are_named_with_licence_size_and_command(tmp_path):
+def test_missing_weights_are_named_with_licence_size_and_command(tmp_path, passes):
     folder = tmp_path / "dinov2-base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "preprocessor_config.json").touch()  # from an interrupted download
     with pytest.raises(MissingWeightsError) as refused:
-        DINO_V2.require(folder, "diversity.dino_v2")
+        choose("diversity.dino_v2")[0].require(Settings(tmp_path, passes, processes=1, seed=0))
     message = str(refused.value)
     assert "\n" not in message and ": config.json" not in message
     for part in ("diversity.dino_v2", "facebook/dinov2-base", "Apache-2.0", "346 MB", "model.safetensors"):
@@ -48,7 +48,7 @@ def test_weights_may_be_one_file_or_shards(tmp_path):
     folder.mkdir()
     for name in ("config.json", "preprocessor_config.json", "model.safetensors.index.json"):
         (folder / name).write_text("x")
-    assert DINO_V2.require(folder, "") == folder
+    assert DINO_V2.lack(folder) == ""
 
 
 def test_the_digest_depends_on_the_content_of_all_files_and_shards(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dpdmd_pipeline.metrics.errors import UnavailableError
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import hub_folder
 from dpdmd_pipeline.metrics.quality import Pyiqa, backbones_of_checkpoints
 from dpdmd_pipeline.scoring import published as w
 from dpdmd_pipeline.scoring.preset import Settings

@@ -137,7 +137,7 @@ def test_a_file_name_neither_breaks_a_line_nor_commands_the_terminal(settings, t
 
 def test_a_network_that_fails_costs_its_metric_only(settings, caplog):
     def broken(settings):
-        return PictureScores("score", lambda text, images: torch.zeros(2) @ torch.zeros(3))
+        return PictureScores(lambda text, images: torch.zeros(2) @ torch.zeros(3))
 
     scores = score(make_sets(2, 3, seed=0), [Preset("quality", "broken", "", broken), QUALITY], settings)
     assert list(scores.figures) == ["quality.bright.score"]
@@ -183,7 +183,7 @@ def test_only_metrics_that_read_the_text_leave_out_prompts_without_one(settings,
 def test_prompts_that_the_encoder_cuts_are_counted_in_a_note(settings):
     def build(settings):
         cut_at = lambda text: 77 if "1" in text else None  # noqa: E731
-        return PictureScores("score", lambda text, images: Corners()(images).mean(1), cut_at)
+        return PictureScores(lambda text, images: Corners()(images).mean(1), cut_at)
 
     scores = score(make_sets(12, 2, seed=0), [Preset("alignment", "cut", "", build)], settings)
     assert any(all(part in note for part in ("3 of 12", "77", "alignment.cut")) for note in scores.notes)
@@ -191,7 +191,7 @@ def test_prompts_that_the_encoder_cuts_are_counted_in_a_note(settings):
 
 def rated(answers):
     """A metric with these ratings for each prompt; NaN stands for an answer that did not parse."""
-    build = lambda settings: PictureScores("score", lambda text, images: torch.tensor(answers), why=NO_ANSWER)  # noqa: E731
+    build = lambda settings: PictureScores(lambda text, images: torch.tensor(answers), why=NO_ANSWER)  # noqa: E731
     return Preset("quality", "rated", "", build)
 
 
@@ -320,7 +320,7 @@ class Counted:
 
 
 def test_many_prompts_are_scored_in_bounded_memory(settings, monkeypatch):
-    monkeypatch.setattr("dpdmd_pipeline.scoring.compare.LARGEST", 500)
+    monkeypatch.setattr("dpdmd_pipeline.metrics.distribution.LARGEST", 500)
     sets = [Counted(number) for number in range(1000)]
     scores = score(sets, [QUALITY, DIVERSITY], settings)
     for name in ("quality.bright.score", "diversity.corners.vendi"):

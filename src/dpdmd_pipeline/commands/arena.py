@@ -9,9 +9,8 @@ from pathlib import Path
 
 from dpdmd_pipeline.commands.output import refuse_unwritable
 from dpdmd_pipeline.publishing import write_text
-from dpdmd_pipeline.scoring.arena import ArenaOptions, make_arena
+from dpdmd_pipeline.scoring.arena import ArenaOptions, about_pairs, make_arena
 from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
-from dpdmd_pipeline.scoring.pairs import about_pairs
 from dpdmd_pipeline.scoring.sets import FileSet
 from dpdmd_pipeline.wording import counted
 
@@ -25,8 +24,7 @@ send back the file that the page saves. Then: python -m dpdmd_pipeline score res
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dpdmd_pipeline arena",
         description="Make one HTML page of blind side-by-side comparisons.",
@@ -46,12 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the page.
-
-    Raises:
-        ValueError, OSError: in one line, for errors that the user can correct.
-    """
-    options = make_parser().parse_args(arguments)
+    """Write the page; errors that the user can correct are a ValueError or an OSError of one line."""
+    options = _make_parser().parse_args(arguments)
     _check(options)
     (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, options.prompts) for folder in (options.a, options.b))
     names = str(options.a), str(options.b)

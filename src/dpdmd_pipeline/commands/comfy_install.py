@@ -28,19 +28,13 @@ def main(arguments: list[str]) -> None:
 
 
 def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
-    """Install `pack` into a ComfyUI; an older version stays until the new one is complete.
+    """Install `pack` into a ComfyUI, or link to it; an older version stays until the new one is complete.
 
     Args:
         comfyui: folder of a ComfyUI, or of its models and custom nodes (`--base-directory`).
-        link: link to `pack` instead of copying it.
-        pack: folder of the pack.
 
     Returns:
         The installed folder, `comfyui/custom_nodes/dpdmd`.
-
-    Raises:
-        ValueError: without a pack or a ComfyUI, or if other files are in the way.
-        OSError: if the files cannot be written.
     """
     if not (pack / "__init__.py").is_file():
         raise ValueError(
@@ -63,11 +57,6 @@ def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
 
 
 def _custom_nodes(comfyui: Path) -> Path:
-    """The folder of custom nodes in a ComfyUI.
-
-    Raises:
-        ValueError: if it is not a ComfyUI; the message names one nearby.
-    """
     if _is_comfyui(comfyui):
         return comfyui / "custom_nodes"
     nearby = [path for path in (comfyui.resolve().parent, comfyui / "ComfyUI") if _is_comfyui(path)]

@@ -14,12 +14,7 @@ _SYSTEM = ("/dev", "/proc")  # `publishing.write_text` writes in place there too
 def refuse_unwritable(option: str, path: Path) -> None:
     """Raise the error of `publishing.write_text` before the work instead of after it.
 
-    Args:
-        option: option that names the file.
-        path: path of the file; it may be a link, a pipe or a device.
-
-    Raises:
-        OSError: if its folder does not exist or it may not be written; names the file and the remedy.
+    The path may be a link, a pipe or a device; `option` names it in the message.
     """
     is_stream = path.exists() and not path.is_file()
     in_place = is_stream or any(path.absolute().is_relative_to(system) for system in _SYSTEM)

@@ -7,8 +7,8 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,14 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.commands.output import flush, refuse_unwritable, say
-from dpdmd_pipeline.commands.score_parser import DEFAULT_WEIGHTS, make_parser
 from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.publishing import write_text
-from dpdmd_pipeline.scoring.folders import FolderContents, about_names, about_strays, find_pictures
+from dpdmd_pipeline.scoring.folders import FolderContents, UnnamedError, about_names, about_strays, find_pictures
 from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
 from dpdmd_pipeline.scoring.human import as_text, load_results, summarise
-from dpdmd_pipeline.scoring.layouts import UnnamedError
-from dpdmd_pipeline.scoring.preset import Preset, Settings
-from dpdmd_pipeline.scoring.presets import choose
+from dpdmd_pipeline.scoring.preset import AXES, Preset, Settings
+from dpdmd_pipeline.scoring.presets import LEFT_OUT, PRESETS, choose
 from dpdmd_pipeline.scoring.published import CLIP_SHAPES
 from dpdmd_pipeline.scoring.score import score
 from dpdmd_pipeline.scoring.scores import Reference, Scores
@@ -33,20 +31,79 @@ from dpdmd_pipeline.scoring.table import as_gap_table, as_record, as_table
 from dpdmd_pipeline.scoring.texts import read_parts
 from dpdmd_pipeline.wording import listed
 
+DEFAULT_WEIGHTS = Path("data/06_models/metrics")
 INCOMPLETE = 3  # exit code: measured, but with missing metrics or faults
 SHIPPED_CLIP = Path("data/06_models/shapes_clip")  # the embedded world's CLIP, in the project's git
 PROJECT = Path(__file__).resolve().parents[3]  # the checkout that this package runs from
 _FEW = 3  # metrics in a message
+_LAYOUTS = """\
+IMAGES is a folder in one of three layouts:
+  a folder per prompt    IMAGES/a red circle/01.png ...     The text is in prompt.txt beside the pictures, else in
+                                                            --prompts, else it is the folder's name, unless that is an
+                                                            id: digits and no space, such as 00000 or prompt_12.
+  a file per picture     IMAGES/<prompt-id>_<seed>.png ...  The text is in --prompts, else it is the id if that has a
+                                                            space.
+  a manifest             IMAGES/manifest.csv or .jsonl      Records with file, prompt and, optionally, id.
+A folder per prompt may also be GenEval's own: IMAGES/00000/samples/0000.png with the text in
+IMAGES/00000/metadata.jsonl.
+Metrics that need neither prompts nor seeds (quality, distribution) accept any names in a flat folder, and so does
+--reference: each picture then counts as one prompt.
+Pictures of one prompt must have different seeds, and as many as in the pictures that you compare with.
+With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. Metrics that read the
+text (alignment, preference, the exact reader of the embedded world) leave out prompts without one. Transparent
+pixels count as white; EXIF rotates pictures as in a viewer.
+
+Features of networks that several metrics share lie in the temporary folder (TMPDIR) during the run, 3 to 8 kB per
+picture and network.
+
+With --by human, IMAGES are the results that an arena page has saved: score results.json --by human
+
+Exit code: 0 everything was measured; 1 or 2 refused; 3 measured, but something is missing or was left out, and the
+table says what.
+"""
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dpdmd_pipeline score",
+        description="Score any folder of pictures.",
+        epilog=f"{_LAYOUTS}\n{_metrics()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGES", help="folder of pictures")
+    add("--by", required=True, help=f"axes ({', '.join(AXES)}) or metrics below, or human")
+    add("--reference", type=Path, help="folder to compare with: the teacher's pictures, or real ones with any names")
+    add("--teacher", type=Path, help="the teacher's pictures; with --baseline, for the gap recovered")
+    add("--baseline", type=Path, help="pictures of plain DMD for the same prompts")
+    add("--prompts", type=Path, help="texts of prompt ids: .txt (line number), .csv or .jsonl (id, text)")
+    add("--geneval", type=Path, help="GenEval's evaluation_metadata.jsonl, for alignment.geneval_vqa")
+    add("--duplicates-above", type=float, metavar="COSINE", help="cosine from which two pictures are near-duplicates")
+    add("--weights", type=Path, help=f"folder of all weights ({DEFAULT_WEIGHTS} here, else in the project)")
+    add("--json", type=Path, help="write all results, also per prompt, to this file")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    add("--processes", type=int, default=1, help="processes that share the prompts (%(default)s)")
+    add("--batch-size", type=int, default=32, help="pictures per pass on a GPU (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap and of the subsets of large sets (%(default)s)")
+    return parser
+
+
+def _metrics() -> str:
+    """List of the metrics, and of those that need another environment."""
+    lines = ["Metrics (* included by the axis alone):"]
+    lines += [f"  {preset.full_name:28}{'*' if preset.by_default else ' '} {preset.protocol}" for preset in PRESETS]
+    lines += ["", "Not available, because they need another environment:"]
+    lines += [f"  {name:29} {reason}" for name, reason in LEFT_OUT.items()]
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
     """Score, print the table, write the file; exit with 3 if something is missing.
 
-    Raises:
-        ValueError, OSError: in one line, for errors that the user can correct.
+    Errors that the user can correct are a ValueError or an OSError of one line.
     """
     try:
-        options = make_parser().parse_args(arguments)
+        options = _make_parser().parse_args(arguments)
     finally:
         flush()  # the help is long, and its reader may be gone
     if options.json:
@@ -65,14 +122,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _score_people(options: argparse.Namespace) -> None:
-
     summary = summarise(load_results(options.images), options.seed)
     say(as_text(summary))
     _write(options.json, summary)
 
 
 def _score_pictures(options: argparse.Namespace) -> None:
-
     _check(options)
     presets, settings = choose(options.by), _settings(options)
     folders = {"images": options.images[0]}
@@ -80,7 +135,8 @@ def _score_pictures(options: argparse.Namespace) -> None:
     contents = {name: _find(folder, options.prompts, presets) for name, folder in folders.items()}
     about_gap = _check_gap(folders, contents, presets)
     reference, about_reference = _reference(options, contents)
-    with _shared_features(settings, presets, len(contents)) as shared:
+    with _feature_folder(presets, len(contents)) as features:
+        shared = replace(settings, features=features and Path(features))
         scored = {name: score(sets, presets, shared, reference) for name, (sets, _) in contents.items()}
     for name, (sets, strays) in contents.items():
         notes = about_names(folders[name], sets), about_strays(folders[name], strays), about_reference, about_gap
@@ -119,11 +175,7 @@ def _find(folder: Path, prompts: Path | None, presets: Sequence[Preset]) -> Fold
 
 
 def _check_gap(folders: Mapping[str, Path], contents: Mapping[str, FolderContents], presets: Sequence[Preset]) -> str:
-    """Note on the prompts that the gap recovered leaves out; empty without any.
-
-    Raises:
-        ValueError: if no diversity is measured, or no prompt is in all folders.
-    """
+    """Note on the prompts that the gap recovered leaves out; empty without any."""
     if len(folders) == 1:
         return ""
     if not any(preset.axis == "diversity" for preset in presets):
@@ -147,7 +199,6 @@ def _reference(options: argparse.Namespace, contents: Mapping[str, FolderContent
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ValueError("--device cuda: PyTorch sees no GPU here: use cpu")
@@ -170,15 +221,11 @@ def _in_project(path: Path) -> Path:
     return PROJECT / path if (PROJECT / "pyproject.toml").is_file() else path.absolute()
 
 
-@contextmanager
-def _shared_features(settings: Settings, presets: Sequence[Preset], folders: int) -> Iterator[Settings]:
-    """Settings with a temporary folder for features if a network would see the same pictures twice."""
+def _feature_folder(presets: Sequence[Preset], folders: int) -> AbstractContextManager[str | None]:
+    """A temporary folder for features if a network would see the same pictures twice, else None."""
     networks = Counter(weights.folder for preset in presets for weights in preset.weights)
-    if folders == 1 and max(networks.values(), default=0) < 2:
-        yield settings
-        return
-    with tempfile.TemporaryDirectory() as features:
-        yield replace(settings, features=Path(features))
+    is_shared = folders > 1 or max(networks.values(), default=0) > 1
+    return tempfile.TemporaryDirectory() if is_shared else nullcontext()
 
 
 def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], str]:
@@ -196,6 +243,5 @@ def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], s
 
 
 def _write(path: Path | None, record: dict[str, Any]) -> None:
-
     if path:
         write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -13,13 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.embedders import (
-    Embedder,
-    OpenClipVision,
-    create_open_clip,
-    load_open_clip,
-    load_pretrained,
-)
+from dpdmd_pipeline.metrics import embedders
+from dpdmd_pipeline.metrics.embedders import Embedder, OpenClipVision
 from dpdmd_pipeline.metrics.errors import UnfitError
 from dpdmd_pipeline.metrics.passes import Passes
 
@@ -37,7 +32,6 @@ class OpenClipScore:
         embed: the model's image side; metrics of diversity may share its features.
         factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
         floor: lower bound, 0 for the CLIP score (arXiv:2104.08718).
-        passes: device and batch size.
     """
 
     def __init__(
@@ -47,19 +41,16 @@ class OpenClipScore:
         self.factor, self.floor, self.passes = factor, floor, passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        """One number per picture, [n].
-
-        Raises:
-            UnfitError: if the tokenizer does not know a word of the text: the score would ignore it.
-        """
         unknown = unknown_words(self.tokenizer, text)
-        if unknown:
+        if unknown:  # the score would ignore these words
             raise UnfitError(
                 f"the network's tokenizer does not know some words of prompt {text!r} ({', '.join(unknown)}): "
                 "use it for prompts of its own world only"
             )
         direction = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(lambda rows: _unit(rows.to(direction.device)) @ direction, self.embed(images))
+        cosine = self.passes.run(
+            lambda rows: F.normalize(rows.to(direction.device), dim=-1) @ direction, self.embed(images)
+        )
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
@@ -86,20 +77,15 @@ def unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def clip_score(
-    folder: Path,
-    passes: Passes,
-    side: int | None = None,
-    share: Callable[[Embedder], Embedder] = lambda embed: embed,
+    folder: Path, passes: Passes, side: int | None = None, share: Callable[[Embedder], Embedder] = lambda embed: embed
 ) -> OpenClipScore:
     """The CLIP score, 100 max(cos, 0), with the model of a folder.
 
     Args:
-        folder: the model's folder.
-        passes: device and batch size.
         side: as in OpenClipVision.
         share: wraps the image side so that other metrics reuse its features.
     """
-    model, preprocess, tokenizer = load_open_clip(folder)
+    model, preprocess, tokenizer = embedders.load_open_clip(folder)
     embed = share(OpenClipVision(model, preprocess, passes, side))
     return OpenClipScore(model, embed, tokenizer, factor=100.0, floor=0.0, passes=passes)
 
@@ -107,14 +93,11 @@ def clip_score(
 def hps_score(architecture: str, file: Path, passes: Passes) -> OpenClipScore:
     """HPSv2 (arXiv:2306.09341): the cosine; pictures are resized by their longest side and padded, as in its code.
 
-    Args:
-        architecture: open_clip's name, ViT-H-14 for the published file.
-        file: the weights.
-        passes: device and batch size.
+    The `architecture` is open_clip's name, ViT-H-14 for the published file.
     """
     import open_clip
 
-    model, preprocess = create_open_clip(architecture, pretrained=str(file), image_resize_mode="longest")
+    model, preprocess = embedders.create_open_clip(architecture, pretrained=str(file), image_resize_mode="longest")
     embed = OpenClipVision(model, preprocess, passes)
     return OpenClipScore(model, embed, open_clip.get_tokenizer(architecture), 1.0, None, passes)
 
@@ -125,7 +108,7 @@ class PickScore:
     def __init__(self, folder: Path, passes: Passes) -> None:
         from transformers import AutoModel, AutoProcessor
 
-        self.model = load_pretrained(AutoModel, folder, dtype=torch.float32).to(passes.device)
+        self.model = embedders.load_pretrained(AutoModel, folder, dtype=torch.float32).to(passes.device)
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self.passes = passes
 
@@ -141,16 +124,11 @@ class PickScore:
         options = {"padding": True, "truncation": True, "max_length": _PICK_TOKENS, "return_tensors": "pt"}
         tokens = self.processor(text=[text], **options)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        image = _unit(_embedding(self.model.get_image_features(pixels.to(self.passes.device))))
-        text_features = self.model.get_text_features(**tokens.to(self.passes.device))
-        return self.model.logit_scale.exp() * (image @ _unit(_embedding(text_features))[0])
+        image = _direction(self.model.get_image_features(pixels.to(self.passes.device)))
+        prompt = _direction(self.model.get_text_features(**tokens.to(self.passes.device)))
+        return self.model.logit_scale.exp() * (image @ prompt[0])
 
 
-def _embedding(output: Any) -> Tensor:
-    """Features of transformers 4, which returns the tensor, or 5, which wraps it."""
-    return output if torch.is_tensor(output) else output.pooler_output
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows [n, d] scaled to length 1."""
-    return F.normalize(rows, dim=-1)
+def _direction(output: Any) -> Tensor:
+    """Features [n, d] of length 1; transformers 4 returns the tensor, 5 wraps it."""
+    return F.normalize(output if torch.is_tensor(output) else output.pooler_output, dim=-1)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dpdmd_pipeline.metrics.summary import percentiles, resamples
 
-Correlate = Callable[[Tensor, Tensor], Tensor]
-
 _EXACT = "diversity.shapes.effective_modes"
 
 
@@ -44,24 +42,21 @@ def within(one: Tensor, two: Tensor) -> Tensor:
     return rank_correlation(one, two).nanmean(-1)
 
 
-def correlation_figure(one: Tensor, two: Tensor, correlate: Correlate, seed: int) -> dict[str, float | None]:
-    """A correlation with a 95 % bootstrap interval over prompts.
-
-    Args:
-        one, two: values of one metric each, [models, prompts].
-        correlate: `pooled` or `within`.
-        seed: seed of the resampling.
+def correlation_figure(
+    one: Tensor, two: Tensor, correlate: Callable[[Tensor, Tensor], Tensor], seed: int
+) -> dict[str, float | None]:
+    """Correlation, `pooled` or `within`, of two metrics [models, prompts] with a 95 % bootstrap interval over prompts.
 
     Returns:
         value, low, high: all None where nothing is ranked; no interval where 1 resample in 40 has nothing to rank.
     """
     value = correlate(one, two).item()
     figure: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
-    count = one.shape[1]
-    if figure["value"] is None or count < 2:
+    if figure["value"] is None or one.shape[1] < 2:
         return figure
-    # [models, resamples, prompts] to [resamples, models, prompts]
-    chunks = [correlate(*(side[:, index].transpose(0, 1) for side in (one, two))) for index in resamples(count, seed)]
+    chunks = []
+    for index in resamples(one.shape[1], seed):  # [models, resamples, prompts] to [resamples, models, prompts]
+        chunks.append(correlate(one[:, index].transpose(0, 1), two[:, index].transpose(0, 1)))
     resampled = torch.cat(chunks)
     ranked = resampled[~resampled.isnan()]
     if len(ranked) > 0.975 * len(resampled):
@@ -74,7 +69,6 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
 
     Args:
         tables: per model: full name of a metric -> prompt id -> value.
-        seed: seed of the bootstrap.
 
     Returns:
         Full name -> the pooled figure, with the figure within models under `within`. Only prompts count that have both
@@ -90,11 +84,10 @@ def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed:
             torch.tensor([[table[metric][key] for key in prompts] for table in tables], dtype=torch.float64)
             for metric in (_EXACT, name)
         )
-        n = {"prompts": len(prompts), "models": len(tables)}
         figures[name] = {
             **correlation_figure(one, two, pooled, seed),
             "within": correlation_figure(one, two, within, seed),
-            "n": n,
+            "n": {"prompts": len(prompts), "models": len(tables)},
             "preset": f"Spearman's, with {_EXACT}",
         }
     return figures

@@ -5,15 +5,15 @@ Features are [n, d], one row per picture.
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.metrics.errors import UnavailableError, not_installed
+from dpdmd_pipeline.metrics.errors import UnavailableError
+from dpdmd_pipeline.metrics.libraries import from_torchmetrics
 
 # As published.
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # arXiv:1801.01401, and torchmetrics
@@ -22,7 +22,7 @@ LARGEST = 10_000  # pictures per side whose features are stored, for KID and for
 _ROWS = 1024  # rows of a distance matrix in memory at once
 
 
-class Features(nn.Identity):
+class _Features(nn.Identity):
     """Stand-in for torchmetrics' network where the features exist already."""
 
     def __init__(self, num_features: int) -> None:
@@ -31,18 +31,16 @@ class Features(nn.Identity):
 
 
 def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
-    """FID of two streams of features [n, d], by torchmetrics; memory holds only their moments.
-
-    Reads both streams to their end.
+    """FID of two streams of features [n, d], by torchmetrics; reads both to their end, and stores only their moments.
 
     Raises:
         UnavailableError: with no more pictures than features, where the covariance is singular and FID means nothing.
     """
-    metric_class, metric = _torchmetrics("image.fid", "FrechetInceptionDistance"), None
+    metric_class, metric = from_torchmetrics("image.fid", "FrechetInceptionDistance"), None
     counts = {True: 0, False: 0}
     for stream, is_real in ((real, True), (fake, False)):
         for features in stream:
-            metric = metric or metric_class(feature=Features(features.shape[1]))
+            metric = metric or metric_class(feature=_Features(features.shape[1]))
             metric.update(features.double(), real=is_real)
             counts[is_real] += len(features)
     num_features = metric.inception.num_features if metric else 0
@@ -55,17 +53,11 @@ def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
 
 
 def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """First-order effect of each fake picture on FID: its influence function at the two samples.
+    """First-order effect of each fake picture on FID, [m] of mean 0: its influence function at the two samples.
 
     A picture whose features differ from the fake mean by c adds 2 (fake mean - real mean) . c + c' (I - T) c, minus
     the mean of this term over all pictures. T transports the fake Gaussian onto the real one: I - T is the derivative
     of FID by the fake covariance.
-
-    Args:
-        real, fake: [n, d], [m, d].
-
-    Returns:
-        [m], of mean 0.
 
     Raises:
         RuntimeError: from torch, if a covariance has no decomposition.
@@ -90,16 +82,10 @@ def _root(covariance: Tensor, inverse: bool = False) -> Tensor:
 
 
 def kernel_influence(real: Tensor, fake: Tensor) -> Tensor:
-    """First-order effect of each fake picture on KID.
+    """First-order effect of each fake picture on KID, [m] of mean 0.
 
     A picture adds twice the difference between its mean kernel with the other fake pictures and with the real ones,
     minus the mean of this term over all pictures. The kernel is (x . y / d + 1)^3.
-
-    Args:
-        real, fake: [n, d], [m, d].
-
-    Returns:
-        [m], of mean 0.
     """
     real, fake = real.double(), fake.double()
     near, far = [], []
@@ -116,32 +102,20 @@ def _kernel(one: Tensor, two: Tensor) -> Tensor:
 
 
 def kernel_distance(real: Tensor, fake: Tensor, seed: int) -> tuple[float, float]:
-    """KID by torchmetrics: mean and standard deviation over subsets of 1000 pictures, or of all if there are fewer.
-
-    Args:
-        real, fake: [n, d], [m, d].
-        seed: seed of the subsets.
-    """
+    """KID by torchmetrics: mean and standard deviation over subsets of 1000 pictures, or of all if there are fewer."""
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
     if size < 2:
         raise UnavailableError(f"KID needs at least 2 pictures on both sides, not {len(fake)} against {len(real)}")
-    metric_class = _torchmetrics("image.kid", "KernelInceptionDistance")
+    metric_class = from_torchmetrics("image.kid", "KernelInceptionDistance")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about storing all features: at most LARGEST here
-        metric = metric_class(feature=Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        metric = metric_class(feature=_Features(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mean, spread = metric.compute()
     return mean.item(), spread.item()
-
-
-def _torchmetrics(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(f"torchmetrics.{module}"), name)
-    except ImportError as error:
-        raise not_installed("torchmetrics") from error
 
 
 class Prdc(NamedTuple):
@@ -156,11 +130,8 @@ class Prdc(NamedTuple):
 def prdc(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> Prdc:
     """Precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797).
 
-    The ball around a picture reaches to the k-th nearest other picture of its own set.
-
-    Args:
-        real, fake: [n, d], [m, d]; compare results at equal n and m only.
-        neighbours: k.
+    The ball around a picture reaches to the k-th nearest other picture of its own set, with k `neighbours`. Compare
+    results at equal numbers of pictures only.
 
     Raises:
         UnavailableError: with k pictures or fewer on a side.

@@ -1,7 +1,7 @@
-"""Diversity of the pictures of one prompt, from their embeddings.
+"""Diversity of the pictures of one prompt, from their embeddings or pixels.
 
-Functions take embeddings [n, d] of one prompt, normalise them and sum in float64. Compare at the same n, with the
-teacher's value and with quality beside it: all but the first depend on n, and noise is diverse too.
+Embeddings [n, d] of one prompt are normalised, and sums are in float64. Compare at the same n, with the teacher's value
+and with quality beside it: all but means over pairs depend on n, and noise is diverse too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,7 @@ _ROUNDING = 1e-9  # exact copies have a cosine of 1 up to the last bits
 
 
 def _similarities(embeddings: Tensor) -> Tensor:
-    """Cosines of all pairs, [n, n].
-
-    Raises:
-        ValueError: with fewer than two pictures.
-    """
+    """Cosines of all pairs, [n, n]."""
     if len(embeddings) < 2:
         raise ValueError(f"diversity needs at least 2 pictures of a prompt, got {len(embeddings)}")
     unit = F.normalize(embeddings.double(), dim=1)
@@ -44,11 +40,18 @@ def nearest_similarity(embeddings: Tensor) -> Tensor:
     return _similarities(embeddings).fill_diagonal_(-torch.inf).amax(1)
 
 
+def pairwise_distance(images: Tensor) -> float:
+    """Mean RMS difference over all pairs of pictures [n, 3, H, W] in [0, 1]."""
+    if len(images) < 2:
+        raise ValueError(f"pairwise distance needs at least 2 pictures of a prompt, got {len(images)}")
+    flat = images.flatten(1).double()
+    return (torch.pdist(flat) / flat.shape[1] ** 0.5).mean().item()
+
+
 def duplicate_threshold(nearest: Tensor) -> float:
     """Cosine from which pictures are near-duplicates: the 99th percentile of the teacher's nearest similarities.
 
-    Args:
-        nearest: similarities of all prompts, from as many pictures per prompt as are judged: they grow with n.
+    These must be of as many pictures per prompt as are judged, because they grow with n.
     """
     return torch.quantile(nearest.double(), 0.99).item()
 

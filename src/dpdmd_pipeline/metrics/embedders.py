@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdmd_pipeline.metrics.errors import UnfitError, not_installed
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import from_torchmetrics, hub_folder
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.wording import one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
-class Embedder(Protocol):
-    """A function from pictures to one row of features each."""
-
-    def __call__(self, images: Sequence[Image]) -> Tensor: ...
+Embedder = Callable[[Sequence[Any]], Tensor]  # from n Pillow pictures to features [n, d]
 
 
 def load_pretrained(model_class: Any, folder: Path, **options: Any) -> nn.Module:
@@ -40,11 +36,7 @@ def load_pretrained(model_class: Any, folder: Path, **options: Any) -> nn.Module
 
 
 def load_open_clip(folder: Path) -> tuple[nn.Module, Any, Any]:
-    """Load model, preprocessing and tokenizer from a folder in open_clip's own layout.
-
-    Raises:
-        ValueError: if the weights are missing or do not fit; open_clip alone would log a line and use random ones.
-    """
+    """Load model, preprocessing and tokenizer from a folder in open_clip's own layout."""
     import open_clip
 
     name = f"local-dir:{folder}"
@@ -56,7 +48,7 @@ def create_open_clip(name: str, **options: Any) -> tuple[nn.Module, Any]:
     """Create model and preprocessing with pretrained weights.
 
     Raises:
-        ValueError: if the weights are missing or do not fit the model.
+        ValueError: if the weights are missing or do not fit; open_clip alone would log a line and use random ones.
     """
     import open_clip
 
@@ -73,11 +65,9 @@ class TransformersVision:
     """A vision model of transformers behind its own image processor.
 
     Args:
-        folder: config, preprocessor and weights.
         tokens: `pooled` is `pooler_output`; `patches` are the normalised patch tokens side by side, so that the
             cosine of two rows is the mean cosine of patches at the same position; `raw_cls` is the first token of
             `last_hidden_state`, which a CLIP has before its final norm and projection.
-        passes: device and batch size.
     """
 
     def __init__(self, folder: Path, tokens: Literal["pooled", "patches", "raw_cls"], passes: Passes) -> None:
@@ -105,32 +95,16 @@ class TransformersVision:
         return patches.flatten(1) / patches.shape[1] ** 0.5
 
 
-def only_of_side(preprocess: Callable[[Image], Tensor], side: int | None) -> Callable[[Image], Tensor]:
-    """A preprocessing that accepts only pictures of this side in pixels; None accepts all."""
-    if side is None:
-        return preprocess
-
-    def checked(image: Image) -> Tensor:
-        if image.size != (side, side):
-            width, height = image.size
-            raise UnfitError(f"pictures have {width} x {height} pixels; this network needs {side} x {side}")
-        return preprocess(image)
-
-    return checked
-
-
 class OpenClipVision:
     """Projected image embeddings of an open_clip model, before normalisation.
 
     Args:
         model, preprocess: from open_clip.
-        passes: device and batch size.
         side: required side of the pictures in pixels, for a model of one world only.
     """
 
     def __init__(self, model: nn.Module, preprocess: Any, passes: Passes, side: int | None = None) -> None:
-        self.preprocess = only_of_side(preprocess, side)
-        self.model, self.passes = model.to(passes.device), passes
+        self.model, self.preprocess, self.passes, self.side = model.to(passes.device), preprocess, passes, side
 
     @classmethod
     def of(cls, folder: Path, passes: Passes, side: int | None = None) -> Self:
@@ -142,13 +116,16 @@ class OpenClipVision:
         return self.passes.run(self._embed, images)
 
     def _embed(self, images: Sequence[Image]) -> Tensor:
+        for width, height in (image.size for image in images):
+            if self.side is not None and (width, height) != (self.side, self.side):
+                raise UnfitError(
+                    f"pictures have {width} x {height} pixels; this network needs {self.side} x {self.side}"
+                )
         return self.model.encode_image(torch.stack([self.preprocess(image) for image in images]).to(self.passes.device))
 
 
 class Inception:
     """The 2048 features of FID's Inception network, resized as in its first code (bilinear, no antialias)."""
-
-    num_features = 2048
 
     def __init__(self, file: Path, passes: Passes) -> None:
         try:
@@ -176,16 +153,12 @@ class Lpips:
         network: alex is the protocol of the diversity literature, squeeze the small network.
         root: folder of all weights; this network's lie below it in torch.hub's layout.
         side: side in pixels of the square to which pictures are resized, bilinear.
-        passes: device and batch size.
     """
 
     def __init__(self, network: Literal["alex", "squeeze"], root: Path, side: int, passes: Passes) -> None:
-        try:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-        except ImportError as error:
-            raise not_installed("torchmetrics") from error
+        metric_class = from_torchmetrics("image.lpip", "LearnedPerceptualImagePatchSimilarity")
         with hub_folder(root):
-            metric = LearnedPerceptualImagePatchSimilarity(network, reduction="none", normalize=True)
+            metric = metric_class(network, reduction="none", normalize=True)
         self.metric, self.side, self.passes = metric.to(passes.device), side, passes
 
     def __call__(self, images: Sequence[Image]) -> Tensor:

@@ -22,15 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class CachedFeatures:
-    """An embedder that stores the features of each prompt in a file, under a key of the pictures' pixels.
+    """An embedder that stores the features of each prompt in a file of `folder`, under a key of the pictures' pixels.
 
-    The key depends neither on the pictures' location nor on which metric or process comes first. A full disk costs
-    time, never a metric: features that cannot be stored are computed again.
-
-    Args:
-        embed: computes features that are not stored.
-        folder: folder of the files.
-        network: identity of the network, its output and its device.
+    A full disk costs time, never a metric: features that cannot be stored are computed again. `network` is the identity
+    of the network, its output and its device.
     """
 
     def __init__(self, embed: Embedder, folder: Path, network: str) -> None:
@@ -47,8 +42,13 @@ class CachedFeatures:
         return features
 
     def _store(self, path: Path, features: Tensor) -> None:
+        """Write the file atomically, also if another process writes the same pictures."""
+        from safetensors.torch import save_file
+
+        own = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         try:
-            _write(path, features)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda temporary: save_file({"features": features.contiguous()}, temporary), own)
         except (OSError, SafetensorError) as error:
             self._can_store = False
             log.warning("cannot store features in %s (%s): every metric computes its own", self.folder, error)
@@ -71,12 +71,3 @@ def _load(path: Path) -> Tensor | None:
         return load_file(path)["features"]
     except (OSError, SafetensorError, KeyError):
         return None
-
-
-def _write(path: Path, features: Tensor) -> None:
-    """Write the file atomically, also if another process writes the same pictures."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-    write_atomically(path, lambda temporary: save_file({"features": features.contiguous()}, temporary), own)

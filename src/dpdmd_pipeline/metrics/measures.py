@@ -15,7 +15,6 @@ from dpdmd_pipeline.metrics.errors import UnfitError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-
 _BLOCK = 1 << 16  # pixels of each picture in double precision at once
 # Reasons why a picture has no number. "network" in a reason makes the fault carry the metric's name.
 NO_NUMBER = "the network gave no finite number"
@@ -36,17 +35,16 @@ class Measured(NamedTuple):
 class Measure(Protocol):
     """One metric, or several from the same pass."""
 
-    least: int  # pictures per prompt, at least
-    any_size: bool  # True if pictures of one prompt may differ in size
+    least: int = 1  # pictures per prompt, at least
+    any_size: bool = False  # True if pictures of one prompt may differ in size
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
 
 
-class SetDiversity:
+class SetDiversity(Measure):
     """1 - mean cosine, Vendi score and nearest similarities in the space of one embedder."""
 
     least = 2
-    any_size = False
 
     def __init__(self, embed: Embedder) -> None:
         self.embed = embed
@@ -59,19 +57,13 @@ class SetDiversity:
         return Measured(values, nearest_similarity(features), unusable=unusable)
 
 
-class PairDiversity:
-    """Mean distance of all pairs of a prompt.
-
-    Args:
-        name: name of the number.
-        distances: function from n pictures to the n (n - 1) / 2 distances of pairs (1, 0), (2, 0), (2, 1), ...
-    """
+class PairDiversity(Measure):
+    """Mean of the n (n - 1) / 2 `distances` between n pictures, in the order (1, 0), (2, 0), (2, 1), ..."""
 
     least = 2
-    any_size = False
 
-    def __init__(self, name: str, distances: Callable[[Sequence[Image]], Tensor]) -> None:
-        self.name, self.distances = name, distances
+    def __init__(self, distances: Callable[[Sequence[Image]], Tensor]) -> None:
+        self.distances = distances
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         rows, columns = torch.tril_indices(len(images), len(images), offset=-1)
@@ -82,45 +74,36 @@ class PairDiversity:
         good = finite.sum(1) > 1
         good &= (finite | ~good).all(1)
         usable = distances[good[rows] & good[columns]]
-        unusable = tuple((~good).nonzero().flatten().tolist())
-        return Measured({self.name: usable.mean().item()} if len(usable) else {}, unusable=unusable)
+        values = {"mean_distance": usable.mean().item()} if len(usable) else {}
+        return Measured(values, unusable=_false_indices(good))
 
 
-class PictureScores:
+class PictureScores(Measure):
     """Mean over a prompt's pictures of one score each.
 
     Args:
-        name: name of the number.
         score: function from a text and n pictures to [n].
         cut_at: function from a text to the number of tokens read if it has more, else None.
         why: reason to report for a picture without a number.
     """
 
-    least = 1
-    any_size = False
-
     def __init__(
         self,
-        name: str,
         score: Callable[[str, Sequence[Image]], Tensor],
         cut_at: Callable[[str], int | None] = lambda text: None,
         why: str = NO_NUMBER,
     ) -> None:
-        self.name, self.score, self.cut_at, self.why = name, score, cut_at, why
+        self.score, self.cut_at, self.why = score, cut_at, why
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         scores = self.score(text, images).double()
         finite = scores.isfinite()
-        unusable = tuple((~finite).nonzero().flatten().tolist())
-        values = {self.name: scores[finite].mean().item()} if finite.any() else {}
-        return Measured(values, unusable=unusable, why=self.why, cut_at=self.cut_at(text))
+        values = {"score": scores[finite].mean().item()} if finite.any() else {}
+        return Measured(values, unusable=_false_indices(finite), why=self.why, cut_at=self.cut_at(text))
 
 
-class PartScores:
+class PartScores(Measure):
     """Answers about the parts of a prompt: mean, geometric mean, and share of pictures with all parts right."""
-
-    least = 1
-    any_size = False
 
     def __init__(self, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
         self.score = score
@@ -138,10 +121,9 @@ class PartScores:
         return Measured(values, unusable=unusable)
 
 
-class SetFeatures:
+class SetFeatures(Measure):
     """The features themselves, to compare two distributions."""
 
-    least = 1
     any_size = True  # FID is measured on real pictures
 
     def __init__(self, embed: Embedder) -> None:
@@ -152,15 +134,8 @@ class SetFeatures:
         return Measured({}, features=features, unusable=unusable)
 
 
-class ShapesReader:
-    """The exact reader of the embedded world, for pictures of its size and prompts of its words.
-
-    Args:
-        names: numbers to report.
-        least: pictures they need.
-    """
-
-    any_size = False
+class ShapesReader(Measure):
+    """The exact reader of the embedded world, for pictures of its size and prompts of its words."""
 
     def __init__(self, names: tuple[str, ...], least: int) -> None:
         self.names, self.least = names, least
@@ -198,4 +173,8 @@ def pixel_distances(images: Sequence[Image]) -> Tensor:
 def _usable(features: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Rows that are finite and not all zero, and the indices of the others."""
     good = features.isfinite().all(1) & features.ne(0).any(1)
-    return features[good], tuple((~good).nonzero().flatten().tolist())
+    return features[good], _false_indices(good)
+
+
+def _false_indices(good: Tensor) -> tuple[int, ...]:
+    return tuple((~good).nonzero().flatten().tolist())

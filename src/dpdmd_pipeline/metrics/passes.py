@@ -17,14 +17,10 @@ class Passes:
 
     On the CPU, a network always sees one picture on one thread: the order of a matrix product's sums depends on batch
     size and number of threads. More processes use more cores. On a GPU, batch sizes differ in the last bits.
-
-    Attributes:
-        device: cpu or cuda.
-        batch_size: pictures per pass on a GPU.
     """
 
-    device: str
-    batch_size: int
+    device: str  # cpu or cuda
+    batch_size: int  # pictures per pass on a GPU
 
     def run(self, network: Callable[[Sequence[Any]], Tensor], images: Sequence[Any]) -> Tensor:
         """Outputs of the network as float32 rows on the CPU, in the order of the pictures (or texts, or pairs)."""

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.errors import not_installed
-from dpdmd_pipeline.metrics.hub import hub_folder
+from dpdmd_pipeline.metrics.libraries import from_torchmetrics, hub_folder
 from dpdmd_pipeline.metrics.passes import Passes
 
 if TYPE_CHECKING:
@@ -22,12 +23,9 @@ class Arniqa:
     """ARNIQA (arXiv:2310.14918) with its KonIQ-10k regressor, by torchmetrics: 0 to 1, at the picture's own size."""
 
     def __init__(self, root: Path, passes: Passes) -> None:
-        try:
-            from torchmetrics.image.arniqa import ARNIQA
-        except ImportError as error:
-            raise not_installed("torchmetrics") from error
+        metric_class = from_torchmetrics("image.arniqa", "ARNIQA")
         with hub_folder(root):
-            self.model = ARNIQA(regressor_dataset="koniq10k", normalize=True).model.to(passes.device)
+            self.model = metric_class(regressor_dataset="koniq10k", normalize=True).model.to(passes.device)
         self.passes = passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
@@ -48,12 +46,9 @@ def backbones_of_checkpoints() -> Iterator[None]:
     """
     import timm
 
-    before = timm.create_model
-    timm.create_model = lambda name, *args, **options: before(name, *args, **options | {"pretrained": False})
-    try:
+    create = timm.create_model
+    with patch.object(timm, "create_model", lambda *args, **options: create(*args, **options | {"pretrained": False})):
         yield
-    finally:
-        timm.create_model = before
 
 
 class Pyiqa:
@@ -62,7 +57,6 @@ class Pyiqa:
     Args:
         name: pyiqa's name, such as maniqa-pipal, topiq_nr or clipiqa+.
         root: folder of all weights; pyiqa's lie below it in torch.hub's layout.
-        passes: device; the batch size is always 1.
     """
 
     def __init__(self, name: str, root: Path, passes: Passes) -> None:

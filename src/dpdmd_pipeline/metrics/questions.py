@@ -67,24 +67,14 @@ class VisionLanguage:
         return self.processor(text=[text], images=[image], return_tensors="pt").to(self.passes.device)
 
 
-class VqaScore:
-    """VQAScore (arXiv:2404.01291): P("Yes") for a question that asks if the picture shows the prompt."""
-
-    def __init__(self, model: VisionLanguage) -> None:
-        self.model = model
-
-    def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        return self.model.probability("Yes", VQA_QUESTION.format(text=text), images)
+def vqa_score(model: VisionLanguage, text: str, images: Sequence[Image]) -> Tensor:
+    """VQAScore (arXiv:2404.01291): P("Yes") for a question that asks if the picture shows the prompt, [n]."""
+    return model.probability("Yes", VQA_QUESTION.format(text=text), images)
 
 
-class RatedQuality:
-    """VisualQuality-R1 (arXiv:2505.14460), decoded greedily; an answer without a rating is NaN."""
-
-    def __init__(self, model: VisionLanguage) -> None:
-        self.model = model
-
-    def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        return torch.tensor([rating(self.model.answer(RATING_QUESTION, image, _RATING_TOKENS)) for image in images])
+def rated_quality(model: VisionLanguage, text: str, images: Sequence[Image]) -> Tensor:
+    """VisualQuality-R1 (arXiv:2505.14460), decoded greedily, [n]; an answer without a rating is NaN."""
+    return torch.tensor([rating(model.answer(RATING_QUESTION, image, _RATING_TOKENS)) for image in images])
 
 
 def rating(answer: str) -> float:
@@ -95,36 +85,26 @@ def rating(answer: str) -> float:
     return value if 1 <= value <= 5 else math.nan
 
 
-class PartQuestions:
-    """One question for each part of a prompt, as in GenEval (arXiv:2310.11513), but to a chat model.
+def part_answers(model: VisionLanguage, records: Mapping[str, dict], text: str, images: Sequence[Image]) -> Tensor:
+    """Probability of the right answer to one question for each part of a prompt, [n, parts].
 
-    GenEval counts with a detector: call these numbers geneval_vqa, not GenEval.
+    Questions are as in GenEval (arXiv:2310.11513), whose `records` are by text of their prompt. But GenEval counts with
+    a detector: call these numbers geneval_vqa.
 
-    Args:
-        model: the chat model.
-        records: records of GenEval's evaluation_metadata.jsonl by text of their prompt.
+    Raises:
+        UnfitError: if the prompt has no record, or one without valid parts.
     """
-
-    def __init__(self, model: VisionLanguage, records: Mapping[str, dict]) -> None:
-        self.model, self.records = model, records
-
-    def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
-        """Probability of the right answer for each part, [n, parts].
-
-        Raises:
-            UnfitError: if the prompt has no record, or one without valid parts.
-        """
-        if text not in self.records:
-            raise UnfitError("prompt without a record of its parts (add it to the metadata file)")
-        try:
-            questions = part_questions(self.records[text])
-        except ValueError as error:
-            raise UnfitError(f"prompt with an invalid record of its parts ({error})") from error
-        return torch.stack([self.model.probability(right, question, images) for question, right in questions], dim=1)
+    if text not in records:
+        raise UnfitError("prompt without a record of its parts (add it to the metadata file)")
+    try:
+        questions = part_questions(records[text])
+    except ValueError as error:
+        raise UnfitError(f"prompt with an invalid record of its parts ({error})") from error
+    return torch.stack([model.probability(right, question, images) for question, right in questions], dim=1)
 
 
 class _Part(BaseModel):
-    """An object that a picture must show, or must not; `position` is a relation and the index of another part."""
+    """An object that a picture must or must not show; `position` is a relation and the index of another part."""
 
     name: str = Field(alias="class", min_length=1)
     count: PositiveInt
@@ -132,18 +112,15 @@ class _Part(BaseModel):
     position: tuple[str, NonNegativeInt] | None = None
 
     def presence(self) -> str:
-        """Question for the presence of the part."""
         if self.count == 1:
             return f"Is there a {self.name} in this picture? Please answer yes or no."
         return f"Are there at least {self.count} {self.name}s in this picture? Please answer yes or no."
 
     def colour(self) -> str:
-        """Question for the colour of the part."""
         verb, noun = ("Is", self.name) if self.count == 1 else ("Are all", f"{self.name}s")
         return f"{verb} the {noun} in this picture {self.color}? Please answer yes or no."
 
     def relation(self, relation: str, other: str) -> str:
-        """Question for the position of the part relative to another."""
         where = relation if relation in {"above", "below"} else f"to the {relation}"
         return f"Is the {self.name} {where} the {other} in this picture? Please answer yes or no."
 

@@ -10,17 +10,12 @@ from torch import Tensor
 
 _RESAMPLES = 2000
 _IN_MEMORY = 1 << 22  # resampled values in memory at once
-_TAILS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
 def interval(per_prompt: Tensor, seed: int) -> dict[str, float]:
-    """Mean over prompts with a 95 % bootstrap interval.
+    """Mean over prompts, of values [P], with a 95 % bootstrap interval.
 
     The bootstrap resamples prompts, not pictures: pictures of one prompt are not independent evidence.
-
-    Args:
-        per_prompt: [P].
-        seed: seed of the resampling.
     """
     values = per_prompt.double()
     return {"value": values.mean().item(), **percentiles(_resampled_means(values[None], seed)[0])}
@@ -41,7 +36,7 @@ def resamples(count: int, seed: int) -> Iterator[Tensor]:
 
 def percentiles(resampled: Tensor) -> dict[str, float]:
     """Ends of the 95 % interval of [resamples] values."""
-    low, high = resampled.quantile(_TAILS).tolist()
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"low": low, "high": high}
 
 
@@ -52,7 +47,6 @@ def figure(per_prompt: Tensor, pictures: int, preset: str, seed: int) -> dict[st
         per_prompt: [P]; NaN for a prompt that could not be measured, which counts but does not enter the mean.
         pictures: number of measured pictures.
         preset: the protocol, in words.
-        seed: seed of the bootstrap.
 
     Returns:
         value, low, high, n and preset. The interval is None for one prompt, the value too for none.
@@ -73,7 +67,6 @@ def ratio_interval(marks: Tensor, owners: Tensor, seed: int) -> dict[str, float 
     Args:
         marks: [n], one per picture.
         owners: [n], number of each picture's prompt.
-        seed: seed of the resampling.
 
     Returns:
         value, low, high; no interval for one prompt.
@@ -94,7 +87,6 @@ def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[st
 
     Args:
         teacher, dmd, ours: [P] each, for the same prompts in the same order.
-        seed: seed of the bootstrap.
 
     Returns:
         value, low, high: None if DMD lost nothing; no interval if 1 resample in 40 or more has no gap.
@@ -107,8 +99,7 @@ def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[st
     means = _resampled_means(rows, seed)
     gaps = means[0] - means[1]
     if (gaps <= 0).double().mean() < 0.025:
-        shares = ((means[2] - means[1]) / gaps)[gaps > 0]
-        numbers |= percentiles(shares)
+        numbers |= percentiles(((means[2] - means[1]) / gaps)[gaps > 0])
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""A page of blind side-by-side pairs for people to judge; `human` reads their answers."""
+"""A page of blind side-by-side pairs, drawn from the same seeds, for people to judge; `human` reads their answers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import hashlib
 import io
 import json
 import mimetypes
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpdmd_pipeline.scoring.decode import read_picture
-from dpdmd_pipeline.scoring.pairs import pair_up
-from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.scoring.sets import FileSet, read_picture
 from dpdmd_pipeline.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -29,19 +28,12 @@ _FEW = 3  # files in a message
 
 @dataclass(frozen=True)
 class ArenaOptions:
-    """Contents of a page.
+    """Contents of a page."""
 
-    Attributes:
-        per_prompt: number of single pairs of each prompt, for quality.
-        set_size: pictures per side in a question about diversity.
-        side: longer side of reduced pictures in pixels; None embeds the files unchanged.
-        seed: seed of the choice of pictures and of everyone's order.
-    """
-
-    per_prompt: int
-    set_size: int
-    side: int | None
-    seed: int
+    per_prompt: int  # single pairs of each prompt, for quality
+    set_size: int  # pictures per side in a question about diversity
+    side: int | None  # longer side of reduced pictures in pixels; None embeds the files unchanged
+    seed: int  # of the choice of pictures and of everyone's order
 
 
 def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str], options: ArenaOptions) -> str:
@@ -50,11 +42,6 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
     Args:
         a, b: pictures of both sides, matched by prompt id.
         names: names of the sides; only the saved results show them.
-        options: contents of the page.
-
-    Raises:
-        ValueError: if prompts, their texts or their pictures do not match, or the page would be too large.
-        OSError: if pictures are unusable; names them all.
     """
     others = {pictures.id: pictures for pictures in b}
     unmatched = {one.id for one in a} ^ others.keys()
@@ -105,11 +92,7 @@ def _questions(
 
 
 def _text_of(a: FileSet, b: FileSet, names: tuple[str, str]) -> str:
-    """Text above the pictures: that of a side which has one, else the id.
-
-    Raises:
-        ValueError: if the sides have different texts.
-    """
+    """Text above the pictures: that of a side which has one, else the id."""
     texts = [one.text for one in (a, b) if not one.no_text]
     if len(set(texts)) > 1:
         both = " and ".join(f"{text!r} in {name}" for text, name in zip(texts, names, strict=True))
@@ -127,28 +110,16 @@ def _chosen(prompt: str, available: int, options: ArenaOptions) -> list[int]:
 
 
 class _Pictures:
-    """Pictures of the page, each once, under the hash of its content; file names stay out of the page.
-
-    Args:
-        side: longer side of reduced pictures in pixels; None leaves the files unchanged.
-
-    Attributes:
-        uris: data URIs by hash.
-        faults: kinds of fault by file.
-    """
+    """Pictures of the page, each once, under the hash of its content; file names stay out of the page."""
 
     def __init__(self, side: int | None) -> None:
         self.side = side
-        self.uris: dict[str, str] = {}
-        self.faults: dict[Path, str] = {}
+        self.uris: dict[str, str] = {}  # data URIs by hash
+        self.faults: dict[Path, str] = {}  # kinds of fault by file
         self._size = 0
 
     def embed(self, file: Path) -> str:
-        """Add a picture and return its hash, which is empty for an unusable one.
-
-        Raises:
-            ValueError: if the page would be too large.
-        """
+        """Add a picture and return its hash, which is empty for an unusable one."""
         try:
             image = read_picture(file)  # decode it now, so that no one meets a broken picture later
         except OSError as error:
@@ -173,11 +144,7 @@ class _Pictures:
         return buffer.getvalue(), "image/webp"
 
     def refuse_unusable(self) -> None:
-        """Name all unusable pictures at once.
-
-        Raises:
-            OSError: if there is one.
-        """
+        """Name all unusable pictures at once."""
         if self.faults:
             faults = ", ".join(f"{file} ({fault})" for file, fault in self.faults.items())
             # On both sides: pairs that order alone makes need equal numbers.
@@ -190,3 +157,64 @@ def _render(page: dict[str, Any]) -> str:
     # "</script>" in a prompt must not end the script. JSON escapes bytes of file names that are not UTF-8.
     data = json.dumps(page).replace("<", "\\u003c")
     return template.replace("/*PAGE*/null", data)
+
+
+class Paired(NamedTuple):
+    """Pairs of pictures of one prompt."""
+
+    pairs: list[tuple[Path, Path]]  # pictures of A and B, in A's order
+    alone: list[Path]  # pictures without a counterpart
+    in_order: bool = False  # True if only their order makes the pairs, because names have nothing in common
+
+
+def pair_up(a: FileSet, b: FileSet, names: tuple[str, str]) -> Paired:
+    """Pair pictures by name, else by the last number in the name, else by order.
+
+    If a side lacks some names, the common names still pair safely. Numbers pair only if both sides have the same:
+    program A may start to count at 0 and program B at 1.
+    """
+    for one, name in zip((a, b), names, strict=True):
+        if not one.files:
+            raise ValueError(f"prompt {one.id!r} has no picture in {name}: draw it, or delete the prompt on both sides")
+    a_names, b_names = (_by_key(one, lambda file: file.stem) for one in (a, b))
+    if a_names.keys() & b_names.keys():
+        pairs = [(file, b_names[name]) for name, file in a_names.items() if name in b_names]
+        paired = {file for pair in pairs for file in pair}
+        return Paired(pairs, [file for file in (*a.files, *b.files) if file not in paired])
+    a_numbers, b_numbers = (_by_key(one, _last_number) for one in (a, b))
+    if a_numbers and a_numbers.keys() == b_numbers.keys():
+        return Paired([(file, b_numbers[number]) for number, file in a_numbers.items()], [])
+    if len(a) != len(b) or a_numbers.keys() & b_numbers.keys():
+        sides = " and ".join(_described(one, name) for one, name in zip((a, b), names, strict=True))
+        raise ValueError(f"prompt {a.id!r} has {sides}, which do not pair: give pictures of one seed the same name")
+    return Paired(list(zip(a.files, b.files, strict=True)), [], in_order=True)
+
+
+def _by_key(one: FileSet, key: Callable[[Path], str]) -> dict[str, Path]:
+    """Files by their key; empty if keys are not unique."""
+    files = {key(file): file for file in one.files}
+    return files if len(files) == len(one) and "" not in files else {}
+
+
+def _last_number(file: Path) -> str:
+    """The last number in a name without leading zeros, such as 7 of `a red circle_0007.png`; empty without one."""
+    numbers = re.findall(r"\d+", file.stem)
+    return str(int(numbers[-1])) if numbers else ""
+
+
+def _described(one: FileSet, name: str) -> str:
+    return f"{counted(len(one), 'picture')} in {name} ({listed([file.name for file in one.files], _FEW)})"
+
+
+def about_pairs(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str]) -> list[str]:
+    """Notes on pictures without a counterpart and on pairs that only their order makes, after `make_arena`."""
+    others, notes = {pictures.id: pictures for pictures in b}, []
+    by_prompt = {one.id: pair_up(one, others[one.id], names) for one in a}
+    alone = [str(file) for paired in by_prompt.values() for file in paired.alone]
+    if alone:
+        notes.append(f"left out (no picture of the same name on the other side): {listed(alone, _FEW)}")
+    in_order = [name for name, paired in by_prompt.items() if paired.in_order]
+    if in_order:
+        prompts = f"{counted(len(in_order), 'prompt')} ({listed(in_order, _FEW)})"
+        notes.append(f"paired by order, because names differ: {prompts}; check that pairs have the same seed")
+    return notes

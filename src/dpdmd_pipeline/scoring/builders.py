@@ -6,22 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from dpdmd_pipeline.metrics import alignment
+from dpdmd_pipeline.metrics import alignment, measures, questions
 from dpdmd_pipeline.metrics.embedders import Inception, Lpips, OpenClipVision, TransformersVision
 from dpdmd_pipeline.metrics.errors import UnavailableError
-from dpdmd_pipeline.metrics.measures import (
-    NO_ANSWER,
-    Measure,
-    PairDiversity,
-    PartScores,
-    PictureScores,
-    SetDiversity,
-    SetFeatures,
-    ShapesReader,
-    pixel_distances,
-)
+from dpdmd_pipeline.metrics.measures import Measure
 from dpdmd_pipeline.metrics.quality import Arniqa, Pyiqa
-from dpdmd_pipeline.metrics.questions import PartQuestions, RatedQuality, VisionLanguage, VqaScore
 from dpdmd_pipeline.scoring.preset import Settings
 from dpdmd_pipeline.scoring.weights import Weights
 
@@ -38,44 +27,45 @@ def vision(measure: Callable[[Any], Measure], tokens: Any, settings: Settings, w
 
 def clip_diversity(settings: Settings, weights: Weights, side: int | None = None) -> Measure:
     embed = OpenClipVision.of(settings.folder_of(weights), settings.passes, side)
-    return SetDiversity(settings.shared(embed, weights, _PROJECTED))
+    return measures.SetDiversity(settings.shared(embed, weights, _PROJECTED))
 
 
 def lpips(network: Literal["alex", "squeeze"], settings: Settings, weights: Weights) -> Measure:
-    return PairDiversity("mean_distance", Lpips(network, settings.weights, LPIPS_SIDE, settings.passes))
+    return measures.PairDiversity(Lpips(network, settings.weights, LPIPS_SIDE, settings.passes))
 
 
 def pixels(settings: Settings) -> Measure:
-    return PairDiversity("mean_distance", pixel_distances)
+    return measures.PairDiversity(measures.pixel_distances)
 
 
 def inception(settings: Settings, weights: Weights) -> Measure:
-    return SetFeatures(settings.shared(Inception(settings.file_of(weights), settings.passes), weights, "2048"))
+    return measures.SetFeatures(settings.shared(Inception(settings.file_of(weights), settings.passes), weights, "2048"))
 
 
 def clip_score(settings: Settings, weights: Weights, side: int | None = None) -> Measure:
     share = partial(settings.shared, weights=weights, output=_PROJECTED)
     score = alignment.clip_score(settings.folder_of(weights), settings.passes, side, share)
-    return PictureScores("score", score, score.cut_at)
+    return measures.PictureScores(score, score.cut_at)
 
 
 def pick_score(settings: Settings, weights: Weights) -> Measure:
     score = alignment.PickScore(settings.folder_of(weights), settings.passes)
-    return PictureScores("score", score, score.cut_at)
+    return measures.PictureScores(score, score.cut_at)
 
 
 def hps(settings: Settings, weights: Weights) -> Measure:
     score = alignment.hps_score("ViT-H-14", settings.file_of(weights), settings.passes)
-    return PictureScores("score", score, score.cut_at)
+    return measures.PictureScores(score, score.cut_at)
 
 
 def vqa_score(settings: Settings, weights: Weights) -> Measure:
-    return PictureScores("score", VqaScore(VisionLanguage(settings.folder_of(weights), settings.passes)))
+    model = questions.VisionLanguage(settings.folder_of(weights), settings.passes)
+    return measures.PictureScores(partial(questions.vqa_score, model))
 
 
 def rated_quality(settings: Settings, weights: Weights) -> Measure:
-    model = VisionLanguage(settings.folder_of(weights), settings.passes)
-    return PictureScores("score", RatedQuality(model), why=NO_ANSWER)
+    model = questions.VisionLanguage(settings.folder_of(weights), settings.passes)
+    return measures.PictureScores(partial(questions.rated_quality, model), why=measures.NO_ANSWER)
 
 
 def part_scores(settings: Settings, weights: Weights) -> Measure:
@@ -84,17 +74,17 @@ def part_scores(settings: Settings, weights: Weights) -> Measure:
             "geneval_vqa needs the parts of the prompts: name evaluation_metadata.jsonl with --geneval or, for the "
             f"stage evaluate, put it into {settings.weights / GENEVAL}"
         )
-    model = VisionLanguage(settings.folder_of(weights), settings.passes)
-    return PartScores(PartQuestions(model, settings.parts))
+    model = questions.VisionLanguage(settings.folder_of(weights), settings.passes)
+    return measures.PartScores(partial(questions.part_answers, model, settings.parts))
 
 
 def arniqa(settings: Settings, *weights: Weights) -> Measure:
-    return PictureScores("score", Arniqa(settings.weights, settings.passes))
+    return measures.PictureScores(Arniqa(settings.weights, settings.passes))
 
 
 def pyiqa(name: str, settings: Settings, *weights: Weights) -> Measure:
-    return PictureScores("score", Pyiqa(name, settings.weights, settings.passes))
+    return measures.PictureScores(Pyiqa(name, settings.weights, settings.passes))
 
 
 def shapes(names: tuple[str, ...], least: int, settings: Settings) -> Measure:
-    return ShapesReader(names, least)
+    return measures.ShapesReader(names, least)

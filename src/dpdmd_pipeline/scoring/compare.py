@@ -10,22 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.metrics.distribution import (
-    KID_SUBSET_SIZE,
-    LARGEST,
-    frechet_distance,
-    frechet_influence,
-    kernel_distance,
-    kernel_influence,
-    prdc,
-)
+from dpdmd_pipeline.metrics import distribution
 from dpdmd_pipeline.metrics.errors import MissingLibraryError, UnavailableError
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.scoring.notes import note_fid, note_sizes, note_two_sizes
 from dpdmd_pipeline.scoring.preset import Preset
-from dpdmd_pipeline.scoring.rows import Row
-from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
 
 log = logging.getLogger(__name__)
@@ -35,11 +26,7 @@ _NO_PICTURE = "one side has no usable picture"
 
 
 def add_distribution(scores: Scores, job: Job) -> None:
-    """Add the figures of a metric that compares two distributions.
-
-    Raises:
-        UnavailableError: without a reference.
-    """
+    """Add the figures of a metric that compares two distributions: inception or dino_v2."""
     if job.reference is None:
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
     preset, seed, compared = job.preset, job.settings.seed, (job.reference.sets, job.sets)
@@ -50,13 +37,17 @@ def add_distribution(scores: Scores, job: Job) -> None:
         side.keep(_features(scores, preset, job.rows_of(sets), where, done))
         for side, sets, where, done in zip(sides, compared, wheres, rows, strict=True)
     ]
-    for name, figure in figures_of(preset, sides, streams, seed).items():
+    compute = _inception_figures if preset.name == "inception" else _neighbour_figures
+    figures = compute(sides, streams, seed)
+    n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
+    for name, figure in figures.items():
         if isinstance(figure, str):
             scores.missing[f"{preset.full_name}.{name}"] = figure
-        else:
-            scores.figures[f"{preset.full_name}.{name}"] = figure
-            if name == "fid":
-                note_fid(scores, figure["n"])
+            continue
+        complete = {"low": None, "high": None, **figure, "preset": preset.protocol} | {"n": n | figure.get("n", {})}
+        scores.figures[f"{preset.full_name}.{name}"] = complete
+        if name == "fid":
+            note_fid(scores, n)
     theirs, ours = (note_sizes(scores, done, where) for done, where in zip(rows, wheres, strict=True))
     note_two_sizes(scores, ours, theirs)
 
@@ -73,16 +64,14 @@ def _features(scores: Scores, preset: Preset, rows: Iterator[Row], where: str, d
 class Side:
     """One side of a comparison: it passes features on and stores a sample of them.
 
-    Args:
-        total: number of pictures, usable or not; the sample depends only on their positions.
-        seed: seed of the sample, and of smaller ones drawn from it.
+    The sample depends only on positions among the `total` of pictures, usable or not, and on the seed.
     """
 
     def __init__(self, total: int, seed: int) -> None:
         self.seed = seed
         order = torch.randperm(total, generator=self._generator())
         self.in_sample = torch.zeros(total, dtype=torch.bool)
-        self.in_sample[order[:LARGEST]] = True
+        self.in_sample[order[: distribution.LARGEST]] = True
         self.pictures = self.prompts = 0
         self.features: list[Tensor] = []
         self.owners: list[int] = []
@@ -108,10 +97,9 @@ class Side:
         self.prompts += 1
 
     def sample(self, size: int) -> tuple[Tensor, Tensor]:
-        """At most `size` of the stored features, without replacement, and the numbers of their prompts.
+        """At most `size` stored features [size, d], without replacement, and the numbers of their prompts [size].
 
-        Returns:
-            [size, d] and [size], or fewer if fewer are stored; always the same ones in the same order.
+        They are always the same ones in the same order.
         """
         features = torch.cat(self.features)
         order = torch.randperm(len(features), generator=self._generator())[:size]
@@ -121,45 +109,26 @@ class Side:
         return torch.Generator().manual_seed(self.seed)
 
 
-def figures_of(
-    preset: Preset, sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int
-) -> dict[str, dict[str, Any] | str]:
-    """Figures by name, or the reason why there is none.
-
-    Args:
-        preset: inception or dino_v2.
-        sides: the reference's side, the judged side.
-        streams: features of both; they are read to their end.
-        seed: seed of subsets and bootstrap.
-    """
-    compute = _inception_figures if preset.name == "inception" else _neighbour_figures
-    figures = compute(sides, streams, seed)
-    n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
-    return {
-        name: value
-        if isinstance(value, str)
-        else {"low": None, "high": None, **value, "preset": preset.protocol} | {"n": n | value.get("n", {})}
-        for name, value in figures.items()
-    }
-
-
 def _inception_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
-    """FID and KID. Their intervals resample the judged prompts and leave the reference fixed."""
-    fid = _or_reason(lambda: {"value": frechet_distance(*streams)})
+    """FID and KID, or the reason why there is none, from features of the reference and of the judged pictures.
+
+    Their intervals resample the judged prompts and leave the reference fixed.
+    """
+    fid = _or_reason(lambda: {"value": distribution.frechet_distance(*streams)})
 
     def kid() -> dict[str, Any]:
-        samples = [side.sample(LARGEST)[0] for side in sides if side.features]
+        samples = [side.sample(distribution.LARGEST)[0] for side in sides if side.features]
         if len(samples) < len(sides):
             raise UnavailableError(_NO_PICTURE)
-        value, spread = kernel_distance(*samples, seed)
+        value, spread = distribution.kernel_distance(*samples, seed)
         compared = min(map(len, samples))
-        n = {"compared": compared, "subset": min(KID_SUBSET_SIZE, compared)}
+        n = {"compared": compared, "subset": min(distribution.KID_SUBSET_SIZE, compared)}
         return {"value": value, "subset_std": spread, "n": n}
 
     # FID uses all pictures: an interval from the stored sample alone would be too wide.
-    if all(side.pictures <= LARGEST for side in sides):
-        fid = _with_interval(fid, frechet_influence, sides, seed, least=0.0)
-    return {"fid": fid, "kid": _with_interval(_or_reason(kid), kernel_influence, sides, seed)}
+    if all(side.pictures <= distribution.LARGEST for side in sides):
+        fid = _with_interval(fid, distribution.frechet_influence, sides, seed, least=0.0)
+    return {"fid": fid, "kid": _with_interval(_or_reason(kid), distribution.kernel_influence, sides, seed)}
 
 
 def _with_interval(
@@ -172,7 +141,7 @@ def _with_interval(
     """Add the interval to a figure if it can be computed, with no end below `least`."""
     if isinstance(figure, str):
         return figure
-    (real, _), (fake, owners) = (side.sample(LARGEST) for side in sides)
+    (real, _), (fake, owners) = (side.sample(distribution.LARGEST) for side in sides)
     try:
         marks = figure["value"] + influence(real, fake)
     except RuntimeError as error:  # from torch's decompositions
@@ -190,19 +159,19 @@ def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]
             pass
     names = ("precision", "recall", "density", "coverage")
 
-    def compute() -> dict[str, Any]:
-        size = min(sum(map(len, side.features)) for side in sides)
-        if not size:
-            raise UnavailableError(_NO_PICTURE)
-        (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
-        owners = (fake_owner, real_owner, fake_owner, real_owner)
-        return {
-            name: ratio_interval(marks, owner, seed) | {"n": {"compared": size}}
-            for name, marks, owner in zip(names, prdc(real, fake), owners, strict=True)
-        }
-
-    figures = _or_reason(compute)
-    return dict.fromkeys(names, figures) if isinstance(figures, str) else figures
+    size = min(sum(map(len, side.features)) for side in sides)
+    if not size:
+        return dict.fromkeys(names, _NO_PICTURE)
+    (real, real_owner), (fake, fake_owner) = (side.sample(size) for side in sides)
+    try:
+        marks_of = distribution.prdc(real, fake)
+    except UnavailableError as error:
+        return dict.fromkeys(names, str(error))
+    owners = (fake_owner, real_owner, fake_owner, real_owner)
+    return {
+        name: ratio_interval(marks, owner, seed) | {"n": {"compared": size}}
+        for name, marks, owner in zip(names, marks_of, owners, strict=True)
+    }
 
 
 def _or_reason(compute: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:

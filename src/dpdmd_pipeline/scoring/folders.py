@@ -1,33 +1,46 @@
-"""Find the sets of pictures in a folder, and report the files that are ignored."""
+"""Find the sets of pictures in a folder, and the files that are ignored; `score --help` describes the layouts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
-from dpdmd_pipeline.scoring import layouts
-from dpdmd_pipeline.scoring.decode import MAY_NOT_READ
-from dpdmd_pipeline.scoring.sets import FileSet
+from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, FileSet
+from dpdmd_pipeline.scoring.texts import read_records, read_text, read_texts
 from dpdmd_pipeline.wording import listed
 
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Formats with several frames, more than 8 bits, or without support in every Pillow.
+_UNREAD_SUFFIXES = {".avif", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff"}
+_GENEVAL = "metadata.jsonl"
+_ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
+_MAX_SEEDS = 100  # for one prompt alone, where the folder may also hold real pictures
+_NO_TEXT = "prompt without a text"
+_NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
+_EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
+_FEW = 5  # names in a message
 
 FolderContents = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
+_TextOf = Callable[[str, bool], tuple[str, str]]  # (name, name can be a text) -> text, reason for having none
+
+
+class UnnamedError(ValueError):
+    """A flat folder whose names do not tell the prompts."""
 
 
 def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = False) -> FolderContents:
-    """Find the sets of a folder in one of the layouts of `layouts`, and the files that are not pictures.
+    """Find the sets of a folder in one of three layouts, and the files that are not pictures.
 
     Args:
-        folder: folder of pictures.
         prompts: texts of the prompt ids: .txt (line i is id i, from 0), or .csv or .jsonl with id and text.
         any_name: accept a flat folder whose names tell no prompt, such as real pictures: each is a set of its own.
 
     Raises:
         UnnamedError: if names tell no prompt and `any_name` is false.
-        ValueError: if the layout is ambiguous, a record is invalid, or `prompts` lacks an id.
-        OSError: if the folder does not exist, has no picture, or has something that may not be read.
     """
     try:
         return _find(Path(folder), prompts, any_name)
@@ -40,44 +53,42 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
 def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if not folder.is_dir():
         raise OSError(f"{folder} is not a folder of pictures")
-    text_of = layouts.texts_from_file(Path(prompts)) if prompts else layouts.text_from_name
+    text_of = _texts_from_file(Path(prompts)) if prompts else _text_from_name
     manifests = [folder / name for name in _MANIFESTS if (folder / name).is_file()]
     if len(manifests) > 1:
         raise ValueError(f"{folder} has {' and '.join(_MANIFESTS)}: delete one of them")
     if manifests:
-        sets = layouts.from_manifest(manifests[0])
+        sets = _from_manifest(manifests[0])
         return sets, _not_named(folder, sets)
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    pictures = [path for path in entries if layouts.is_picture(path)]
+    pictures = [path for path in entries if _is_picture(path)]
     folders = [path for path in entries if os.path.isdir(path)]
-    filled = [path for path in folders if any(map(layouts.is_picture, layouts.in_prompt_folder(path)))]
+    filled = [path for path in folders if any(map(_is_picture, _in_prompt_folder(path)))]
     if pictures and filled:
         raise ValueError(
             f"{folder} has pictures beside folders of pictures ({pictures[0].name}, {filled[0].name}/): use one layout"
         )
     if pictures:
-        pictures += filter(layouts.has_picture_name, folders)  # counted as unusable pictures
+        pictures += filter(_has_picture_name, folders)  # counted as unusable pictures
         return _find_flat(entries, pictures, text_of, any_name)
     if not filled:
         raise OSError(
-            f"{folder} has no picture ({', '.join(sorted(layouts.SUFFIXES))}) and no folder of them{_deeper(folders)}"
+            f"{folder} has no picture ({', '.join(sorted(_SUFFIXES))}) and no folder of them{_deeper(folders)}"
         )
     strays = [path.name for path in entries if path not in set(folders)]
-    inner = [path for one in folders for path in layouts.in_prompt_folder(one)]
-    strays += [str(path.relative_to(folder)) for path in inner if layouts.is_stray(path)]
-    return [layouts.from_prompt_folder(path, text_of) for path in folders], strays
+    inner = [path for one in folders for path in _in_prompt_folder(one)]
+    strays += [str(path.relative_to(folder)) for path in inner if _is_stray(path)]
+    return [_from_prompt_folder(path, text_of) for path in folders], strays
 
 
-def _find_flat(
-    entries: Sequence[Path], pictures: Sequence[Path], text_of: layouts.TextOf, any_name: bool
-) -> FolderContents:
+def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: _TextOf, any_name: bool) -> FolderContents:
     """Sets and other files of a folder with a file per picture."""
-    unread = [path for path in entries if layouts.is_unread(path)]
-    if any_name and not layouts.names_tell_prompts(pictures):
-        sets = layouts.one_set_each(pictures, unread)
+    unread = [path for path in entries if _is_unread(path)]
+    if any_name and not _names_tell_prompts(pictures):
+        sets = _one_set_each(pictures, unread)
     else:
-        unread = [path for path in unread if layouts.has_id_and_seed(path)]
-        sets = layouts.from_names(pictures, unread, text_of)
+        unread = [path for path in unread if _has_id_and_seed(path)]
+        sets = _from_names(pictures, unread, text_of)
     used = {*pictures, *unread}
     return sets, [path.name for path in entries if path not in used]
 
@@ -85,7 +96,7 @@ def _find_flat(
 def _deeper(folders: Sequence[Path]) -> str:
     """Hint for the error message if pictures exist one folder deeper."""
     inner = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
-    filled = next((path for path in inner if any(map(layouts.is_picture, path.iterdir()))), None)
+    filled = next((path for path in inner if any(map(_is_picture, path.iterdir()))), None)
     return f"; there are pictures in {filled}: give {filled.parent}" if filled else ""
 
 
@@ -93,28 +104,167 @@ def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
     """Pictures that the folder's manifest does not name."""
     named = {os.path.normpath(file) for one in sets for file in one.files}
     files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    pictures = [path for path in files if layouts.is_picture(path) or layouts.is_unread(path)]
+    pictures = [path for path in files if _is_picture(path) or _is_unread(path)]
     return [str(path.relative_to(folder)) for path in pictures if os.path.normpath(path) not in named]
 
 
 def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
-    """Note on the files that were ignored; empty if there are none.
-
-    Args:
-        folder: their folder.
-        strays: their names, as `find_pictures` returns them.
-        role: role of the folder, to follow its name.
-    """
+    """Note on the ignored files of a folder, whose name its role follows; empty if there are none."""
     if not strays:
         return ""
     has_manifest = any((folder / name).is_file() for name in _MANIFESTS)
     why = "its manifest does not name them" if has_manifest else "not pictures in a readable format"
-    return f"ignored files in {folder}{role} ({why}): {listed(strays, layouts.FEW)}"
+    return f"ignored files in {folder}{role} ({why}): {listed(strays, _FEW)}"
 
 
 def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
     """Note on a folder whose pictures are sets of their own because names tell no prompt; empty for others."""
     owners = [(one, file) for one in sets for file in (*one.files, *one.unread)]
-    if all(one.no_text == layouts.NAME_IS_AN_ID and one.id == file.name for one, file in owners):
+    if all(one.no_text == _NAME_IS_AN_ID and one.id == file.name for one, file in owners):
         return f"names in {folder} tell no prompts: each picture counts as one prompt"
     return ""
+
+
+# ---- names of files
+
+
+def _has_picture_name(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _is_picture(path: Path) -> bool:
+    """True for a file named like a picture; also for a broken link, which counts as an unusable picture."""
+    return _has_picture_name(path) and not os.path.isdir(path)
+
+
+def _is_unread(path: Path) -> bool:
+    """True for a picture in a format that is not read."""
+    return path.suffix.lower() in _UNREAD_SUFFIXES and not os.path.isdir(path)
+
+
+def _is_stray(path: Path) -> bool:
+    """True for a file in a prompt's folder that is not a picture, not prompt.txt and not hidden."""
+    expected = _has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt"
+    return not expected and not path.name.startswith(".")
+
+
+def _has_id_and_seed(path: Path) -> bool:
+    return bool(_ID_AND_SEED.fullmatch(path.stem))
+
+
+def _names_tell_prompts(files: Sequence[Path]) -> bool:
+    """True if names have the form <prompt-id>_<seed>; false for thousands like COCO_val2014_000000000042.jpg."""
+    ids = [match[1] for file in files if (match := _ID_AND_SEED.fullmatch(file.stem))]
+    return len(ids) == len(files) and (len(files) <= _MAX_SEEDS or len(set(ids)) > 1)
+
+
+# ---- texts of prompts
+
+
+def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
+    """The name as text, or as an id together with the reason why it is not a text."""
+    return name, "" if can_be_text else _NAME_IS_AN_ID
+
+
+def _texts_from_file(file: Path) -> _TextOf:
+    """Function that looks up prompt ids in a file; it requires every id, also one that could be a text."""
+    return partial(_look_up, file, read_texts(file))
+
+
+def _look_up(file: Path, texts: dict[str, str], name: str, can_be_text: bool) -> tuple[str, str]:
+    if name not in texts:
+        raise ValueError(f"id {name!r} is not in {file}, which has {_described(list(texts))}: use the same ids in both")
+    return texts[name], ""
+
+
+def _described(ids: list[str]) -> str:
+    if ids and ids == [str(number) for number in range(len(ids))]:
+        return f"0 to {len(ids) - 1}"
+    return listed(ids, _FEW) or "none"
+
+
+# ---- sets of each layout
+
+
+def _in_prompt_folder(folder: Path) -> list[Path]:
+    """Entries of a prompt's folder; GenEval's has them in samples/, and repeats the pictures in grid.png."""
+    is_geneval = (folder / _GENEVAL).is_file() and (folder / "samples").is_dir()
+    return sorted((folder / "samples" if is_geneval else folder).iterdir())
+
+
+def _from_prompt_folder(folder: Path, text_of: _TextOf) -> FileSet:
+    text, no_text = _text_of_folder(folder, text_of)
+    entries = _in_prompt_folder(folder)
+    files, unread = (_in_order(filter(is_kind, entries)) for is_kind in (_has_picture_name, _is_unread))
+    return FileSet(folder.name, text, files, no_text, unread)
+
+
+def _text_of_folder(folder: Path, text_of: _TextOf) -> tuple[str, str]:
+    note = folder / "prompt.txt"
+    if note.is_file():
+        text = read_text(note).strip()
+        return (text, "") if text else (folder.name, _EMPTY_NOTE)
+    if (folder / _GENEVAL).is_file():
+        return _prompt_of_record(folder / _GENEVAL), ""
+    return text_of(folder.name, " " in folder.name or not re.search(r"\d", folder.name))
+
+
+def _prompt_of_record(path: Path) -> str:
+    prompts = [record.get("prompt") for record in read_records(path)]
+    if len(prompts) != 1 or not prompts[0]:
+        raise ValueError(f"{path} must have one record with a prompt, as from GenEval: write prompt.txt beside it")
+    return str(prompts[0])
+
+
+def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: _TextOf) -> list[FileSet]:
+    """Sets of pictures named `<prompt-id>_<seed>.png`; the id may contain underscores."""
+    groups: dict[str, tuple[list[Path], list[Path]]] = {}
+    for file in [*files, *unread]:
+        match = _ID_AND_SEED.fullmatch(file.stem)
+        if not match:
+            raise UnnamedError(f"{file} is not named <prompt-id>_<seed>: rename it, or describe it in manifest.csv")
+        groups.setdefault(match[1], ([], []))[_is_unread(file)].append(file)
+    sets = []
+    for name, group in groups.items():
+        text, no_text = text_of(name, " " in name)
+        readable, others = map(_in_order, group)
+        sets.append(FileSet(name, text, readable, no_text, others))
+    return sets
+
+
+def _one_set_each(pictures: Sequence[Path], unread: Sequence[Path]) -> list[FileSet]:
+    """A set for each picture of a flat folder with any names."""
+    sets = [FileSet(path.name, path.name, (path,), _NAME_IS_AN_ID) for path in pictures]
+    sets += [FileSet(path.name, path.name, (), _NAME_IS_AN_ID, (path,)) for path in unread]
+    return sorted(sets, key=lambda one: one.id)
+
+
+def _in_order(paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Sort by name, with 10 after 9."""
+
+    def words_and_numbers(path: Path) -> list[int | str]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    return tuple(sorted(paths, key=words_and_numbers))
+
+
+def _from_manifest(manifest: Path) -> list[FileSet]:
+    """Sets of the pictures that a manifest names."""
+    groups: dict[str, tuple[str, list[Path]]] = {}
+    records_of_files: dict[str, int] = {}
+    for line, record in enumerate(read_records(manifest), start=1):
+        absent = [key for key in ("file", "prompt") if not record.get(key)]
+        if absent:
+            raise ValueError(f"{manifest}, record {line} has no {' and no '.join(absent)}: give both")
+        text, file = str(record["prompt"]), manifest.parent / str(record["file"])
+        name = text if record.get("id") in (None, "") else str(record["id"])
+        first = records_of_files.setdefault(os.path.normpath(file), line)
+        if first != line:
+            raise ValueError(f"{manifest}, record {line} repeats file {record['file']} of record {first}: name it once")
+        group_text, files = groups.setdefault(name, (text, []))
+        if group_text != text:
+            raise ValueError(f"{manifest}, record {line}: id {name} has two prompts, {group_text!r} and {text!r}")
+        files.append(file)
+    if not groups:
+        raise ValueError(f"{manifest} is empty: name one picture per record")
+    return [FileSet(name, text, tuple(files)) for name, (text, files) in groups.items()]

@@ -9,7 +9,6 @@ import torch
 from dpdmd_pipeline.metrics.summary import gap_figure
 from dpdmd_pipeline.scoring.scores import Scores
 
-_LOWER_IS_MORE_DIVERSE = ("duplicate_rate",)
 _ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; the others depend on the number of pictures
 
 
@@ -27,7 +26,7 @@ def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dic
         prompts, _ = _compared(name, teacher, dmd, ours)
         if not prompts:
             continue
-        sign = -1 if name.rsplit(".", 1)[1] in _LOWER_IS_MORE_DIVERSE else 1
+        sign = -1 if name.endswith(".duplicate_rate") else 1  # fewer duplicates are more diverse
         tables = [scores.per_prompt[name] for scores in (teacher, dmd, ours)]
         rows = [sign * torch.tensor([table[key] for key in prompts], dtype=torch.float64) for table in tables]
         gaps[name] = gap_figure(*rows, seed) | {"prompts": len(prompts), "preset": ours.figures[name]["preset"]}

@@ -30,12 +30,7 @@ def wilson(wins: int, total: int) -> tuple[float, float]:
 
 
 def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Load the results that one page has saved.
-
-    Raises:
-        ValueError: for another kind of file, files of different pages, or two files of one person.
-        OSError: for a file that cannot be read.
-    """
+    """Load the results that one page has saved, one file per person."""
     results = [_load(Path(file)) for file in files]
     file_of: dict[str, Path] = {}
     for file, result in zip(files, results, strict=True):
@@ -50,7 +45,12 @@ def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _load(file: Path) -> dict[str, Any]:
     """Load and check one person's results."""
-    result = _read(file)
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}") from error
     if not isinstance(result, dict) or "format" not in result:
         raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}")
     if result["format"] != FORMAT:
@@ -60,15 +60,6 @@ def _load(file: Path) -> dict[str, Any]:
     for number, answer in enumerate(result["answers"]):
         _check_answer(f"{file}, answer {number}", answer)
     return result
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}") from error
 
 
 def _check_answer(name: str, answer: Any) -> None:
@@ -97,17 +88,14 @@ def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         Names of A and B, number of people, people with unanswered questions, and per kind of question: n, the counts,
         the share for A (a tie counts half) with its bootstrap interval, and the share among decided answers with its
         Wilson interval.
-
-    Raises:
-        ValueError: without any answer.
     """
     answers = [answer for result in results for answer in result["answers"]]
     if not answers:
         raise ValueError("these results have no answer: let someone answer questions of the page first")
-    questions = {}
-    for kind in sorted({answer["question"] for answer in answers}):
-        of_kind = [(answer["prompt"], answer["choice"]) for answer in answers if answer["question"] == kind]
-        questions[kind] = _question(of_kind, seed)
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for answer in answers:
+        by_kind.setdefault(answer["question"], []).append(answer)
+    questions = {kind: _question(by_kind[kind], seed) for kind in sorted(by_kind)}
     sides = {"a": results[0]["a"], "b": results[0]["b"]}
     return sides | {"people": len(results), "unfinished": _unfinished(results), "questions": questions}
 
@@ -118,23 +106,18 @@ def _unfinished(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     return {name: one for name, one in numbers.items() if one["answers"] < one["questions"]}
 
 
-def _question(answers: Sequence[tuple[str, str]], seed: int) -> dict[str, Any]:
-    prompts = sorted({prompt for prompt, _ in answers})
-    owners = torch.tensor([prompts.index(prompt) for prompt, _ in answers])
-    marks = torch.tensor([CHOICES[choice] for _, choice in answers])
-    counts = {choice: sum(answer == choice for _, answer in answers) for choice in CHOICES}
+def _question(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+    prompts = sorted({answer["prompt"] for answer in answers})
+    owners = torch.tensor([prompts.index(answer["prompt"]) for answer in answers])
+    marks = torch.tensor([CHOICES[answer["choice"]] for answer in answers])
+    counts = {choice: sum(answer["choice"] == choice for answer in answers) for choice in CHOICES}
     decided = counts["a"] + counts["b"]
-    low, high = wilson(counts["a"], decided) if decided else (None, None)
+    share, low, high = (counts["a"] / decided, *wilson(counts["a"], decided)) if decided else (None, None, None)
     return {
         "n": {"answers": len(answers), "prompts": len(prompts)},
         "counts": counts,
         "for_a": ratio_interval(marks, owners, seed) | {"preset": "ties count half, bootstrap over prompts"},
-        "for_a_decided": {
-            "value": counts["a"] / decided if decided else None,
-            "low": low,
-            "high": high,
-            "preset": "without ties, Wilson interval",
-        },
+        "for_a_decided": {"value": share, "low": low, "high": high, "preset": "without ties, Wilson interval"},
     }
 
 

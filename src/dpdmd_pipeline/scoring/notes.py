@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from dpdmd_pipeline.metrics.distribution import LARGEST
 from dpdmd_pipeline.scoring.preset import Preset
-from dpdmd_pipeline.scoring.rows import Row
-from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.wording import counted, listed
 
 _FEW = 3  # prompts in a note

@@ -20,44 +20,25 @@ AXES: tuple[Axis, ...] = ("diversity", "quality", "alignment", "preference", "di
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all metrics share.
+    """Settings that all metrics share."""
 
-    Attributes:
-        weights: folder of all weights.
-        passes: device and batch size of networks.
-        processes: number of processes that share the prompts.
-        seed: seed of bootstrap and subsets.
-        duplicates_above: cosine from which two pictures are near-duplicates; None takes it from the reference.
-        parts: GenEval's records by text of the prompt.
-        elsewhere: folders of weights that do not lie below `weights`, by name.
-        features: folder of features that metrics share; None computes them for each metric.
-    """
-
-    weights: Path
+    weights: Path  # folder of all weights
     passes: Passes
-    processes: int
-    seed: int
-    duplicates_above: float | None = None
-    parts: Mapping[str, dict] = field(default_factory=dict)
-    elsewhere: Mapping[str, Path] = field(default_factory=dict)
-    features: Path | None = None
+    processes: int  # that share the prompts
+    seed: int  # of bootstrap and subsets
+    duplicates_above: float | None = None  # cosine of near-duplicates; None takes it from the reference
+    parts: Mapping[str, dict] = field(default_factory=dict)  # GenEval's records by text of the prompt
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)  # folders of weights not below `weights`, by name
+    features: Path | None = None  # folder of features that metrics share; None computes them for each metric
 
     def folder_of(self, weights: Weights) -> Path:
-        """Folder of these weights."""
         return self.elsewhere.get(weights.folder, Path(self.weights) / weights.folder)
 
     def file_of(self, weights: Weights) -> Path:
-        """Path of the first file of these weights."""
         return self.folder_of(weights) / str(weights.files[0])
 
     def shared(self, embed: Embedder, weights: Weights, output: str) -> Embedder:
-        """The embedder, with features shared between metrics if there is a folder for them.
-
-        Args:
-            embed: embedder of a network.
-            weights: weights of the network.
-            output: name of the network's output that gives the features.
-        """
+        """The embedder of a network's `output`, with features shared between metrics if there is a folder for them."""
         if self.features is None:
             return embed
         network = (type(embed).__name__, output, weights.digest(self.folder_of(weights)), self.passes.device)
@@ -66,22 +47,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Preset:
-    """One named protocol.
-
-    Attributes:
-        axis, name: parts of the full name, as in `diversity.dino_v2`.
-        protocol: description of the computation.
-        build: makes the measure from the settings and the weights, which exist by then.
-        weights: all weights that it needs.
-        by_default: True if the name of the axis alone includes it.
-    """
+    """One named protocol; the full name has axis and name, as in `diversity.dino_v2`."""
 
     axis: Axis
     name: str
-    protocol: str
-    build: Callable[..., Measure]
-    weights: tuple[Weights, ...] = ()
-    by_default: bool = False
+    protocol: str  # description of the computation
+    build: Callable[..., Measure]  # makes the measure from the settings and the weights, which exist by then
+    weights: tuple[Weights, ...] = ()  # all that it needs
+    by_default: bool = False  # True if the name of the axis alone includes it
 
     @property
     def full_name(self) -> str:
@@ -96,19 +69,11 @@ class Preset:
         """Check that the weights exist.
 
         Raises:
-            MissingWeightsError: with the remedy for all that are missing.
+            MissingWeightsError: with the licence, the size and the remedy of all that are missing.
         """
-        absent = []
-        for weights in self.weights:
-            try:
-                weights.require(settings.folder_of(weights), self.full_name)
-            except MissingWeightsError as error:
-                absent.append(str(error))
-        if absent:
-            first, *others = absent
-            raise MissingWeightsError(
-                "; and ".join([first, *(other.removeprefix(f"{self.full_name} ") for other in others)])
-            )
+        lacks = [weights.lack(settings.folder_of(weights)) for weights in self.weights]
+        if any(lacks):
+            raise MissingWeightsError(f"{self.full_name} {'; and '.join(filter(None, lacks))}")
 
     def digests(self, settings: Settings) -> dict[str, str]:
         """SHA-256 (hex) of the files of each of the weights, by name."""
@@ -128,12 +93,7 @@ class Preset:
             raise
 
     def _blame_weights(self, settings: Settings, error: Exception) -> None:
-        """Raise an error that names the file if damaged weights made `build` fail.
-
-        Raises:
-            DamagedWeightsError: if a file is damaged.
-            RuntimeError: in place of KeyError and the like, if no damage shows.
-        """
+        """Name the file if damaged weights made `build` fail; without visible damage, name the folder of a KeyError."""
         for weights in self.weights:
             damage = weights.damage(settings.folder_of(weights))
             if damage:

@@ -23,18 +23,22 @@ def _cosine(name: str, space: str, build: Callable[..., Measure], weights: Weigh
     return Preset("diversity", name, protocol, build, (weights,), by_default)
 
 
+def _lpips(name: str, title: str, network: str, weights: Weights, by_default: bool = False) -> Preset:
+    protocol = f"LPIPS 0.1 {title} at {b.LPIPS_SIDE} px, mean over pairs"
+    return Preset("diversity", name, protocol, partial(b.lpips, network), (weights,), by_default)
+
+
+_diversity, _quality, _alignment = (partial(Preset, axis) for axis in ("diversity", "quality", "alignment"))
+
 PRESETS = (
-    Preset("diversity", "pixels", "RMS difference of pixels, mean over pairs", b.pixels, (), True),
+    _diversity("pixels", "RMS difference of pixels, mean over pairs", b.pixels, (), True),
     _cosine("dino_v2", "DINOv2 ViT-B/14, pooler_output", _POOLED, w.DINO_V2, True),
     _cosine("dino_v2_patch", "DINOv2 ViT-B/14, cosine of patches at the same place", _PATCHES, w.DINO_V2, True),
     _cosine("dino_v3", "DINOv3 ViT-L/16, pooler_output (DP-DMD's DINO)", _POOLED, w.DINO_V3),
     _cosine("dino_v3_patch", "DINOv3 ViT-L/16, cosine of patches at the same place", _PATCHES, w.DINO_V3),
     _cosine("clip", "CLIP ViT-L/14, projected embedding, open_clip", b.clip_diversity, w.CLIP_L, True),
     _cosine(
-        "clip_raw_cls",
-        "CLIP ViT-L/14, class token before norm and projection (DP-DMD's CLIP)",
-        _RAW_CLS,
-        w.CLIP_L_HF,
+        "clip_raw_cls", "CLIP ViT-L/14, class token before norm and projection (DP-DMD's CLIP)", _RAW_CLS, w.CLIP_L_HF
     ),
     _cosine(
         "clip_shapes",
@@ -42,50 +46,30 @@ PRESETS = (
         partial(b.clip_diversity, side=RESOLUTION),
         w.CLIP_SHAPES,
     ),
-    Preset(
-        "diversity",
-        "lpips",
-        f"LPIPS 0.1 AlexNet at {b.LPIPS_SIDE} px, mean over pairs",
-        partial(b.lpips, "alex"),
-        (w.ALEXNET,),
-        True,
-    ),
-    Preset(
-        "diversity",
-        "lpips_squeeze",
-        f"LPIPS 0.1 SqueezeNet at {b.LPIPS_SIDE} px, mean over pairs",
-        partial(b.lpips, "squeeze"),
-        (w.SQUEEZENET,),
-    ),
-    Preset(
-        "diversity",
+    _lpips("lpips", "AlexNet", "alex", w.ALEXNET, True),
+    _lpips("lpips_squeeze", "SqueezeNet", "squeeze", w.SQUEEZENET),
+    _diversity(
         "shapes",
         "exact reader of the embedded world, over valid pictures that show the prompt",
         partial(b.shapes, DIVERSITY, 2),
     ),
-    Preset("quality", "arniqa", "ARNIQA, KonIQ-10k regressor, 0 to 1", b.arniqa, (w.ARNIQA, w.ARNIQA_KONIQ), True),
-    Preset(
-        "quality",
-        "visualquality_r1",
-        "VisualQuality-R1 7B with reasoning, greedy, 1 to 5",
-        b.rated_quality,
-        (w.VISUALQUALITY_R1,),
+    _quality("arniqa", "ARNIQA, KonIQ-10k regressor, 0 to 1", b.arniqa, (w.ARNIQA, w.ARNIQA_KONIQ), True),
+    _quality(
+        "visualquality_r1", "VisualQuality-R1 7B with reasoning, greedy, 1 to 5", b.rated_quality, (w.VISUALQUALITY_R1,)
     ),
-    Preset("quality", "maniqa_pipal", "pyiqa maniqa-pipal, 20 crops", partial(b.pyiqa, "maniqa-pipal"), (w.MANIQA,)),
-    Preset("quality", "topiq", "pyiqa topiq_nr", partial(b.pyiqa, "topiq_nr"), (w.TOPIQ,)),
-    Preset("quality", "clipiqa_plus", "pyiqa clipiqa+", partial(b.pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS, w.CLIP_RN50)),
-    Preset("quality", "shapes", "exact reader of the embedded world", partial(b.shapes, QUALITY, 1)),
-    Preset("alignment", "clip_score", "100 max(cos, 0), CLIP ViT-L/14, open_clip", b.clip_score, (w.CLIP_L,), True),
-    Preset(
-        "alignment",
+    _quality("maniqa_pipal", "pyiqa maniqa-pipal, 20 crops", partial(b.pyiqa, "maniqa-pipal"), (w.MANIQA,)),
+    _quality("topiq", "pyiqa topiq_nr", partial(b.pyiqa, "topiq_nr"), (w.TOPIQ,)),
+    _quality("clipiqa_plus", "pyiqa clipiqa+", partial(b.pyiqa, "clipiqa+"), (w.CLIPIQA_PLUS, w.CLIP_RN50)),
+    _quality("shapes", "exact reader of the embedded world", partial(b.shapes, QUALITY, 1)),
+    _alignment("clip_score", "100 max(cos, 0), CLIP ViT-L/14, open_clip", b.clip_score, (w.CLIP_L,), True),
+    _alignment(
         "clip_shapes",
         "100 max(cos, 0), the embedded world's own CLIP, open_clip",
         partial(b.clip_score, side=RESOLUTION),
         (w.CLIP_SHAPES,),
     ),
-    Preset("alignment", "vqa_score", "P(Yes) to VQAScore's question, Qwen2.5-VL 7B", b.vqa_score, (w.QWEN_VL,)),
-    Preset(
-        "alignment",
+    _alignment("vqa_score", "P(Yes) to VQAScore's question, Qwen2.5-VL 7B", b.vqa_score, (w.QWEN_VL,)),
+    _alignment(
         "geneval_vqa",
         "questions about GenEval's parts to Qwen2.5-VL 7B; not GenEval's detector",
         b.part_scores,
@@ -111,7 +95,6 @@ PRESETS = (
     ),
 )
 
-
 # Metrics that need an environment of their own, with the reason (from the packages' documentation in 2026-11).
 LEFT_OUT = {
     "image_reward": "its package pins timm 0.6.13 and imports names that transformers 5 has removed",
@@ -122,11 +105,7 @@ LEFT_OUT = {
 
 
 def choose(names: str) -> list[Preset]:
-    """Presets of a list such as `diversity,quality.visualquality_r1`, in the order of PRESETS.
-
-    Raises:
-        ValueError: for an unknown name, with the names that exist.
-    """
+    """Presets of a list such as `diversity,quality.visualquality_r1`, in the order of PRESETS."""
     chosen: set[str] = set()
     for name in filter(None, (part.strip() for part in names.split(","))):
         matches = [p.full_name for p in PRESETS if name == p.full_name or (name == p.axis and p.by_default)]
@@ -137,10 +116,9 @@ def choose(names: str) -> list[Preset]:
 
 
 def _why_not(name: str) -> str:
-    reasons = {_plain(left_out): reason for left_out, reason in LEFT_OUT.items()}
-    reason = reasons.get(_plain(name.rsplit(".", 1)[-1]))
-    if reason:
-        return f"{name} does not work in this environment: {reason}"
+    for left_out, reason in LEFT_OUT.items():
+        if _plain(left_out) == _plain(name.rsplit(".", 1)[-1]):
+            return f"{name} does not work in this environment: {reason}"
     metrics = ", ".join(preset.full_name for preset in PRESETS)
     return f"unknown metric {name}: name axes ({', '.join(AXES)}) or metrics ({metrics})"
 

@@ -1,7 +1,7 @@
 """Run metrics on sets of pictures: every metric that can run does, and the others give a reason.
 
-A metric is one pass over the sets, with one prompt in memory at a time. Processes can share the prompts; numbers depend
-neither on that nor, on the CPU, on the batch size.
+A metric is one pass over the sets, with one prompt in memory at a time. Numbers depend neither on the number of
+processes that share the prompts nor, on the CPU, on the batch size.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from dpdmd_pipeline.metrics.diversity import duplicate_rate
+from dpdmd_pipeline.metrics.diversity import duplicate_rate, duplicate_threshold
 from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.measures import NO_ANSWER
 from dpdmd_pipeline.metrics.summary import figure
 from dpdmd_pipeline.scoring.compare import add_distribution
-from dpdmd_pipeline.scoring.duplicates import duplicates_above
 from dpdmd_pipeline.scoring.notes import note_cut_prompts, note_numbers, note_sizes, note_threshold
 from dpdmd_pipeline.scoring.preset import Preset, Settings
-from dpdmd_pipeline.scoring.rows import Row
-from dpdmd_pipeline.scoring.scores import Reference, Scores
+from dpdmd_pipeline.scoring.scores import Reference, Row, Scores
 from dpdmd_pipeline.scoring.sets import PictureSet
-from dpdmd_pipeline.scoring.workers import Job, measuring, workers
+from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job, measuring, workers
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
 
 _MAX_UNPARSED = 0.5  # share of a metric's answers
+_NOT_COUNTED = "near-duplicates were not counted: "
 
 
 def score(
@@ -46,8 +45,6 @@ def score(
 
     Args:
         sets: judged pictures, one set per prompt.
-        presets: metrics to run.
-        settings: settings of all metrics.
         reference: the teacher's pictures or real ones, for distributions and for the threshold of near-duplicates.
         pool: pool of `workers` that several calls share; without one, each call starts its own.
 
@@ -73,11 +70,7 @@ def score(
 
 @contextmanager
 def _failure_as_missing(scores: Scores, preset: Preset) -> Iterator[None]:
-    """Record the failure of one metric as the reason why it is missing, and go on with the others.
-
-    Raises:
-        OSError: if a process was killed.
-    """
+    """Record the failure of one metric as the reason why it is missing, and go on with the others."""
     try:
         yield
     except BrokenProcessPool as error:
@@ -96,13 +89,11 @@ def _add_metric(scores: Scores, job: Job) -> None:
     scores.add_faults(rows, job.preset)
     _require_answers(rows)
     values = {row.id: dict(row.measured.values) for row in rows}
-    threshold = None
-    if any(row.measured.nearest is not None for row in rows):
-        threshold = duplicates_above(scores, job, rows)
+    nearest = {row.id: row.measured.nearest for row in rows if row.measured.nearest is not None}
+    threshold = _duplicates_above(scores, job, rows) if nearest else None
     if threshold is not None:
-        for row in rows:
-            if row.measured.nearest is not None:
-                values[row.id]["duplicate_rate"] = duplicate_rate(row.measured.nearest, threshold)
+        for key, similarities in nearest.items():
+            values[key]["duplicate_rate"] = duplicate_rate(similarities, threshold)
     names = dict.fromkeys(name for numbers in values.values() for name in numbers)
     if not names:
         raise UnavailableError(_why_no_number(job))
@@ -118,11 +109,7 @@ def _add_metric(scores: Scores, job: Job) -> None:
 
 
 def _require_answers(rows: Sequence[Row]) -> None:
-    """Refuse a mean over the few answers that parsed.
-
-    Raises:
-        UnavailableError: if most answers did not parse.
-    """
+    """Refuse a mean over the few answers that parsed."""
     unparsed = sum(len(row.measured.unusable) for row in rows if row.measured.why == NO_ANSWER)
     answers = unparsed + sum(row.pictures for row in rows)
     if unparsed > _MAX_UNPARSED * answers:
@@ -144,3 +131,38 @@ def _add_figure(scores: Scores, job: Job, name: str, values: dict[str, float], r
     pictures = sum(row.pictures for row in rows)
     scores.figures[full_name] = figure(per_prompt, pictures, job.preset.protocol, job.settings.seed)
     scores.per_prompt[full_name] = {key: value for key, value in values.items() if not math.isnan(value)}
+
+
+def _duplicates_above(scores: Scores, job: Job, rows: Sequence[Row]) -> float | None:
+    """Cosine from which pictures are near-duplicates; None, with a note, if there is no valid one."""
+    if job.settings.duplicates_above is not None:
+        return job.settings.duplicates_above
+    if job.reference is None:
+        scores.note(f"{_NOT_COUNTED}name the teacher's pictures with --reference, or a cosine with --duplicates-above")
+        return None
+    thresholds, name = job.reference.duplicates, job.preset.full_name
+    if name not in thresholds:
+        thresholds[name] = _threshold_of_reference(scores, job, job.reference, rows)
+    (reference_count, threshold), count = thresholds[name], _usual_count(rows)
+    if reference_count != count:
+        scores.note(
+            f"{_NOT_COUNTED}the reference has {reference_count} pictures per prompt, not {count}, and the threshold "
+            "grows with their number"
+        )
+        return None
+    return threshold
+
+
+def _threshold_of_reference(scores: Scores, job: Job, reference: Reference, rows: Sequence[Row]) -> tuple[int, float]:
+    """The reference's number of pictures per prompt, and their threshold; `rows` are of the judged pictures."""
+    if not job.judges_the_reference:
+        rows = list(job.rows_of(reference.sets))
+        scores.add_faults(rows, job.preset, IN_THE_REFERENCE)
+    nearest = [row.measured.nearest for row in rows if row.pictures and row.measured.nearest is not None]
+    return _usual_count(rows), duplicate_threshold(torch.cat(nearest)) if nearest else math.nan
+
+
+def _usual_count(rows: Sequence[Row]) -> int:
+    """The most frequent number of pictures per prompt."""
+    most = Counter(row.pictures for row in rows if row.pictures).most_common(1)
+    return most[0][0] if most else 0

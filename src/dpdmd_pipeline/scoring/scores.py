@@ -1,23 +1,32 @@
-"""The results of all metrics on one folder of pictures, and the pictures that it is compared with."""
+"""The results of metrics on one prompt and on one folder of pictures, and the pictures that it is compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.scoring.preset import Preset
-from dpdmd_pipeline.scoring.rows import Row
-from dpdmd_pipeline.scoring.sets import PictureSet
+from dpdmd_pipeline.scoring.sets import Fault, PictureSet
+
+
+class Row(NamedTuple):
+    """The result of one metric on one prompt."""
+
+    id: str
+    measured: Measured
+    pictures: int  # number of measured pictures
+    faults: list[Fault]
+    unfit: str = ""  # reason why the metric cannot judge the prompt
+    sizes: frozenset[tuple[int, int]] = frozenset()  # sizes of the pictures, width and height
 
 
 @dataclass
 class Reference:
     """Pictures to compare with: the teacher's, or real ones.
 
-    Attributes:
-        sets: one set per prompt.
-        duplicates: per preset, the number of pictures per prompt and their threshold; filled at first use.
+    Per preset, `duplicates` has the number of pictures per prompt and their threshold; it is filled at first use.
     """
 
     sets: Sequence[PictureSet]
@@ -51,13 +60,7 @@ class Scores:
     _unique_faults: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add_faults(self, rows: Sequence[Row], preset: Preset, where: str = "") -> None:
-        """Add the faults of rows; faults of a network carry the metric's name.
-
-        Args:
-            rows: rows of some sets.
-            preset: metric of the rows.
-            where: location of the sets, unless they are the judged ones.
-        """
+        """Add the faults of rows; faults of a network carry the metric's name, those of the reference its location."""
         for row in rows:
             for kind, name in row.faults:
                 metric = f" ({preset.full_name})" if "network" in kind else ""
@@ -70,11 +73,8 @@ class Scores:
 
     def join(self, other: Scores) -> None:
         """Add the results of other presets on the same pictures."""
-        self.figures |= other.figures
-        self.per_prompt |= other.per_prompt
-        self.missing |= other.missing
-        self.usable |= other.usable
-        self.weights |= other.weights
+        for name in ("figures", "per_prompt", "missing", "usable", "weights"):
+            getattr(self, name).update(getattr(other, name))
         for kind, names in other.faults.items():
             for name in names:
                 self._add_fault(kind, name)

@@ -1,18 +1,22 @@
-"""Sets of pictures, one per prompt: files, tensors, or rows of a cache; and the faults of single pictures."""
+"""Sets of pictures, one per prompt: files, tensors, or rows of a cache; each unusable file has one plain reason."""
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dpdmd_pipeline.scoring.decode import read_picture
-
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
+
+MAY_NOT_READ = "may not be read: change its mode"
+# Without 16-bit and float modes, which Pillow clips to white without a warning.
+_READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+_ANIMATED = {"PNG", "WEBP"}  # not JPEG: the second frame of a telephone's picture is a preview
 
 
 class Fault(NamedTuple):
@@ -44,19 +48,13 @@ class PictureSet(Protocol):
 
 @dataclass(frozen=True)
 class FileSet:
-    """Pictures of one prompt on disk.
-
-    Attributes:
-        id, text, no_text: as in PictureSet.
-        files: files with the suffix of a readable format.
-        unread: pictures in a format that is not read.
-    """
+    """Pictures of one prompt on disk."""
 
     id: str
     text: str
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # with the suffix of a readable format
     no_text: str = ""
-    unread: tuple[Path, ...] = ()
+    unread: tuple[Path, ...] = ()  # in a format that is not read
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,18 +94,12 @@ class TensorSet:
 
 @dataclass(frozen=True)
 class StoredSet:
-    """Pictures of one prompt in a cache, read only when they are measured.
-
-    Attributes:
-        id, text, no_text: as in PictureSet.
-        rows: rows of the cache.
-        read: function from rows to uint8 [n, 3, H, W].
-    """
+    """Pictures of one prompt in a cache, read only when they are measured."""
 
     id: str
     text: str
-    rows: tuple[int, ...]
-    read: Callable[[Sequence[int]], Tensor]
+    rows: tuple[int, ...]  # of the cache
+    read: Callable[[Sequence[int]], Tensor]  # from rows to uint8 [n, 3, H, W]
     no_text: str = ""
 
     def __len__(self) -> int:
@@ -130,3 +122,62 @@ def of_one_size(loaded: Loaded) -> Loaded:
         else:
             faults.append(Fault("another size than the prompt's other pictures", name))
     return Loaded(names, images, faults)
+
+
+class _UnusableError(OSError):
+    """A picture with a clear reason not to use it."""
+
+
+def read_picture(path: Path) -> Image:
+    """Decode one file to RGB as a viewer shows it: rotated by its EXIF, with transparent pixels white.
+
+    Raises:
+        OSError: with the kind of fault, without the file's name.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        if path.is_dir():
+            raise _UnusableError("a folder, not a picture")
+        if not path.is_file():
+            raise _UnusableError("no such file")
+        if path.stat().st_size == 0:
+            raise _UnusableError("empty file")
+        with Image.open(path) as image:
+            if image.mode not in _READABLE:
+                raise _UnusableError(f"pixel format {image.mode}: convert it to 8 bits")
+            if getattr(image, "n_frames", 1) > 1 and image.format in _ANIMATED:
+                raise _UnusableError("animated: save one frame as the picture")
+            image.load()
+            return _on_white(_upright(image))
+    except _UnusableError:
+        raise
+    except PermissionError as error:
+        raise OSError(MAY_NOT_READ) from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise OSError(f"more than {limit} million pixels: scale it down") from error
+    except (UnidentifiedImageError, ValueError) as error:
+        raise OSError("not a picture") from error
+    except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in their errors
+        raise OSError("cut off or damaged") from error
+
+
+def _upright(image: Image) -> Image:
+    """Rotate or mirror as EXIF says; unreadable EXIF is ignored."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ValueError, SyntaxError, EOFError, struct.error):
+        return image
+
+
+def _on_white(image: Image) -> Image:
+    """Convert to RGB over white: colours below transparent pixels are not part of the picture."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    covered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", covered.size, "white"), covered).convert("RGB")

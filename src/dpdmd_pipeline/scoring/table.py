@@ -12,12 +12,7 @@ _FEW = 5  # names per kind of fault in the table; the file has all
 
 
 def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> str:
-    """One line per figure, then the missing metrics, the faults and the notes.
-
-    Args:
-        scores: scores to show.
-        already_named: missing metrics of an earlier table, which this one does not repeat.
-    """
+    """One line per figure, then the missing metrics that no earlier table has named, the faults and the notes."""
     lines = [f"{counted(scores.pictures, 'picture')} of {counted(scores.prompts, 'prompt')}", ""]
     rows = [("metric", "value", "95 % interval", "prompts", "pictures", "protocol")]
     rows += [_row(name, figure) for name, figure in scores.figures.items()]
@@ -26,7 +21,7 @@ def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> 
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     sections = (
         ("Not measured", _missing(scores.missing, already_named or {})),
-        ("Left out of the figures", [_fault(kind, names) for kind, names in scores.faults.items()]),
+        ("Left out of the figures", [f"{len(of)} x {kind}: {listed(of, _FEW)}" for kind, of in scores.faults.items()]),
         ("Notes", scores.notes),
     )
     for title, entries in sections:
@@ -61,10 +56,6 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def _fault(kind: str, names: list[str]) -> str:
-    return f"{len(names)} x {kind}: {listed(names, _FEW)}"
-
-
 def as_record(scores: Scores) -> dict[str, Any]:
     """All scores as JSON."""
     return {
@@ -82,12 +73,7 @@ def as_record(scores: Scores) -> dict[str, Any]:
 
 
 def as_gap_table(gaps: dict[str, dict[str, Any]], notes: Sequence[str] = ()) -> str:
-    """Share of DMD's loss recovered, one line per metric, then the notes.
-
-    Args:
-        gaps: gaps by full name of their figures.
-        notes: reasons why gaps or prompts are missing.
-    """
+    """Share of DMD's loss recovered, one line per metric, then the notes on missing gaps or prompts."""
     lines = ["Gap recovered (0 is the baseline's diversity, 1 the teacher's):"]
     for name, gap in gaps.items():
         lines.append(f"  {name}: {_gap(gap)}  (prompts: {gap['prompts']})")

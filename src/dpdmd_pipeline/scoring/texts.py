@@ -10,12 +10,7 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """Read a user's text file.
-
-    Raises:
-        OSError: if it does not exist.
-        ValueError: if it is not UTF-8.
-    """
+    """Read a user's text file."""
     if not path.is_file():
         raise OSError(f"{path} does not exist")
     try:
@@ -26,11 +21,7 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[dict]:
-    """Yield the records of a .csv or .jsonl file.
-
-    Raises:
-        OSError, ValueError: if the file cannot be read or parsed.
-    """
+    """Yield the records of a .csv or .jsonl file."""
     file = io.StringIO(read_text(path), newline="")
     if path.suffix == ".csv":
         try:
@@ -50,12 +41,7 @@ def read_records(path: Path) -> Iterator[dict]:
 
 
 def read_texts(path: Path) -> dict[str, str]:
-    """Prompt ids and their texts.
-
-    Raises:
-        ValueError: for another suffix than .txt, .csv, .jsonl, a record without id or text, or an id with two texts.
-        OSError: if the file does not exist.
-    """
+    """Prompt ids and their texts."""
     path = Path(path)
     if path.suffix == ".txt":
         lines = read_text(path).splitlines()
@@ -73,11 +59,7 @@ def read_texts(path: Path) -> dict[str, str]:
 
 
 def read_parts(path: Path) -> dict[str, dict]:
-    """GenEval's records by text of their prompt.
-
-    Raises:
-        ValueError: for a record without a prompt or without valid parts.
-    """
+    """GenEval's records by text of their prompt, each with valid parts."""
     from dpdmd_pipeline.metrics.questions import part_questions
 
     records = list(read_records(Path(path)))

@@ -13,53 +13,33 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from dpdmd_pipeline.metrics.errors import MissingWeightsError
 from dpdmd_pipeline.publishing import sha256
 from dpdmd_pipeline.wording import one_line
 
 _OLD_CHECKPOINT = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's magic number, pickled
+_UNREADABLE = AttributeError, EOFError, LookupError, RuntimeError, TypeError, struct.error, pickle.UnpicklingError
 _MAX_LENGTH = 200  # characters of another library's error
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Published weights, and their folder below the folder of all weights.
+    """Published weights. Methods take the folder of the files, since it need not lie below that of all weights."""
 
-    Attributes:
-        folder: name below the root.
-        files: required files; a tuple inside means that one of them is enough.
-        source: name or address of the publication.
-        licence: licence of the weights.
-        size_mb: approximate size of the files.
-        fetch: shell command that fetches them; `{folder}` stands for their folder.
-        stage: stage of this project that makes them, in place of a command.
-    """
-
-    folder: str
-    files: tuple[str | tuple[str, ...], ...]
-    source: str
+    folder: str  # name below the folder of all weights
+    files: tuple[str | tuple[str, ...], ...]  # all are required; of a tuple inside, one is enough
+    source: str  # name or address of the publication
     licence: str
-    size_mb: int
-    fetch: str = ""
-    stage: str = ""
+    size_mb: int  # approximate
+    fetch: str = ""  # shell command that fetches the files; `{folder}` stands for their folder
+    stage: str = ""  # stage of this project that makes them, in place of a command
 
-    def require(self, folder: Path, metric: str) -> Path:
-        """Return the folder if it has all files.
-
-        Args:
-            folder: expected folder; `folder` below the root, or another one.
-            metric: metric that needs the weights.
-
-        Raises:
-            MissingWeightsError: with the metric, the files, their licence and size, and the remedy.
-        """
+    def lack(self, folder: Path) -> str:
+        """Message on missing files, with licence, size and remedy; empty if all are in the folder."""
         absent = [" or ".join(names) for names in map(_names, self.files) if not _has_any(folder, names)]
-        if absent:
-            raise MissingWeightsError(
-                f"{metric} needs {self.source} ({self.licence}, about {self.size_mb} MB): "
-                f"{', '.join(absent)} not in {folder}; {self.remedy(folder)}"
-            )
-        return folder
+        if not absent:
+            return ""
+        needs = f"needs {self.source} ({self.licence}, about {self.size_mb} MB)"
+        return f"{needs}: {', '.join(absent)} not in {folder}; {self.remedy(folder)}"
 
     def digest(self, folder: Path) -> str:
         """SHA-256 (hex) of the contents of the existing files and of the shards that an index names."""
@@ -146,14 +126,6 @@ def _checkpoint_damage(file: Path) -> str | None:
             return "cut off, or not a checkpoint of PyTorch"
     try:
         torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        AttributeError,
-        EOFError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        struct.error,
-        pickle.UnpicklingError,
-    ) as error:
+    except _UNREADABLE as error:
         return one_line(error)[:_MAX_LENGTH]
     return None

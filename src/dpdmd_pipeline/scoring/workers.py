@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 
-from dpdmd_pipeline.metrics.measures import Measure
+from dpdmd_pipeline.metrics.errors import UnfitError
+from dpdmd_pipeline.metrics.measures import Measure, Measured
 from dpdmd_pipeline.scoring.preset import Preset, Settings
-from dpdmd_pipeline.scoring.rows import Row, measure_set
-from dpdmd_pipeline.scoring.scores import Reference
-from dpdmd_pipeline.scoring.sets import PictureSet
+from dpdmd_pipeline.scoring.scores import Reference, Row
+from dpdmd_pipeline.scoring.sets import Fault, PictureSet, of_one_size
 
 IN_THE_REFERENCE = ", in the reference"  # after a kind of fault
 _IN_FLIGHT = 4  # sets per process that are computed ahead
@@ -23,18 +23,10 @@ Measuring = Callable[[Sequence[PictureSet]], Iterator[Row]]
 
 @dataclass(frozen=True)
 class Job:
-    """One preset over the judged pictures and their reference.
-
-    Attributes:
-        preset: metric to run.
-        rows_of: measures sets, in their order.
-        sets: judged sets, one per prompt.
-        settings: settings of all metrics.
-        reference: pictures to compare with, if any.
-    """
+    """One preset over the judged pictures and their reference."""
 
     preset: Preset
-    rows_of: Measuring
+    rows_of: Measuring  # measures sets, in their order
     sets: Sequence[PictureSet]
     settings: Settings
     reference: Reference | None
@@ -62,8 +54,7 @@ def measuring(preset: Preset, settings: Settings, pool: ProcessPoolExecutor | No
         MissingWeightsError, MissingLibraryError: before any picture is read.
     """
     if pool is None:
-        measure = preset.make(settings)
-        return lambda sets: map(partial(measure_set, measure, needs_text=preset.needs_text), sets)
+        return partial(map, partial(measure_set, preset.make(settings), needs_text=preset.needs_text))
     preset.require(settings)
     return partial(_spread, pool, _IN_FLIGHT * settings.processes, preset)
 
@@ -87,3 +78,28 @@ def _measure_here(preset: Preset, pictures: PictureSet) -> Row:
         _current.clear()
         _current[preset.full_name] = preset.make(_settings[0])
     return measure_set(_current[preset.full_name], pictures, preset.needs_text)
+
+
+def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False) -> Row:
+    """Load one prompt's pictures and measure them, with a named fault for everything left out."""
+    if needs_text and pictures.no_text:
+        return Row(pictures.id, Measured({}), 0, [Fault(pictures.no_text, pictures.id)])
+    loaded = pictures.load()
+    names, images, faults = loaded if measure.any_size else of_one_size(loaded)
+    try:
+        measured = measure(pictures.text, images) if len(images) >= measure.least else Measured({})
+    except UnfitError as error:
+        return Row(pictures.id, Measured({}), 0, [*faults, Fault(str(error), pictures.id)], str(error))
+    faults = [*faults, *(Fault(measured.why, names[index]) for index in measured.unusable)]
+    usable = len(images) - len(measured.unusable)
+    if usable < measure.least:
+        faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
+    if not measured.values and measured.features is None:
+        return Row(pictures.id, measured, 0, faults)
+    return Row(pictures.id, measured, usable, faults, sizes=frozenset(image.size for image in images))
+
+
+def _too_few(measure: Measure, pictures: PictureSet) -> str:
+    if not len(pictures):
+        return "no picture"
+    return "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"

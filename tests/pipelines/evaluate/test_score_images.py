@@ -14,7 +14,7 @@ from dpdmd_pipeline.commands.arena import main as arena_command
 from dpdmd_pipeline.commands.score import main as score_command
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.datasets.sharded import LazyShards
-from dpdmd_pipeline.metrics.pixels import pairwise_distance
+from dpdmd_pipeline.metrics.diversity import pairwise_distance
 from dpdmd_pipeline.metrics.shapes import judge
 from dpdmd_pipeline.pipelines.evaluate import scoring
 from dpdmd_pipeline.pipelines.evaluate.nodes import (

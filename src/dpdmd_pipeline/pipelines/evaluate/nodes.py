@@ -80,7 +80,7 @@ def score_images(
 
 def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, int]]:
     """Count the values of the attributes that no prompt names, over one model's correct pictures."""
-    from dpdmd_pipeline.metrics.attributes import attribute_counts, mode_counts
+    from dpdmd_pipeline.metrics.shapes import attribute_counts, mode_counts
 
     return attribute_counts(sum(mode_counts(read_pictures(images, one.rows) / 255, one.text) for one in sets))
 
