@@ -11,7 +11,7 @@ from dpdmd_pipeline.publishing import Folders, load_published
 
 
 class FolderDataset(AbstractDataset[Any, Any]):
-    """A folder in the catalog.
+    """A folder in the catalog; loads its path.
 
     Args:
         filepath: the folder, or a link to a folder on another disk.
@@ -26,12 +26,7 @@ class FolderDataset(AbstractDataset[Any, Any]):
     def _folders(self) -> Folders:
         return Folders.of(self._filepath)
 
-    def _load_folder(self) -> Path:
-        """Path of the published folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+    def load(self) -> Any:
         folder = load_published(self._folders)
         if folder is None:
             raise FileNotFoundError(f"{self._folders.published} does not exist: run the stage that writes it first")

@@ -31,24 +31,12 @@ _NUMBERED = re.compile(r"\d{5}_")
 class PictureFolderDataset(FolderDataset):
     """Pictures by prompt and seed: saves functions that make them, one prompt in memory at a time; loads the path."""
 
-    def load(self) -> Path:
-        """Path of the folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
-        return self._load_folder()
-
     def save(self, data: Mapping[str, Any]) -> None:
         """Replace the folder.
 
         Args:
             data: prompt -> function without arguments that returns seed -> picture (Pillow); or name of a subfolder
                 -> such a mapping. An empty mapping leaves a folder with a note in it.
-
-        Raises:
-            ValueError: if another process is writing.
-            OSError: if the folder cannot be written; names the path.
         """
         with replacing(self._folders) as folder:
             count = _write(folder, data)
