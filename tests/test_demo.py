@@ -16,20 +16,20 @@ from tests.forked import ForkedKedro
 
 PROJECT = Path(__file__).parents[1]
 MODELS = ("teacher", "dmd", "dp_dmd")
-WEIGHTS = "data/06_models/{}/diffusion_pytorch_model.safetensors"
+WEIGHTS = "data/06_models/ci/{}/diffusion_pytorch_model.safetensors"
 OUTPUTS = [
-    "data/03_primary/prompts.jsonl",
-    "data/05_model_input/embeddings/manifest.json",
-    "data/05_model_input/anchors/manifest.json",
+    "data/03_primary/ci/prompts.jsonl",
+    "data/05_model_input/ci/embeddings/manifest.json",
+    "data/05_model_input/ci/anchors/manifest.json",
     *(WEIGHTS.format(student) for student in ("student", "student_dmd")),
-    "data/07_model_output/images/manifest.json",
-    *(f"data/08_reporting/grid_{model}.png" for model in MODELS),
+    "data/07_model_output/ci/images/manifest.json",
+    *(f"data/08_reporting/ci/grid_{model}.png" for model in MODELS),
     *(
-        f"data/08_reporting/{name}.json"
-        for name in ("metrics", "scores", "prompts_report", "train_history", "train_history_dmd")
+        f"data/08_reporting/ci/{name}.json"
+        for name in ("metrics", "summary", "scores", "prompts_report", "train_history", "train_history_dmd")
     ),
-    *(f"data/08_reporting/plot_{name}.json" for name in ("losses", "watched", "prompts")),
-    *(f"data/08_reporting/{name}" for name in ("train_curve.png", "report.html", "report.md")),
+    *(f"data/08_reporting/ci/plot_{name}.json" for name in ("losses", "watched", "prompts")),
+    *(f"data/08_reporting/ci/{name}" for name in ("train_curve.png", "report.html", "report.md")),
 ]
 
 
@@ -123,11 +123,11 @@ def test_one_command_makes_every_output_of_the_line(finished):
     assert not [name for name in OUTPUTS if not (project / name).is_file()]
     assert "deprecated" not in output.lower() and "WARNING" not in output
     assert re.search(r"^ *teacher .*\n *DMD .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
-    assert "data/08_reporting/report.html" in output.strip().splitlines()[-2]
+    assert "data/08_reporting/ci/report.html" in output.strip().splitlines()[-2]
 
 
 def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
-    metrics = json.loads((finished[0] / "data/08_reporting/metrics.json").read_text())
+    metrics = json.loads((finished[0] / "data/08_reporting/ci/metrics.json").read_text())
     assert list(metrics) == [*MODELS, "rank_correlation"]
     assert [metrics[model]["nfe"] for model in MODELS] == [12, 4, 4]
     for model in MODELS:
@@ -147,7 +147,7 @@ def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
 
 def test_histories_have_a_row_a_step(finished):
     for name, diverse in (("train_history", True), ("train_history_dmd", False)):
-        rows = json.loads((finished[0] / f"data/08_reporting/{name}.json").read_text())
+        rows = json.loads((finished[0] / f"data/08_reporting/ci/{name}.json").read_text())
         assert [row["step"] for row in rows] == [1, 2, 3]
         assert all((row["diversity_loss"] > 0) == diverse for row in rows)
         assert len({tuple(row) for row in rows}) == 1  # dvc plots reads no others
@@ -170,27 +170,27 @@ def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_student_of_an_uninterrupted_one(finished, without):
-    project = without("data/05_model_input/anchors", "data/06_models/.train_state", "data/06_models/student")
-    shutil.rmtree(project / "data/06_models/student_dmd")
+    project = without("data/05_model_input/ci/anchors", "data/06_models/ci/.train_state", "data/06_models/ci/student")
+    shutil.rmtree(project / "data/06_models/ci/student_dmd")
     seed = time.time_ns()
     moments, killed = random.Random(seed), 0
-    stages = [("anchors", "make_anchors", 2, 0.8), ("train", "train_dmd", 3, 2.5)]  # kills, within so many seconds
-    for stage, node, kills, window in stages:
-        for _ in range(kills):
-            running = Run(project, "--pipelines", stage)
-            running.wait_for(f"Running node: {node}")
-            time.sleep(moments.uniform(0, window))
-            running.process.kill()
-            running.end()
-            killed += running.process.returncode == -signal.SIGKILL
-        run(project, "--pipelines", stage)
+    # the stage and the node in which a run is killed, within so many seconds; the second run finishes the anchors
+    kills = [("anchors", "make_anchors", 0.8), ("anchors,train", "train_dmd", 2.5), ("train", "train_dmd", 2.5)]
+    for stages, node, window in kills:
+        running = Run(project, "--pipelines", stages)
+        running.wait_for(f"Running node: {node}")
+        time.sleep(moments.uniform(0, window))
+        running.process.kill()
+        running.end()
+        killed += running.process.returncode == -signal.SIGKILL
+    run(project, "--pipelines", "train")
     assert killed, "every run ended before its kill"
     for student in ("student", "student_dmd"):
         assert weights(project, student) == weights(finished[0], student), f"{student}, moments of seed {seed}"
 
 
 def test_control_c_and_sigterm_lose_no_step_and_the_same_command_goes_on(finished, without):
-    project = without("data/06_models/.train_state", "data/06_models/student", "data/06_models/student_dmd")
+    project = without("data/06_models/ci/.train_state", "data/06_models/ci/student", "data/06_models/ci/student_dmd")
     # neither is in the recipe: checkpoints come from the interrupts alone
     rarely = "train.checkpoint_every=1000,train_dmd.checkpoint_every=1000"
     for number, name in ((signal.SIGINT, "DMD"), (signal.SIGTERM, "DP-DMD")):
@@ -200,16 +200,22 @@ def test_control_c_and_sigterm_lose_no_step_and_the_same_command_goes_on(finishe
         output = running.end()
         assert running.process.returncode == 1
         assert output.strip().splitlines()[-1] == "Aborted!" and "Traceback" not in output, output
-        assert re.search(rf"{name}: stopped after step \d; the same command goes on from there", output), output
+        assert re.search(rf"{name}: stopped after step \d", output), output
     output = run(project, "--pipelines", "train", "--params", rarely)
     assert " DMD: finished student reused" in output
-    assert re.search(r"DP-DMD: (resumed after step [12] of 3|finished student reused)", output)
+    assert re.search(r"DP-DMD: (resumed after cycle [12] of 3|finished student reused)", output)
     for student in ("student", "student_dmd"):
         assert weights(project, student) == weights(finished[0], student)
 
 
 def test_sigterm_keeps_the_shards_that_are_written(without):
-    command = without("data/05_model_input/anchors"), "--pipelines", "anchors", "--params", "anchors.seeds_per_prompt=8"
+    command = (
+        without("data/05_model_input/ci/anchors"),
+        "--pipelines",
+        "anchors",
+        "--params",
+        "anchors.seeds_per_prompt=8",
+    )
     running = Run(*command)
     running.wait_for("anchors: shard 1 of 20 written")
     running.process.send_signal(signal.SIGTERM)
@@ -226,19 +232,18 @@ def test_sigterm_keeps_the_shards_that_are_written(without):
 
 def test_an_anchor_beyond_the_teacher_is_refused(finished):
     message = refusal(finished[0], "--pipelines", "anchors", "--params", "backbone.num_steps=3")
-    assert message == "anchors.anchor_levels steps=4 must be below the teacher's backbone.num_steps=3"
+    assert "anchors.anchor_levels steps=4" in message and "backbone.num_steps=3" in message
 
 
 def test_anchors_of_other_options_are_refused_with_both_values(finished):
     message = refusal(finished[0], "--pipelines", "train", "--params", "backbone.guidance_scale=3.5")
-    assert message.startswith(
-        "the anchors were made with backbone.guidance_scale=2.0, this run has 3.5: run `kedro run"
-    )
+    facts = ("backbone.guidance_scale=2.0", "3.5", "`kedro run --env ci --pipelines anchors`")
+    assert all(fact in message for fact in facts), message
 
 
 def test_a_truncated_shard_is_named_and_the_stage_that_wrote_it_repairs_it(without):
     project = without()
-    shard = project / "data/05_model_input/anchors/00002.safetensors"
+    shard = project / "data/05_model_input/ci/anchors/00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     message = refusal(project, "--pipelines", "train")
