@@ -185,14 +185,6 @@ def recover(folders: Folders) -> None:
         _delete(folders.old)
 
 
-def load_published(folders: Folders) -> Path | None:
-    """Path of the published folder, or None; recovers it if a kill left only the complete next version."""
-    if not folders.published.exists() and folders.ready.exists():
-        with locked(folders):
-            recover(folders)
-    return folders.published if folders.published.exists() else None
-
-
 def _delete(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)

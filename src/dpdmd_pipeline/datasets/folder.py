@@ -7,7 +7,7 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.publishing import Folders, load_published
+from dpdmd_pipeline.publishing import Folders, locked, recover
 
 
 class FolderDataset(AbstractDataset[Any, Any]):
@@ -27,10 +27,13 @@ class FolderDataset(AbstractDataset[Any, Any]):
         return Folders.of(self._filepath)
 
     def load(self) -> Any:
-        folder = load_published(self._folders)
-        if folder is None:
-            raise FileNotFoundError(f"{self._folders.published} does not exist: run the stage that writes it first")
-        return folder
+        folders = self._folders
+        if not folders.published.exists() and folders.ready.exists():  # all that a kill left is the next version
+            with locked(folders):
+                recover(folders)
+        if not folders.published.exists():
+            raise FileNotFoundError(f"{folders.published} does not exist: run the stage that writes it first")
+        return folders.published
 
     def _exists(self) -> bool:
         return self._folders.published.exists() or self._folders.ready.exists()

@@ -15,6 +15,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from dpdmd_pipeline.datasets.sharded.files import (
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _VISIBLE_WITHIN = 60  # seconds; a shared file system may show late what another machine wrote
 
+_ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])  # like the `Member` of several processes
+
 # (work, job that can be pickled) -> reports of rank 0, while every process runs work(job, `training.member.Member`)
 Launch = Callable[[Callable[[Any, Any], bool], Any], Iterator[dict[str, Any]]]
 
@@ -44,9 +47,9 @@ class LazyShards:
     """A cache that is computed shard by shard, and only where a shard is missing.
 
     Attributes:
-        shards: name -> thunk, in the order of the rows. A thunk returns tensors [rows, ...] with the
-            same number of rows, the same names, dtypes and row shapes in every shard. Thunks are
-            called one at a time, and not at all for shards that exist already.
+        shards: name -> thunk, in the order of the rows. A thunk returns tensors [rows, ...] with the same number of
+            rows; their names, dtypes and row shapes are the same in every shard. Thunks are called one at a time, and
+            not at all for shards that exist already.
         fingerprint: of everything that decides the content.
         manifest: JSON-able facts, stored beside the shards.
         launch: starts the processes that share the shards; None for this process alone. With it, thunks must be
@@ -60,11 +63,7 @@ class LazyShards:
 
 
 class LastLoaded:
-    """Call `load` on first use and keep its last result, for the thunks of one process to share.
-
-    Args:
-        load: picklable; its result stays with its process.
-    """
+    """Call `load`, which can be pickled, on first use and keep its last result, for one process's thunks to share."""
 
     def __init__(self, load: Callable[..., Any]) -> None:
         self._load, self._key, self._value = load, None, None
@@ -99,7 +98,7 @@ def write_cache(data: LazyShards, folders: Folders) -> None:
     with locked(folders):
         recover(folders)
         if not _is_published(data, folders.published):
-            _log_shards(data, folders, _write_missing(data, folders, _Alone()))
+            _log_shards(data, folders, _write_missing(data, folders, _ALONE))
 
 
 def _check(data: Any) -> None:
@@ -110,15 +109,6 @@ def _check(data: Any) -> None:
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"shard name {name!r} must be a plain file name: not empty, no slash, no leading dot")
     fingerprint(data.manifest)
-
-
-class _Alone:
-    """The only process that writes a cache; otherwise a `training.member.Member` takes part in the work."""
-
-    rank, size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 def _write_share(job: tuple[LazyShards, Folders], member: Any) -> bool:
