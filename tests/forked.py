@@ -14,7 +14,13 @@ from kedro.framework.cli.cli import main
 
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(
-    [__name__, "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "open_clip"]
+    [
+        __name__,
+        "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+        "kedro_datasets.matplotlib.matplotlib_dataset",
+        "open_clip",
+        "pandas",
+    ]
 )
 
 

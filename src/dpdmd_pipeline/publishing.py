@@ -56,11 +56,7 @@ _REMEDIES = {
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Add the path and a remedy to errors of the disk; a full disk by itself names neither.
-
-    Raises:
-        OSError: for every OSError and for the system's errors that safetensors reports.
-    """
+    """Add the path and a remedy to OSErrors, and to the system's errors that safetensors reports."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -86,8 +82,7 @@ class LockedError(ValueError):
 def locked(folders: Folders) -> Iterator[None]:
     """Lock a folder for writing; the system releases the lock when the process ends, however it ends.
 
-    Raises:
-        LockedError: if another process is writing the folder; names that process.
+    Raises a LockedError that names the process if another one is writing the folder.
     """
     with writing(folders.lock):
         folders.lock.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +109,8 @@ def locked(folders: Folders) -> Iterator[None]:
 def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path | None = None) -> None:
     """Write a file that is complete or absent, even after a power cut. Its mode is that of any new file.
 
-    Args:
-        write: writes the file at the path it is given.
-        temporary: that path, beside the file. The default is the same for every process, so that killed processes
-            leave at most one; choose another where two processes may write the same file.
+    `write` gets the path of a temporary file beside it. The default is the same for every process, so that killed
+    processes leave at most one; choose another where two processes may write the same file.
     """
     temporary = temporary or path.with_name(path.name + ".tmp")
     with writing(path):
@@ -135,14 +128,11 @@ def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path |
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user named, and touch no other file there.
-
-    A link stays a link. Pipes, devices and other special files are written in place.
-    """
+    """Write a file that the user named. A link stays a link; pipes, devices and the like are written in place."""
     is_stream = path.exists() and not path.is_file()
     if is_stream or any(path.absolute().is_relative_to(system) for system in ("/dev", "/proc")):
-        with writing(path), path.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
         return
     path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -156,14 +146,12 @@ def write_text(path: Path, text: str) -> None:
 def replacing(folders: Folders) -> Iterator[Path]:
     """Yield a new folder to fill, then publish it. The modes in it become those of any new file and folder.
 
-    Raises:
-        LockedError: if another process is writing the folder.
-        OSError: if it cannot be written; names the path.
+    Raises a LockedError if another process is writing the folder, and an OSError with the path if that fails.
     """
     with locked(folders):
         recover(folders)
         with writing(folders.partial):
-            delete(folders.partial)
+            _delete(folders.partial)
             folders.partial.mkdir()
             try:
                 yield folders.partial
@@ -190,23 +178,14 @@ def recover(folders: Folders) -> None:
     with writing(folders.published):
         if folders.ready.exists():
             if folders.published.exists():
-                delete(folders.old)
+                _delete(folders.old)
                 folders.published.rename(folders.old)
             folders.ready.rename(folders.published)
             sync(folders.published.parent)
-        delete(folders.old)
+        _delete(folders.old)
 
 
-def load_published(folders: Folders) -> Path | None:
-    """Path of the published folder, or None; recovers it if a kill left only the complete next version."""
-    if not folders.published.exists() and folders.ready.exists():
-        with locked(folders):
-            recover(folders)
-    return folders.published if folders.published.exists() else None
-
-
-def delete(folder: Path) -> None:
-    """Delete a folder if it exists."""
+def _delete(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
 
@@ -243,7 +222,7 @@ def _settle(folder: Path) -> None:
 
 
 def _mode_of_new_file(path: Path) -> int:
-    """Mode of a file that is created at `path`; os.umask cannot be read without changing it for all threads."""
+    """Create a file for its mode; os.umask cannot be read without changing it for all threads."""
     path.touch()
     return path.stat().st_mode
 

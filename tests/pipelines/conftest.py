@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +110,56 @@ def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
 def contents(cache: ShardedTensors) -> dict[str, bytes]:
     """Every file of a cache."""
     return {path.name: path.read_bytes() for path in cache._folder.iterdir()}
+
+
+class Member:
+    """A thread that stands for a process: it takes turns with the other, and shares only what they gather."""
+
+    size = 2
+
+    def __init__(self, rank: int, turn: threading.Lock, barrier: threading.Barrier, values: list[bytes]) -> None:
+        self.rank, self._turn, self._barrier, self._values = rank, turn, barrier, values
+
+    def end_at_once(self) -> None:
+        pass
+
+    def report(self, record: dict[str, Any]) -> None:
+        pass
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = pickle.dumps(value)
+        self._turn.release()
+        try:
+            self._barrier.wait()
+            values = [pickle.loads(value) for value in self._values]
+            self._barrier.wait()  # the next values overwrite these
+        finally:
+            self._turn.acquire()
+        return values
+
+
+def in_two_threads(work: Any, job: Any) -> Iterator[dict[str, Any]]:
+    """Stand in for a launch of two processes, each of which would load diffusers for seconds; yields no reports."""
+    turn, barrier, values = threading.Lock(), threading.Barrier(2, timeout=60), [b"", b""]
+    pickled = pickle.dumps(job)
+
+    def run(rank: int) -> None:
+        with turn:
+            try:
+                work(pickle.loads(pickled), Member(rank, turn, barrier, values))
+            except Exception:
+                barrier.abort()
+                raise
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(run, range(2)))
+    yield from ()
+
+
+def shared_by_two(shards: LazyShards) -> LazyShards:
+    """The same shards, written as by the two processes that their options name."""
+    assert shards.launch.keywords["launch"].processes == 2
+    return replace(shards, launch=in_two_threads)
 
 
 @pytest.fixture(scope="session")

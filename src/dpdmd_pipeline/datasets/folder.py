@@ -7,11 +7,11 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.publishing import Folders, load_published
+from dpdmd_pipeline.publishing import Folders, locked, recover
 
 
 class FolderDataset(AbstractDataset[Any, Any]):
-    """A folder in the catalog.
+    """A folder in the catalog; loads its path.
 
     Args:
         filepath: the folder, or a link to a folder on another disk.
@@ -26,16 +26,14 @@ class FolderDataset(AbstractDataset[Any, Any]):
     def _folders(self) -> Folders:
         return Folders.of(self._filepath)
 
-    def _load_folder(self) -> Path:
-        """Path of the published folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
-        folder = load_published(self._folders)
-        if folder is None:
-            raise FileNotFoundError(f"{self._folders.published} does not exist: run the stage that writes it first")
-        return folder
+    def load(self) -> Any:
+        folders = self._folders
+        if not folders.published.exists() and folders.ready.exists():  # all that a kill left is the next version
+            with locked(folders):
+                recover(folders)
+        if not folders.published.exists():
+            raise FileNotFoundError(f"{folders.published} does not exist: run the stage that writes it first")
+        return folders.published
 
     def _exists(self) -> bool:
         return self._folders.published.exists() or self._folders.ready.exists()

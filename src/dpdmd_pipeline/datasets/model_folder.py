@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,13 @@ def folder_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of the *.safetensors and *.json files of a folder, hexadecimal.
 
     Copies elsewhere, other time stamps and other files beside these do not change it.
-
-    Raises:
-        FileNotFoundError: if the folder holds no such file.
     """
-    paths = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.suffix in (".safetensors", ".json") and path.is_file()
-    }
+    paths = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no *.safetensors and no *.json")
     digest = hashlib.sha256()
-    for name, path in sorted(paths.items()):
-        digest.update(f"{name}\0{sha256(path)}\n".encode())
+    for path in sorted(paths, key=Path.as_posix):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -41,12 +33,8 @@ class ModelFolderDataset(FolderDataset):
     """A model on disk: saves an object that can write itself into a folder, loads the folder's path."""
 
     def load(self) -> Path:
-        """Path of the folder, which has a model_index.json, a config.json or an open_clip_config.json.
-
-        Raises:
-            FileNotFoundError: if there is no such folder.
-        """
-        folder = self._load_folder()
+        """Path of the folder, which has a model_index.json, a config.json or an open_clip_config.json."""
+        folder = super().load()
         if not _is_model(folder):
             raise FileNotFoundError(
                 f"{folder} has no {' or '.join(_CONFIGS)}: run the stage that writes it, or put a diffusers model there"
@@ -54,16 +42,10 @@ class ModelFolderDataset(FolderDataset):
         return folder
 
     def save(self, data: Any) -> None:
-        """Replace the folder.
-
-        Args:
-            data: has `save_pretrained(folder)`, or is a function that writes into the folder it gets.
-
-        Raises:
-            ValueError: if it is neither, if it wrote no model, or if another process is writing.
-            OSError: if the folder cannot be written; names the path.
-        """
-        write = _writer(data)
+        """Replace the folder by what `data.save_pretrained`, or the function `data`, writes into the path it gets."""
+        write = getattr(data, "save_pretrained", data)
+        if not callable(write):
+            raise ValueError(f"a model folder saves a model or a function of a folder, got {type(data).__name__}")
         with replacing(self._folders) as folder:
             write(folder)
             if not _is_model(folder):
@@ -104,11 +86,3 @@ class ScratchFolderDataset(FolderDataset):
 
 def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _CONFIGS)
-
-
-def _writer(data: Any) -> Callable[[Path], Any]:
-    if hasattr(data, "save_pretrained"):
-        return data.save_pretrained
-    if callable(data):
-        return data
-    raise ValueError(f"a model folder saves a model or a function of a folder, got {type(data).__name__}")

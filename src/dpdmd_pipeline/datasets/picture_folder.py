@@ -31,24 +31,12 @@ _NUMBERED = re.compile(r"\d{5}_")
 class PictureFolderDataset(FolderDataset):
     """Pictures by prompt and seed: saves functions that make them, one prompt in memory at a time; loads the path."""
 
-    def load(self) -> Path:
-        """Path of the folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
-        return self._load_folder()
-
     def save(self, data: Mapping[str, Any]) -> None:
         """Replace the folder.
 
         Args:
             data: prompt -> function without arguments that returns seed -> picture (Pillow); or name of a subfolder
                 -> such a mapping. An empty mapping leaves a folder with a note in it.
-
-        Raises:
-            ValueError: if another process is writing.
-            OSError: if the folder cannot be written; names the path.
         """
         with replacing(self._folders) as folder:
             count = _write(folder, data)
@@ -65,7 +53,8 @@ def folder_names(prompts: Iterable[str]) -> dict[str, str]:
     used: set[str] = set()
     for number, prompt in enumerate(prompts):
         is_usable = _is_name(prompt) and prompt.casefold() not in used  # some disks take A for a
-        names[prompt] = prompt if is_usable else f"{number:05d}_{_slug(prompt)}"
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
+        names[prompt] = prompt if is_usable else f"{number:05d}_{slug}"
         used.add(names[prompt].casefold())
     return names
 
@@ -74,10 +63,6 @@ def _is_name(prompt: str) -> bool:
     fits = 0 < len(prompt.encode()) <= _MAX_BYTES and prompt == prompt.strip(" .")  # a leading dot hides the folder
     is_text = " " in prompt or not re.search(r"\d", prompt)  # `score` takes other names for ids
     return fits and is_text and not _RESERVED.search(prompt) and not _NUMBERED.match(prompt)
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-") or "prompt"
 
 
 def _write(folder: Path, data: Mapping[str, Any]) -> int:

@@ -35,18 +35,12 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
     def load(self) -> Path:
         """Path of the folder with its weights; downloads the safetensors, configs and tokenizers that are missing.
 
-        Raises:
-            OSError: in one line, if the model is missing, gated or incomplete, or the hub cannot be reached.
-            ValueError: if `model` is neither a folder nor a hub id.
+        Raises an OSError of one line if the model is missing, gated or incomplete, or the hub cannot be reached.
         """
         return self._folder(with_weights=True)
 
     def load_configs(self) -> Path:
-        """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early.
-
-        Raises:
-            OSError, ValueError: as `load` does.
-        """
+        """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early."""
         return self._folder(with_weights=False)
 
     def save(self, data: Any) -> None:
@@ -57,7 +51,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         if not folder.is_dir():
             folder = self._download(with_weights)
             remedy = f"run again with a network and without HF_HUB_OFFLINE, or delete {folder} first"
-        check_pipeline_folder(folder, remedy, with_weights=with_weights)
+        _check_pipeline(folder, remedy, with_weights)
         return folder
 
     def _download(self, with_weights: bool) -> Path:
@@ -83,12 +77,8 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 # ---- a pipeline's folder
 
 
-def check_pipeline_folder(folder: Path, remedy: str, *, with_weights: bool) -> None:
-    """Check a folder against its index: each component with its config and, if it is a network, all its weights.
-
-    Raises:
-        OSError: names the missing file and the remedy.
-    """
+def _check_pipeline(folder: Path, remedy: str, with_weights: bool) -> None:
+    """Check a folder against its index: each component with its config and, if it is a network, all its weights."""
     for component in _components(folder):
         if not any((folder / component).glob("*.json")):
             raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
@@ -99,11 +89,7 @@ def check_pipeline_folder(folder: Path, remedy: str, *, with_weights: bool) -> N
 
 
 def _components(folder: Path) -> list[str]:
-    """Names of a pipeline's components that have a folder.
-
-    Raises:
-        OSError: if the index is missing or malformed.
-    """
+    """Names of a pipeline's components that have a folder."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -129,11 +115,6 @@ def _missing_weights(folder: Path) -> str | None:
 
 
 def _check_hub_id(model: str) -> None:
-    """Check that a model is named as <owner>/<name>.
-
-    Raises:
-        OSError: if it names a file, or a folder that does not exist.
-    """
     if Path(model).expanduser().is_file():
         raise OSError(
             f"teacher {model} is a single file, expected a folder: make one with diffusers' "

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,15 +27,10 @@ _NUMBERED = re.compile(r"\s*([0-9]{1,18})[.)](?:\s+|$)")
 
 
 class Line(NamedTuple):
-    """A prompt as the file spells it.
+    """A prompt as the file spells it."""
 
-    Attributes:
-        number: line where it begins, from 1; in .parquet, the row.
-        text: not cleaned; "" for a blank line.
-    """
-
-    number: int
-    text: str
+    number: int  # of the line where it begins, from 1; in .parquet, of the row
+    text: str  # not cleaned; "" for a blank line
 
 
 @dataclass(frozen=True)
@@ -80,10 +75,8 @@ class PromptFile:
         if self.path.suffix.lower() != ".txt":
             return False
         last = None
-        for line in self._text_lines():
-            if not line.text.strip():
-                continue
-            match = _NUMBERED.match(line.text)
+        for text in (line.text for line in self._text_lines() if line.text.strip()):
+            match = _NUMBERED.match(text)
             if not match:
                 return False
             number = int(match[1])
@@ -113,26 +106,21 @@ class PromptFile:
 
     def _csv(self) -> Iterator[Line]:
         reader = csv.reader((line.text for line in self._text_lines()), strict=True)
-        header: list[str] = []
-        column = end = 0
-        while True:
-            start = end + 1
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                raise ValueError(f"{self.path}, line {start}: malformed CSV ({error}); check its quotes") from error
-            end = reader.line_num
-            if row is None:
-                return
-            if not row:
-                yield Line(start, "")
-            elif not header:
-                header, column = row, row.index(_key(row, f"the header of {self.path}"))
-            elif len(row) != len(header):
-                counts = f"{len(row)} fields, but {len(header)} in the header"
-                raise ValueError(f"{self.path}, line {start}: {counts}; put texts with commas in quotes")
-            else:
-                yield Line(start, row[column])
+        start, header, column = 1, None, 0
+        try:
+            for row in reader:
+                if not row:
+                    yield Line(start, "")
+                elif header is None:
+                    header, column = row, row.index(_key(row, f"the header of {self.path}"))
+                elif len(row) != len(header):
+                    counts = f"{len(row)} fields, but {len(header)} in the header"
+                    raise ValueError(f"{self.path}, line {start}: {counts}; put texts with commas in quotes")
+                else:
+                    yield Line(start, row[column])
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{self.path}, line {start}: malformed CSV ({error}); check its quotes") from error
 
     def _parquet(self) -> Iterator[Line]:
         import pyarrow
@@ -141,20 +129,17 @@ class PromptFile:
         try:
             with parquet.ParquetFile(self.path) as file:
                 column = _key(file.schema_arrow.names, f"the schema of {self.path}")
-                row = 0
-                for batch in file.iter_batches(columns=[column], batch_size=4096):
-                    for scalar in batch.column(0):
-                        row += 1
-                        yield Line(row, _parquet_text(f"{self.path}, row {row}", scalar))
+                batches = file.iter_batches(columns=[column], batch_size=4096)
+                for row, scalar in enumerate(chain.from_iterable(batch.column(0) for batch in batches), 1):
+                    yield Line(row, _parquet_text(f"{self.path}, row {row}", scalar))
         except pyarrow.ArrowException as error:
             raise ValueError(f"{self.path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
     def _text_lines(self) -> Iterator[_TextLine]:
         """Read the lines of a text file in bounded memory; refuse characters that no tokenizer should see."""
         with self.path.open("rb") as file:
-            number = offset = 0
-            while raw := file.readline(MAX_LINE + 1):
-                number += 1
+            offset = 0
+            for number, raw in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
                 if len(raw) > MAX_LINE:
                     what = f"more than {MAX_LINE} bytes; is this a file of prompts?"
                     raise _TextLine(self.path, number, offset, "").error(what)
@@ -185,9 +170,14 @@ class PromptFileDataset(AbstractDataset[Iterable[dict], PromptFile]):
         """Stream records into a .jsonl file that is complete or absent."""
         if self._filepath.suffix.lower() != ".jsonl":
             raise ValueError(f"cannot save prompts as {self._filepath}: only .jsonl can be written")
+
+        def write(path: Path) -> None:
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in data)
+
         with writing(self._filepath):
             self._filepath.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._filepath, partial(_write_records, data))
+        write_atomically(self._filepath, write)
 
     def _exists(self) -> bool:
         return self._filepath.is_file()
@@ -240,11 +230,6 @@ def _parquet_text(position: str, scalar: Any) -> str:
         byte = len(text[: match.start()].encode())
         raise ValueError(f"{position}, byte {byte} of the text: {_character(match[0])} in a prompt; remove it")
     return text
-
-
-def _write_records(records: Iterable[dict], path: Path) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _key(names: Iterable[str], source: str) -> str:

@@ -4,9 +4,7 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
-import textwrap
 import time
 from functools import partial
 from multiprocessing import get_context
@@ -18,7 +16,6 @@ from kedro.io import DatasetError
 from tests.datasets.sharded.caches import (
     LOGGER,
     NUM_SHARDS,
-    ROOT,
     ROWS,
     contents,
     lazy_shards,
@@ -29,6 +26,9 @@ from tests.datasets.sharded.caches import (
 )
 
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, writing
+
+PRELOADED = get_context("forkserver")  # loading torch is most of a process's time
+PRELOADED.set_forkserver_preload(["torch.distributed.launcher.api"])  # not this package: tests/forked.py has the same
 
 
 def note_and_make(folder: Path, number: int) -> dict[str, torch.Tensor]:
@@ -78,42 +78,35 @@ def test_an_error_of_one_process_is_raised_and_any_number_resumes_from_the_finis
     assert contents(folder) == whole
 
 
-WRITER = textwrap.dedent(
-    """
-    import os, signal, sys, time
-    from functools import partial
-    from pathlib import Path
-    def note_and_wait(folder):
-        (folder / str(os.getpid())).touch()
-        time.sleep(600)
-    if __name__ == "__main__":
-        sys.path.insert(0, sys.argv[3])
-        from tests.datasets.sharded.caches import shards_of_two
-        from dpdmd_pipeline.datasets.sharded import ShardedDataset
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as hooks.py does for every run
-        waiting = {name: partial(note_and_wait, Path(sys.argv[2])) for name in ("00002", "00003")}
-        try:
-            ShardedDataset(filepath=sys.argv[1]).save(shards_of_two(waiting))
-        except KeyboardInterrupt:
-            sys.exit(7)
-    """
-)
+def note_and_wait(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def write_until_a_signal(folder: Path, notes: Path, errors: Path) -> None:
+    os.setsid()  # a group of its own, as of a terminal's command
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    for number in (signal.SIGINT, signal.SIGTERM):  # as hooks.py does for every run
+        signal.signal(number, signal.default_int_handler)
+    waiting = {name: partial(note_and_wait, notes) for name in ("00002", "00003")}
+    try:
+        ShardedDataset(filepath=str(folder)).save(shards_of_two(waiting))
+    except KeyboardInterrupt:
+        sys.exit(7)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
 def test_after_a_signal_no_process_is_running_and_the_same_command_resumes(tmp_path, dataset, folder, whole, number):
-    (tmp_path / "writer.py").write_text(WRITER)
-    notes = tmp_path / "notes"
+    notes, errors = tmp_path / "notes", tmp_path / "errors"
     notes.mkdir()
-    command = [sys.executable, str(tmp_path / "writer.py"), str(folder), str(notes), ROOT]
-    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **options) as writer:
-        wait_until(lambda: len(list(notes.iterdir())) == 2 or writer.poll() is not None)
-        # a terminal's Ctrl-C goes to all of them
-        os.killpg(writer.pid, number) if number == signal.SIGINT else writer.send_signal(number)
-        _, errors = writer.communicate(timeout=60)
-    assert writer.returncode == (-number if number == signal.SIGKILL else 7), errors
-    assert not errors or number == signal.SIGKILL  # multiprocessing reports its own cleanup after a kill
+    writer = PRELOADED.Process(target=write_until_a_signal, args=(folder, notes, errors))
+    writer.start()
+    wait_until(lambda: len(list(notes.iterdir())) == 2 or not writer.is_alive())
+    # a terminal's Ctrl-C goes to all of them
+    os.killpg(writer.pid, number) if number == signal.SIGINT else os.kill(writer.pid, number)
+    writer.join(60)
+    assert writer.exitcode == (-number if number == signal.SIGKILL else 7), errors.read_text()
+    assert not errors.read_text() or number == signal.SIGKILL  # multiprocessing reports its own cleanup after a kill
     wait_until(lambda: not any(Path("/proc", path.name).exists() for path in notes.iterdir()), seconds=10)
     assert save_counted(dataset) == [2, 3, 4, 5]
     assert contents(folder) == whole
@@ -134,8 +127,7 @@ def save_on_a_machine(folder: Path, rendezvous: str) -> None:
 def test_two_machines_write_one_cache_and_one_of_them_goes_on(folder, whole):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    context = get_context("spawn")
-    machines = [context.Process(target=save_on_a_machine, args=(folder, f"127.0.0.1:{port}")) for _ in range(2)]
+    machines = [PRELOADED.Process(target=save_on_a_machine, args=(folder, f"127.0.0.1:{port}")) for _ in range(2)]
     for machine in machines:
         machine.start()
     for machine in machines:

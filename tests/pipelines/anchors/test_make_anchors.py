@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
-from tests.pipelines.conftest import PROMPTS, TWO, anchor_options, backbone_options, cached, contents
+from tests.pipelines.conftest import PROMPTS, TWO, anchor_options, backbone_options, cached, contents, shared_by_two
 
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors, make_manifest
 
@@ -15,7 +15,7 @@ def make(tiny_teacher, embeddings, tmp_path):
         shards = make_anchors(
             PROMPTS, embeddings, tiny_teacher, backbone or backbone_options(), anchor_options(**changes)
         )
-        return cached(tmp_path / "anchors", shards)
+        return cached(tmp_path / "anchors", shared_by_two(shards) if shards.launch else shards)
 
     return make_cache
 

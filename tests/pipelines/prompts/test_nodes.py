@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from pydantic import ValidationError
+from tests.pipelines.conftest import ONE, TWO, shared_by_two
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.prompt_file import PromptFile, PromptFileDataset
@@ -14,7 +15,6 @@ from dpdmd_pipeline.pipelines.prompts import nodes
 from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
-ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
 OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu", "launch": ONE}
 BACKBONE = {
     "family": "sd3",
@@ -99,9 +99,11 @@ def test_embeddings_equal_the_diffusers_pipelines_and_the_last_is_of_the_empty_p
 
 def test_two_processes_leave_the_bytes_of_one(tmp_path, prompts, tiny_teacher):
     folders = tmp_path / "by_one", tmp_path / "by_two"
-    for folder, launch in zip(folders, (ONE, TWO), strict=True):
-        dataset = ShardedDataset(filepath=str(folder))
-        dataset.save(encode_prompts(prompts, tiny_teacher, backbone(), options(launch=launch)))
+    by_one, by_two = (
+        encode_prompts(prompts, tiny_teacher, backbone(), options(launch=launch)) for launch in (ONE, TWO)
+    )
+    for folder, shards in zip(folders, (by_one, shared_by_two(by_two)), strict=True):
+        ShardedDataset(filepath=str(folder)).save(shards)
     by_one, by_two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert by_two == by_one and len(by_one) == 3
 

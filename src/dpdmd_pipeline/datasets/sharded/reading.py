@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpdmd_pipeline.datasets.sharded.manifest import cache_identity, repair_hint
-from dpdmd_pipeline.datasets.sharded.shard import Tensors, shard_path
+from dpdmd_pipeline.datasets.sharded.files import Tensors, cache_identity, repair_hint, shard_path
 
 
 class ShardedTensors:
@@ -41,16 +40,12 @@ class ShardedTensors:
         return self.__dict__ | {"_mapped": {}}  # mapped files stay with their process
 
     def rows(self, indices: Sequence[int]) -> Tensors:
-        """Read the rows at `indices`, in that order, duplicates included; nothing else is read.
-
-        Args:
-            indices: 0 <= index < len(self).
+        """Read the rows at `indices` (from 0) in that order, duplicates included; nothing else is read.
 
         Returns:
             Name -> tensor [len(indices), ...], as stored.
 
         Raises:
-            IndexError: if an index is negative or beyond the last row.
             ValueError: if the cache on disk was replaced since it was loaded.
         """
         import torch

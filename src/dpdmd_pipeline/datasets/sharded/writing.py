@@ -1,4 +1,4 @@
-"""Write a cache: reuse complete shards, compute the missing ones, publish the whole.
+"""Write a cache, which a node returns as functions: reuse complete shards, compute the missing ones, publish the whole.
 
 Several processes share the missing shards, one shard each per round. At every moment they leave the same files as one
 process would, so any number of processes can resume.
@@ -10,27 +10,75 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from dpdmd_pipeline.datasets.sharded.lazy import LazyShards, Member, check_lazy_shards
-from dpdmd_pipeline.datasets.sharded.manifest import (
+from dpdmd_pipeline.datasets.sharded.files import (
     MANIFEST,
+    Tensors,
     cache_identity,
     find_damage,
+    fingerprint,
+    read_header,
     read_manifest,
+    shard_path,
     write_manifest,
+    write_shard,
 )
-from dpdmd_pipeline.datasets.sharded.shard import read_header, shard_path, write_shard
 from dpdmd_pipeline.publishing import Folders, locked, publish, recover, sha256, writing
 
 log = logging.getLogger(__name__)
 
 _VISIBLE_WITHIN = 60  # seconds; a shared file system may show late what another machine wrote
+
+_ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])  # like the `Member` of several processes
+
+# (work, job that can be pickled) -> reports of rank 0, while every process runs work(job, `training.member.Member`)
+Launch = Callable[[Callable[[Any, Any], bool], Any], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class LazyShards:
+    """A cache that is computed shard by shard, and only where a shard is missing.
+
+    Attributes:
+        shards: name -> thunk, in the order of the rows. A thunk returns tensors [rows, ...] with the same number of
+            rows; their names, dtypes and row shapes are the same in every shard. Thunks are called one at a time, and
+            not at all for shards that exist already.
+        fingerprint: of everything that decides the content.
+        manifest: JSON-able facts, stored beside the shards.
+        launch: starts the processes that share the shards; None for this process alone. With it, thunks must be
+            picklable.
+    """
+
+    shards: Mapping[str, Callable[[], Tensors]]
+    fingerprint: str
+    manifest: dict[str, Any]
+    launch: Launch | None = None
+
+
+class LastLoaded:
+    """Call `load`, which can be pickled, on first use and keep its last result, for one process's thunks to share."""
+
+    def __init__(self, load: Callable[..., Any]) -> None:
+        self._load, self._key, self._value = load, None, None
+
+    def __call__(self, *key: Any) -> Any:
+        if self._key != key:
+            self._key = self._value = None  # free the old value before loading the next
+            self._value, self._key = self._load(*key), key
+        return self._value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_key": None, "_value": None}
+
+
+# ---- writing
 
 
 def write_cache(data: LazyShards, folders: Folders) -> None:
@@ -41,7 +89,7 @@ def write_cache(data: LazyShards, folders: Folders) -> None:
             or if the folder holds something that is not a cache.
         OSError: if the cache cannot be written; names the path. Finished shards are kept.
     """
-    check_lazy_shards(data)
+    _check(data)
     if data.launch is not None and data.shards:
         if not _is_published(data, folders.published):
             with closing(data.launch(_write_share, (replace(data, launch=None), folders))) as reports:
@@ -50,10 +98,20 @@ def write_cache(data: LazyShards, folders: Folders) -> None:
     with locked(folders):
         recover(folders)
         if not _is_published(data, folders.published):
-            _log_shards(data, folders, _write_missing(data, folders, _Alone()))
+            _log_shards(data, folders, _write_missing(data, folders, _ALONE))
 
 
-def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
+def _check(data: Any) -> None:
+    """Refuse before the first shard what would otherwise fail after the last."""
+    if not isinstance(data, LazyShards):
+        raise ValueError(f"a sharded dataset saves LazyShards, got {type(data).__name__}")
+    for name in data.shards:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"shard name {name!r} must be a plain file name: not empty, no slash, no leading dot")
+    fingerprint(data.manifest)
+
+
+def _write_share(job: tuple[LazyShards, Folders], member: Any) -> bool:
     """Do the work of one of many processes; returns True. Rank 0, on whichever machine, holds the lock."""
     data, folders = job
     member.end_at_once()  # safe at any moment: a shard is complete or absent
@@ -65,24 +123,7 @@ def _write_share(job: tuple[LazyShards, Folders], member: Member) -> bool:
     return True
 
 
-class _Alone:
-    """The only process that writes a cache."""
-
-    rank, size = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-
-class _Finished(NamedTuple):
-    """A shard on the disk."""
-
-    entry: dict[str, Any]  # in the manifest
-    tensors: dict[str, Any]  # name -> dtype, shape of a row
-    action: str  # "kept" or "written"
-
-
-def _write_missing(data: LazyShards, folders: Folders, member: Member | _Alone) -> Iterator[dict[str, Any]]:
+def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[dict[str, Any]]:
     """Share the shards in rounds, so that all processes soon notice the end of one.
 
     Rank 0 publishes, and yields a report of each finished shard.
@@ -90,20 +131,24 @@ def _write_missing(data: LazyShards, folders: Folders, member: Member | _Alone) 
     identity = cache_identity(data.fingerprint, list(data.shards))
     names, *_ = member.gather(_reuse_shards(data, folders, identity) if member.rank == 0 else None)
     _wait_until_visible(folders.partial)
-    finished: dict[str, _Finished] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Any] = {}  # of the first shard: name -> dtype, shape of a row
     for start in range(0, len(names), member.size):
         own_names = names[start + member.rank : start + member.size][:1]
         shards = chain(*member.gather([_finish_shard(data, folders, identity, name) for name in own_names]))
-        for shard in shards if member.rank == 0 else []:
-            name = shard.entry["name"]
-            _wait_until_visible(shard_path(folders.partial, name))
-            _check_tensors(shard, finished, folders)
-            finished[name] = shard
-            yield {"name": name, "action": shard.action, "rows": shard.entry["rows"]}
+        for entry, shard_tensors, action in shards if member.rank == 0 else []:
+            path = shard_path(folders.partial, entry["name"])
+            _wait_until_visible(path)
+            tensors = tensors or shard_tensors
+            if shard_tensors != tensors:
+                path.unlink()
+                shard = f"shard {entry['name']} of {folders.published.name}"
+                raise ValueError(f"{shard} has tensors {shard_tensors}, shards before it {tensors}")
+            entries[entry["name"]] = entry
+            yield {"name": entry["name"], "action": action, "rows": entry["rows"]}
     if member.rank == 0:
-        entries = [finished[name].entry for name in data.shards]
-        tensors = next(iter(finished.values())).tensors if finished else {}
-        record = {"fingerprint": data.fingerprint, "shards": entries, "tensors": tensors, "manifest": data.manifest}
+        shards = [entries[name] for name in data.shards]
+        record = {"fingerprint": data.fingerprint, "shards": shards, "tensors": tensors, "manifest": data.manifest}
         write_manifest(folders.partial, record)
         publish(folders)
 
@@ -111,8 +156,7 @@ def _write_missing(data: LazyShards, folders: Folders, member: Member | _Alone) 
 def _is_published(data: LazyShards, folder: Path) -> bool:
     """True if the published cache is this one and whole; logs that it is reused, or its damage.
 
-    Raises:
-        ValueError: if another version wrote the folder, or it is no cache at all (it would be deleted).
+    A folder that another version wrote, or that is no cache at all, is refused: it would be deleted.
     """
     if not folder.exists():
         return False
@@ -133,11 +177,7 @@ def _is_published(data: LazyShards, folder: Path) -> bool:
 
 
 def _reuse_shards(data: LazyShards, folders: Folders, identity: str) -> list[str]:
-    """Leave exactly the complete shards of this cache in the partial folder.
-
-    Returns:
-        Names of the shards: the complete ones, then the missing ones.
-    """
+    """Leave exactly the complete shards of this cache in the partial folder; returns all names, theirs first."""
     file_names = {shard_path(folders.partial, name).name for name in data.shards}
 
     def is_reusable(path: Path) -> bool:
@@ -158,28 +198,15 @@ def _reuse_shards(data: LazyShards, folders: Folders, identity: str) -> list[str
     return sorted(data.shards, key=lambda name: not shard_path(folders.partial, name).exists())
 
 
-def _finish_shard(data: LazyShards, folders: Folders, identity: str, name: str) -> _Finished:
-    """Compute and write a shard unless it exists."""
+def _finish_shard(data: LazyShards, folders: Folders, identity: str, name: str) -> tuple[dict[str, Any], Any, str]:
+    """Compute and write a shard unless it exists; returns its entry in the manifest, its tensors and the action."""
     path = shard_path(folders.partial, name)
     action = "kept" if path.exists() else "written"
     if action == "written":
         write_shard(path, data.shards[name](), identity)
     header = read_header(path)
     entry = {"name": name, "rows": header.rows, "bytes": header.bytes, "sha256": sha256(path)}
-    return _Finished(entry, header.tensors, action)
-
-
-def _check_tensors(shard: _Finished, finished: dict[str, _Finished], folders: Folders) -> None:
-    """Refuse, and delete, a shard whose tensors differ from those of the shards before it.
-
-    Raises:
-        ValueError: if they do.
-    """
-    expected = next(iter(finished.values()), shard).tensors
-    if shard.tensors != expected:
-        name, cache = shard.entry["name"], folders.published.name
-        shard_path(folders.partial, name).unlink()
-        raise ValueError(f"shard {name} of {cache} has tensors {shard.tensors}, shards before it {expected}")
+    return entry, header.tensors, action
 
 
 def _log_shards(data: LazyShards, folders: Folders, reports: Iterator[dict[str, Any]]) -> None:
@@ -190,11 +217,7 @@ def _log_shards(data: LazyShards, folders: Folders, reports: Iterator[dict[str, 
 
 
 def _wait_until_visible(path: Path) -> None:
-    """Wait for a path that another machine wrote.
-
-    Raises:
-        OSError: if it does not appear in time.
-    """
+    """Wait for a path that another machine wrote."""
     deadline = time.monotonic() + _VISIBLE_WITHIN
     while not path.exists():
         if time.monotonic() > deadline:
