@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
-from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.planning.identity import texts_digest
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import TokenLimit
@@ -19,15 +17,10 @@ _BATCH = 1024  # texts tokenized at once; does not change results
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of the embeddings: the prompts, then the empty prompt.
-
-    Attributes:
-        digest: SHA-256 of the prompts in their order.
-    """
+    """The rows of the embeddings: the prompts, then the empty prompt."""
 
     prompts: PromptFile
     num_prompts: int
-    digest: str
 
     def __len__(self) -> int:
         return self.num_prompts + 1
@@ -36,18 +29,6 @@ class Rows:
         """Read rows start <= i < stop; only these are in memory."""
         texts = [record["text"] for record in self.prompts.records(start, min(stop, self.num_prompts))]
         return [*texts, ""] if stop > self.num_prompts else texts
-
-
-def read_rows(prompts: PromptFile) -> Rows:
-    """Read the prompts once.
-
-    Raises:
-        StageError: if there are none.
-    """
-    count = sum(1 for _ in prompts)
-    if not count:
-        raise StageError(f"{prompts.path} has no prompts", stage="prompts")
-    return Rows(prompts, count, texts_digest(prompts))
 
 
 def truncated_rows(
