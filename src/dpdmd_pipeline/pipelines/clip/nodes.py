@@ -32,17 +32,11 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
         if loss is None:
             log.info("clip: reused the finished training")
 
-    def write(folder: Path) -> None:
-        train_clip(recipe, folder, state, follow)
-
-    return write
+    return lambda folder: train_clip(recipe, folder, state, follow)
 
 
 def judge_clip(shapes_clip: Path) -> dict[str, dict[str, float]]:
-    """Share of legal pictures whose nearest caption is their own; chance gives 1 in 864, and 1 in 12 for prompts.
-
-    It covers all legal pictures, so it has a count and no interval.
-    """
+    """Share of all legal pictures nearest to their own caption; chance gives 1 in 864, and 1 in 12 for prompts."""
     from dpdmd_pipeline.metrics.embedders import load_open_clip
     from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS
     from dpdmd_pipeline.training.clip import retrieval

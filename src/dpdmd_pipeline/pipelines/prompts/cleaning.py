@@ -29,22 +29,14 @@ def _hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class Survey:
-    """Result of one pass over a prompt file.
-
-    Attributes:
-        num_lines: of the file, blank lines included.
-        empty: line numbers of the blank lines.
-        numbers: line numbers of the other n lines, [n].
-        hashes: of their clean texts, uint64 [n].
-        first: index, among the n, of the first line with the same text, [n].
-    """
+    """Result of one pass over a prompt file; n of its lines are not blank."""
 
     file: PromptFile
-    num_lines: int
-    empty: np.ndarray
-    numbers: np.ndarray
-    hashes: np.ndarray
-    first: np.ndarray
+    num_lines: int  # of the file, blank lines included
+    empty: np.ndarray  # line numbers of the blank lines
+    numbers: np.ndarray  # line numbers of the others, [n]
+    hashes: np.ndarray  # of their clean texts, uint64 [n]
+    first: np.ndarray  # index, among the n, of the first line with the same text, [n]
 
     @property
     def is_first(self) -> np.ndarray:

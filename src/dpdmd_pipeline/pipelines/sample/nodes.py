@@ -22,7 +22,7 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
 
     seeds = [options.seed + number for number in range(options.images_per_prompt)]
     images = sample(
-        form_path(export, options.form),
+        _form_path(export, options.form),
         [prompt for prompt in options.prompts for _ in seeds],
         seeds * len(options.prompts),
         teacher=None if options.form == "diffusers" else teacher,
@@ -43,12 +43,8 @@ def _by_seed(seeds: Sequence[int], pictures: Any) -> dict[int, Any]:
     return dict(zip(seeds, map(Image.fromarray, pictures.numpy()), strict=True))
 
 
-def form_path(export: Path, form: str) -> Path:
-    """Path of one form of an export.
-
-    Raises:
-        ValueError: if the export does not have it.
-    """
+def _form_path(export: Path, form: str) -> Path:
+    """Path of one form of an export."""
     files = json.loads((export / "config.json").read_text(encoding="utf-8"))["files"]
     if form not in files:
         raise ValueError(

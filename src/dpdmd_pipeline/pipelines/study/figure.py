@@ -25,31 +25,20 @@ _BASELINE = {"marker": "D", "s": 26, "facecolors": "none", "edgecolors": "0.65"}
 
 
 class Row(NamedTuple):
-    """One run of the figure.
-
-    Attributes:
-        values: one value per training seed, by metric.
-        baseline: name of its baseline; its own name for a baseline.
-        cycles: training cycles of the students.
-        colour: colour of this number of cycles.
-    """
+    """One run of the figure."""
 
     name: str
-    values: dict[str, list]
-    baseline: str
-    cycles: int
-    colour: str
+    values: dict[str, list]  # one value per training seed, by metric
+    baseline: str  # its own name for a baseline
+    cycles: int  # of the training of its students
+    colour: str  # of this number of cycles
 
 
 class Sweep(NamedTuple):
-    """Runs that vary one option alone.
-
-    Attributes:
-        lines: values by metric at each value of the option, by the line's label.
-    """
+    """Runs that vary one option alone."""
 
     title: str
-    lines: dict[str, dict[float, dict[str, list]]]
+    lines: dict[str, dict[float, dict[str, list]]]  # label, value of the option, metric -> one value per seed
 
 
 def draw_study(study: dict[str, Any]) -> Any:

@@ -50,19 +50,19 @@ def run_study(
     """Train and judge every recipe with every seed; finished students are reused.
 
     Several processes that run this node share the students.
-
-    Raises:
-        ValueError: if the exact reader is off, a prompt is outside its world, or a run is not a valid recipe.
     """
-    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_presets
+    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT_PRESETS
+    from dpdmd_pipeline.scoring.presets import choose
 
     if evaluate.judge != "shapes":
         raise ValueError(
             f"evaluate.judge={evaluate.judge}, but the study needs the exact reader: set evaluate.judge=shapes"
         )
     inputs = _Inputs(prompts, embeddings, anchors, teacher, train_state, backbone)
-    runs = {name: _prepare(name, run, inputs, anchor_options, train) for name, run in options.active_runs.items()}
-    _check(runs, inputs)  # before the first training
+    runs = {}
+    for name, run in options.active_runs.items():  # checked before the first training
+        with _naming(name):
+            runs[name] = _prepare(run, inputs, anchor_options, train)
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
     results = make_all(options.students, partial(_make, inputs, runs, judge))
     return {
@@ -72,7 +72,11 @@ def run_study(
             **train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
             "steps": anchor_options.anchor_levels[0].steps,
         },
-        "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
+        "judged": {
+            "prompts": len(judge.chosen),
+            "per_prompt": evaluate.images_per_prompt,
+            "exact_presets": {preset.full_name: preset.protocol for preset in choose(EXACT_PRESETS)},
+        },
         "teacher": judge.measure(None),
         "rows": [results[student] for student in options.students],
     }
@@ -101,15 +105,16 @@ class _Run(NamedTuple):
     anchors: Any
 
 
-def _prepare(name: str, run: RunOptions, inputs: _Inputs, anchor_options: AnchorRecipe, train: TrainOptions) -> _Run:
-    """Apply a run's changes; anchors that the cache lacks are drawn in every cycle."""
-    with _naming(name):
-        train = _with_changes(train, run.train)
-        if not run.anchors:
-            return _Run(train, anchor_options, inputs.anchors)
+def _prepare(run: RunOptions, inputs: _Inputs, anchor_options: AnchorRecipe, train: TrainOptions) -> _Run:
+    """Apply a run's changes and check its recipe; anchors that the cache lacks are drawn in every cycle."""
+    prompts, embeddings, anchors, teacher, _, backbone = inputs
+    train = _with_changes(train, run.train)
+    if run.anchors:
         anchor_options = _with_changes(anchor_options, _anchor_changes(run))
-        anchors = make_anchors(inputs.prompts, inputs.embeddings, inputs.teacher, inputs.backbone, anchor_options)
-        return _Run(train, anchor_options, anchors)
+        anchors = make_anchors(prompts, embeddings, teacher, backbone, anchor_options)
+    check_optimizers(train)
+    check_anchors(anchors, inputs.rows(), embeddings, teacher, backbone, anchor_options, train)
+    return _Run(train, anchor_options, anchors)
 
 
 @contextmanager
@@ -134,15 +139,6 @@ def _record(run: RunOptions) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value}
 
 
-def _check(runs: Mapping[str, _Run], inputs: _Inputs) -> None:
-    """Check that every recipe fits its anchors, and that its optimizers are available."""
-    shared = inputs.rows(), inputs.embeddings, inputs.teacher, inputs.backbone
-    for name, run in runs.items():
-        with _naming(name):
-            check_optimizers(run.train)
-            check_anchors(run.anchors, *shared, run.anchor_options, run.train)
-
-
 def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
     """Train and judge one student."""
     seed, name = student
@@ -157,11 +153,7 @@ def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Stud
 
 
 def _with_changes(options: Options, changes: dict[str, Any]) -> Options:
-    """Copy options with some changes.
-
-    Raises:
-        ValueError: with the names of the invalid changes.
-    """
+    """Copy options with some changes; an error names the invalid ones."""
     try:
         return type(options)(**{**options.model_dump(), **changes})
     except ValidationError as error:
@@ -177,8 +169,7 @@ def _reason(fault: dict[str, Any]) -> str:
 def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
     """Values over the seeds by run and metric; `gap_recovered` is of effective modes, seed by seed.
 
-    A committed study may have runs that conf no longer declares, with options that no longer exist: it is read without
-    conf and without the options' classes.
+    A committed study may have options that no longer exist, so it is read without the options' classes.
     """
     from dpdmd_pipeline.metrics.summary import gap_recovered
 

@@ -23,9 +23,6 @@ def train_embedded_teacher(
 
     Returns:
         Function that writes the pipeline into a folder, in half precision.
-
-    Raises:
-        ValueError: if the recipe has another family than backbone.family.
     """
     if options.recipe.family != backbone.family:
         raise ValueError(
@@ -39,14 +36,8 @@ def train_embedded_teacher(
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
     state = teacher_state / fingerprint(SCHEMA, recipe, code_hash("training.teacher"))[:16]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )
-    with Progress(*columns) as progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+    with Progress(TextColumn("{task.description}"), *columns) as progress:
 
         def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
             bar = progress.add_task(name, total=total, facts="")
