@@ -137,7 +137,8 @@ def make_summary(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
         summary[model]["evaluations"] = metrics[model]["nfe"]
     ours = metrics["dp_dmd"]
     gaps = {"modes": ours["gap_recovered"].get("effective_modes"), **ours["gaps"]}
-    summary["dp_dmd"] |= _values({"gap": gaps.get(name) for name in common})
+    if common:
+        summary["dp_dmd"] |= _values({"gap": gaps.get(common[0])})
     return summary
 
 

@@ -19,7 +19,7 @@ class EvaluateOptions(BaseModel):
     by: list[str]  # further metrics, or axes for their default metrics: names of scoring/presets.py
     seed: NonNegativeInt  # of the pictures and of the bootstrap
     images_per_prompt: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt  # pictures per batch; a shard has 64, so more have no effect
+    batch_size: PositiveInt  # pictures drawn at once, 64 at most
     metric_batch_size: PositiveInt  # pictures per batch of a metric's network
     metric_processes: PositiveInt  # processes that share the prompts while scoring
     grid_prompts: PositiveInt  # rows of the grids: the first evaluation prompts

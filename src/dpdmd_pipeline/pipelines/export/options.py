@@ -33,13 +33,13 @@ class KnownTeacher(Licensed):
 
 
 class ExportOptions(Licensed):
-    """Forms of the export and facts of its model card.
+    """Forms of the export and facts of its model card; a student with full weights gets no form `lora`.
 
     A license of null means that of `teacher`, if this run uses that teacher; else the card says that it is unknown.
     """
 
     title: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the model, and name of its files
-    formats: Annotated[list[Literal["diffusers", "comfyui", "lora"]], Field(min_length=1)]  # `lora` for LoRAs only
+    formats: Annotated[list[Literal["diffusers", "comfyui", "lora"]], Field(min_length=1)]
     dtype: Literal["float32", "bfloat16", "float16"]  # of the exported weights
     base_model: str | None  # hub id of the teacher; null: the id it was fetched with, or the name of its folder
     teacher: KnownTeacher | None  # the environment's own teacher; a run may use another one
