@@ -14,11 +14,7 @@ SCHEMA = 1
 
 
 def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Path], None]:
-    """Train on the legal pictures and their captions, on the CPU; a finished training is reused.
-
-    Returns:
-        Function that writes the model into a folder for open_clip.
-    """
+    """Function that trains on the legal pictures and their captions, on the CPU, and writes a folder for open_clip."""
     from dpdmd_pipeline.training.clip import train_clip
 
     recipe = options.recipe

@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,6 @@ class ScoreCache:
         key = fingerprint(*self._common, model, preset.full_name, preset.protocol, weights, parts)
         return self.folder / f"{preset.full_name}-{model}-{key[:16]}.json"
 
-    def load(self, path: Path) -> dict[str, Any] | None:
-        """Load a saved record; None if it does not exist or is not complete."""
-        try:
-            return json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def delete_stale_features(self) -> None:
-        """Delete the features of earlier pictures, code and libraries: they are large and no longer used."""
-        for folder in self.folder.glob("features_*"):
-            if folder != self.settings.features:
-                shutil.rmtree(folder, ignore_errors=True)
-
 
 def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], cache: ScoreCache) -> dict[str, Scores]:
     """Score all models by all presets.
@@ -114,7 +102,9 @@ def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], c
     Args:
         sets: sets of pictures by model, the teacher's first.
     """
-    cache.delete_stale_features()
+    for folder in cache.folder.glob("features_*"):
+        if folder != cache.settings.features:  # of earlier pictures, code or libraries: large, and no longer used
+            shutil.rmtree(folder, ignore_errors=True)
     teacher = next(iter(sets))
     scores = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
     with workers(cache.settings) as pool:
@@ -133,7 +123,9 @@ def _score_model(
     if missing_weights([preset], cache.settings):
         return score(pictures, [preset], cache.settings, reference, pool)  # a record of the reason only
     path, start = cache.path(model, preset), time.monotonic()
-    record = cache.load(path)
+    record = None
+    with suppress(FileNotFoundError, ValueError):  # it may be incomplete
+        record = json.loads(path.read_bytes())
     if record is None:
         scores = score(pictures, [preset], cache.settings, reference, pool)
         record = {name: value for name, value in vars(scores).items() if not name.startswith("_")}

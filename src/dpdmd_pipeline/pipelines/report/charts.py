@@ -140,6 +140,7 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
     values = [value for points in averaged.values() for _, value in points]
     last = max(row["step"] for rows in runs.values() for row in rows)
     ticks = _log_ticks(min(values), max(values))
+    labels = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]  # powers of ten
     low, high = math.log10(ticks[0]), math.log10(ticks[-1])
 
     def x(step: float) -> float:
@@ -154,7 +155,7 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
         "explanation": explanation,
         "last": f"{last:g}",
         "plot": CURVE,
-        "ticks": [(y(tick), f"{tick:g}") for tick in _labelled(ticks)],
+        "ticks": [(y(tick), f"{tick:g}") for tick in labels],
         "lines": {name: " ".join(f"{x(s)},{y(v)}" for s, v in points) for name, points in averaged.items()},
     }
 
@@ -174,8 +175,3 @@ def _log_ticks(low: float, high: float) -> list[float]:
     below = max(step for step in steps if step <= low)
     above = min(step for step in steps if step >= high and step > below)
     return [step for step in steps if below <= step <= above]
-
-
-def _labelled(ticks: list[float]) -> list[float]:
-    """Ticks with a label: all of them, or only the powers of ten if there are more than five."""
-    return ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]

@@ -11,15 +11,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 
 
 def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameter groups that decided the students, from their headers; DMD's training is `train_dmd`.
+    """Parameter groups that decided the students (folders of `dmd` and `dp_dmd`), from their headers if they name them.
 
-    A header without a recipe gives no groups.
-
-    Args:
-        students: folder of `dmd` and of `dp_dmd`.
-
-    Raises:
-        StageError: if the metrics belong to other students.
+    DMD's training is `train_dmd`, all else is DP-DMD's.
     """
     from dpdmd_pipeline.backbones.student_file import load_header
 

@@ -17,12 +17,7 @@ from dpdmd_pipeline.pipelines.report.wording import (
 
 
 def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Describe the metrics, under the names that the templates use.
-
-    Raises:
-        MissingInputError: if there are no metrics.
-        StageError: if an older version of this package wrote them.
-    """
+    """Describe the metrics, under the names that the templates use."""
     if not metrics:
         raise MissingInputError("there are no metrics", stage="evaluate")
     _check_version(metrics)

@@ -10,11 +10,7 @@ from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 
 
 def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[dict[str, Any], Any]:
-    """Draw pictures and a grid of them, with a row per prompt and a column per seed.
-
-    Returns:
-        Per prompt a function that returns its pictures by seed, and the grid as a Pillow image.
-    """
+    """Functions that return a prompt's pictures by seed, and a grid with a row per prompt and a column per seed."""
     import torch
     from PIL import Image
 

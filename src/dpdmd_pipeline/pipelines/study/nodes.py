@@ -58,13 +58,13 @@ def run_study(
         raise ValueError(
             f"evaluate.judge={evaluate.judge}, but the study needs the exact reader: set evaluate.judge=shapes"
         )
-    inputs = _Inputs(prompts, embeddings, anchors, teacher, train_state, backbone)
+    default = _Run(prompts, embeddings, anchors, teacher, train_state, None, backbone, anchor_options, train)
     runs = {}
     for name, run in options.active_runs.items():  # checked before the first training
         with _naming(name):
-            runs[name] = _prepare(run, inputs, anchor_options, train)
+            runs[name] = _change(default, run)
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
-    results = make_all(options.students, partial(_make, inputs, runs, judge))
+    results = make_all(options.students, partial(_make, runs, judge))
     return {
         "baseline": options.baseline,
         "runs": {name: _record(run) for name, run in options.active_runs.items()},
@@ -82,39 +82,34 @@ def run_study(
     }
 
 
-class _Inputs(NamedTuple):
-    """Inputs that all students share."""
+class _Run(NamedTuple):
+    """Arguments of `train_student`."""
 
     prompts: Iterable[dict]
     embeddings: Any
     anchors: Any
     teacher: Path
     train_state: Path
+    finished_student: None
     backbone: BackboneOptions
+    anchor_options: AnchorRecipe
+    options: TrainOptions
 
     def rows(self) -> list[int]:
         """Rows of the training prompts."""
         return [row for row, record in enumerate(self.prompts) if record["train"]]
 
 
-class _Run(NamedTuple):
-    """A run with all its options and its anchors."""
-
-    train: TrainOptions
-    anchor_options: AnchorRecipe
-    anchors: Any
-
-
-def _prepare(run: RunOptions, inputs: _Inputs, anchor_options: AnchorRecipe, train: TrainOptions) -> _Run:
+def _change(default: _Run, run: RunOptions) -> _Run:
     """Apply a run's changes and check its recipe; anchors that the cache lacks are drawn in every cycle."""
-    prompts, embeddings, anchors, teacher, _, backbone = inputs
-    train = _with_changes(train, run.train)
+    prompts, embeddings, anchors, teacher, _, _, backbone, anchor_options, options = default
+    options = _with_changes(options, run.train)
     if run.anchors:
         anchor_options = _with_changes(anchor_options, _anchor_changes(run))
         anchors = make_anchors(prompts, embeddings, teacher, backbone, anchor_options)
-    check_optimizers(train)
-    check_anchors(anchors, inputs.rows(), embeddings, teacher, backbone, anchor_options, train)
-    return _Run(train, anchor_options, anchors)
+    check_optimizers(options)
+    check_anchors(anchors, default.rows(), embeddings, teacher, backbone, anchor_options, options)
+    return default._replace(anchors=anchors, anchor_options=anchor_options, options=options)
 
 
 @contextmanager
@@ -139,17 +134,12 @@ def _record(run: RunOptions) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value}
 
 
-def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
+def _make(runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
     """Train and judge one student."""
     seed, name = student
-    run = runs[name]
-    options = run.train.model_copy(update={"seed": seed})
-    own_inputs = inputs._replace(anchors=run.anchors)._asdict()
-    train = partial(
-        train_student, **own_inputs, finished_student=None, anchor_options=run.anchor_options, options=options
-    )
-    identity = student_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
-    return {"run": name, "seed": seed, **judge_student(train, judge, identity)}
+    run = runs[name]._replace(options=runs[name].options.model_copy(update={"seed": seed}))
+    identity = student_identity(run.options.recipe(), run.backbone, run.anchors, run.rows())
+    return {"run": name, "seed": seed, **judge_student(partial(train_student, *run), judge, identity)}
 
 
 def _with_changes(options: Options, changes: dict[str, Any]) -> Options:

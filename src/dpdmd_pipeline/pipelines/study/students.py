@@ -5,6 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,23 +57,15 @@ def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> 
     """Quality, diversity and last history record of a student; train and judge it unless its result is stored."""
     path = judge.path(identity)
     with locked(Folders.of(path)):
-        result = _load(path)
-        if result is None:
-            write, history = train()
-            with tempfile.TemporaryDirectory() as folder:
-                write(Path(folder))
-                result = {**judge.measure(Path(folder)), "last": history[-1]}
-            text = json.dumps(result)
-            write_atomically(path, lambda temporary: temporary.write_text(text))
-    return result
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    """Load a stored result; None if it does not exist or is not complete."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
+        with suppress(FileNotFoundError, ValueError):  # it may be incomplete
+            return json.loads(path.read_bytes())
+        write, history = train()
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            result = {**judge.measure(Path(folder)), "last": history[-1]}
+        text = json.dumps(result)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+        return result
 
 
 def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, Any]]) -> dict[Student, dict[str, Any]]:

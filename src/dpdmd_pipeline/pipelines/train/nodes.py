@@ -81,10 +81,14 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | N
 
 def _train(job: Job, recipe: Recipe) -> tuple[Any, Any, list[dict]]:
     """Train to the end, from the newest checkpoint if there is one: the family's adapter, the student, its history."""
+    name, folder = method_name(recipe), job.checkpoints.folder
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
     with nullcontext() if several else job.checkpoints.locked():
         cycles, state = job.checkpoints.load_latest() or (0, None)
-        _log_resume(cycles, recipe, job.checkpoints.folder)
+        if cycles == recipe.max_steps:
+            log.info("%s: finished student reused from %s", name, folder)
+        elif cycles:
+            log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, folder)
         if several and cycles < recipe.max_steps:
             cycles, state = _train_in_processes(job, cycles)
         model, roles, records = start(job, (cycles, state) if state else None)
@@ -142,13 +146,6 @@ def _write_student(folder: Path, student: Any, header: Any, history: list[dict])
     else:
         save_student(folder, student, header)
     save_history(folder, history)
-
-
-def _log_resume(cycles: int, recipe: Recipe, folder: Path) -> None:
-    if cycles == recipe.max_steps:
-        log.info("%s: finished student reused from %s", method_name(recipe), folder)
-    elif cycles:
-        log.info("%s: resumed after cycle %d of %d from %s", method_name(recipe), cycles, recipe.max_steps, folder)
 
 
 def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
