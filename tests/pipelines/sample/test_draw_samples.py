@@ -39,7 +39,7 @@ def export(tiny_teacher, tmp_path_factory):
         license_name=None,
         license_link=None,
         base_model=None,
-        options={},
+        recipe={},
         metrics={},
     ).write(folder)
     return folder

@@ -21,7 +21,7 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
-from dpdmd_pipeline.pipelines.train import preflight
+from dpdmd_pipeline.planning import run
 from dpdmd_pipeline.planning.run import refusals, refuse_run
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
@@ -199,8 +199,8 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
 
     SequentialRunner().run(line, datasets())
     plans = []
-    monkeypatch.setattr(preflight, "refusals", lambda plan: plans.append(plan) or refusals(plan))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(run, "refusals", lambda plan: plans.append(plan) or refusals(plan))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert refuse_run(line, datasets()) == refuse_run(train.create_pipeline(), datasets()) == []
     assert all(folder.is_dir() for plan in plans for folder in plan.states.values()) and len(plans[-1].states) == 2
     for changes, whole in (
