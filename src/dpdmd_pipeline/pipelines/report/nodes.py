@@ -8,15 +8,8 @@ from dpdmd_pipeline.pipelines.report.charts import make_bars, make_curves, make_
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import picture_rows, render
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, student_options, versions
-from dpdmd_pipeline.pipelines.report.tables import (
-    all_notes,
-    describe_metrics,
-    figure_rows,
-    gap_cell,
-    has_missing_gap,
-    missing_metrics,
-)
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, make_verdict, metric_named, student_cycles
+from dpdmd_pipeline.pipelines.report.tables import describe_metrics, figure_rows, gap_cell
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, metric_named, student_cycles
 
 
 def make_report(
@@ -69,10 +62,7 @@ def make_report(
 def make_plots(
     scores: dict[str, Any], train_history: list[dict], train_history_dmd: list[dict]
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows for `dvc plots`: the DMD loss, diversity during training, and quality against diversity per prompt.
-
-    All rows of a plot have the same keys, as `dvc plots` needs them.
-    """
+    """Rows for `dvc plots`, each with all keys: DMD loss, diversity during training, quality against diversity."""
     runs = {"dmd": train_history_dmd, "dp_dmd": train_history}
     return _cycle_rows(runs, "dmd_loss"), _cycle_rows(runs, "latent_diversity"), _prompt_rows(scores)
 
@@ -108,13 +98,15 @@ def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> No
     console.print(_result_table(metrics, style))
     if any(metrics[model]["figures"] for model in MODELS):
         console.print(_figure_table(metrics, style))
-    lines = [f"not measured: {names}: {reason}" for names, reason in missing_metrics(metrics)]
-    lines += [f"note: {note}" for note in all_notes(metrics)]
-    if has_missing_gap(metrics):
+    described = describe_metrics(metrics)
+    lines = [f"not measured: {names}: {reason}" for names, reason in described["missing"]]
+    lines += [f"note: {note}" for note in described["notes"]]
+    if described["has_missing_gap"]:
         lines.append("-: no gap to recover: DMD lost nothing in this metric, or no more than chance explains")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(make_verdict(metrics), style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    verdict = described["verdict"]
+    console.print(verdict, style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _empty_table(box: Any, columns: Iterable[str]) -> Any:

@@ -4,16 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.pipelines.report.wording import (
-    DASH,
-    MODELS,
-    Metric,
-    brief,
-    gap_text,
-    make_captions,
-    make_verdict,
-    metric_named,
-)
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, Metric, brief, gap_text, make_verdict, metric_named
 
 
 def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -21,16 +12,18 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     if not metrics:
         raise MissingInputError("there are no metrics", stage="evaluate")
     _check_version(metrics)
+    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
+    ours = metrics["dp_dmd"]
     return {
         "verdict": make_verdict(metrics),
-        "captions": make_captions(metrics),
+        "captions": {**captions, "teacher": f"{captions['teacher']} network evaluations"},
         "models": MODELS,
         "metrics": metrics,
         "rows": _exact_rows(metrics) + figure_rows(metrics),
-        "has_missing_gap": has_missing_gap(metrics),
-        "missing": missing_metrics(metrics),
+        "has_missing_gap": any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values())),
+        "missing": _missing_metrics(metrics),
         "faults": _fault_lines(metrics),
-        "notes": all_notes(metrics),
+        "notes": _all_notes(metrics),
         "correlations": _correlation_rows(metrics),
         "dash": DASH,
     }
@@ -124,7 +117,7 @@ def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
     return gap_text(gap["value"]), f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
 
 
-def missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """(names, reason) of the requested metrics that were not measured, once per reason."""
     reasons: dict[str, dict[str, None]] = {}
     for model in MODELS:
@@ -142,7 +135,7 @@ def _fault_lines(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def all_notes(metrics: dict[str, Any]) -> list[str]:
+def _all_notes(metrics: dict[str, Any]) -> list[str]:
     """Limits of the figures: `DMD: FID of fewer than ...`, without titles if the note is about all models."""
     models: dict[str, list[str]] = {}
     for model, title in MODELS.items():
@@ -167,9 +160,3 @@ def _correlation(figure: dict[str, Any]) -> str:
         return ""
     spread = "" if figure["low"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})"
     return f"{figure['value']:.2f}{spread}"
-
-
-def has_missing_gap(metrics: dict[str, Any]) -> bool:
-    """True if the table shows a dash for some gap recovered."""
-    ours = metrics["dp_dmd"]
-    return any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values()))

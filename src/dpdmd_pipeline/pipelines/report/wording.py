@@ -112,12 +112,6 @@ def gap_text(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def make_captions(metrics: dict[str, Any]) -> dict[str, str]:
-    """Captions of each model's pictures."""
-    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
-    return {**captions, "teacher": f"{captions['teacher']} network evaluations"}
-
-
 def student_cycles(runs: Mapping[str, list[dict]]) -> str:
     """Sentence that names the cycle of each student: the one that training chose, or the last."""
     chosen = {name: [int(row["best_step"]) for row in rows if row.get("best_step")] for name, rows in runs.items()}

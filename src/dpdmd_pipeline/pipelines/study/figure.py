@@ -65,7 +65,8 @@ def draw_study(study: dict[str, Any]) -> Any:
     for column, sweep in enumerate(sweeps, 2):
         _draw_sweep(figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column]), sweep, study)
     figure.suptitle("One dot per training seed, a bar at their mean")
-    figure.legend(*_legend(modes), loc="outside lower center", ncols=5, frameon=False)
+    handles = dict(zip(*reversed(modes.get_legend_handles_labels()), strict=True))  # each label once
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
@@ -153,9 +154,3 @@ def _draw_lines(axis: Axes, sweep: Sweep, metric: str) -> None:
     axis.margins(x=0.12)
     axis.grid(axis="y", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(axis: Axes) -> tuple[list, list[str]]:
-    """Legend with each label once; runs with the same number of cycles share one."""
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    return list(handles.values()), list(handles)
