@@ -5,12 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
-
-if TYPE_CHECKING:
-    from dpdmd_pipeline.backbones.base import TokenLimit
 
 _BATCH = 1024  # texts tokenized at once; does not change results
 
@@ -31,10 +28,8 @@ class Rows:
         return [*texts, ""] if stop > self.num_prompts else texts
 
 
-def truncated_rows(
-    rows: Rows, teacher: Path, limits: Mapping[str, "TokenLimit"]
-) -> Iterator[tuple[int, str, dict[str, int]]]:
-    """Find the prompts that are too long, as (row, text, tokens lost by tokenizer); special tokens count too.
+def truncated_rows(rows: Rows, teacher: Path, limits: Mapping[str, Any]) -> Iterator[tuple[int, str, dict[str, int]]]:
+    """Find the prompts beyond the `token_limits`, as (row, text, tokens lost by tokenizer); special tokens count too.
 
     Tokenizers are loaded only if a text may be too long: an ASCII text has at most one token per character, and no
     tokenizer adds more than two.

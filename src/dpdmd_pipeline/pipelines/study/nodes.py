@@ -60,9 +60,9 @@ def run_study(
         )
     default = _Run(prompts, embeddings, anchors, teacher, train_state, None, backbone, anchor_options, train)
     runs = {}
-    for name, run in options.active_runs.items():  # checked before the first training
+    for name, changes in options.active_runs.items():  # checked before the first training
         with _naming(name):
-            runs[name] = _change(default, run)
+            runs[name] = _change(default, changes)
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
     results = make_all(options.students, partial(_make, runs, judge))
     return {
@@ -100,16 +100,16 @@ class _Run(NamedTuple):
         return [row for row, record in enumerate(self.prompts) if record["train"]]
 
 
-def _change(default: _Run, run: RunOptions) -> _Run:
-    """Apply a run's changes and check its recipe; anchors that the cache lacks are drawn in every cycle."""
-    prompts, embeddings, anchors, teacher, _, _, backbone, anchor_options, options = default
-    options = _with_changes(options, run.train)
-    if run.anchors:
-        anchor_options = _with_changes(anchor_options, _anchor_changes(run))
-        anchors = make_anchors(prompts, embeddings, teacher, backbone, anchor_options)
-    check_optimizers(options)
-    check_anchors(anchors, default.rows(), embeddings, teacher, backbone, anchor_options, options)
-    return default._replace(anchors=anchors, anchor_options=anchor_options, options=options)
+def _change(run: _Run, changes: RunOptions) -> _Run:
+    """Apply changes and check the recipe; anchors that the cache lacks are drawn in every cycle."""
+    run = run._replace(options=_with_changes(run.options, changes.train))
+    if changes.anchors:
+        anchor_options = _with_changes(run.anchor_options, _anchor_changes(changes))
+        anchors = make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options)
+        run = run._replace(anchors=anchors, anchor_options=anchor_options)
+    check_optimizers(run.options)
+    check_anchors(run.anchors, run.rows(), run.embeddings, run.teacher, run.backbone, run.anchor_options, run.options)
+    return run
 
 
 @contextmanager
