@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.pipelines import anchors, distill, prompts, train
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -63,8 +63,8 @@ TINY = {
 }
 
 
-def loader(environment: str, runtime_params: dict | None = None) -> OmegaConfigLoader:
-    return OmegaConfigLoader(str(CONF), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
+def loader(environment: str, runtime_params: dict | None = None) -> ConfigLoader:
+    return ConfigLoader(str(CONF), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
 
 
 def merged(parameters: dict, changes: dict) -> dict:
@@ -210,7 +210,7 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
         ({"changed": ["prompts.txt"]}, set()),
     ):
         (refused,) = refuse_run(line, datasets(**changes))
-        assert "0.0 GiB" in refused and plans[-1].made == whole
+        assert "0.0 GiB" in refused and plans[-1].reused == whole
 
 
 # ---- options of the environments
