@@ -15,10 +15,10 @@ import yaml
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
-from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.planning.identity import text_side_hash, texts_digest
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 PROMPTS = [
     {"text": "a red circle", "train": True, "eval": True},
@@ -88,8 +88,8 @@ def backbone_options(**changes: Any) -> BackboneOptions:
     return BackboneOptions(**{**BACKBONE, **changes})
 
 
-def anchor_options(**changes: Any) -> AnchorsOptions:
-    return AnchorsOptions(**{**ANCHORS, **changes})
+def anchor_options(**changes: Any) -> AnchorRecipe:
+    return AnchorRecipe(**{**ANCHORS, **changes})
 
 
 def train_options(**changes: Any) -> TrainOptions:

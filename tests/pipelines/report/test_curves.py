@@ -2,7 +2,7 @@
 
 from tests.pipelines.report.conftest import made_history
 
-from dpdmd_pipeline.pipelines.report.curves import CURVES, make_curve, make_curves
+from dpdmd_pipeline.pipelines.report.charts import CURVES, make_curve, make_curves
 
 
 def test_a_curve_stays_in_its_frame_and_within_its_points():

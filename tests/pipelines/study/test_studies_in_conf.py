@@ -8,11 +8,11 @@ from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.anchors.nodes import make_manifest
-from dpdmd_pipeline.pipelines.anchors.options import AnchorsOptions
 from dpdmd_pipeline.pipelines.study import nodes
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 PROJECT = Path(__file__).parents[3]
 EMBEDDINGS = SimpleNamespace(fingerprint="")
@@ -29,7 +29,7 @@ def test_every_run_is_a_recipe_with_anchors_on_the_teachers_schedule(environment
     parameters = conf["parameters"]
     teacher = PROJECT / conf["catalog"]["teacher"]["filepath"]
     backbone = BackboneOptions(**parameters["backbone"])
-    anchors, train = AnchorsOptions(**parameters["anchors"]), TrainOptions(**parameters["train"])
+    anchors, train = AnchorRecipe(**parameters["anchors"]), TrainOptions(**parameters["train"])
     study = StudyOptions(**parameters[group])
     for name, run in study.active_runs.items():
         recipe = nodes._with_changes(train, run.train)

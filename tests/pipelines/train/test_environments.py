@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from safetensors.torch import load_file
@@ -16,12 +15,13 @@ from safetensors.torch import load_file
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.pipelines import anchors, distill, prompts, train
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
-from dpdmd_pipeline.pipelines.train import preflight
+from dpdmd_pipeline.planning import run
 from dpdmd_pipeline.planning.run import refusals, refuse_run
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
@@ -63,8 +63,8 @@ TINY = {
 }
 
 
-def loader(environment: str, runtime_params: dict | None = None) -> OmegaConfigLoader:
-    return OmegaConfigLoader(str(CONF), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
+def loader(environment: str, runtime_params: dict | None = None) -> ConfigLoader:
+    return ConfigLoader(str(CONF), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
 
 
 def merged(parameters: dict, changes: dict) -> dict:
@@ -199,8 +199,8 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
 
     SequentialRunner().run(line, datasets())
     plans = []
-    monkeypatch.setattr(preflight, "refusals", lambda plan: plans.append(plan) or refusals(plan))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(run, "refusals", lambda plan: plans.append(plan) or refusals(plan))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert refuse_run(line, datasets()) == refuse_run(train.create_pipeline(), datasets()) == []
     assert all(folder.is_dir() for plan in plans for folder in plan.states.values()) and len(plans[-1].states) == 2
     for changes, whole in (
@@ -210,7 +210,7 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
         ({"changed": ["prompts.txt"]}, set()),
     ):
         (refused,) = refuse_run(line, datasets(**changes))
-        assert "0.0 GiB" in refused and plans[-1].made == whole
+        assert "0.0 GiB" in refused and plans[-1].reused == whole
 
 
 # ---- options of the environments

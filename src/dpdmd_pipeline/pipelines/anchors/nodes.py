@@ -8,9 +8,8 @@ from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
-from dpdmd_pipeline.pipelines.anchors.options import AnchorLevel, AnchorsOptions
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash, network_folder
-from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"
 
 
 def make_anchors(
-    prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
+    prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorRecipe
 ) -> LazyShards:
     """Run the guided teacher K steps from seeded noise for every training prompt; cache seeds and latents."""
     check_embeddings(embeddings, prompts, teacher)
@@ -28,13 +27,14 @@ def make_anchors(
         log.info("anchors: online, computed in each cycle")
         shards = {}
     else:
-        shards = _shards(rows, embeddings, teacher, backbone, options, manifest["anchor_steps"])
+        load = LastLoaded(partial(_load_teacher, embeddings, teacher, backbone, options, manifest["anchor_steps"]))
+        shards = _shards(load, rows, options)
     identity = fingerprint(manifest, code_hash("pipelines.anchors.nodes", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 
 def make_manifest(
-    rows: list[int], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions
+    rows: list[int], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorRecipe
 ) -> dict[str, Any]:
     """Facts that decide the anchors and that training checks: teacher, schedule, guidance, levels, dtype."""
     from dpdmd_pipeline.datasets.model_folder import folder_hash
@@ -60,14 +60,13 @@ def make_manifest(
 
 def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
     """Number K of teacher steps that reach an anchor level."""
-    last = num_steps - 1
     if level.steps is not None:
-        if level.steps > last:
+        if level.steps >= num_steps:
             raise ValueError(
                 f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={num_steps}"
             )
         return level.steps
-    if last < 1:
+    if num_steps < 2:
         raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: set at least 2")
     sigmas = _family_sigmas(model.schedule(num_steps), model.prediction)
     sigma = level.sigma
@@ -76,7 +75,7 @@ def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
         sigma = _family_sigmas(student, model.prediction)[1]
     if not 0 < sigma < sigmas[0]:
         raise ValueError(f"anchors.anchor_levels sigma={sigma:g} must lie below the teacher's start, {sigmas[0]:g}")
-    nearest = min(range(1, last + 1), key=lambda step: abs(sigmas[step] - sigma))
+    nearest = min(range(1, num_steps), key=lambda step: abs(sigmas[step] - sigma))
     log.info("anchors: the teacher's level nearest to sigma %.4f is %.4f (K = %d)", sigma, sigmas[nearest], nearest)
     return nearest
 
@@ -86,37 +85,21 @@ def _family_sigmas(levels: Any, prediction: str) -> list[float]:
     return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
-def _shards(
-    rows: list[int],
-    embeddings: Any,
-    teacher: Path,
-    backbone: BackboneOptions,
-    options: AnchorsOptions,
-    anchor_steps: list[int],
-) -> dict[str, Any]:
+def _shards(load: LastLoaded, rows: list[int], options: AnchorRecipe) -> dict[str, Any]:
     """Make one thunk per shard; the first one loads the teacher. Prompts alternate within a shard."""
     from dpdmd_pipeline.dpdmd.sampling import sample_seeds
 
-    total = len(rows) * options.seeds_per_prompt
-    samples = [rows[index % len(rows)] for index in range(total)]
-    seeds = sample_seeds(options.seed, "anchors", 0, total)
-
-    load = LastLoaded(partial(_load_teacher, embeddings, teacher, backbone, options, anchor_steps))
-    starts = range(0, total, options.shard_size)
-    return {
-        f"{number:05d}": partial(
-            _shard,
-            load,
-            samples[start : start + options.shard_size],
-            seeds[start : start + options.shard_size],
-            options,
-        )
-        for number, start in enumerate(starts)
-    }
+    samples = rows * options.seeds_per_prompt
+    seeds = sample_seeds(options.seed, "anchors", 0, len(samples))
+    shards = {}
+    for start in range(0, len(samples), options.shard_size):
+        shard = slice(start, start + options.shard_size)
+        shards[f"{len(shards):05d}"] = partial(_shard, load, samples[shard], seeds[shard], options)
+    return shards
 
 
 def _load_teacher(
-    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorsOptions, anchor_steps: list[int]
+    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorRecipe, anchor_steps: list[int]
 ) -> Any:
     """Load the teacher as a function of prompts and seeds."""
     from dpdmd_pipeline.training.anchors import TeacherAnchors
@@ -133,7 +116,7 @@ def _load_teacher(
     )
 
 
-def _shard(load: LastLoaded, prompts: list[int], seeds: list[int], options: AnchorsOptions) -> dict[str, Any]:
+def _shard(load: LastLoaded, prompts: list[int], seeds: list[int], options: AnchorRecipe) -> dict[str, Any]:
     """Compute one shard: prompt, seed, and the anchors in the dtype of the cache."""
     import torch
 

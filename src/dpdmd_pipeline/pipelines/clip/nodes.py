@@ -14,11 +14,7 @@ SCHEMA = 1
 
 
 def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Path], None]:
-    """Train on the legal pictures and their captions, on the CPU; a finished training is reused.
-
-    Returns:
-        Function that writes the model into a folder for open_clip.
-    """
+    """Function that trains on the legal pictures and their captions, on the CPU, and writes a folder for open_clip."""
     from dpdmd_pipeline.training.clip import train_clip
 
     recipe = options.recipe
@@ -32,17 +28,11 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
         if loss is None:
             log.info("clip: reused the finished training")
 
-    def write(folder: Path) -> None:
-        train_clip(recipe, folder, state, follow)
-
-    return write
+    return lambda folder: train_clip(recipe, folder, state, follow)
 
 
 def judge_clip(shapes_clip: Path) -> dict[str, dict[str, float]]:
-    """Share of legal pictures whose nearest caption is their own; chance gives 1 in 864, and 1 in 12 for prompts.
-
-    It covers all legal pictures, so it has a count and no interval.
-    """
+    """Share of all legal pictures nearest to their own caption; chance gives 1 in 864, and 1 in 12 for prompts."""
     from dpdmd_pipeline.metrics.embedders import load_open_clip
     from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS
     from dpdmd_pipeline.training.clip import retrieval

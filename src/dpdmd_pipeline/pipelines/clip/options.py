@@ -1,7 +1,5 @@
 """Options of the clip stage."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
 
 from dpdmd_pipeline.training.clip_recipe import ClipRecipe

@@ -1,31 +1,29 @@
 """Nodes of the evaluate stage."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.evaluate.pictures import (
-    MODELS,
-    cache_rows,
-    draw_grid,
-    picture_sets,
-    pictures_by_seed,
-    read_pictures,
-)
+from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, cache_rows, draw_grid, picture_sets, pictures_by_seed
 from dpdmd_pipeline.planning.prompts import foreign_line
 
 log = logging.getLogger(__name__)
 
+# Figures of the exact reader of the embedded world: names in metrics.json to full names.
+EXACT = {
+    "quality": {name: f"quality.shapes.{name}" for name in ("valid", "aligned", "residual")},
+    "diversity": {
+        **{name: f"diversity.shapes.{name}" for name in ("effective_modes", "coverage", "entropy")},
+        "pairwise_distance": "diversity.pixels.mean_distance",
+    },
+}
+
 
 def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[int, str]:
-    """Map the row of every evaluation prompt to its text; needs no model, so it can fail before training.
-
-    Raises:
-        ValueError: if there is no evaluation prompt, or the judge does not know some of them.
-    """
+    """Map the row of every evaluation prompt to its text; needs no model, so it can fail before training."""
     chosen = {row: record["text"] for row, record in enumerate(prompts) if record["eval"]}
     if not chosen:
         raise ValueError("no evaluation prompts: set raw_eval_prompts to a file, or set prompts.eval_share")
@@ -35,11 +33,7 @@ def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[in
 
 
 def warn_about_missing_weights(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
-    """Warn about metrics without weights; needs no pictures, so there is time to fetch the weights.
-
-    Raises:
-        ValueError: if a requested metric does not exist.
-    """
+    """Warn about metrics without weights; needs no pictures, so there is time to fetch the weights."""
     from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, missing_weights, requested_presets
 
     settings = make_settings(metric_weights, shapes_clip, options)
@@ -57,6 +51,7 @@ def score_images(
 ) -> dict[str, Any]:
     """Score the pictures of the three models, also prompt by prompt, and list what was not measured."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
+    from dpdmd_pipeline.metrics.shapes import attribute_counts, mode_counts
     from dpdmd_pipeline.pipelines.evaluate.scoring import ScoreCache, make_settings, requested_presets, score_models
     from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
     from dpdmd_pipeline.scoring.table import as_record
@@ -65,9 +60,11 @@ def score_images(
     cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
     scores = score_models(sets, requested_presets(options), cache)
     models = [scores[name] for name in MODELS]
-    attributes = {}
+    attributes = {}  # counts of the values that no prompt names, over the correct pictures
     if options.judge == "shapes":
-        attributes = {name: count_attributes(images, sets[name]) for name in MODELS}
+        for name, pictures in sets.items():
+            counts = [mode_counts(images.rows(one.rows)["image"] / 255, one.text) for one in pictures]
+            attributes[name] = attribute_counts(sum(counts))
     return {
         "prompts": {str(row): text for row, text in chosen.items()},
         "models": {name: as_record(of_model) for name, of_model in scores.items()},
@@ -78,39 +75,36 @@ def score_images(
     }
 
 
-def count_attributes(images: Any, sets: Sequence[Any]) -> dict[str, dict[str, int]]:
-    """Count the values of the attributes that no prompt names, over one model's correct pictures."""
-    from dpdmd_pipeline.metrics.shapes import attribute_counts, mode_counts
-
-    return attribute_counts(sum(mode_counts(read_pictures(images, one.rows) / 255, one.text) for one in sets))
-
-
 def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) -> dict[str, Any]:
     """Figures of the three models, and the share of DMD's lost diversity that DP-DMD recovers.
 
     `model` is the start of each folder's hash, `student` the identity in a student's header: export and report compare
     them with the student that they get.
     """
-    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_names
-
     metrics = {name: _model_metrics(name, images.manifest, scores, options) for name in MODELS}
     gaps = dict(scores["gaps"])
-    short_names = exact_names(options)["diversity"].items()
-    recovered = {name: gaps.pop(full_name) for name, full_name in short_names if full_name in gaps}
+    recovered = _pop(gaps, _exact_names(options)["diversity"])
     metrics["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
     return {**metrics, "rank_correlation": scores["rank_correlation"]}
+
+
+def _pop(figures: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Remove figures; returns them by their short names."""
+    return {name: figures.pop(full_name) for name, full_name in names.items() if full_name in figures}
+
+
+def _exact_names(options: EvaluateOptions) -> dict[str, dict[str, str]]:
+    return EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
 
 
 def _model_metrics(
     model: str, manifest: dict[str, Any], scores: dict[str, Any], options: EvaluateOptions
 ) -> dict[str, Any]:
     """One model's figures: exact figures by short names, their presets once per model; all others by full names."""
-    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_names
-
     record = scores["models"][model]
     figures, presets, exact = dict(record["figures"]), {}, {}
-    for kind, names in exact_names(options).items():
-        moved = {name: figures.pop(full_name) for name, full_name in names.items() if full_name in figures}
+    for kind, names in _exact_names(options).items():
+        moved = _pop(figures, names)
         exact[kind] = {name: {key: figure[key] for key in ("value", "low", "high")} for name, figure in moved.items()}
         presets |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in moved.items()}
     return {
@@ -134,25 +128,25 @@ def make_summary(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
         DP-DMD also `gap`, the share of the lost diversity that it recovers. Without the reader, the first diversity
         metric that all models have replaces `modes`, under its full name. Numbers that do not exist are left out.
     """
-    diversity = {model: _diversity_figures(metrics[model]) for model in MODELS}
-    common = [name for name in diversity["dp_dmd"] if all(name in figures for figures in diversity.values())]
+    diversity = {model: _diversity(metrics[model]) for model in MODELS}
+    common = [name for name in diversity["dp_dmd"] if all(name in values for values in diversity.values())][:1]
     summary = {}
     for model in MODELS:
-        figures = {"aligned": metrics[model]["quality"].get("aligned")}
-        figures |= {name: diversity[model][name] for name in common[:1]}
-        summary[model] = {**_values(figures), "evaluations": metrics[model]["nfe"]}
+        summary[model] = _values({"aligned": metrics[model]["quality"].get("aligned")})
+        summary[model] |= {name: diversity[model][name] for name in common}
+        summary[model]["evaluations"] = metrics[model]["nfe"]
     ours = metrics["dp_dmd"]
     gaps = {"modes": ours["gap_recovered"].get("effective_modes"), **ours["gaps"]}
-    summary["dp_dmd"] |= _values({"gap": gaps.get(common[0]) if common else None})
+    if common:
+        summary["dp_dmd"] |= _values({"gap": gaps.get(common[0])})
     return summary
 
 
-def _diversity_figures(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _diversity(metrics: dict[str, Any]) -> dict[str, float]:
     """One model's measured diversity: the exact reader's modes first, differences of pixels last."""
     figures = {"modes": metrics["diversity"].get("effective_modes")}
     figures |= {name: figure for name, figure in metrics["figures"].items() if name.startswith("diversity.")}
-    names = sorted(_values(figures), key=lambda name: name.startswith("diversity.pixels"))
-    return {name: figures[name] for name in names}
+    return dict(sorted(_values(figures).items(), key=lambda item: item[0].startswith("diversity.pixels")))
 
 
 def _values(figures: dict[str, dict[str, Any] | None]) -> dict[str, float]:

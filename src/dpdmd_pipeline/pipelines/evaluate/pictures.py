@@ -23,14 +23,14 @@ def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
     from dpdmd_pipeline.scoring.sets import StoredSet
 
     rows = cache_rows(images)
-    read = partial(read_pictures, images)
+    read = partial(_read, images)
     return {
         name: [StoredSet(str(prompt), text, tuple(rows[number, prompt]), read) for prompt, text in chosen.items()]
         for number, name in enumerate(MODELS)
     }
 
 
-def read_pictures(images: Any, rows: Sequence[int]) -> Any:
+def _read(images: Any, rows: Sequence[int]) -> Any:
     """Pictures of some rows, uint8 [n, 3, H, W]."""
     return images.rows(rows)["image"]
 
@@ -45,13 +45,11 @@ def pictures_by_seed(images: Any, rows: Sequence[int]) -> dict[int, Any]:
 
 
 def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
-    """Grid of pictures with a white hairline between them.
+    """Grid of pictures with a white hairline between them; small grids are enlarged without smoothing.
 
     Args:
-        images: the cache.
         rows: cache rows of each line of the grid.
-        tile: largest side of a picture in pixels. Larger pictures are scaled down; small grids are enlarged without
-            smoothing.
+        tile: largest side of a picture in pixels; larger pictures are scaled down.
     """
     import torch
     from PIL import Image
@@ -59,7 +57,7 @@ def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
 
     lines = []
     for line in rows:
-        tiles = [pad(_shrink(image, tile), (0, 1, 0, 1), value=255) for image in read_pictures(images, line)]
+        tiles = [pad(_shrink(image, tile), (0, 1, 0, 1), value=255) for image in _read(images, line)]
         lines.append(torch.cat(tiles, dim=2))
     sheet = torch.cat(lines, dim=1).permute(1, 2, 0).numpy()
     scale = max(1, 640 // sheet.shape[1])

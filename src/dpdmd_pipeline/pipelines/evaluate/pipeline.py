@@ -2,15 +2,7 @@
 
 from kedro.pipeline import Node, Pipeline
 
-from dpdmd_pipeline.pipelines.evaluate.nodes import (
-    draw_grids,
-    judged_prompts,
-    lay_out_pictures,
-    make_metrics,
-    make_summary,
-    score_images,
-    warn_about_missing_weights,
-)
+from dpdmd_pipeline.pipelines.evaluate import nodes
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_images
 
 
@@ -22,13 +14,13 @@ def create_pipeline(**kwargs) -> Pipeline:
     grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd"]
     return Pipeline(
         [
-            Node(judged_prompts, ["prompts", "params:evaluate"], "judged_prompts", name="judged_prompts"),
-            Node(warn_about_missing_weights, scoring, None, name="say_what_is_missing"),
+            Node(nodes.judged_prompts, ["prompts", "params:evaluate"], "judged_prompts", name="judged_prompts"),
+            Node(nodes.warn_about_missing_weights, scoring, None, name="say_what_is_missing"),
             Node(sample_images, ["judged_prompts", *models], "images", name="sample_images"),
-            Node(score_images, [*pictures, "score_state", *scoring], "scores", name="score_images"),
-            Node(make_metrics, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
-            Node(make_summary, "metrics", "summary", name="make_summary"),
-            Node(draw_grids, [*pictures, "params:evaluate"], grids, name="draw_grids"),
-            Node(lay_out_pictures, [*pictures, "params:evaluate"], "pictures", name="lay_out_pictures"),
+            Node(nodes.score_images, [*pictures, "score_state", *scoring], "scores", name="score_images"),
+            Node(nodes.make_metrics, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
+            Node(nodes.make_summary, "metrics", "summary", name="make_summary"),
+            Node(nodes.draw_grids, [*pictures, "params:evaluate"], grids, name="draw_grids"),
+            Node(nodes.lay_out_pictures, [*pictures, "params:evaluate"], "pictures", name="lay_out_pictures"),
         ]
     )

@@ -1,6 +1,6 @@
 """Draw pictures with all three models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,10 @@ def _load_model(
 ) -> Callable[[list[Sample]], dict[str, Any]]:
     """Load the teacher, or a student from its folder, as a function that draws samples."""
     model = backbone.load(teacher, options.device)
-    sampler = (
-        _teacher_sampler(model, embeddings, backbone) if folder is None else _student_sampler(model, folder, backbone)
-    )
+    if folder is None:
+        sampler = _teacher_sampler(model, embeddings, backbone)
+    else:
+        sampler = _student_sampler(model, folder, backbone)
     return partial(_draw, model, sampler, embeddings, options)
 
 
@@ -105,25 +106,19 @@ def _draw(
     """Draw samples as 8-bit images [N, 3, H, W], with their prompt and seed."""
     import torch
 
+    on_cpu = resolve_device(options.device).type == "cpu"
+    size = ON_CPU if on_cpu else options.batch_size
     images = []
-    for batch, count in _batches(samples, options):
-        rows, seeds = zip(*batch, strict=True)
+    for start in range(0, len(samples), size):
+        batch = samples[start : start + size]
+        padding = batch[-1:] * (size - len(batch)) if on_cpu else []  # all batches have one size
+        rows, seeds = zip(*batch, *padding, strict=True)
         cond = {name: value.to(model.device) for name, value in embeddings.rows(rows).items()}
         with torch.no_grad():
             drawn = (model.decode(sampler(cond, seeds)) * 255).round().to(torch.uint8).cpu()
-        images.append(drawn[:count])
+        images.append(drawn[: len(batch)])
     rows, seeds = zip(*samples, strict=True)
     return {"prompt": torch.tensor(rows), "seed": torch.tensor(seeds), "image": torch.cat(images)}
-
-
-def _batches(samples: list[Sample], options: EvaluateOptions) -> Iterator[tuple[list[Sample], int]]:
-    """Batches with their number of samples to keep; on a CPU the last batch is padded, so that all have one size."""
-    on_cpu = resolve_device(options.device).type == "cpu"
-    size = ON_CPU if on_cpu else options.batch_size
-    for start in range(0, len(samples), size):
-        batch = samples[start : start + size]
-        padding = batch[-1:] * (size - len(batch)) if on_cpu else []
-        yield batch + padding, len(batch)
 
 
 def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:

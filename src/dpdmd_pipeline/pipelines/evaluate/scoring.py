@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,44 +27,16 @@ from dpdmd_pipeline.scoring.workers import workers
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-
-# Figures of the exact reader of the embedded world: names in metrics.json to full names.
-EXACT = {
-    "quality": {name: f"quality.shapes.{name}" for name in ("valid", "aligned", "residual")},
-    "diversity": {
-        **{name: f"diversity.shapes.{name}" for name in ("effective_modes", "coverage", "entropy")},
-        "pairwise_distance": "diversity.pixels.mean_distance",
-    },
-}
-_EXACT_PRESETS = ("quality.shapes", "diversity.shapes", "diversity.pixels")
-
-
-def exact_names(options: EvaluateOptions) -> dict[str, dict[str, str]]:
-    """Short to full names of the judge's own figures, by kind; empty without a judge."""
-    return EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
+EXACT_PRESETS = "quality.shapes,diversity.shapes,diversity.pixels"
 
 
 def requested_presets(options: EvaluateOptions) -> list[Preset]:
-    """Metrics of a run, the judge's own first.
-
-    Raises:
-        ValueError: for the name of a metric that does not exist.
-    """
-    exact = _exact(options)
+    """Metrics of a run, the judge's own first."""
+    exact = choose(EXACT_PRESETS) if options.judge == "shapes" else []
     return [*exact, *(preset for preset in choose(",".join(options.by)) if preset not in exact)]
 
 
-def exact_presets(options: EvaluateOptions) -> dict[str, str]:
-    """Protocols of the judge's own metrics, by full name."""
-    return {preset.full_name: preset.protocol for preset in _exact(options)}
-
-
-def _exact(options: EvaluateOptions) -> list[Preset]:
-    return choose(",".join(_EXACT_PRESETS)) if options.judge == "shapes" else []
-
-
 def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> Settings:
-    """Settings of a run's metrics."""
     from dpdmd_pipeline.backbones.options import resolve_device
     from dpdmd_pipeline.metrics.passes import Passes
     from dpdmd_pipeline.scoring.texts import read_parts
@@ -97,21 +70,18 @@ def missing_weights(presets: Sequence[Preset], settings: Settings) -> dict[str, 
 
 
 class ScoreCache:
-    """Scores of earlier runs, one file per model and metric.
+    """Scores of earlier runs, one file per model and metric, and the features that metrics share.
 
     Args:
-        folder: folder of the files, and of the features that metrics share.
         pictures: fingerprint of the drawn pictures.
-        settings: settings of the metrics.
     """
 
     def __init__(self, folder: Path, pictures: str, settings: Settings) -> None:
         self.folder = folder
         # The features of all models need the same libraries: else a change of preprocessing looks like a difference.
         libraries = list(versions().values())
-        features = fingerprint(
-            code_hash("metrics.embedders", "metrics.features", "metrics.passes"), libraries, pictures
-        )
+        code = code_hash("metrics.embedders", "metrics.features", "metrics.passes")
+        features = fingerprint(code, libraries, pictures)
         self.settings = replace(settings, features=folder / f"features_{features[:16]}")
         code = code_hash("scoring.score", "scoring.builders")
         self._common = (SCHEMA, code, libraries, pictures, settings.seed, settings.passes.device)
@@ -123,22 +93,6 @@ class ScoreCache:
         key = fingerprint(*self._common, model, preset.full_name, preset.protocol, weights, parts)
         return self.folder / f"{preset.full_name}-{model}-{key[:16]}.json"
 
-    def load(self, path: Path) -> dict[str, Any] | None:
-        """Load a saved record; None if it does not exist or is not complete."""
-        try:
-            return json.loads(path.read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def delete_stale_features(self) -> None:
-        """Delete the features of earlier pictures, code and libraries: they are large and no longer used."""
-        for folder in self.folder.glob("features_*"):
-            if folder != self.settings.features:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def save(self, path: Path, record: dict[str, Any]) -> None:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(record)))
-
 
 def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], cache: ScoreCache) -> dict[str, Scores]:
     """Score all models by all presets.
@@ -147,10 +101,10 @@ def score_models(sets: Mapping[str, Sequence[Any]], presets: Sequence[Preset], c
 
     Args:
         sets: sets of pictures by model, the teacher's first.
-        presets: metrics.
-        cache: earlier scores and the settings of the metrics.
     """
-    cache.delete_stale_features()
+    for folder in cache.folder.glob("features_*"):
+        if folder != cache.settings.features:  # of earlier pictures, code or libraries: large, and no longer used
+            shutil.rmtree(folder, ignore_errors=True)
     teacher = next(iter(sets))
     scores = {name: Scores(len(pictures), sum(map(len, pictures))) for name, pictures in sets.items()}
     with workers(cache.settings) as pool:
@@ -169,19 +123,18 @@ def _score_model(
     if missing_weights([preset], cache.settings):
         return score(pictures, [preset], cache.settings, reference, pool)  # a record of the reason only
     path, start = cache.path(model, preset), time.monotonic()
-    record = cache.load(path)
+    record = None
+    with suppress(FileNotFoundError, ValueError):  # it may be incomplete
+        record = json.loads(path.read_bytes())
     if record is None:
         scores = score(pictures, [preset], cache.settings, reference, pool)
-        record = _as_record(scores, reference)
+        record = {name: value for name, value in vars(scores).items() if not name.startswith("_")}
+        record["duplicates"] = reference.duplicates
         if scores.figures:
-            cache.save(path, record)
+            text = json.dumps(record)
+            write_atomically(path, lambda temporary: temporary.write_text(text))
         log.info("%s of %s: measured in %.1f s", preset.full_name, model, time.monotonic() - start)
     else:
         log.info("%s of %s: reused", preset.full_name, model)
     reference.duplicates.update({name: tuple(pair) for name, pair in record.pop("duplicates").items()})
     return Scores(**record)
-
-
-def _as_record(scores: Scores, reference: Reference) -> dict[str, Any]:
-    names = ("prompts", "pictures", "figures", "per_prompt", "missing", "faults", "notes", "usable", "weights")
-    return {**{name: getattr(scores, name) for name in names}, "duplicates": reference.duplicates}

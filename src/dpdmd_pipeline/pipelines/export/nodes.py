@@ -13,11 +13,7 @@ log = logging.getLogger(__name__)
 def export_student(
     student: Path, teacher: Path, metrics: dict, backbone: BackboneOptions, options: ExportOptions
 ) -> Callable[[Path], None]:
-    """Load the student and check it against the teacher.
-
-    Returns:
-        A function that writes every form and the model card into a folder.
-    """
+    """Check the student against the teacher; returns a function that writes every form and the card into a folder."""
     from dpdmd_pipeline.exporting.folder import Export
     from dpdmd_pipeline.exporting.formats import read_student
 

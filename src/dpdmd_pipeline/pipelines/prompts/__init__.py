@@ -1,5 +1,3 @@
 """Stage `prompts`: clean the prompt files and encode each prompt once."""
 
-from dpdmd_pipeline.pipelines.prompts.pipeline import create_pipeline
-
-__all__ = ["create_pipeline"]
+from dpdmd_pipeline.pipelines.prompts.pipeline import create_pipeline as create_pipeline

@@ -22,35 +22,21 @@ def clean_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def text_hash(text: str) -> int:
+def _hash(text: str) -> int:
     """64-bit hash of a text; a million texts all have different hashes with probability 1 - 3e-8."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def first_indices(hashes: np.ndarray) -> np.ndarray:
-    """Index of the first equal entry, for each entry, [n]."""
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    return first[inverse]
-
-
 @dataclass(frozen=True)
 class Survey:
-    """Result of one pass over a prompt file.
-
-    Attributes:
-        num_lines: of the file, blank lines included.
-        empty: line numbers of the blank lines.
-        numbers: line numbers of the other n lines, [n].
-        hashes: of their clean texts, uint64 [n].
-        first: index, among the n, of the first line with the same text, [n].
-    """
+    """Result of one pass over a prompt file; n of its lines are not blank."""
 
     file: PromptFile
-    num_lines: int
-    empty: np.ndarray
-    numbers: np.ndarray
-    hashes: np.ndarray
-    first: np.ndarray
+    num_lines: int  # of the file, blank lines included
+    empty: np.ndarray  # line numbers of the blank lines
+    numbers: np.ndarray  # line numbers of the others, [n]
+    hashes: np.ndarray  # of their clean texts, uint64 [n]
+    first: np.ndarray  # index, among the n, of the first line with the same text, [n]
 
     @property
     def is_first(self) -> np.ndarray:
@@ -84,18 +70,13 @@ class Survey:
 
 
 def survey(file: PromptFile) -> Survey:
-    """Read a prompt file once.
-
-    Raises:
-        ValueError: if the file is empty, has only blank lines, or is malformed.
-        OSError: if it cannot be read.
-    """
+    """Read a prompt file once."""
     num_lines, empty, numbers, hashes = 0, array("L"), array("L"), array("Q")
     for line in file.lines():
         num_lines += 1
         if text := clean_text(line.text):
             numbers.append(line.number)
-            hashes.append(text_hash(text))
+            hashes.append(_hash(text))
         else:
             empty.append(line.number)
     if not num_lines:
@@ -103,16 +84,13 @@ def survey(file: PromptFile) -> Survey:
     if not hashes:
         raise ValueError(f"prompt file {file.path} has no prompt: its {num_lines} lines are blank")
     codes = np.array(hashes, dtype=np.uint64)
-    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first_indices(codes))
+    _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first[inverse])
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Lines of a survey to turn into records.
-
-    Attributes:
-        is_kept, train, evaluate: bool [n].
-    """
+    """Lines of a survey to turn into records; its arrays are bool [n]."""
 
     survey: Survey
     is_kept: np.ndarray
@@ -140,12 +118,8 @@ class CleanPrompts:
         """Count unique prompts: all, per use, and with both uses."""
         train = np.concatenate([selection.train[selection.is_kept] for selection in self.selections])
         evaluate = np.concatenate([selection.evaluate[selection.is_kept] for selection in self.selections])
-        return {
-            "prompts": len(train),
-            "train": int(train.sum()),
-            "eval": int(evaluate.sum()),
-            "both": int((train & evaluate).sum()),
-        }
+        uses = {"train": train, "eval": evaluate, "both": train & evaluate}
+        return {"prompts": len(train), **{name: int(use.sum()) for name, use in uses.items()}}
 
 
 def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
@@ -161,11 +135,7 @@ def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
 
 
 def split_by_hash(train: Survey, share: float) -> CleanPrompts:
-    """Assign about `share` of the prompts to evaluation, the others to training; a text's use never changes.
-
-    Raises:
-        ValueError: if either use has no prompts.
-    """
+    """Assign about `share` of the prompts to evaluation, the others to training; a text's use never changes."""
     evaluate = train.hashes < np.uint64(share * 2**64)
     prompts = CleanPrompts([Selection(train, train.is_first, ~evaluate, evaluate)])
     counts = prompts.count()

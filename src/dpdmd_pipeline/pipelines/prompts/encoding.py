@@ -5,29 +5,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
-from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.planning.identity import texts_digest
-
-if TYPE_CHECKING:
-    from dpdmd_pipeline.backbones.base import TokenLimit
 
 _BATCH = 1024  # texts tokenized at once; does not change results
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of the embeddings: the prompts, then the empty prompt.
-
-    Attributes:
-        digest: SHA-256 of the prompts in their order.
-    """
+    """The rows of the embeddings: the prompts, then the empty prompt."""
 
     prompts: PromptFile
     num_prompts: int
-    digest: str
 
     def __len__(self) -> int:
         return self.num_prompts + 1
@@ -38,22 +28,8 @@ class Rows:
         return [*texts, ""] if stop > self.num_prompts else texts
 
 
-def read_rows(prompts: PromptFile) -> Rows:
-    """Read the prompts once.
-
-    Raises:
-        StageError: if there are none.
-    """
-    count = sum(1 for _ in prompts)
-    if not count:
-        raise StageError(f"{prompts.path} has no prompts", stage="prompts")
-    return Rows(prompts, count, texts_digest(prompts))
-
-
-def truncated_rows(
-    rows: Rows, teacher: Path, limits: Mapping[str, "TokenLimit"]
-) -> Iterator[tuple[int, str, dict[str, int]]]:
-    """Find the prompts that are too long, as (row, text, tokens lost by tokenizer); special tokens count too.
+def truncated_rows(rows: Rows, teacher: Path, limits: Mapping[str, Any]) -> Iterator[tuple[int, str, dict[str, int]]]:
+    """Find the prompts beyond the `token_limits`, as (row, text, tokens lost by tokenizer); special tokens count too.
 
     Tokenizers are loaded only if a text may be too long: an ASCII text has at most one token per character, and no
     tokenizer adds more than two.

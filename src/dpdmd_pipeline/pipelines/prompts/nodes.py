@@ -9,10 +9,11 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
+from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
-from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, read_rows, truncated_rows
+from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
-from dpdmd_pipeline.planning.identity import code_hash, text_side_hash
+from dpdmd_pipeline.planning.identity import code_hash, text_side_hash, texts_digest
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,6 @@ def clean_prompts(
     Returns:
         Unique records {"text": str, "train": bool, "eval": bool}, and a report: `counts`, and for each file its
         counts and the first 1,000 dropped lines.
-
-    Raises:
-        ValueError, OSError: as PromptFile and `survey` raise; also if several machines would write the same files.
     """
     if options.launch.machines > 1:
         raise ValueError(
@@ -68,16 +66,14 @@ def encode_prompts(
     """Encode each prompt once, in order, and the empty prompt last.
 
     The text encoders are loaded for the first missing shard and freed after the last.
-
-    Raises:
-        StageError: if there are no prompts.
-        ValueError: if the device does not exist.
-        FileNotFoundError: if the teacher has no text encoder.
     """
     from dpdmd_pipeline.backbones.base import token_limits
 
     resolve_device(options.device)  # before the work, not after
-    rows = read_rows(prompts)
+    rows = Rows(prompts, sum(1 for _ in prompts))
+    if not rows.num_prompts:
+        raise StageError(f"{prompts.path} has no prompts", stage="prompts")
+    digest = texts_digest(prompts)
     settings = {
         "teacher_text": text_side_hash(teacher),
         **backbone.model_dump(mode="json", include={"family", "max_sequence_length", "dtype"}),
@@ -85,7 +81,7 @@ def encode_prompts(
     limits = token_limits(backbone.family, teacher, backbone.max_sequence_length)
     manifest = {
         "prompts": rows.num_prompts,
-        "texts": rows.digest,
+        "texts": digest,
         **settings,
         "token_limits": {name: limit.tokens for name, limit in limits.items()},
         "truncated": _list_truncated(rows, teacher, limits),
@@ -97,7 +93,7 @@ def encode_prompts(
         for index, start in enumerate(starts)
     }
     code = code_hash("pipelines.prompts.encoding", f"backbones.{backbone.family}")
-    identity = fingerprint(rows.digest, settings, options.shard_size, code)
+    identity = fingerprint(digest, settings, options.shard_size, code)
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 

@@ -6,19 +6,12 @@ from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 
 
 def create_pipeline(**kwargs) -> Pipeline:
+    """From prompt files to clean prompts, a report on them, and their embeddings."""
+    files = ["raw_prompts", "raw_eval_prompts", "params:prompts"]
+    inputs = ["prompts", "teacher", "params:backbone", "params:prompts"]
     return Pipeline(
         [
-            Node(
-                clean_prompts,
-                ["raw_prompts", "raw_eval_prompts", "params:prompts"],
-                ["prompts", "prompts_report"],
-                name="clean_prompts",
-            ),
-            Node(
-                encode_prompts,
-                ["prompts", "teacher", "params:backbone", "params:prompts"],
-                "embeddings",
-                name="encode_prompts",
-            ),
+            Node(clean_prompts, files, ["prompts", "prompts_report"], name="clean_prompts"),
+            Node(encode_prompts, inputs, "embeddings", name="encode_prompts"),
         ]
     )

@@ -1,32 +1,35 @@
-"""Lay out the scores per prompt and the attributes of the pictures for SVG."""
+"""Lay out the drawings of the page for SVG: scores per prompt, attributes of the pictures, curves of the training."""
 
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from dpdmd_pipeline.pipelines.report.wording import MODELS, first_common
+from dpdmd_pipeline.pipelines.report.wording import CURVES, MODELS, first_common
 
 # Axes of the scatter: the first figure that all models have, of the exact reader if possible.
 _QUALITY = ("quality.shapes.aligned", "quality.", "preference.", "alignment.")
 _DIVERSITY = ("diversity.shapes.effective_modes", "diversity.")
-PLOT = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in an image of 560 x 340
+SCATTER = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in an image of 560 x 340
 BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in an image 360 wide
+CURVE = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in an image of 360 x 196
+
+
+# ---- scores per prompt
 
 
 def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     """One point per prompt and model, diversity on the x axis and quality on the y axis; None if one is missing."""
-    scatter = scatter_points(scores)
-    if scatter is None:
+    x_name, y_name, points = scatter_points(scores)
+    if not points:
         return None
-    x_name, y_name, points = scatter
     x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
-    x = partial(_position, x_marks, PLOT["left"], PLOT["right"])
-    y = partial(_position, y_marks, PLOT["bottom"], PLOT["top"])
+    x = partial(_position, x_marks, SCATTER["left"], SCATTER["right"])
+    y = partial(_position, y_marks, SCATTER["bottom"], SCATTER["top"])
     return {
         "x_name": x_name,
         "y_name": y_name,
-        "plot": PLOT,
+        "plot": SCATTER,
         "x_ticks": [(x(tick), f"{tick:g}") for tick in x_marks],
         "y_ticks": [(y(tick), f"{tick:g}") for tick in y_marks],
         "points": {
@@ -35,31 +38,29 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]] | None:
+def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]]:
     """Names of a diversity and a quality that all models have, and (model, diversity, quality, text) of each prompt."""
     tables = {model: scores["models"][model]["per_prompt"] for model in MODELS}
     x_name, y_name = (first_common(tables, prefixes) for prefixes in (_DIVERSITY, _QUALITY))
     if x_name is None or y_name is None:
-        return None
+        return "", "", []
     points = [
         (model, table[x_name][key], table[y_name][key], scores["prompts"][key])
         for model, table in tables.items()
         for key in table[x_name]
         if key in table[y_name]
     ]
-    return (x_name, y_name, points) if points else None
+    return (x_name, y_name, points) if points else ("", "", [])
 
 
 def prompt_table(scores: Mapping[str, Any], max_prompts: int) -> dict[str, Any] | None:
     """The scatter as a table of the first prompts, with quality and diversity by model."""
-    scatter = scatter_points(scores)
-    if scatter is None:
-        return None
-    x_name, y_name, points = scatter
+    x_name, y_name, points = scatter_points(scores)
     rows: dict[str, dict[str, str]] = {}
     for model, x, y, text in points:
         rows.setdefault(text, {})[model] = f"{y:.3g} / {x:.3g}"
-    return {"x_name": x_name, "y_name": y_name, "rows": list(rows.items())[:max_prompts], "of": len(rows)}
+    shown = list(rows.items())[:max_prompts]
+    return {"x_name": x_name, "y_name": y_name, "rows": shown, "of": len(rows)} if rows else None
 
 
 def _position(marks: Sequence[float], start: float, end: float, value: float) -> float:
@@ -78,6 +79,9 @@ def _ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
+# ---- attributes of the pictures
+
+
 def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
     """One panel per free attribute: for each value a bar per model, the share of the model's correct pictures."""
     first = next(iter(attributes.values()), {})
@@ -86,26 +90,22 @@ def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list
 
 def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     words = list(next(iter(counts.values())))
+    tops = [BARS["top"] + BARS["row"] * row for row in range(len(words))]
     shares = {model: _shares(of_model) for model, of_model in counts.items()}
-    largest = max(share for of_model in shares.values() for share in of_model.values()) or 1
-    width, height = BARS["right"] - BARS["left"], BARS["row"] * len(words)
+    largest = max(map(max, shares.values())) or 1
 
     def length(share: float) -> float:
-        return round(width * share / largest, 1)
+        return round((BARS["right"] - BARS["left"]) * share / largest, 1)
 
     return {
         "title": name,
         "plot": BARS,
-        "height": BARS["top"] + height,
-        "labels": [(BARS["top"] + BARS["row"] * row + 14, word) for row, word in enumerate(words)],
+        "height": BARS["top"] + BARS["row"] * len(words),
+        "labels": [(top + 14, word) for top, word in zip(tops, words, strict=True)],
         "bars": {
             model: [
-                (
-                    BARS["top"] + BARS["row"] * row + BARS["bar"] * number,
-                    length(of_model[word]),
-                    f"{100 * of_model[word]:.1f} %",
-                )
-                for row, word in enumerate(words)
+                (top + BARS["bar"] * number, length(share), f"{100 * share:.1f} %")
+                for top, share in zip(tops, of_model, strict=True)
             ]
             for number, (model, of_model) in enumerate(shares.items())
         },
@@ -115,7 +115,63 @@ def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]
     }
 
 
-def _shares(counts: Mapping[str, int]) -> dict[str, float]:
+def _shares(counts: Mapping[str, int]) -> list[float]:
     """Share of each value; 0 for a model without a correct picture."""
-    total = sum(counts.values())
-    return {word: count / total if total else 0.0 for word, count in counts.items()}
+    total = sum(counts.values()) or 1
+    return [count / total for count in counts.values()]
+
+
+# ---- curves of the training
+
+
+def make_curves(runs: Mapping[str, list[dict]], num_points: int) -> list[dict[str, Any]]:
+    """One panel per entry of CURVES with positive values; the teacher's measurements are in the last history."""
+    *_, last = runs.values()
+    teacher = [{"step": row["step"], **{name: row.get(f"{name}_teacher") for name in CURVES}} for row in last]
+    runs = {**runs, "teacher": teacher}
+    return [curve for key in CURVES if (curve := make_curve(key, runs, num_points))]
+
+
+def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dict[str, Any] | None:
+    """One panel with a logarithmic axis, ready to draw; None if no run has a positive value."""
+    averaged = {name: points for name, rows in runs.items() if (points := _averaged(rows, key, num_points))}
+    if not averaged:
+        return None
+    values = [value for points in averaged.values() for _, value in points]
+    last = max(row["step"] for rows in runs.values() for row in rows)
+    ticks = _log_ticks(min(values), max(values))
+    labels = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]  # powers of ten
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
+
+    def x(step: float) -> float:
+        return round(CURVE["left"] + (CURVE["right"] - CURVE["left"]) * step / last, 1)
+
+    def y(value: float) -> float:
+        return round(CURVE["bottom"] - (CURVE["bottom"] - CURVE["top"]) * (math.log10(value) - low) / (high - low), 1)
+
+    title, explanation = CURVES[key]
+    return {
+        "title": title,
+        "explanation": explanation,
+        "last": f"{last:g}",
+        "plot": CURVE,
+        "ticks": [(y(tick), f"{tick:g}") for tick in labels],
+        "lines": {name: " ".join(f"{x(s)},{y(v)}" for s, v in points) for name, points in averaged.items()},
+    }
+
+
+def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[float, float]]:
+    """Positive values as (step, value), averaged in bins of equal size if there are more than `num_points`."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) and row[key] > 0]
+    width = math.ceil(len(points) / num_points) or 1
+    bins = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(s for s, _ in bin_) / len(bin_), sum(v for _, v in bin_) / len(bin_)) for bin_ in bins]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Numbers of the series 1, 2, 5, 10 from the last below `low` to the first above `high`."""
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    steps = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in (1, 2, 5)]
+    below = max(step for step in steps if step <= low)
+    above = min(step for step in steps if step >= high and step > below)
+    return [step for step in steps if below <= step <= above]

@@ -1,25 +1,15 @@
 """Nodes of the report stage."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.pipelines.report.charts import make_bars, make_scatter, prompt_table
-from dpdmd_pipeline.pipelines.report.curves import make_curves, student_cycles
+from dpdmd_pipeline.pipelines.report.charts import make_bars, make_curves, make_scatter, prompt_table, scatter_points
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
-from dpdmd_pipeline.pipelines.report.page import render
-from dpdmd_pipeline.pipelines.report.pictures import picture_rows
-from dpdmd_pipeline.pipelines.report.plots import cycle_rows, prompt_rows
+from dpdmd_pipeline.pipelines.report.page import picture_rows, render
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, student_options, versions
-from dpdmd_pipeline.pipelines.report.tables import (
-    all_notes,
-    describe_metrics,
-    figure_rows,
-    gap_cell,
-    has_missing_gap,
-    missing_metrics,
-)
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, make_verdict, metric_named
+from dpdmd_pipeline.pipelines.report.tables import describe_metrics, figure_rows, gap_cell
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, metric_named, student_cycles
 
 
 def make_report(
@@ -38,32 +28,25 @@ def make_report(
     evaluate_options: Any,
     environment: str,
 ) -> tuple[str, str]:
-    """Render the page as HTML and as Markdown; the same inputs and versions give the same bytes.
+    """Render the page as HTML, which needs no other file, and as Markdown, which links pictures in its own folder.
+
+    The same inputs and versions give the same bytes.
 
     Args:
-        grid_teacher, grid_dmd, grid_dp_dmd: PIL images of equal height, with one row for each of the first evaluation
-            prompts (evaluate.grid_prompts).
-        student, student_dmd: their headers name the options of their training.
+        grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first `evaluate.grid_prompts` prompts.
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
         environment: folder of conf/ that the run used.
-
-    Returns:
-        report.html, which needs no other file, and report.md, which links the pictures in its own folder.
-
-    Raises:
-        StageError: if metrics or grids are missing, or belong to another version, to other prompts or students.
     """
     described = describe_metrics(metrics)
-    groups = {
-        **student_options({"dmd": student_dmd, "dp_dmd": student}, metrics),
-        "prompts": plain_options(prompts_options),
-        "evaluate": plain_options(evaluate_options),
-        "report": plain_options(options),
-    }
-    grids = {"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}
+    groups = student_options({"dmd": student_dmd, "dp_dmd": student}, metrics)
+    groups |= {"prompts": prompts_options, "evaluate": evaluate_options, "report": options}
+    texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
+    shown = texts[: int(plain_options(evaluate_options)["grid_prompts"])]
     page = {
         **described,
-        **_describe_pictures(prompts, grids, int(groups["evaluate"]["grid_prompts"]), options),
+        "prompts": shown,
+        "num_prompts": len(texts),
+        "pictures": picture_rows({"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}, shown, options),
         "scatter": make_scatter(scores),
         "prompt_table": prompt_table(scores, options.max_prompts),
         "bars": make_bars(scores["attributes"]),
@@ -76,21 +59,31 @@ def make_report(
     return render("report.html.j2", page), render("report.md.j2", page)
 
 
-def _describe_pictures(
-    prompts: Iterable[dict], grids: Mapping[str, Any], grid_prompts: int, options: ReportOptions
-) -> dict[str, Any]:
-    """Rows of pictures with their prompts, under the names that the templates use."""
-    texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
-    shown = texts[:grid_prompts]
-    return {"prompts": shown, "num_prompts": len(texts), "pictures": picture_rows(grids, shown, options)}
-
-
 def make_plots(
     scores: dict[str, Any], train_history: list[dict], train_history_dmd: list[dict]
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Rows for `dvc plots`: the DMD loss, diversity during training, and quality against diversity per prompt."""
+    """Rows for `dvc plots`, each with all keys: DMD loss, diversity during training, quality against diversity."""
     runs = {"dmd": train_history_dmd, "dp_dmd": train_history}
-    return cycle_rows(runs, "dmd_loss"), cycle_rows(runs, "latent_diversity"), prompt_rows(scores)
+    return _cycle_rows(runs, "dmd_loss"), _cycle_rows(runs, "latent_diversity"), _prompt_rows(scores)
+
+
+def _cycle_rows(runs: dict[str, Sequence[dict]], key: str) -> list[dict[str, Any]]:
+    """A row per cycle that has the measurement, a column per model; the teacher's is `<key>_teacher`, if any."""
+    rows: dict[int, dict[str, Any]] = {}
+    for model, history in runs.items():
+        for record in history:
+            if record.get(key) is not None:
+                row = rows.setdefault(record["step"], {"step": record["step"], **dict.fromkeys(MODELS.values())})
+                row |= {MODELS[model]: record[key], MODELS["teacher"]: record.get(f"{key}_teacher")}
+    return [rows[step] for step in sorted(rows)]
+
+
+def _prompt_rows(scores: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per point of the page's scatter, with the quality in the model's own column."""
+    x_name, y_name, points = scatter_points(scores)
+    axes = {"diversity_is": x_name, "quality_is": y_name}
+    empty = dict.fromkeys(MODELS.values())
+    return [{"prompt": text, "diversity": x, **empty, MODELS[model]: y, **axes} for model, x, y, text in points]
 
 
 def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> None:
@@ -105,13 +98,15 @@ def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> No
     console.print(_result_table(metrics, style))
     if any(metrics[model]["figures"] for model in MODELS):
         console.print(_figure_table(metrics, style))
-    lines = [f"not measured: {names}: {reason}" for names, reason in missing_metrics(metrics)]
-    lines += [f"note: {note}" for note in all_notes(metrics)]
-    if has_missing_gap(metrics):
+    described = describe_metrics(metrics)
+    lines = [f"not measured: {names}: {reason}" for names, reason in described["missing"]]
+    lines += [f"note: {note}" for note in described["notes"]]
+    if described["has_missing_gap"]:
         lines.append("-: no gap to recover: DMD lost nothing in this metric, or no more than chance explains")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(make_verdict(metrics), style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    verdict = described["verdict"]
+    console.print(verdict, style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 def _empty_table(box: Any, columns: Iterable[str]) -> Any:
@@ -137,7 +132,7 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in names]
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
-    cells = [gap_cell(gaps[name]) if name in gaps else ("", "") for _, name in names]
+    cells = [gap_cell(gaps.get(name)) for _, name in names]
     table.add_row("gap recovered", *(share.replace(DASH, "-") for share, _ in cells), "")
     table.add_row("  95 % interval", *(interval for _, interval in cells), "")
     return table
@@ -147,6 +142,6 @@ def _figure_table(metrics: dict[str, Any], box: Any) -> Any:
     """The other metrics: a row per metric."""
     table = _empty_table(box, [*MODELS.values(), "gap recovered, %"])
     for row in figure_rows(metrics):
-        gap = (row["gap"] or "").replace(DASH, "-").replace(" %", "")
+        gap = row["gap"].replace(DASH, "-").replace(" %", "")
         table.add_row(row["title"], *(value for value, _ in row["cells"]), gap)
     return table

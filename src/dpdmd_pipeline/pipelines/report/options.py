@@ -1,7 +1,5 @@
 """Options of the report stage."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 

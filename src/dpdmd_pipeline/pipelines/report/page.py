@@ -1,7 +1,13 @@
-"""Fill the templates of the page."""
+"""Fill the templates of the page, and cut the grids into the rows of pictures that it shows."""
 
+import base64
+import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.pipelines.report.options import ReportOptions
 
 
 def render(template: str, page: dict[str, Any]) -> str:
@@ -25,3 +31,34 @@ def escape_markdown(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]{}|~$#!])", r"\\\1", text)
     return re.sub(r"^(\d+)([.)])(?=\s|$)|^([-+])(?=\s|$)", lambda m: f"{m[1] or ''}\\{m[2] or m[3]}", text)
+
+
+def picture_rows(
+    grids: Mapping[str, Any], texts: Sequence[str], options: ReportOptions
+) -> list[tuple[str, dict[str, str]]]:
+    """One row per shown prompt: its text, and each model's pictures as a data URI."""
+    strips = [_cut_strips(model, grid, len(texts), options) for model, grid in grids.items()]
+    return [(text, dict(zip(grids, row, strict=True))) for text, *row in zip(texts, *strips, strict=False)]
+
+
+def _cut_strips(model: str, grid: Any, num_prompts: int, options: ReportOptions) -> list[str]:
+    """Cut the first rows of a grid, each as a data URI of a PNG."""
+    if not num_prompts or grid.height % num_prompts:
+        raise StageError(
+            f"grid_{model} is {grid.height} pixels high and cannot show {num_prompts} evaluation prompts in equal rows",
+            stage="evaluate",
+        )
+    height = grid.height // num_prompts
+    rows = range(min(num_prompts, options.max_prompts))
+    return [_data_uri(grid.crop((0, row * height, grid.width, (row + 1) * height)), options) for row in rows]
+
+
+def _data_uri(image: Any, options: ReportOptions) -> str:
+    from PIL import Image
+
+    if image.width > options.max_strip_width:
+        size = options.max_strip_width, max(1, round(image.height * options.max_strip_width / image.width))
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -4,24 +4,13 @@ from kedro.pipeline import Node, Pipeline
 
 from dpdmd_pipeline.pipelines.report.nodes import make_plots, make_report, show_result
 
-RESULTS = (
-    "metrics",
-    "scores",
-    "prompts",
-    "train_history",
-    "train_history_dmd",
-    "grid_teacher",
-    "grid_dmd",
-    "grid_dp_dmd",
-    "student",
-    "student_dmd",
-)
-
 
 def create_pipeline(**kwargs) -> Pipeline:
     """From metrics, grids and histories to a page, rows for `dvc plots`, and a table in the terminal."""
-    options = {"prompts_options": "params:prompts", "evaluate_options": "params:evaluate", "options": "params:report"}
-    inputs = {**{name: name for name in (*RESULTS, "environment")}, **options}
+    results = ["metrics", "scores", "prompts", "train_history", "train_history_dmd"]
+    grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd"]
+    options = ["params:report", "params:prompts", "params:evaluate"]
+    inputs = [*results, *grids, "student", "student_dmd", *options, "environment"]
     reports = ["report_html", "report_md"]
     rows = ["scores", "train_history", "train_history_dmd"]
     plots = ["plot_losses", "plot_watched", "plot_prompts"]

@@ -10,23 +10,14 @@ from dpdmd_pipeline.pipelines.report.wording import DASH
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "kedro", "kedro-datasets", "dvc")
 
 
-def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """The options that decided each student, from the headers of its own weights.
+def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameter groups that decided the students (folders of `dmd` and `dp_dmd`), from their headers if they name them.
 
-    Args:
-        students: `dmd` and `dp_dmd` to the student's folder.
-        metrics: figures of all models, with the identities of the measured students.
-
-    Returns:
-        Parameter group to its options as text; DMD's training is `train_dmd`, all else is DP-DMD's. {} for students
-        whose headers name no recipe.
-
-    Raises:
-        StageError: if the metrics belong to other students.
+    DMD's training is `train_dmd`, all else is DP-DMD's.
     """
     from dpdmd_pipeline.backbones.student_file import load_header
 
-    groups: dict[str, dict[str, str]] = {}
+    groups: dict[str, Any] = {}
     for model, folder in students.items():
         header = load_header(folder)
         measured = metrics[model].get("student")
@@ -36,11 +27,10 @@ def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) ->
                 f"{_short(header.identity)}",
                 stage="evaluate",
             )
-        recipe = {name: plain_options(group) for name, group in (header.recipe or {}).items()}
+        recipe = header.recipe or {}
         if model == "dmd":
-            groups |= {"train_dmd": recipe["train"]} if "train" in recipe else {}
-        else:
-            groups |= recipe
+            recipe = {"train_dmd": recipe["train"]} if "train" in recipe else {}
+        groups |= recipe
     return groups
 
 
@@ -76,13 +66,13 @@ def _scalar(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)  # as in YAML
 
 
-def option_tables(groups: Mapping[str, dict[str, str]]) -> list[dict[str, Any]]:
-    """One table per stage; the two students side by side, with their differences marked."""
+def option_tables(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One table per parameter group; the two students side by side, with their differences marked."""
+    options = {name: plain_options(group) for name, group in groups.items()}
+    train_dmd = options.pop("train_dmd", {})
     tables = []
-    for name, group in groups.items():
-        if name == "train_dmd":
-            continue
-        columns = {"DP-DMD": group, "DMD": groups.get("train_dmd", {})} if name == "train" else {"": group}
+    for name, group in options.items():
+        columns = {"DP-DMD": group, "DMD": train_dmd} if name == "train" else {"": group}
         keys = sorted({key for column in columns.values() for key in column})
         rows = [(key, [column.get(key, DASH) for column in columns.values()]) for key in keys]
         tables.append({

@@ -4,38 +4,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.pipelines.report.wording import (
-    DASH,
-    MODELS,
-    Metric,
-    gap_text,
-    make_captions,
-    make_verdict,
-    metric_named,
-)
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, Metric, brief, gap_text, make_verdict, metric_named
 
 
 def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Describe the metrics, under the names that the templates use.
-
-    Raises:
-        MissingInputError: if there are no metrics.
-        StageError: if an older version of this package wrote them.
-    """
+    """Describe the metrics, under the names that the templates use."""
     if not metrics:
         raise MissingInputError("there are no metrics", stage="evaluate")
     _check_version(metrics)
+    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
+    ours = metrics["dp_dmd"]
     return {
         "verdict": make_verdict(metrics),
-        "captions": make_captions(metrics),
+        "captions": {**captions, "teacher": f"{captions['teacher']} network evaluations"},
         "models": MODELS,
         "metrics": metrics,
-        "rows": table_rows(metrics) + figure_rows(metrics),
-        "has_missing_gap": has_missing_gap(metrics),
-        "missing": missing_metrics(metrics),
-        "faults": fault_lines(metrics),
-        "notes": all_notes(metrics),
-        "correlations": correlation_rows(metrics),
+        "rows": _exact_rows(metrics) + figure_rows(metrics),
+        "has_missing_gap": any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values())),
+        "missing": _missing_metrics(metrics),
+        "faults": _fault_lines(metrics),
+        "notes": _all_notes(metrics),
+        "correlations": _correlation_rows(metrics),
         "dash": DASH,
     }
 
@@ -57,15 +46,15 @@ def _check_version(metrics: dict[str, Any]) -> None:
         )
 
 
-def table_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per exact metric: title, explanation, (value, interval) of each model, and the gap recovered if any."""
+def _exact_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per exact metric: title, explanation, (value, interval) of each model, and the gap recovered."""
     gaps = metrics["dp_dmd"]["gap_recovered"]
     return [
         {
             "title": metric_named(name).title,
             "explanation": metric_named(name).explanation,
             "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in MODELS],
-            "gap": certain_gap(gaps[name]) if name in gaps else None,
+            "gap": _gap(gaps.get(name)),
         }
         for kind in ("quality", "diversity")
         for name in metrics["teacher"][kind]
@@ -82,20 +71,24 @@ def figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append({
             "title": name,
             "explanation": f"{next(filter(None, figures.values()))['preset']}. {_counts(figures)}.",
-            "cells": [_cell(Metric(name, ""), figure, brief=True) for figure in figures.values()],
-            "gap": certain_gap(gaps[name]) if name in gaps else None,
+            "cells": [_brief_cell(figure) for figure in figures.values()],
+            "gap": _gap(gaps.get(name)),
         })  # fmt: skip
     return rows
 
 
-def _cell(metric: Metric, measured: Mapping[str, Any] | None, brief: bool = False) -> tuple[str, str]:
+def _cell(metric: Metric, measured: Mapping[str, Any] | None) -> tuple[str, str]:
     """Value and interval; both empty without a measurement."""
     if measured is None or measured["value"] is None:
         return "", ""
-    if not brief:
-        return metric.text(measured["value"]), metric.interval(measured)
-    spread = "" if measured["low"] is None else " to ".join(metric.brief(measured[end]) for end in ("low", "high"))
-    return metric.brief(measured["value"]), spread
+    return metric.text(measured["value"]), metric.interval(measured)
+
+
+def _brief_cell(measured: Mapping[str, Any] | None) -> tuple[str, str]:
+    if measured is None or measured["value"] is None:
+        return "", ""
+    interval = "" if measured["low"] is None else f"{brief(measured['low'])} to {brief(measured['high'])}"
+    return brief(measured["value"]), interval
 
 
 def _counts(figures: Mapping[str, Mapping[str, Any] | None]) -> str:
@@ -109,20 +102,22 @@ def _counts(figures: Mapping[str, Mapping[str, Any] | None]) -> str:
     return texts[0] if len(texts) == 1 else "; ".join(f"{title}: {text}" for title, text in counts.items())
 
 
-def certain_gap(gap: Mapping[str, Any]) -> str:
+def _gap(gap: Mapping[str, Any] | None) -> str:
     """`96 % (94 to 98)`; a dash if chance explains DMD's loss."""
-    share, spread = gap_cell(gap)
-    return f"{share} ({spread})" if spread else share
+    share, interval = gap_cell(gap)
+    return f"{share} ({interval})" if interval else share
 
 
-def gap_cell(gap: Mapping[str, Any]) -> tuple[str, str]:
-    """Share and interval, `96 %` and `94 to 98`."""
+def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Share and interval, `96 %` and `94 to 98`; both empty for metrics without a gap."""
+    if gap is None:
+        return "", ""
     if gap["low"] is None or gap["high"] is None:
         return DASH, ""
     return gap_text(gap["value"]), f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
 
 
-def missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """(names, reason) of the requested metrics that were not measured, once per reason."""
     reasons: dict[str, dict[str, None]] = {}
     for model in MODELS:
@@ -131,7 +126,7 @@ def missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return [(", ".join(names), reason) for reason, names in reasons.items()]
 
 
-def fault_lines(metrics: dict[str, Any]) -> list[str]:
+def _fault_lines(metrics: dict[str, Any]) -> list[str]:
     """Pictures without a score: `DMD: 3 x the network gave no finite number (quality.arniqa)`."""
     return [
         f"{title}: {count} x {kind}"
@@ -140,7 +135,7 @@ def fault_lines(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def all_notes(metrics: dict[str, Any]) -> list[str]:
+def _all_notes(metrics: dict[str, Any]) -> list[str]:
     """Limits of the figures: `DMD: FID of fewer than ...`, without titles if the note is about all models."""
     models: dict[str, list[str]] = {}
     for model, title in MODELS.items():
@@ -150,7 +145,7 @@ def all_notes(metrics: dict[str, Any]) -> list[str]:
     return [*notes, *metrics["dp_dmd"]["gap_notes"]]
 
 
-def correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
+def _correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """Rank correlations with the exact reader, with their intervals: one row per metric."""
     return [
         {"name": name, "pooled": _correlation(figure), "within": _correlation(figure["within"])}
@@ -165,9 +160,3 @@ def _correlation(figure: dict[str, Any]) -> str:
         return ""
     spread = "" if figure["low"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})"
     return f"{figure['value']:.2f}{spread}"
-
-
-def has_missing_gap(metrics: dict[str, Any]) -> bool:
-    """True if the table shows a dash for some gap recovered."""
-    ours = metrics["dp_dmd"]
-    return any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values()))

@@ -1,4 +1,4 @@
-"""Words for the metrics: titles, explanations, numbers, and the verdict."""
+"""Words of the page: titles, explanations, numbers, and the verdict."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,16 +31,11 @@ class Metric:
         """With the unit: `93.1 %`, `4.21 bits`."""
         return f"{self.number(value)} {self.unit}".rstrip()
 
-    def brief(self, value: float) -> str:
-        """Four digits, for a metric of unknown range."""
-        return f"{value:.4g}"
-
     def interval(self, measured: Mapping[str, float | None]) -> str:
         """`91.0 to 95.2`, without the unit; empty if a single prompt gives no interval."""
         if measured["low"] is None:
             return ""
-        low, high = (self.text(measured[end]).split()[0] for end in ("low", "high"))
-        return f"{low} to {high}"
+        return " to ".join(self.number(measured[end]).removesuffix(" %") for end in ("low", "high"))
 
 
 METRICS = {
@@ -86,6 +81,51 @@ METRICS = {
     ),
 }
 
+CURVES = {  # title and explanation of a history's values
+    "dmd_loss": ("DMD loss", "Pulls the pictures towards what the teacher finds likely; it need not fall."),
+    "diversity_loss": (
+        "Diversity loss",
+        "Distance of DP-DMD's anchored steps from the teacher's; DMD has no such loss.",
+    ),
+    "fake_score_loss": ("Fake-score loss", "Error of the network that tracks the student's distribution."),
+    "latent_diversity": (
+        "Diversity during training",
+        "Distance between latents of the same prompt; it falls as diversity is lost.",
+    ),
+    "correction": ("Quality during training", "Change that the teacher makes to a noised latent; lower is better."),
+    "grad_ratio": ("Gradient ratio", "Weighted diversity gradient divided by the DMD gradient; 1 means balance."),
+}
+
+
+def metric_named(name: str) -> Metric:
+    """Look up a metric; unknown metrics keep their raw name and have no explanation."""
+    return METRICS.get(name) or Metric(name.replace("_", " "), "")
+
+
+def brief(value: float) -> str:
+    """Four digits, for a metric of unknown range."""
+    return f"{value:.4g}"
+
+
+def gap_text(value: float) -> str:
+    """`90 %`."""
+    return f"{100 * value:.0f} %"
+
+
+def student_cycles(runs: Mapping[str, list[dict]]) -> str:
+    """Sentence that names the cycle of each student: the one that training chose, or the last."""
+    chosen = {name: [int(row["best_step"]) for row in rows if row.get("best_step")] for name, rows in runs.items()}
+    if not any(chosen.values()):
+        return "Both students come from their last cycle."
+    cycles = [f"{name} comes from cycle {(chosen[name] or [rows[-1]['step']])[-1]}" for name, rows in runs.items()]
+    return (
+        f"{', '.join(cycles)}. If that is not the last cycle, training chose it among the measured cycles with at "
+        "least train.watch.diversity_floor of the teacher's diversity: the teacher corrects its pictures least."
+    )
+
+
+# ---- the verdict
+
 
 def make_verdict(metrics: dict[str, Any]) -> str:
     """The result in one sentence; differences within the intervals are called uncertain."""
@@ -96,23 +136,24 @@ def _diversity_clause(metrics: dict[str, Any]) -> str:
     if all("effective_modes" in metrics[model]["diversity"] for model in MODELS):
         measured = [metrics[model]["diversity"]["effective_modes"] for model in MODELS]
         gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]["value"]
-        words = "{} effective modes per prompt, against {} for DMD and {} for the teacher"
-        return _compared(measured, gap, words, METRICS["effective_modes"].text)
-    name = headline(metrics, ("diversity.",))
+        return _compare_diversity(measured, gap, "effective modes per prompt", METRICS["effective_modes"].text)
+    name = _headline(metrics, ("diversity.",))
     if name is None:
         return "No diversity metric was measured for all three models, so there is no result on diversity"
     measured = [metrics[model]["figures"][name] for model in MODELS]
     gap = metrics["dp_dmd"]["gaps"].get(name, {}).get("value")
-    words = f"{{}} by {name}, against {{}} for DMD and {{}} for the teacher"
-    return _compared(measured, gap, words, Metric(name, "").brief)
+    return _compare_diversity(measured, gap, f"by {name}", brief)
 
 
-def _compared(
-    measured: Sequence[Mapping[str, Any]], gap: float | None, words: str, text: Callable[[float], str]
+def _compare_diversity(
+    measured: Sequence[Mapping[str, Any]], gap: float | None, metric: str, text: Callable[[float], str]
 ) -> str:
-    """Compare the diversity of teacher, DMD and DP-DMD in one clause."""
+    """Compare the diversity of teacher, DMD and DP-DMD."""
     teacher, dmd, ours = measured
-    numbers = words.format(*(text(figure["value"]) for figure in (ours, dmd, teacher)))
+    numbers = (
+        f"{text(ours['value'])} {metric}, against {text(dmd['value'])} for DMD and {text(teacher['value'])} for the "
+        "teacher"
+    )
     if gap is None:
         return f"DMD lost no diversity, so DP-DMD had none to recover: {numbers}"
     if teacher["low"] is None:
@@ -133,23 +174,14 @@ _SCORED = ("score at least as high as", "score slightly lower than", "score lowe
 
 def _quality_clause(metrics: dict[str, Any]) -> str:
     if all("valid" in metrics[model]["quality"] for model in ("dmd", "dp_dmd")):
-        pair = [metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd")]
-        return _not_worse(*pair, _VALID, "{} against {}", METRICS["valid"].text)
-    name = headline(metrics, ("quality.", "preference.", "alignment."))
-    if name is None:
+        dmd, ours = (metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd"))
+        verbs, source, text = _VALID, "", METRICS["valid"].text
+    elif name := _headline(metrics, ("quality.", "preference.", "alignment.")):
+        dmd, ours = (metrics[model]["figures"][name] for model in ("dmd", "dp_dmd"))
+        verbs, source, text = _SCORED, f" by {name}", brief
+    else:
         return "; their quality was not measured"
-    pair = [metrics[model]["figures"][name] for model in ("dmd", "dp_dmd")]
-    return _not_worse(*pair, _SCORED, f"{{}} against {{}} by {name}", Metric(name, "").brief)
-
-
-def _not_worse(
-    dmd: Mapping[str, Any],
-    ours: Mapping[str, Any],
-    verbs: tuple[str, str, str],
-    words: str,
-    text: Callable[[float], str],
-) -> str:
-    numbers = words.format(text(ours["value"]), text(dmd["value"]))
+    numbers = f"{text(ours['value'])} against {text(dmd['value'])}{source}"
     if ours["value"] >= dmd["value"]:
         return f"; DP-DMD's pictures {verbs[0]} DMD's, {numbers}"
     if ours["high"] is None or ours["high"] >= dmd["low"]:
@@ -157,7 +189,7 @@ def _not_worse(
     return f", but DP-DMD's pictures {verbs[2]} DMD's, {numbers}"
 
 
-def headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> str | None:
+def _headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> str | None:
     """First figure with one of these prefixes that was measured for all models."""
     figures = {model: metrics[model]["figures"].items() for model in MODELS}
     measured = {
@@ -172,19 +204,3 @@ def first_common(names: Mapping[str, Collection[str]], prefixes: Sequence[str]) 
     common = [name for name in first if all(name in other for other in others)]
     common.sort(key=lambda name: name.startswith("diversity.pixels"))
     return next((name for prefix in prefixes for name in common if name.startswith(prefix)), None)
-
-
-def make_captions(metrics: dict[str, Any]) -> dict[str, str]:
-    """Captions of each model's pictures."""
-    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
-    return {**captions, "teacher": f"{captions['teacher']} network evaluations"}
-
-
-def metric_named(name: str) -> Metric:
-    """Look up a metric; unknown metrics keep their raw name and have no explanation."""
-    return METRICS.get(name) or Metric(name.replace("_", " "), "")
-
-
-def gap_text(value: float) -> str:
-    """`90 %`."""
-    return f"{100 * value:.0f} %"

@@ -1,5 +1,3 @@
 """Stage `sample`: pictures from an export."""
 
-from dpdmd_pipeline.pipelines.sample.pipeline import create_pipeline
-
-__all__ = ["create_pipeline"]
+from dpdmd_pipeline.pipelines.sample.pipeline import create_pipeline as create_pipeline

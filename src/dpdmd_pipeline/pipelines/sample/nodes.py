@@ -10,11 +10,7 @@ from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 
 
 def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[dict[str, Any], Any]:
-    """Draw pictures and a grid of them, with a row per prompt and a column per seed.
-
-    Returns:
-        Per prompt a function that returns its pictures by seed, and the grid as a Pillow image.
-    """
+    """Functions that return a prompt's pictures by seed, and a grid with a row per prompt and a column per seed."""
     import torch
     from PIL import Image
 
@@ -22,7 +18,7 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
 
     seeds = [options.seed + number for number in range(options.images_per_prompt)]
     images = sample(
-        form_path(export, options.form),
+        _form_path(export, options.form),
         [prompt for prompt in options.prompts for _ in seeds],
         seeds * len(options.prompts),
         teacher=None if options.form == "diffusers" else teacher,
@@ -43,12 +39,8 @@ def _by_seed(seeds: Sequence[int], pictures: Any) -> dict[int, Any]:
     return dict(zip(seeds, map(Image.fromarray, pictures.numpy()), strict=True))
 
 
-def form_path(export: Path, form: str) -> Path:
-    """Path of one form of an export.
-
-    Raises:
-        ValueError: if the export does not have it.
-    """
+def _form_path(export: Path, form: str) -> Path:
+    """Path of one form of an export."""
     files = json.loads((export / "config.json").read_text(encoding="utf-8"))["files"]
     if form not in files:
         raise ValueError(

@@ -1,5 +1,3 @@
 """Stage `study`: train many recipes and seeds on one cache; report mean and spread."""
 
-from dpdmd_pipeline.pipelines.study.pipeline import create_pipeline
-
-__all__ = ["create_pipeline"]
+from dpdmd_pipeline.pipelines.study.pipeline import create_pipeline as create_pipeline

@@ -25,31 +25,20 @@ _BASELINE = {"marker": "D", "s": 26, "facecolors": "none", "edgecolors": "0.65"}
 
 
 class Row(NamedTuple):
-    """One run of the figure.
-
-    Attributes:
-        values: one value per training seed, by metric.
-        baseline: name of its baseline; its own name for a baseline.
-        cycles: training cycles of the students.
-        colour: colour of this number of cycles.
-    """
+    """One run of the figure."""
 
     name: str
-    values: dict[str, list]
-    baseline: str
-    cycles: int
-    colour: str
+    values: dict[str, list]  # one value per training seed, by metric
+    baseline: str  # its own name for a baseline
+    cycles: int  # of the training of its students
+    colour: str  # of this number of cycles
 
 
 class Sweep(NamedTuple):
-    """Runs that vary one option alone.
-
-    Attributes:
-        lines: values by metric at each value of the option, by the line's label.
-    """
+    """Runs that vary one option alone."""
 
     title: str
-    lines: dict[str, dict[float, dict[str, list]]]
+    lines: dict[str, dict[float, dict[str, list]]]  # label, value of the option, metric -> one value per seed
 
 
 def draw_study(study: dict[str, Any]) -> Any:
@@ -57,7 +46,7 @@ def draw_study(study: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     rows = rows_of(study)
-    sweeps = [sweep for sweep in (weight_sweep(study), steps_sweep(study)) if any(map(_is_line, sweep.lines.values()))]
+    sweeps = [sweep for sweep in (weight_sweep(study), steps_sweep(study)) if max(map(len, sweep.lines.values())) > 1]
     height = max(1.7 + 0.3 * len(rows), 6.0 if sweeps else 0.0)
     figure = Figure(figsize=(9.5 + 1.9 * len(sweeps), height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08)
@@ -68,22 +57,28 @@ def draw_study(study: dict[str, Any]) -> Any:
         _draw_rows(axis, rows, metric)
         axis.axvline(figure_value(study["teacher"], metric), **_TEACHER, label="teacher")
     _draw_baselines(modes, rows)
-    _name_rows(modes, aligned, rows)
+    modes.set_yticks(range(len(rows)), [row.name for row in rows])
+    modes.set_ylim(len(rows) - 0.5, -0.5)
+    modes.set_xlim(left=0)
+    modes.tick_params(axis="y", length=0)
+    aligned.tick_params(axis="y", length=0, labelleft=False)
     for column, sweep in enumerate(sweeps, 2):
         _draw_sweep(figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column]), sweep, study)
     figure.suptitle("One dot per training seed, a bar at their mean")
-    figure.legend(*_legend(modes), loc="outside lower center", ncols=5, frameon=False)
+    handles = dict(zip(*reversed(modes.get_legend_handles_labels()), strict=True))  # each label once
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 
 def rows_of(study: dict[str, Any]) -> list[Row]:
     """Runs in the order of the table."""
-    summary = summarise(study)
-    cycles = {run: {**study["defaults"], **study["runs"][run].get("train", {})}["max_steps"] for run in summary}
-    kinds = list(dict.fromkeys(cycles.values()))
-    colours = {run: CYCLE_COLOURS[kinds.index(cycles[run]) % len(CYCLE_COLOURS)] for run in summary}
-    baselines = {run: study["runs"][run].get("baseline", study["baseline"]) for run in summary}
-    return [Row(run, values, baselines[run], cycles[run], colours[run]) for run, values in summary.items()]
+    rows, colours = [], {}
+    for run, values in summarise(study).items():
+        changes = study["runs"][run]
+        cycles = changes.get("train", {}).get("max_steps", study["defaults"]["max_steps"])
+        colour = colours.setdefault(cycles, CYCLE_COLOURS[len(colours) % len(CYCLE_COLOURS)])
+        rows.append(Row(run, values, changes.get("baseline", study["baseline"]), cycles, colour))
+    return rows
 
 
 def weight_sweep(study: dict[str, Any]) -> Sweep:
@@ -112,10 +107,6 @@ def steps_sweep(study: dict[str, Any]) -> Sweep:
     return Sweep("K, anchors online", {"DP-DMD": line})
 
 
-def _is_line(line: dict[float, dict[str, list]]) -> bool:
-    return len(line) > 1
-
-
 def _draw_rows(axis: Axes, rows: Sequence[Row], metric: str) -> None:
     """A line of dots per run, the first at the top."""
     for number, row in enumerate(rows):
@@ -136,14 +127,6 @@ def _draw_baselines(axis: Axes, rows: Sequence[Row]) -> None:
     means = {row.name: mean(row.values["effective_modes"]) for row in rows}
     compared = {number: means[row.baseline] for number, row in enumerate(rows) if row.baseline != row.name}
     axis.scatter(list(compared.values()), list(compared), **_BASELINE, zorder=2, label="mean of the run's baseline")
-
-
-def _name_rows(modes: Axes, aligned: Axes, rows: Sequence[Row]) -> None:
-    modes.set_yticks(range(len(rows)), [row.name for row in rows])
-    modes.set_ylim(len(rows) - 0.5, -0.5)
-    modes.set_xlim(left=0)
-    modes.tick_params(axis="y", length=0)
-    aligned.tick_params(axis="y", length=0, labelleft=False)
 
 
 def _draw_sweep(top: Axes, bottom: Axes, sweep: Sweep, study: dict[str, Any]) -> None:
@@ -171,9 +154,3 @@ def _draw_lines(axis: Axes, sweep: Sweep, metric: str) -> None:
     axis.margins(x=0.12)
     axis.grid(axis="y", color="0.9")
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(axis: Axes) -> tuple[list, list[str]]:
-    """Legend with each label once; runs with the same number of cycles share one."""
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    return list(handles.values()), list(handles)

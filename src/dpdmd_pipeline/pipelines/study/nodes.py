@@ -50,21 +50,21 @@ def run_study(
     """Train and judge every recipe with every seed; finished students are reused.
 
     Several processes that run this node share the students.
-
-    Raises:
-        ValueError: if the exact reader is off, a prompt is outside its world, or a run is not a valid recipe.
     """
-    from dpdmd_pipeline.pipelines.evaluate.scoring import exact_presets
+    from dpdmd_pipeline.pipelines.evaluate.scoring import EXACT_PRESETS
+    from dpdmd_pipeline.scoring.presets import choose
 
     if evaluate.judge != "shapes":
         raise ValueError(
             f"evaluate.judge={evaluate.judge}, but the study needs the exact reader: set evaluate.judge=shapes"
         )
-    inputs = _Inputs(prompts, embeddings, anchors, teacher, train_state, backbone)
-    runs = {name: _prepare(name, run, inputs, anchor_options, train) for name, run in options.active_runs.items()}
-    _check(runs, inputs)  # before the first training
+    default = _Run(prompts, embeddings, anchors, teacher, train_state, None, backbone, anchor_options, train)
+    runs = {}
+    for name, changes in options.active_runs.items():  # checked before the first training
+        with _naming(name):
+            runs[name] = _change(default, changes)
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
-    results = make_all(options.students, partial(_make, inputs, runs, judge))
+    results = make_all(options.students, partial(_make, runs, judge))
     return {
         "baseline": options.baseline,
         "runs": {name: _record(run) for name, run in options.active_runs.items()},
@@ -72,44 +72,44 @@ def run_study(
             **train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
             "steps": anchor_options.anchor_levels[0].steps,
         },
-        "judged": {**judge.count(), "exact_presets": exact_presets(evaluate)},
+        "judged": {
+            "prompts": len(judge.chosen),
+            "per_prompt": evaluate.images_per_prompt,
+            "exact_presets": {preset.full_name: preset.protocol for preset in choose(EXACT_PRESETS)},
+        },
         "teacher": judge.measure(None),
         "rows": [results[student] for student in options.students],
     }
 
 
-class _Inputs(NamedTuple):
-    """Inputs that all students share."""
+class _Run(NamedTuple):
+    """Arguments of `train_student`."""
 
     prompts: Iterable[dict]
     embeddings: Any
     anchors: Any
     teacher: Path
     train_state: Path
+    finished_student: None
     backbone: BackboneOptions
+    anchor_options: AnchorRecipe
+    options: TrainOptions
 
     def rows(self) -> list[int]:
         """Rows of the training prompts."""
         return [row for row, record in enumerate(self.prompts) if record["train"]]
 
 
-class _Run(NamedTuple):
-    """A run with all its options and its anchors."""
-
-    train: TrainOptions
-    anchor_options: AnchorRecipe
-    anchors: Any
-
-
-def _prepare(name: str, run: RunOptions, inputs: _Inputs, anchor_options: AnchorRecipe, train: TrainOptions) -> _Run:
-    """Apply a run's changes; anchors that the cache lacks are drawn in every cycle."""
-    with _naming(name):
-        train = _with_changes(train, run.train)
-        if not run.anchors:
-            return _Run(train, anchor_options, inputs.anchors)
-        anchor_options = _with_changes(anchor_options, _anchor_changes(run))
-        anchors = make_anchors(inputs.prompts, inputs.embeddings, inputs.teacher, inputs.backbone, anchor_options)
-        return _Run(train, anchor_options, anchors)
+def _change(run: _Run, changes: RunOptions) -> _Run:
+    """Apply changes and check the recipe; anchors that the cache lacks are drawn in every cycle."""
+    run = run._replace(options=_with_changes(run.options, changes.train))
+    if changes.anchors:
+        anchor_options = _with_changes(run.anchor_options, _anchor_changes(changes))
+        anchors = make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options)
+        run = run._replace(anchors=anchors, anchor_options=anchor_options)
+    check_optimizers(run.options)
+    check_anchors(run.anchors, run.rows(), run.embeddings, run.teacher, run.backbone, run.anchor_options, run.options)
+    return run
 
 
 @contextmanager
@@ -134,34 +134,16 @@ def _record(run: RunOptions) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value}
 
 
-def _check(runs: Mapping[str, _Run], inputs: _Inputs) -> None:
-    """Check that every recipe fits its anchors, and that its optimizers are available."""
-    shared = inputs.rows(), inputs.embeddings, inputs.teacher, inputs.backbone
-    for name, run in runs.items():
-        with _naming(name):
-            check_optimizers(run.train)
-            check_anchors(run.anchors, *shared, run.anchor_options, run.train)
-
-
-def _make(inputs: _Inputs, runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
+def _make(runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
     """Train and judge one student."""
     seed, name = student
-    run = runs[name]
-    options = run.train.model_copy(update={"seed": seed})
-    own_inputs = inputs._replace(anchors=run.anchors)._asdict()
-    train = partial(
-        train_student, **own_inputs, finished_student=None, anchor_options=run.anchor_options, options=options
-    )
-    identity = student_identity(options.recipe(), inputs.backbone, run.anchors, inputs.rows())
-    return {"run": name, "seed": seed, **judge_student(train, judge, identity)}
+    run = runs[name]._replace(options=runs[name].options.model_copy(update={"seed": seed}))
+    identity = student_identity(run.options.recipe(), run.backbone, run.anchors, run.rows())
+    return {"run": name, "seed": seed, **judge_student(partial(train_student, *run), judge, identity)}
 
 
 def _with_changes(options: Options, changes: dict[str, Any]) -> Options:
-    """Copy options with some changes.
-
-    Raises:
-        ValueError: with the names of the invalid changes.
-    """
+    """Copy options with some changes; an error names the invalid ones."""
     try:
         return type(options)(**{**options.model_dump(), **changes})
     except ValidationError as error:
@@ -177,8 +159,7 @@ def _reason(fault: dict[str, Any]) -> str:
 def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:
     """Values over the seeds by run and metric; `gap_recovered` is of effective modes, seed by seed.
 
-    A committed study may have runs that conf no longer declares, with options that no longer exist: it is read without
-    conf and without the options' classes.
+    A committed study may have options that no longer exist, so it is read without the options' classes.
     """
     from dpdmd_pipeline.metrics.summary import gap_recovered
 

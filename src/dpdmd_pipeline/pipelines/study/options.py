@@ -1,7 +1,5 @@
 """Options of the study."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
@@ -10,38 +8,28 @@ Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 
 
 class RunOptions(BaseModel):
-    """One recipe, as changes to the options.
+    """One recipe, as changes to the options; seeds and baseline of None are the study's.
 
-    Attributes:
-        train: changes in the group `train`.
-        anchors: changes in the group `anchors`. The cache has other anchors, so the teacher draws them in every cycle.
-        seeds: training seeds of this run; None takes the study's.
-        baseline: run whose lost diversity is this run's gap, trained for the same number of cycles; None takes the
-            study's.
+    Own anchors are not in the cache, so the teacher draws them in every cycle. A baseline is trained for as many cycles
+    as the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    train: dict[str, Any] = {}
-    anchors: dict[str, Any] = {}
-    seeds: Seeds | None = None
-    baseline: str | None = None
+    train: dict[str, Any] = {}  # changes in the group `train`
+    anchors: dict[str, Any] = {}  # changes in the group `anchors`
+    seeds: Seeds | None = None  # training seeds
+    baseline: str | None = None  # run whose lost diversity is this run's gap
 
 
 class StudyOptions(BaseModel):
-    """Recipes to compare.
-
-    Attributes:
-        seeds: training seeds of every recipe without its own seeds.
-        baseline: run whose lost diversity is the gap of every run without its own baseline.
-        runs: recipes by name; null removes a run of conf/base.
-    """
+    """Recipes to compare, by name; seeds and baseline are for the runs without their own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     seeds: Seeds
     baseline: str
-    runs: dict[str, RunOptions | None]
+    runs: dict[str, RunOptions | None]  # null removes a run of conf/base
 
     @property
     def active_runs(self) -> dict[str, RunOptions]:
@@ -55,28 +43,18 @@ class StudyOptions(BaseModel):
         return [(seed, name) for seed in seeds for name in self.active_runs if seed in self._seeds_of(name)]
 
     def _seeds_of(self, name: str) -> list[int]:
-        own = self.active_runs[name].seeds
-        return self.seeds if own is None else own
-
-    def baseline_of(self, name: str) -> str:
-        """Baseline of a run."""
-        return self.active_runs[name].baseline or self.baseline
+        return self.active_runs[name].seeds or self.seeds
 
     @model_validator(mode="after")
     def _check_baselines(self) -> Self:
+        """Gaps are compared seed by seed, so a baseline needs the seeds of its runs."""
         names = ", ".join(self.active_runs)
         if self.baseline not in self.active_runs:
             raise ValueError(f"baseline={self.baseline} is not a run: name one of {names}")
-        for name in self.active_runs:
-            if (baseline := self.baseline_of(name)) not in self.active_runs:
+        for name, run in self.active_runs.items():
+            baseline = run.baseline or self.baseline
+            if baseline not in self.active_runs:
                 raise ValueError(f"runs.{name}.baseline={baseline} is not a run: name one of {names}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_seeds(self) -> Self:
-        """Gaps are compared seed by seed."""
-        for name in self.active_runs:
-            baseline = self.baseline_of(name)
             seeds = self._seeds_of(baseline)
             if missing := sorted(set(self._seeds_of(name)) - set(seeds)):
                 raise ValueError(

@@ -5,6 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,19 +25,14 @@ _POLL = 5.0  # seconds between checks of students that other processes train
 
 
 class Judge(NamedTuple):
-    """The exact reader, applied to a model's pictures of the evaluation's prompts and seeds.
+    """The exact reader, applied to a model's pictures of the evaluation's prompts and seeds."""
 
-    Attributes:
-        chosen: text of every evaluation prompt, by row.
-        state: folder of the stored results.
-    """
-
-    chosen: dict[int, str]
+    chosen: dict[int, str]  # text of every evaluation prompt, by row
     embeddings: Any
     teacher: Path
     backbone: BackboneOptions
     options: EvaluateOptions
-    state: Path
+    state: Path  # folder of the stored results
 
     def measure(self, student: Path | None) -> dict[str, Any]:
         """Quality and diversity of a student's folder, or of the teacher for None."""
@@ -46,16 +42,8 @@ class Judge(NamedTuple):
         per_prompt = [samples["image"][samples["prompt"] == row] / 255 for row in self.chosen]
         return judge(per_prompt, list(self.chosen.values()), self.options.seed)
 
-    def count(self) -> dict[str, int]:
-        """Number of prompts, and of pictures per prompt, of each model."""
-        return {"prompts": len(self.chosen), "per_prompt": self.options.images_per_prompt}
-
     def path(self, identity: str) -> Path:
-        """File of a student's result; its name hashes everything that decides it.
-
-        Args:
-            identity: fingerprint of the student's training.
-        """
+        """File of the result of a student's identity; its name hashes everything that decides it."""
         options = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
         inputs = (list(self.chosen.items()), options, folder_hash(self.teacher))
         key = fingerprint(identity, *inputs, code_hash("pipelines.study.students"))
@@ -66,30 +54,18 @@ Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the 
 
 
 def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> dict[str, Any]:
-    """Quality, diversity and last history record of a student; train and judge it unless its result is stored.
-
-    Raises:
-        LockedError: if another process is training or judging it.
-    """
+    """Quality, diversity and last history record of a student; train and judge it unless its result is stored."""
     path = judge.path(identity)
     with locked(Folders.of(path)):
-        result = _load(path)
-        if result is None:
-            write, history = train()
-            with tempfile.TemporaryDirectory() as folder:
-                write(Path(folder))
-                result = {**judge.measure(Path(folder)), "last": history[-1]}
-            text = json.dumps(result)
-            write_atomically(path, lambda temporary: temporary.write_text(text))
-    return result
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    """Load a stored result; None if it does not exist or is not complete."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
+        with suppress(FileNotFoundError, ValueError):  # it may be incomplete
+            return json.loads(path.read_bytes())
+        write, history = train()
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            result = {**judge.measure(Path(folder)), "last": history[-1]}
+        text = json.dumps(result)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+        return result
 
 
 def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, Any]]) -> dict[Student, dict[str, Any]]:
@@ -98,7 +74,6 @@ def make_all(students: Sequence[Student], make: Callable[[Student], dict[str, An
     You can start the same command once per core, and on several machines with a shared file system.
 
     Args:
-        students: students in the order of their training.
         make: trains and judges one student; raises LockedError if another process trains it.
     """
     results: dict[Student, dict[str, Any]] = {}

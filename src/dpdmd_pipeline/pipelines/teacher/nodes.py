@@ -19,14 +19,7 @@ _BATCH_SIZE = 250  # pictures per batch
 def train_embedded_teacher(
     teacher_state: Path, backbone: BackboneOptions, options: TeacherOptions
 ) -> Callable[[Path], None]:
-    """Train tokenizer, text encoders, autoencoder and denoising network from scratch, on the CPU.
-
-    Returns:
-        Function that writes the pipeline into a folder, in half precision.
-
-    Raises:
-        ValueError: if the recipe has another family than backbone.family.
-    """
+    """Train all networks of the teacher from scratch, on the CPU; returns their writer, in half precision."""
     if options.recipe.family != backbone.family:
         raise ValueError(
             f"backbone.family is {backbone.family!r}, but teacher.recipe trains a {options.recipe.family} teacher: "
@@ -39,14 +32,8 @@ def train_embedded_teacher(
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
     state = teacher_state / fingerprint(SCHEMA, recipe, code_hash("training.teacher"))[:16]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )
-    with Progress(*columns) as progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+    with Progress(TextColumn("{task.description}"), *columns) as progress:
 
         def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
             bar = progress.add_task(name, total=total, facts="")
@@ -61,16 +48,24 @@ def train_embedded_teacher(
 
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
-    """Judge quality and diversity of the teacher at its own settings, and count the rarest mode of any prompt."""
+    """Judge quality and diversity of the teacher at its own settings, and count the rarest mode of any prompt.
+
+    `drawn` counts the pictures nearest to a mode, `drawn_clean` those that are close enough to be valid.
+    """
+    import torch
+
     from dpdmd_pipeline.metrics.shapes import judge
     from dpdmd_pipeline.shapes.reader import read
-    from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
+    from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, caption
 
     prompts = [caption(index) for index in range(NUM_PROMPTS)]
     images, rarest = [], []
     for row, pictures in enumerate(_draw(teacher, prompts, backbone, options)):
         images.append(pictures)
-        rarest.append(_rarest(read(pictures), row))
+        reading = read(pictures)
+        nearest = reading.prompt == row
+        modes = [reading.mode[mask] for mask in (nearest, nearest & reading.valid)]
+        rarest.append([int(torch.bincount(mode, minlength=NUM_MODES).min()) for mode in modes])
         log.info("%r: rarest mode drawn %d times, %d of them clean", prompts[row], *rarest[-1])
     drawn, clean = zip(*rarest, strict=True)
     return {
@@ -105,16 +100,3 @@ def _draw(teacher: Path, prompts: Sequence[str], backbone: BackboneOptions, opti
         seeds = sample_seeds(options.judge_seed, "teacher", row, options.judged_per_prompt)
         batches = [seeds[start : start + _BATCH_SIZE] for start in range(0, len(seeds), _BATCH_SIZE)]
         yield torch.cat([draw(row, batch) for batch in batches])
-
-
-def _rarest(reading: Any, prompt: int) -> tuple[int, int]:
-    """Count the rarest mode of a prompt: its nearest pictures, and those of them that are close enough to be valid."""
-    import torch
-
-    from dpdmd_pipeline.shapes.world import NUM_MODES
-
-    of_prompt = reading.prompt == prompt
-    return tuple(
-        int(torch.bincount(reading.mode[mask], minlength=NUM_MODES).min())
-        for mask in (of_prompt, of_prompt & reading.valid)
-    )

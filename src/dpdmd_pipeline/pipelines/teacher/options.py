@@ -1,7 +1,5 @@
 """Options of the teacher stage."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field

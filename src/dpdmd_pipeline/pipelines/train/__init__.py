@@ -1,5 +1,3 @@
 """Stage `train`: the DP-DMD student, and the DMD baseline by the same code."""
 
-from dpdmd_pipeline.pipelines.train.pipeline import create_pipeline
-
-__all__ = ["create_pipeline"]
+from dpdmd_pipeline.pipelines.train.pipeline import create_pipeline as create_pipeline

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.pipelines.train.progress import follow
+from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
 from dpdmd_pipeline.planning.identity import check_embeddings
@@ -63,7 +63,8 @@ def train_student(
         "train": recipe.model_dump(mode="json"),
     }
     header = _make_header(model, backbone, recipe, identity, groups)
-    history = _with_same_keys(history)
+    keys = dict.fromkeys(key for row in history for key in row)
+    history = [{**keys, **row} for row in history]  # None for values that were not measured in that cycle
     return partial(_write_student, student=student, header=header, history=history), history
 
 
@@ -74,31 +75,27 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | N
     history = load_finished(finished_student, identity)
     if history is None:
         return None
-    log.info("%s: finished student reused from %s", _method(recipe), finished_student)
+    log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
 
 
 def _train(job: Job, recipe: Recipe) -> tuple[Any, Any, list[dict]]:
     """Train to the end, from the newest checkpoint if there is one: the family's adapter, the student, its history."""
+    name, folder = method_name(recipe), job.checkpoints.folder
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
     with nullcontext() if several else job.checkpoints.locked():
-        resumed = job.checkpoints.load_latest()
-        finished_cycles = _log_resume(resumed, recipe, job.checkpoints.folder)
-        if several and finished_cycles < recipe.max_steps:
-            resumed = _train_in_processes(job, finished_cycles)
-            finished_cycles = resumed[0]
-        model, roles, records = start(job, resumed)
+        cycles, state = job.checkpoints.load_latest() or (0, None)
+        if cycles == recipe.max_steps:
+            log.info("%s: finished student reused from %s", name, folder)
+        elif cycles:
+            log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, folder)
+        if several and cycles < recipe.max_steps:
+            cycles, state = _train_in_processes(job, cycles)
+        model, roles, records = start(job, (cycles, state) if state else None)
         # Iterating also loads the weights of a finished student, which has no records left.
-        unfinished = finished_cycles < recipe.max_steps
-        new = follow(records, finished_cycles, recipe, job.options.log_every) if unfinished else list(records)
-        history = [*(resumed[1]["history"] if resumed else []), *new]
+        new = follow(records, cycles, recipe, job.options.log_every) if cycles < recipe.max_steps else list(records)
+        history = [*(state["history"] if state else []), *new]
     return model, roles.student, history
-
-
-def _with_same_keys(history: list[dict]) -> list[dict]:
-    """Rows with None for what was not measured in their cycle: `dvc plots` needs the same keys in every row."""
-    keys = dict.fromkeys(key for row in history for key in row)
-    return [{**keys, **row} for row in history]
 
 
 @contextmanager
@@ -151,36 +148,17 @@ def _write_student(folder: Path, student: Any, header: Any, history: list[dict])
     save_history(folder, history)
 
 
-def _method(recipe: Recipe) -> str:
-    return "DP-DMD" if recipe.anchored_steps else "DMD"
-
-
-def _log_resume(resumed: tuple[int, dict] | None, recipe: Recipe, folder: Path) -> int:
-    """Log what is reused; returns the number of finished cycles."""
-    cycles = resumed[0] if resumed else 0
-    if cycles == recipe.max_steps:
-        log.info("%s: finished student reused from %s", _method(recipe), folder)
-    elif cycles:
-        log.info("%s: resumed after cycle %d of %d from %s", _method(recipe), cycles, recipe.max_steps, folder)
-    return cycles
-
-
 def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
-    """Continue in other processes; returns the finished state that they leave.
-
-    Raises:
-        ValueError: if there is none, since it was deleted or damaged meanwhile.
-    """
+    """Continue in other processes; returns the finished state that they leave."""
     from dpdmd_pipeline.pipelines.train.worker import train_in_processes
 
     follow(train_in_processes(job), finished_cycles, job.options.recipe(), job.options.log_every)
-    state = job.checkpoints.load_latest()
-    if state is None:
-        raise ValueError(
-            f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its "
-            "disk faulty? Run the same command again"
-        )
-    return state
+    if resumed := job.checkpoints.load_latest():
+        return resumed
+    raise ValueError(
+        f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its disk "
+        "faulty? Run the same command again"
+    )
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:

@@ -17,19 +17,21 @@ log = logging.getLogger(__name__)
 _LOSSES = {"dmd_loss": "dmd", "diversity_loss": "diversity", "fake_score_loss": "fake_score"}
 
 
+def method_name(recipe: Recipe) -> str:
+    return "DP-DMD" if recipe.anchored_steps else "DMD"
+
+
 def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -> list[dict]:
     """Run the loop to its end; returns the records of its new cycles.
 
     Args:
-        records: of the cycles after `done`.
-        done: cycles of an earlier run.
-        recipe: of the student.
+        records: of the cycles after `done`, the cycles of an earlier run.
         log_every: cycles between lines in the log.
 
     Raises:
         KeyboardInterrupt: after the current cycle, if a signal asked to stop.
     """
-    name = "DP-DMD" if recipe.anchored_steps else "DMD"
+    name = method_name(recipe)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
     new: list[dict] = []
     begin = time.monotonic()

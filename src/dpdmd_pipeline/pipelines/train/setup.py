@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Inputs and options of one student; pickled for other processes, so files are given by their paths.
+    """Inputs and options of one student; pickled for other processes, so files are given by their paths."""
 
-    Attributes:
-        rows: of the training prompts.
-    """
-
-    rows: list[int]
+    rows: list[int]  # of the training prompts
     embeddings: Any
     anchors: Any
     teacher: Path
@@ -32,11 +28,7 @@ class Job:
 
 
 def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Any, Iterator[dict]]:
-    """Load the networks and set up the loop.
-
-    Returns:
-        Backbone, roles, and the records of the new cycles; training happens while these are consumed.
-    """
+    """Backbone, roles, and the records of the new cycles; training happens while these are consumed."""
     from torch.distributed import is_initialized
 
     from dpdmd_pipeline.training.distill import distill

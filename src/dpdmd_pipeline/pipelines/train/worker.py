@@ -1,7 +1,5 @@
 """Training of one student in several processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
 
