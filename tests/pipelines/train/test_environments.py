@@ -22,7 +22,7 @@ from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train import preflight
-from dpdmd_pipeline.planning.run import refusals, refuse_run
+from dpdmd_pipeline.planning.checks import refusals, refuse_run
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
