@@ -159,7 +159,9 @@ def _gaps(metrics: dict[str, Any]) -> str:
     missing = sorted({name for entry in models for name in entry.get("missing", {})})
     faults = sum(count for entry in models for count in entry.get("faults", {}).values())
     lines = [f"not measured: {', '.join(missing)}"] if missing else []
-    return "; ".join([*lines, *([f"{faults} pictures or prompts left out of figures"] if faults else [])])
+    if faults:
+        lines.append(f"{faults} pictures or prompts left out of figures")
+    return "; ".join(lines)
 
 
 def _lower_level_of_mendable(record: logging.LogRecord) -> bool:

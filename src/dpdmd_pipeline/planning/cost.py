@@ -21,7 +21,7 @@ class Passes:
     """Passes through the network per sample; a guided call is two."""
 
     forward: float = 0.0  # with and without gradient, before any repetition
-    backward: float = 0.0
+    backward: float = 0.0  # backward passes of these
     repeated: float = 0.0  # forward passes that gradient checkpointing repeats in the backward pass
 
     @property
@@ -32,10 +32,8 @@ class Passes:
     def __add__(self, other: Passes) -> Passes:
         return Passes(self.forward + other.forward, self.backward + other.backward, self.repeated + other.repeated)
 
-    def __mul__(self, times: float) -> Passes:
+    def __rmul__(self, times: float) -> Passes:
         return Passes(self.forward * times, self.backward * times, self.repeated * times)
-
-    __rmul__ = __mul__
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,11 @@ def check_embeddings(embeddings: Any, prompts: Iterable[dict], teacher: Path) ->
     Raises:
         StageError: if they belong to other prompts or other text encoders: row i would be another prompt's.
     """
-    digests = {"texts": texts_digest(prompts), "teacher_text": text_side_hash(teacher)}
-    names = {"texts": "prompts", "teacher_text": "text encoders"}
-    for key, digest in digests.items():
+    digests = (("texts", "prompts", texts_digest(prompts)), ("teacher_text", "text encoders", text_side_hash(teacher)))
+    for key, name, digest in digests:
         if (recorded := str(embeddings.manifest.get(key))) != digest:
-            raise StageError(
-                f"the embeddings belong to other {names[key]} ({recorded[:8]}, this run has {digest[:8]})", "prompts"
-            )
+            fact = f"the embeddings belong to other {name} ({recorded[:8]}, this run has {digest[:8]})"
+            raise StageError(fact, "prompts")
 
 
 def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
@@ -103,7 +101,8 @@ def code_hash(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for name, path in sorted(_import_closure(modules).items()):
-        digest.update(f"{name}\0{_behaviour(path)}\n".encode())
+        behaviour = _WithoutWords().visit(ast.parse(path.read_text(encoding="utf-8")))
+        digest.update(f"{name}\0{ast.dump(behaviour)}\n".encode())
     return digest.hexdigest()
 
 
@@ -149,7 +148,3 @@ class _WithoutWords(ast.NodeTransformer):
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:  # noqa: N802
         return ast.Raise()
-
-
-def _behaviour(path: Path) -> str:
-    return ast.dump(_WithoutWords().visit(ast.parse(path.read_text(encoding="utf-8"))))

@@ -132,7 +132,8 @@ class MemoryModel:
         """The roles without weights, made once."""
         key = recipe.model_dump_json(include={"roles", "lora"})
         if key not in self._roles:
-            roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
+            with torch.device("meta"):
+                roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
             with self.fake:
                 move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *roles.networks])
             self._roles[key] = roles
