@@ -51,11 +51,6 @@ class TeacherSettings:
     with_denoised: bool = False
     num_steps: int = 0
 
-    @property
-    def calls(self) -> int:
-        """Forward passes of one guided call."""
-        return calls_of(self.guidance_scale)
-
 
 def calls_of(guidance_scale: float) -> int:
     """Forward passes of one guided call of the teacher."""
@@ -80,7 +75,7 @@ def student_update(recipe: Recipe, execution: Execution, teacher: TeacherSetting
     # A later anchored step starts at the teacher's latents, and the student goes on from its own
     first = 2 * anchored - 1 if anchored else 0
     rest = (recipe.num_steps if graded_step is None else graded_step + 1) - anchored
-    scores = teacher.calls + 1  # of the teacher and of the fake score
+    scores = calls_of(teacher.guidance_scale) + 1  # of the teacher and of the fake score
     backward = anchored + _backward_of_dmd(recipe, graded_step)
     return anchors + _graded(execution, first + rest + scores, backward)
 
@@ -150,7 +145,8 @@ def watch_cost(recipe: Recipe, teacher: TeacherSettings) -> Passes:
     if not watch.every:
         return Passes()
     samples, measurements = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
-    of_teacher, of_student = teacher.calls * (teacher.num_steps + 1), recipe.num_steps + teacher.calls
+    calls = calls_of(teacher.guidance_scale)
+    of_teacher, of_student = calls * (teacher.num_steps + 1), recipe.num_steps + calls
     return Passes(samples * (of_teacher + measurements * of_student))
 
 

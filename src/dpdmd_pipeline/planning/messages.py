@@ -66,21 +66,16 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
 
 def _disk_line(error: BaseException, dataset: str) -> str | None:
     """The line for a full or closed disk."""
-    number, name = _disk_errno(error), getattr(error, "filename", None) or dataset or "a file"
+    number = error.errno if isinstance(error, OSError) else None
+    name = getattr(error, "filename", None) or dataset or "a file"
+    if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
+        number = next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {name} could not be written; free some space, {AGAIN}"
     if number == errno.EROFS:
         return f"{name} is on a read-only file system; make it writable, {AGAIN}"
     if number in (errno.EACCES, errno.EPERM):
         return f"no permission for {name}; change its owner or mode, {AGAIN}"
-    return None
-
-
-def _disk_errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-        return next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
     return None
 
 

@@ -15,9 +15,8 @@ def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[
 
     Training prompts count too: the embedded teacher has never seen other words, so it cannot draw them.
     """
-    if not USERS & {node.name for node in pipeline.nodes} or "params:evaluate" not in catalog:
-        return []
-    if _option(catalog, "evaluate", "judge") != "shapes":
+    uses_prompts = USERS & {node.name for node in pipeline.nodes} and "params:evaluate" in catalog
+    if not uses_prompts or _option(catalog, "evaluate", "judge") != "shapes":
         return []
     try:
         line = foreign_line(_texts(pipeline, catalog))
