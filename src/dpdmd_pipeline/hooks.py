@@ -27,7 +27,13 @@ class ConfigHooks:
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
-        _refuse_several_processes()
+        from kedro.validation import ParameterValidationError
+
+        if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise click.ClickException(
+                f"WORLD_SIZE = {world_size}: every process would run the whole pipeline; start one `kedro run`, "
+                "without torchrun or accelerate launch: training starts its own processes"
+            )
         loader = context.config_loader
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
         try:
@@ -37,9 +43,9 @@ class ConfigHooks:
             raise click.ClickException(f"the configuration cannot be read: {one_line(error)}") from error
         try:
             _refuse([*lines, *options.refused_options(loader, options.requested_pipelines())])
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
-        _refuse_what_kedro_refuses(context)
+            _ = context.params
+        except (ValueError, ParameterValidationError) as error:
+            raise click.ClickException(one_line(error)) from error
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params, pipeline, catalog) -> None:
@@ -47,14 +53,14 @@ class ConfigHooks:
         project, env = Path(run_params["project_path"]), run_params["env"]
         if env not in DEFAULT_ENVIRONMENTS and "environment" in catalog:
             catalog.get("environment").save(env)
+        only_missing = run_params.get("only_missing_outputs")
         try:
-            all_outputs = run_params.get("only_missing_outputs")
-            missing = [] if all_outputs else [*files.missing_inputs(pipeline, catalog, project, env)]
+            missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, env)]
         except ValueError as error:
             raise click.ClickException(str(error)) from error
         _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
+        from dpdmd_pipeline.planning.checks import refuse_run
         from dpdmd_pipeline.planning.prompts import refuse_prompts
-        from dpdmd_pipeline.planning.run import refuse_run
 
         _refuse(refuse_prompts(pipeline, catalog, env))
         _refuse(refuse_run(pipeline, catalog, env))
@@ -112,8 +118,8 @@ class ErrorHooks:
             return
         log.debug("the run failed", exc_info=error)
         project = Path(run_params["project_path"])
-        place = files.label(self._dataset, catalog, project) if self._dataset else f"a file of {self._node}"
-        if line := error_line(error, place, run_params["env"]):
+        dataset = files.label(self._dataset, catalog, project) if self._dataset else f"a file of {self._node}"
+        if line := error_line(error, dataset, run_params["env"]):
             raise click.ClickException(line) from error
 
 
@@ -134,27 +140,10 @@ def prepare_log_files() -> None:
 def _refuse(lines: Iterable[str | None]) -> None:
     """End the run with these lines, if there are any."""
     lines = [line for line in lines if line]
+    if len(lines) > 1:
+        lines = [f"{len(lines)} things are wrong:", *lines]
     if lines:
-        text = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} things are wrong:", *lines])
-        raise click.ClickException(text)
-
-
-def _refuse_several_processes() -> None:
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise click.ClickException(
-            f"WORLD_SIZE = {world_size}: every process would run the whole pipeline; start one `kedro run`, without "
-            "torchrun or accelerate launch: training starts its own processes"
-        )
-
-
-def _refuse_what_kedro_refuses(context) -> None:
-    from kedro.validation import ParameterValidationError
-
-    try:
-        _ = context.params
-    except ParameterValidationError as error:
-        raise click.ClickException(one_line(error)) from error
+        raise click.ClickException("\n  ".join(lines))
 
 
 def _handle_sigterm_like_control_c() -> None:
@@ -170,7 +159,9 @@ def _gaps(metrics: dict[str, Any]) -> str:
     missing = sorted({name for entry in models for name in entry.get("missing", {})})
     faults = sum(count for entry in models for count in entry.get("faults", {}).values())
     lines = [f"not measured: {', '.join(missing)}"] if missing else []
-    return "; ".join([*lines, *([f"{faults} pictures or prompts left out of figures"] if faults else [])])
+    if faults:
+        lines.append(f"{faults} pictures or prompts left out of figures")
+    return "; ".join(lines)
 
 
 def _lower_level_of_mendable(record: logging.LogRecord) -> bool:

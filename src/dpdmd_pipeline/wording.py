@@ -9,6 +9,11 @@ def one_line(message: Any) -> str:
     return " ".join(str(message).split())
 
 
+def short(text: str, length: int) -> str:
+    """The text, or its first characters and an ellipsis."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def counted(number: int, one: str, more: str = "") -> str:
     """A number and its noun, such as `1 answer` or `2 answers`."""
     return f"{number} {one if number == 1 else more or f'{one}s'}"

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset
 from dpdmd_pipeline.planning.disk import anchor_bytes, embedding_bytes
+from dpdmd_pipeline.planning.gpu import describe_remedies, remedies
 from dpdmd_pipeline.planning.memory import MemoryModel, waiting_passes
-from dpdmd_pipeline.planning.remedies import describe_remedies, remedies
 from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.execution import Execution
@@ -260,7 +260,7 @@ def test_sharding_is_named_only_if_several_processes_can_share_the_networks(mode
 
 @pytest.mark.parametrize("spec, installs", [(None, True), (object(), False)], ids=["absent", "installed"])
 def test_moments_in_8_bits_are_named_with_their_library_if_it_is_missing(model, monkeypatch, spec, installs):
-    monkeypatch.setattr("dpdmd_pipeline.planning.remedies.find_spec", lambda _: spec)
+    monkeypatch.setattr("dpdmd_pipeline.planning.gpu.find_spec", lambda _: spec)
     options = remedies(model, recipe_with(batch_size=8), micro_batches_of(8, **CHECKPOINTED))
     (eight_bits,) = [text for text, _ in options if "kind=adamw_8bit" in text]
     assert ("`pip install bitsandbytes`" in eight_bits) == installs

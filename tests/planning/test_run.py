@@ -11,11 +11,11 @@ import torch
 from tests.pipelines.conftest import OPTIMIZER, TRAIN, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.planning import checks, disk
+from dpdmd_pipeline.planning.checks import refusals
 from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
 from dpdmd_pipeline.planning.disk import written_bytes
 from dpdmd_pipeline.planning.gpu import explain_out_of_memory
 from dpdmd_pipeline.planning.plan import Plan
-from dpdmd_pipeline.planning.run import refusals
 
 GIB = 2**30
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}

@@ -1,14 +1,76 @@
-"""Checks before a student is trained: its anchors, its options against each other, and this machine."""
+"""Checks before anything large is read: options against the teacher, the anchors, each other and this machine.
 
-from collections.abc import Sequence
+Each `check_` function raises a ValueError that names the options, their values and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.planning.messages import describe
+from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
+from dpdmd_pipeline.wording import one_line, short
+
+
+def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
+    """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks.
+
+    Runs of `study` and `beyond` are not checked here: their node checks every student before it trains the first.
+    """
+    teacher = catalog.get("teacher") if "teacher" in catalog else None
+    if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
+        return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
+    try:
+        plan = make_plan(pipeline, catalog)
+        return refusals(plan) if plan else []
+    except (ValueError, OSError) as error:
+        return [describe(error, env)]
+
+
+def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
+    """One line for each reason why the run cannot succeed; empty if none is known. Logs its cost.
+
+    Args:
+        plan: of the run.
+        device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
+    """
+    from dpdmd_pipeline.planning.disk import full_disks
+    from dpdmd_pipeline.planning.gpu import students_too_large
+
+    try:
+        lines = [*_refused_options(plan)]
+    except (ValueError, OSError) as error:
+        return [one_line(error)]
+    return lines or [*students_too_large(plan, device_memory), *full_disks(plan)]
+
+
+def _refused_options(plan: Plan) -> Iterator[str]:
+    """Options that the teacher's config does not allow."""
+    model, steps = plan.model, plan.backbone.num_steps
+    for level in plan.anchors.anchor_levels:
+        if level.steps is not None and level.steps >= steps:
+            yield f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={steps}"
+    first = plan.anchors.anchor_levels[0].steps
+    for group, options in plan.trained.items():
+        try:
+            resolve_device(options.device)
+            check_precision(plan.backbone, options)
+            check_guidance(plan.backbone, options)
+            check_speed(plan.teacher, options)
+            check_optimizers(options)
+            check_recipe(plan.anchors, options)
+            levels = model.student_schedule(options.grid, options.num_steps)
+            if options.anchored_steps and first is not None and first < steps:
+                _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
+        except ValueError as error:
+            yield f"{group}: {one_line(error)}"
 
 
 def check_anchors(
@@ -32,16 +94,11 @@ def check_anchors(
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest
-    facts = ("teacher", "teacher_sigmas", "embeddings", "rows")
-    recorded = {
-        **{f"anchors.{name}": value for name, value in manifest["options"].items()},
-        **{f"backbone.{name}": value for name, value in manifest.get("backbone", {}).items()},
-        **{name: manifest.get(name) for name in facts},
-    }
-    options_dump = options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
+    backbone_options = manifest.get("backbone", {})
+    recorded = manifest | _named("anchors", manifest["options"]) | _named("backbone", backbone_options)
     current = {
-        **{f"anchors.{name}": value for name, value in options_dump.items()},
-        **{f"backbone.{name}": getattr(backbone, name) for name in manifest.get("backbone", {})},
+        **_named("anchors", options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)),
+        **_named("backbone", {name: getattr(backbone, name) for name in backbone_options}),
         "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
@@ -49,92 +106,24 @@ def check_anchors(
     }
     for name, value in current.items():
         if value != recorded.get(name):
+            before, now = short(repr(recorded.get(name)), 60), short(repr(value), 60)
             raise StageError(
-                f"the anchors were made with {name}={_short(recorded.get(name))}, this run has {_short(value)}; set "
-                "it back or make them again",
+                f"the anchors were made with {name}={before}, this run has {now}; set it back or make them again",
                 stage="anchors",
             )
     check_recipe(options, recipe)
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
-        check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
+        _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
 
 
-def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that teacher and trained networks compute in one precision.
-
-    Raises:
-        ValueError: names both values.
-    """
-    if backbone.dtype != recipe.precision:
-        raise ValueError(
-            f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
-            "the teacher and the networks it trains work in one precision, float32 or bfloat16"
-        )
+def _named(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their names on the command line, such as `anchors.seed`."""
+    return {f"{group}.{name}": value for name, value in options.items()}
 
 
-def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that a guidance interval comes with guidance.
-
-    Raises:
-        ValueError: names both values.
-    """
-    if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
-        raise ValueError(
-            f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "
-            "backbone.guidance_scale=1 has no guidance: set guidance_interval=[0.0, 1.0]"
-        )
-
-
-def check_speed(teacher: Path, options: TrainOptions) -> None:
-    """Check that this machine can compile, and that the network has convolutions, if the options need it.
-
-    Raises:
-        ValueError: names the option and the missing part.
-    """
-    from dpdmd_pipeline.planning.weightless import network_class
-    from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
-
-    if options.compile != "none":
-        refuse_missing_compiler(resolve_device(options.device))
-    if options.channels_last:
-        refuse_channels_last(network_class(teacher))
-
-
-def check_optimizers(options: TrainOptions) -> None:
-    """Check that this machine has what 8-bit moments need, if an optimizer uses them.
-
-    Raises:
-        ValueError: names the optimizers and the missing part.
-    """
-    roles = [role for role in ("student", "fake_score") if getattr(options, role).kind == "adamw_8bit"]
-    if not roles:
-        return
-    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in roles)
-    if (device := resolve_device(options.device)).type != "cuda":
-        raise ValueError(f"{kinds}: 8-bit moments need a CUDA device, this student trains on {device}: set kind=adamw")
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
-            "(the extra `8bit` of this project), or set kind=adamw"
-        )
-
-
-def _short(value: Any) -> str:
-    """Text of a value, cut after 40 characters: the first digits of a hash, the first levels of a schedule."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}..."
-
-
-def check_start(start: float, anchor: float) -> None:
-    """Check that the first anchor is less noisy than the student's start.
-
-    Args:
-        start, anchor: sigmas.
-
-    Raises:
-        ValueError: names both.
-    """
+def _check_start(start: float, anchor: float) -> None:
+    """Check that the first anchor's sigma is below that of the student's start."""
     if not anchor < start:
         raise ValueError(
             f"the first of anchors.anchor_levels is at sigma {anchor:.4g}, train.grid starts at {start:.4g}: "
@@ -143,16 +132,10 @@ def check_start(start: float, anchor: float) -> None:
 
 
 def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
-    """Check that the anchors have the recipe's levels, enough of them, and the x0 of tangent targets.
-
-    Args:
-        options: of the anchors.
-        recipe: of the student.
-
-    Raises:
-        ValueError: names the option, both values and the remedy.
-    """
-    for level in options.anchor_levels if recipe.anchored_steps else ():
+    """Check that the anchors have the recipe's levels, enough of them, and the x0 of tangent targets."""
+    if not recipe.anchored_steps:
+        return
+    for level in options.anchor_levels:
         student = level.first_step
         if student is not None and (student.grid, student.num_steps) != (recipe.grid, recipe.num_steps):
             raise ValueError(
@@ -164,5 +147,49 @@ def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
         raise ValueError(
             f"train.anchored_steps={recipe.anchored_steps} needs as many anchors.anchor_levels, there are {available}"
         )
-    if recipe.anchored_steps and recipe.target == "tangent" and not options.with_denoised:
+    if recipe.target == "tangent" and not options.with_denoised:
         raise ValueError("train.target=tangent needs the teacher's x0 at the anchor: set anchors.with_denoised=true")
+
+
+def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that teacher and trained networks compute in one precision."""
+    if backbone.dtype != recipe.precision:
+        raise ValueError(
+            f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
+            "the teacher and the networks it trains work in one precision, float32 or bfloat16"
+        )
+
+
+def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that a guidance interval comes with guidance."""
+    if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
+        raise ValueError(
+            f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "
+            "backbone.guidance_scale=1 has no guidance: set guidance_interval=[0.0, 1.0]"
+        )
+
+
+def check_speed(teacher: Path, options: TrainOptions) -> None:
+    """Check that this machine can compile, and that the network has convolutions, if the options need it."""
+    from dpdmd_pipeline.planning.weightless import network_class
+    from dpdmd_pipeline.training.speed import refuse_channels_last, refuse_missing_compiler
+
+    if options.compile != "none":
+        refuse_missing_compiler(resolve_device(options.device))
+    if options.channels_last:
+        refuse_channels_last(network_class(teacher))
+
+
+def check_optimizers(options: TrainOptions) -> None:
+    """Check that this machine has what 8-bit moments need, if an optimizer uses them."""
+    roles = [role for role in ("student", "fake_score") if getattr(options, role).kind == "adamw_8bit"]
+    if not roles:
+        return
+    kinds = " and ".join(f"{role}.kind=adamw_8bit" for role in roles)
+    if (device := resolve_device(options.device)).type != "cuda":
+        raise ValueError(f"{kinds}: 8-bit moments need a CUDA device, this student trains on {device}: set kind=adamw")
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
+            "(the extra `8bit` of this project), or set kind=adamw"
+        )

@@ -18,17 +18,11 @@ BACKWARD = 2  # F: one for the gradient of the inputs, one for that of the weigh
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes through the network per sample; a guided call is two.
+    """Passes through the network per sample; a guided call is two."""
 
-    Attributes:
-        forward: with and without gradient, before any repetition.
-        backward: of these.
-        repeated: forward passes that gradient checkpointing repeats in the backward pass.
-    """
-
-    forward: float = 0.0
-    backward: float = 0.0
-    repeated: float = 0.0
+    forward: float = 0.0  # with and without gradient, before any repetition
+    backward: float = 0.0  # backward passes of these
+    repeated: float = 0.0  # forward passes that gradient checkpointing repeats in the backward pass
 
     @property
     def total(self) -> float:
@@ -38,10 +32,8 @@ class Passes:
     def __add__(self, other: Passes) -> Passes:
         return Passes(self.forward + other.forward, self.backward + other.backward, self.repeated + other.repeated)
 
-    def __mul__(self, times: float) -> Passes:
+    def __rmul__(self, times: float) -> Passes:
         return Passes(self.forward * times, self.backward * times, self.repeated * times)
-
-    __rmul__ = __mul__
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,6 @@ class TeacherSettings:
     """The teacher's part in the cost.
 
     Attributes:
-        guidance_scale: of the teacher.
         online_anchors: teacher steps K of the anchors that are computed in each student update; empty with a cache.
         with_denoised: True if the teacher's x0 at each of these is computed, too.
         num_steps: of the teacher's own sampling.
@@ -60,11 +51,6 @@ class TeacherSettings:
     with_denoised: bool = False
     num_steps: int = 0
 
-    @property
-    def calls(self) -> int:
-        """Forward passes of one guided call."""
-        return calls_of(self.guidance_scale)
-
 
 def calls_of(guidance_scale: float) -> int:
     """Forward passes of one guided call of the teacher."""
@@ -72,13 +58,7 @@ def calls_of(guidance_scale: float) -> int:
 
 
 def anchor_passes(steps: Sequence[int], with_denoised: bool, guidance_scale: float) -> Passes:
-    """Anchors of one sample: the teacher's rollout to the last one, and one more call at each for its x0.
-
-    Args:
-        steps: rising teacher steps K.
-        with_denoised: True if the x0 is computed.
-        guidance_scale: of the teacher.
-    """
+    """Anchors of one sample: the teacher's rollout to the last of rising steps, and one call at each for its x0."""
     calls = (steps[-1] if steps else 0) + len(steps) * with_denoised
     return Passes(calls * calls_of(guidance_scale))
 
@@ -90,13 +70,12 @@ def student_update(recipe: Recipe, execution: Execution, teacher: TeacherSetting
         graded_step: step that L_DMD trains, None for all; see `match_teacher`.
     """
     anchored = recipe.anchored_steps
-    anchors = Passes()
-    if anchored:
-        anchors = anchor_passes(teacher.online_anchors, teacher.with_denoised, teacher.guidance_scale)
+    steps = teacher.online_anchors if anchored else ()
+    anchors = anchor_passes(steps, teacher.with_denoised, teacher.guidance_scale)
     # A later anchored step starts at the teacher's latents, and the student goes on from its own
     first = 2 * anchored - 1 if anchored else 0
     rest = (recipe.num_steps if graded_step is None else graded_step + 1) - anchored
-    scores = teacher.calls + 1  # of the teacher and of the fake score
+    scores = calls_of(teacher.guidance_scale) + 1  # of the teacher and of the fake score
     backward = anchored + _backward_of_dmd(recipe, graded_step)
     return anchors + _graded(execution, first + rest + scores, backward)
 
@@ -122,29 +101,18 @@ def graded_steps(recipe: Recipe) -> list[int | None]:
 
 
 def fake_score_update(recipe: Recipe, execution: Execution, *, draws: bool) -> Passes:
-    """One sample of a fake-score update.
-
-    Args:
-        draws: True if the student draws a sample for it, False if it reuses that of an earlier update.
-    """
+    """One sample of a fake-score update; `draws` is False if it reuses the student's sample of an earlier update."""
     return Passes(recipe.num_steps if draws else 0) + _graded(execution, 1, 1)
 
 
 @dataclass(frozen=True)
 class CycleCost:
-    """Mean passes per sample.
+    """Mean passes per sample."""
 
-    Attributes:
-        student_update: one, including its anchors if they are computed online.
-        fake_score_updates: all of one cycle.
-        ratio: one measurement of the two gradients' norms, which `ratio_every` makes rare.
-        warmup: the fake-score updates before the first cycle, together.
-    """
-
-    student_update: Passes
-    fake_score_updates: Passes
-    ratio: Passes
-    warmup: Passes
+    student_update: Passes  # including its anchors if they are computed online
+    fake_score_updates: Passes  # all of one cycle
+    ratio: Passes  # one measurement of the two gradients' norms, which `ratio_every` makes rare
+    warmup: Passes  # the fake-score updates before the first cycle, together
 
     @property
     def cycle(self) -> Passes:
@@ -177,18 +145,15 @@ def watch_cost(recipe: Recipe, teacher: TeacherSettings) -> Passes:
     if not watch.every:
         return Passes()
     samples, measurements = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
-    of_teacher, of_student = teacher.calls * (teacher.num_steps + 1), recipe.num_steps + teacher.calls
+    calls = calls_of(teacher.guidance_scale)
+    of_teacher, of_student = calls * (teacher.num_steps + 1), recipe.num_steps + calls
     return Passes(samples * (of_teacher + measurements * of_student))
 
 
 def describe_cost(
     recipe: Recipe, execution: Execution, teacher: TeacherSettings, forward_flops: float | None = None
 ) -> list[str]:
-    """Lines for the log before a run.
-
-    Args:
-        forward_flops: floating-point operations of one forward pass of one sample; None leaves them out.
-    """
+    """Lines for the log before a run; with the operations of one sample's forward pass, also the run's."""
     cost = cycle_cost(recipe, execution, teacher)
     name = "DP-DMD" if recipe.anchored_steps else "DMD"
     samples = recipe.batch_size

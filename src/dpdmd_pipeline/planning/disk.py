@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 
 from dpdmd_pipeline.backbones.base import Conditioning
+from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Plan
-from dpdmd_pipeline.planning.reuse import folder_size
+from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.publishing import Folders
+from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.options import TrainOptions
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 SMALLER = {
     "embeddings": "half as many prompts",
     "anchors": "half the anchors.seeds_per_prompt",
@@ -34,18 +35,16 @@ def full_disks(plan: Plan) -> Iterator[str]:
     for names in names_by_disk.values():
         folder = _nearest_existing(plan.folders[names[0]])
         missing = {name: _missing_bytes(plan, name, sizes[name]) for name in names}
-        free = shutil.disk_usage(folder).free
-        if sum(missing.values()) > GIB:
-            log.info("disk: %s; %.1f GiB are free on the disk of %s", _format(missing), free / GIB, folder)
-        if sum(missing.values()) > free:
-            need = f"{_format(missing)} are needed, {free / GIB:.1f} GiB are free"
-            yield f"disk of {folder}: {need}: {_remedies(plan, missing)}"
+        needed, free = sum(missing.values()), shutil.disk_usage(folder).free
+        text = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in missing.items())
+        if needed > GIB:
+            log.info("disk: %s; %.1f GiB are free on the disk of %s", text, free / GIB, folder)
+        if needed > free:
+            yield f"disk of {folder}: {text} are needed, {free / GIB:.1f} GiB are free: {_remedies(plan, missing)}"
 
 
 def written_bytes(plan: Plan) -> dict[str, int]:
     """Bytes of the caches and of one student's checkpoints, if they can be computed."""
-    from dpdmd_pipeline.planning.weightless import conditioning_like
-
     sizes = {}
     if plan.prompts is not None:
         sizes["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts[0])
@@ -63,12 +62,7 @@ def written_bytes(plan: Plan) -> dict[str, int]:
 
 
 def embedding_bytes(cond: Conditioning, prompts: int) -> int:
-    """Cache of embeddings: every prompt, and the empty one.
-
-    Args:
-        cond: embeddings of one prompt, or tensors like them.
-        prompts: number of prompts.
-    """
+    """Cache of embeddings: every prompt and the empty one, each like `cond`, the embeddings of one prompt."""
     return (prompts + 1) * sum(value[0].numel() * value.element_size() for value in cond.values())
 
 
@@ -92,19 +86,19 @@ def _missing_bytes(plan: Plan, name: str, size: int) -> int:
     if name in plan.reused:
         return 0
     # An unfinished cache is continued, or deleted before the first shard is written.
-    return max(0, size - folder_size(Folders.of(plan.folders[name]).partial))
+    return max(0, size - _folder_size(Folders.of(plan.folders[name]).partial))
 
 
 def _missing_checkpoint_bytes(plan: Plan, group: str, options: TrainOptions) -> int:
-    from dpdmd_pipeline.training.checkpoint import Checkpoints
-
-    if group in plan.finished:
+    folder = plan.states.get(group)
+    if group in plan.finished or (folder and Checkpoints(folder).holds(options.max_steps)):
         return 0
-    size = _checkpoint_bytes(plan, options)
-    if group not in plan.states:
-        return size
-    finished = Checkpoints(plan.states[group]).holds(options.max_steps)
-    return 0 if finished else max(0, size - folder_size(plan.states[group]))
+    return max(0, _checkpoint_bytes(plan, options) - (_folder_size(folder) if folder else 0))
+
+
+def _folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
@@ -115,15 +109,11 @@ def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
             phrases.append(SMALLER[name])
         elif size:
             phrases.append(f"{SMALLER[name]} saves {size / 2 / GIB:.1f} GiB")
-    if missing.get("anchors") and plan.anchors.dtype == "float32":
-        phrases.append(f"anchors.dtype=float16 saves {missing['anchors'] / 2 / GIB:.1f} GiB")
-    if missing.get("anchors"):
-        phrases.append(f"anchors.mode=online saves {missing['anchors'] / GIB:.1f} GiB")
+    if anchors := missing.get("anchors"):
+        if plan.anchors.dtype == "float32":
+            phrases.append(f"anchors.dtype=float16 saves {anchors / 2 / GIB:.1f} GiB")
+        phrases.append(f"anchors.mode=online saves {anchors / GIB:.1f} GiB")
     return "free some space, or: " + "; ".join(phrases)
-
-
-def _format(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in sizes.items())
 
 
 def _nearest_existing(folder: Path) -> Path:

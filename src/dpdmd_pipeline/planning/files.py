@@ -12,11 +12,7 @@ from dpdmd_pipeline.planning.options import RUNTIME_PATHS
 
 
 def missing_inputs(pipeline: Any, catalog: Any, project: Path, env: str | None) -> Iterator[str]:
-    """One line for each input that neither a file nor an earlier node of the run provides.
-
-    Raises:
-        ValueError: if a dataset cannot tell whether it exists.
-    """
+    """One line for each input that neither a file nor an earlier node provides; ValueError if a dataset is broken."""
     missing = [name for name in sorted(pipeline.inputs()) if not _exists(name, catalog, env)]
     stages = _stages_by_output() if any(not name.startswith("params:") for name in missing) else {}
     for name in missing:
@@ -55,12 +51,8 @@ def _stages_by_output() -> dict[str, str]:
 
 def unwritable_folders(pipeline: Any, catalog: Any, project: Path) -> Iterator[str]:
     """One line for each folder in which an output cannot be written."""
-    folders = set()
-    for name in pipeline.all_outputs():
-        path = _filepath(name, catalog)
-        if path is not None:
-            folders.add(next(folder for folder in path.parents if folder.exists()))
-    for folder in sorted(folders):
+    paths = [path for name in pipeline.all_outputs() if (path := _filepath(name, catalog))]
+    for folder in sorted({next(folder for folder in path.parents if folder.exists()) for path in paths}):
         if not os.access(folder, os.W_OK):
             yield f"{_relative(folder, project)} is not writable: change its permissions or its disk, {AGAIN}"
 

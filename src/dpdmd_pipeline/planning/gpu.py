@@ -1,20 +1,29 @@
-"""Check of GPU memory before a student is trained, and the words for a GPU that ran out of it."""
+"""GPU memory: the check before a student is trained, options that save memory, and the words for a GPU without any."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
+from dpdmd_pipeline.planning.memory import GIB, MemoryModel
 from dpdmd_pipeline.planning.plan import Plan
+from dpdmd_pipeline.planning.weightless import conditioning_like
+from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
+_TRAINED = ("student", "fake_score")
+_MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
 
 
 def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
@@ -28,30 +37,28 @@ def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
         on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
         try:
             estimates = plan.estimates if on_gpu else None
-            for line in describe_costs(plan, options, estimates):
+            for line in _describe_costs(plan, options, estimates):
                 log.info("%s", line)
             if estimates is None:
                 continue
-            free = _free_memory() if device_memory is None else device_memory
-            if line := _memory_refusal(group, options, estimates, free):
-                yield line
+            recipe, execution = options.recipe(), options.execution()
+            needed = estimates.estimate(recipe, execution)
+            free = torch.cuda.mem_get_info()[0] if device_memory is None else device_memory
+            if needed.total > free:
+                helpful = describe_remedies(remedies(estimates, recipe, execution))
+                yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
         except ValueError as error:  # such as adapters that match no layer
             yield f"{group}: {one_line(error)}"
 
 
-def memory_model(teacher: Path, backbone: BackboneOptions) -> Any:
+def memory_model(teacher: Path, backbone: BackboneOptions) -> MemoryModel:
     """Memory estimates of any recipe over this teacher, from its configs."""
-    from dpdmd_pipeline.planning.memory import MemoryModel
-    from dpdmd_pipeline.planning.weightless import conditioning_like
-
     model = backbone.load(teacher, "cpu")
     return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
 
 
 def explain_out_of_memory(error: BaseException, teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> str:
     """The line for a GPU that ran out of memory while training: torch's reason, the estimate and the remedies."""
-    from dpdmd_pipeline.planning.remedies import describe_remedies, remedies
-
     estimates = memory_model(teacher, backbone)
     recipe, execution = options.recipe(), options.execution()
     reason = ". ".join(one_line(error).split(". ")[:2]).removeprefix("CUDA out of memory. ")
@@ -61,10 +68,9 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
     )
 
 
-def describe_costs(plan: Plan, options: TrainOptions, estimates: Any | None) -> list[str]:
+def _describe_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | None) -> list[str]:
     """Lines for the log before a student is trained: network passes and, with estimates, FLOP and memory."""
-    from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-
+    recipe, execution = options.recipe(), options.execution()
     steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
     online, steps_are_set = plan.anchors.mode == "online", None not in steps
     teacher = TeacherSettings(
@@ -73,28 +79,54 @@ def describe_costs(plan: Plan, options: TrainOptions, estimates: Any | None) -> 
         with_denoised=plan.anchors.with_denoised,
         num_steps=plan.backbone.num_steps,
     )
-    flops = estimates.forward_flops(options.recipe()) if estimates else None
-    lines = describe_cost(options.recipe(), options.execution(), teacher, flops)
+    lines = describe_cost(recipe, execution, teacher, estimates.forward_flops(recipe) if estimates else None)
     if online and not steps_are_set:
         lines.append("plus the anchor passes, which the anchors stage counts")
     if estimates:
-        lines.append(f"estimated GPU memory: {estimates.estimate(options.recipe(), options.execution())}")
+        lines.append(f"estimated GPU memory: {estimates.estimate(recipe, execution)}")
     return lines
 
 
-def _memory_refusal(group: str, options: TrainOptions, estimates: Any, free: int) -> str | None:
-    """The line for a student that does not fit, with the options that save memory."""
-    from dpdmd_pipeline.planning.remedies import describe_remedies, remedies
-
-    recipe, execution = options.recipe(), options.execution()
-    needed = estimates.estimate(recipe, execution)
-    if needed.total <= free:
-        return None
-    helpful = describe_remedies(remedies(estimates, recipe, execution))
-    return f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
+# ---- options that save memory
 
 
-def _free_memory() -> int:
-    import torch
+def remedies(model: MemoryModel, recipe: Recipe, execution: Execution) -> list[tuple[str, int]]:
+    """Options, and the bytes that each saves by itself; the most helpful first."""
+    now = model.estimate(recipe, execution).total
+    saved = {}
+    for text, (of_recipe, of_execution) in _smaller(recipe, execution.fitted_to(recipe.batch_size)).items():
+        changed = recipe.model_copy(update=of_recipe), execution.model_copy(update=of_execution)
+        saved[text] = now - model.estimate(*changed).total
+    helpful = [(text, size) for text, size in saved.items() if now - size < 0.99 * now]
+    return sorted(helpful, key=lambda remedy: -remedy[1])
 
-    return torch.cuda.mem_get_info()[0]
+
+def describe_remedies(options: Iterable[tuple[str, int]]) -> str:
+    """One phrase: each option with the memory it saves."""
+    phrases = [f"{text} saves {saved / GIB:.1f} GiB" for text, saved in options]
+    return "; ".join(phrases) or "no option makes it smaller: take a card with more memory"
+
+
+def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Changes of recipe and execution to try, by their description."""
+    halved = {name: getattr(execution, name) // 2 for name in _MICRO_BATCHES if getattr(execution, name) > 1}
+    sharded, unsharded = (
+        {"launch": execution.launch.model_copy(update={"sharding": sharding})} for sharding in ("fsdp2", "none")
+    )
+    kinds = {role: getattr(recipe, role).model_copy(update={"kind": "adamw_8bit"}) for role in _TRAINED}
+    install = " (first `pip install bitsandbytes`)" if find_spec("bitsandbytes") is None else ""
+    also = ", train.launch.sharding=none" if execution.sharded else ""
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        ", ".join(f"train.{name}={size}" for name, size in halved.items()): ({}, halved),
+        "train.gradient_checkpointing=true": ({}, {"gradient_checkpointing": True}),
+        "train.guidance_batch=apart": ({}, {"guidance_batch": "apart"}),
+        "train.ema=0": ({"ema": 0.0}, {}),
+        f"kind=adamw_8bit for both optimizers{install}{also}": (kinds, unsharded),
+        f"train.roles=lora{also}": ({"roles": "lora"}, unsharded),
+    }
+    can_be_sharded = recipe.roles == "full" and all(getattr(recipe, role).kind == "adamw" for role in _TRAINED)
+    if execution.launch.total > 1 and can_be_sharded:
+        changes["train.launch.sharding=fsdp2"] = ({}, sharded)
+    if recipe.stop_gradient or not recipe.anchored_steps:
+        changes["train.graded_steps=random"] = ({"graded_steps": "random"}, {})
+    return changes

@@ -1,4 +1,4 @@
-"""Identity of inputs and code: digests of prompts, teachers and source files, and checks that compare them."""
+"""Identity of inputs, students and code: digests of prompts, teachers and source files, and their comparison."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.publishing import sha256
+from dpdmd_pipeline.training.recipe import Recipe
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = "dpdmd_pipeline"
@@ -19,11 +22,7 @@ _NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
 
 
 def network_folder(teacher: Path) -> Path:
-    """Folder of the denoising network in a diffusers pipeline folder.
-
-    Raises:
-        FileNotFoundError: if it has none.
-    """
+    """Folder of the denoising network in a diffusers pipeline folder; FileNotFoundError if it has none."""
     for name in ("transformer", "unet"):
         if (teacher / name).is_dir():
             return teacher / name
@@ -42,7 +41,7 @@ def text_side_hash(teacher: Path) -> str:
     """SHA-256 of a teacher's text encoders and tokenizers (names and contents), hexadecimal.
 
     Raises:
-        FileNotFoundError: if the folder has no text encoder or no tokenizer.
+        MissingInputError: if the folder has no text encoder or no tokenizer.
     """
     paths = sorted(
         path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*") if path.is_file()
@@ -65,13 +64,25 @@ def check_embeddings(embeddings: Any, prompts: Iterable[dict], teacher: Path) ->
     Raises:
         StageError: if they belong to other prompts or other text encoders: row i would be another prompt's.
     """
-    digests = {"texts": texts_digest(prompts), "teacher_text": text_side_hash(teacher)}
-    names = {"texts": "prompts", "teacher_text": "text encoders"}
-    for key, digest in digests.items():
+    digests = (("texts", "prompts", texts_digest(prompts)), ("teacher_text", "text encoders", text_side_hash(teacher)))
+    for key, name, digest in digests:
         if (recorded := str(embeddings.manifest.get(key))) != digest:
-            raise StageError(
-                f"the embeddings belong to other {names[key]} ({recorded[:8]}, this run has {digest[:8]})", "prompts"
-            )
+            fact = f"the embeddings belong to other {name} ({recorded[:8]}, this run has {digest[:8]})"
+            raise StageError(fact, "prompts")
+
+
+def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, rows: list[int]) -> str:
+    """Identity of a student: recipe, teacher settings, anchors, training prompts and code, hexadecimal."""
+    unread = {"lora"} if recipe.roles == "full" else set()
+    unread |= {"watch"} if recipe.watch.keep == "last" else set()
+    options = recipe.model_dump(mode="json", exclude=unread), backbone.model_dump(mode="json")
+    code = code_hash("pipelines.train.setup", f"backbones.{backbone.family}")
+    return fingerprint(*options, anchors.fingerprint, rows, code)
+
+
+def state_folder(train_state: Path, identity: str) -> Path:
+    """Folder of the checkpoints of one student, among those of all."""
+    return train_state / identity[:16]
 
 
 # ---- code
@@ -90,7 +101,8 @@ def code_hash(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for name, path in sorted(_import_closure(modules).items()):
-        digest.update(f"{name}\0{_behaviour(path)}\n".encode())
+        behaviour = _WithoutWords().visit(ast.parse(path.read_text(encoding="utf-8")))
+        digest.update(f"{name}\0{ast.dump(behaviour)}\n".encode())
     return digest.hexdigest()
 
 
@@ -129,20 +141,10 @@ class _WithoutWords(ast.NodeTransformer):
     """Remove what changes no result: docstrings, log lines, and the texts of errors."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:  # noqa: N802
-        return ast.Pass() if _is_text(node.value) or _is_log_call(node.value) else self.generic_visit(node)
+        match node.value:
+            case ast.Constant(value=str()) | ast.Call(func=ast.Attribute(value=ast.Name(id="log"))):
+                return ast.Pass()
+        return self.generic_visit(node)
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:  # noqa: N802
         return ast.Raise()
-
-
-def _is_text(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def _is_log_call(value: ast.expr) -> bool:
-    function = value.func if isinstance(value, ast.Call) else None
-    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "log"
-
-
-def _behaviour(path: Path) -> str:
-    return ast.dump(_WithoutWords().visit(ast.parse(path.read_text(encoding="utf-8"))))

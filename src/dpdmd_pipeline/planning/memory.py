@@ -10,7 +10,7 @@ One process holds, in bytes:
                   rollout for the fake score (a block of train.rollout_micro_batch samples)
     reserved      RESERVED
 
-These are counted on networks without weights (`pass_memory`); a test compares the counts with real networks on the CPU:
+These are counted on networks without weights (`weightless`); a test compares the counts with real networks on the CPU:
 
     passes        graded passes that wait for one backward pass
     saved         bytes that each of them keeps for it
@@ -29,8 +29,7 @@ CUDA's context and the workspaces of its libraries. Everything else is exact up 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -39,15 +38,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.planning.cost import calls_of
-from dpdmd_pipeline.planning.pass_memory import PassMemory, count_pass
-from dpdmd_pipeline.planning.weightless import WeightlessBackbone, bytes_of, move_to_fake_cpu
+from dpdmd_pipeline.planning.weightless import PassMemory, WeightlessBackbone, bytes_of, count_pass, move_to_fake_cpu
 from dpdmd_pipeline.training.execution import Execution
-from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
-from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
+from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.roles import Roles, make_roles, trainable
 from dpdmd_pipeline.training.sharding import groups
 
-RESERVED = 2**30  # bytes; a guess, see above
 GIB = 2**30
+RESERVED = GIB  # bytes; a guess, see above
 
 
 @dataclass(frozen=True)
@@ -70,18 +68,6 @@ class Memory:
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-@dataclass(frozen=True)
-class _NetworkOptions:
-    """The part of a recipe that the networks depend on; hashable, so the adapters' part is JSON."""
-
-    precision: str
-    lora: str | None
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> _NetworkOptions:
-        return cls(recipe.precision, recipe.lora.model_dump_json() if recipe.roles == "lora" else None)
-
-
 class MemoryModel:
     """Estimates for one teacher; reads its configs only.
 
@@ -95,22 +81,25 @@ class MemoryModel:
     def __init__(self, backbone: Backbone, teacher: Path, cond: Conditioning, guidance_scale: float) -> None:
         self.backbone, self.cond, self.calls = WeightlessBackbone(backbone, teacher), cond, calls_of(guidance_scale)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._roles, self._pass = lru_cache(self._make_roles), lru_cache(self._count_pass)
+        self._roles: dict[str, Roles] = {}
+        self._passes: dict[tuple[str, str, int], PassMemory] = {}
 
     def estimate(self, recipe: Recipe, execution: Execution) -> Memory:
         """Memory of one process that trains a recipe."""
         execution = execution.fitted_to(recipe.batch_size)
-        roles, loaded = self._roles(_NetworkOptions.of(recipe))
-        all_weights = bytes_of(tensor for network in loaded for tensor in (*network.parameters(), *network.buffers()))
-        whole = [bytes_of(trainable(role)) for role in (roles.student, roles.fake_score)]
-        student, fake_score = (-(-size // execution.shards) for size in whole)
+        roles = self._roles_of(recipe)
+        all_weights = bytes_of(
+            tensor for network in roles.networks for tensor in (*network.parameters(), *network.buffers())
+        )
+        whole = {role: bytes_of(trainable(getattr(roles, role))) for role in ("student", "fake_score")}
+        student, fake_score = (-(-size // execution.shards) for size in whole.values())
         compared = 2 if recipe.anchored_steps else 1
-        waiting = _waiting_gradients(recipe, execution, *whole)
+        waiting = {role: size * _has_waiting_gradient(recipe, execution, role) for role, size in whole.items()}
         return Memory(
-            weights=all_weights - sum(whole) + student + fake_score,
-            gradients=max(compared * student + waiting[0], fake_score + waiting[1]),
+            weights=all_weights - sum(whole.values()) + student + fake_score,
+            gradients=max(compared * student + waiting["student"], fake_score + waiting["fake_score"]),
             optimizer=-(-self._moments(recipe) // execution.shards),
-            average=student if recipe.ema or recipe.watch.keep == "best" else 0,
+            average=student if _keeps_average(recipe) else 0,
             activations=max(self._activations(recipe, execution), student, fake_score),
         )
 
@@ -120,27 +109,46 @@ class MemoryModel:
 
     def checkpoint_bytes(self, recipe: Recipe) -> int:
         """One state on disk: both trained networks, their moments, the average."""
-        roles, _ = self._roles(_NetworkOptions.of(recipe))
+        roles = self._roles_of(recipe)
         networks = [*roles.student.state_dict().values(), *roles.fake_score.state_dict().values()]
-        average = bytes_of(trainable(roles.student)) if recipe.ema or recipe.watch.keep == "best" else 0
+        average = bytes_of(trainable(roles.student)) if _keeps_average(recipe) else 0
         counter = torch.int64.itemsize if recipe.ema else 0  # of averaged cycles
         return bytes_of(networks) + self._moments(recipe) + average + counter
 
     def pass_memory(self, recipe: Recipe, role: str, batch: int) -> PassMemory:
         """One graded pass of a role ("student" or "fake_score")."""
-        return self._pass(_NetworkOptions.of(recipe), role, batch)
+        if recipe.roles == "full" or recipe.lora.student_rank == recipe.lora.fake_score_rank:
+            role = "student"  # both networks are alike
+        key = recipe.model_dump_json(include={"roles", "lora", "precision"}), role, batch
+        if key not in self._passes:
+            roles = self._roles_of(recipe)
+            network = getattr(roles, role)
+            inner = network if recipe.roles == "full" else roles.networks[0]
+            with self.fake:
+                self._passes[key] = count_pass(self.backbone, network, inner, self.cond, batch, recipe.precision)
+        return self._passes[key]
+
+    def _roles_of(self, recipe: Recipe) -> Roles:
+        """The roles without weights, made once."""
+        key = recipe.model_dump_json(include={"roles", "lora"})
+        if key not in self._roles:
+            with torch.device("meta"):
+                roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
+            with self.fake:
+                move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *roles.networks])
+            self._roles[key] = roles
+        return self._roles[key]
 
     def _moments(self, recipe: Recipe) -> int:
-        roles, _ = self._roles(_NetworkOptions.of(recipe))
+        roles = self._roles_of(recipe)
         optimizers = ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score))
         return sum(_moment_bytes(trainable(role), optimizer.kind) for role, optimizer in optimizers)
 
     def _activations(self, recipe: Recipe, execution: Execution) -> int:
         """The largest of both updates and the rollout between them, plus tensors that are whole meanwhile."""
-        student = self._update(recipe, execution, "student", execution.student_micro_batch, waiting_passes(recipe))
-        fake_score = self._update(recipe, execution, "fake_score", execution.fake_score_micro_batch, 1)
-        roles, _ = self._roles(_NetworkOptions.of(recipe))
-        unsharded = _unsharded_bytes(roles.student) if execution.sharded else 0
+        student = self._update(recipe, execution, "student", waiting_passes(recipe))
+        fake_score = self._update(recipe, execution, "fake_score", 1)
+        unsharded = _unsharded_bytes(self._roles_of(recipe).student) if execution.sharded else 0
         return max(student, fake_score, self._rollout(recipe, execution)) + unsharded
 
     def _rollout(self, recipe: Recipe, execution: Execution) -> int:
@@ -150,39 +158,13 @@ class MemoryModel:
         counted = self.pass_memory(recipe, "student", min(execution.rollout_micro_batch, samples))
         return max(counted.block, 0 if execution.sharded else counted.casts)
 
-    def _update(self, recipe: Recipe, execution: Execution, role: str, batch: int, passes: int) -> int:
-        # Two whole networks are alike; two adapters may differ in rank
-        network = role if recipe.roles == "lora" else "student"
-        counted = self.pass_memory(recipe, network, min(batch, recipe.batch_size))
+    def _update(self, recipe: Recipe, execution: Execution, role: str, passes: int) -> int:
+        counted = self.pass_memory(recipe, role, getattr(execution, f"{role}_micro_batch"))
         calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
         if execution.gradient_checkpointing:
             casts = 0 if execution.sharded else counted.casts  # shards are gathered in the arithmetic's precision
             return passes * counted.saved_between + max(calls * counted.block, casts)
         return passes * counted.saved + calls * counted.block
-
-    def _make_roles(self, options: _NetworkOptions) -> tuple[Roles, list[nn.Module]]:
-        """The roles without weights, and diffusers' networks behind them."""
-        self.backbone.loaded.clear()
-        if options.lora is None:
-            roles = full_roles(self.backbone, gradient_checkpointing=False)
-        else:
-            recipe = LoraRecipe.model_validate_json(options.lora)
-            roles = lora_roles(self.backbone, recipe, seed=0, gradient_checkpointing=False)
-        loaded = list(self.backbone.loaded)
-        with self.fake:
-            move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *loaded])
-        return roles, loaded
-
-    def _count_pass(self, options: _NetworkOptions, role: str, batch: int) -> PassMemory:
-        roles, loaded = self._roles(options)
-        network = getattr(roles, role)
-        bfloat16 = options.precision == "bfloat16"
-        with self.fake:
-            cond = {name: torch.zeros(batch, *v.shape[1:], dtype=v.dtype) for name, v in self.cond.items()}
-            inner = network if options.lora is None else loaded[0]
-            precision = torch.autocast("cpu", torch.bfloat16, enabled=bfloat16)
-            counted = count_pass(self.backbone, network, inner, cond, batch, precision)
-        return counted if bfloat16 else replace(counted, casts=0)
 
 
 def waiting_passes(recipe: Recipe) -> int:
@@ -197,19 +179,16 @@ def waiting_passes(recipe: Recipe) -> int:
     return max(anchored, rest) if recipe.stop_gradient else max(0, 2 * anchored - 1) + rest
 
 
-def _waiting_gradients(recipe: Recipe, execution: Execution, student: int, fake_score: int) -> tuple[int, int]:
-    """Bytes that an update of each role holds from its first backward pass until the exchange in its last.
+def _keeps_average(recipe: Recipe) -> bool:
+    return bool(recipe.ema) or recipe.watch.keep == "best"
 
-    Args:
-        recipe, execution: of the run.
-        student, fake_score: bytes of the whole networks' gradients.
-    """
-    if not execution.sharded:
-        return 0, 0
+
+def _has_waiting_gradient(recipe: Recipe, execution: Execution, role: str) -> bool:
+    """True if whole gradients wait for the exchange in the last of several backward passes of an update."""
     share = recipe.batch_size // execution.launch.total
-    student_passes = -(-share // execution.student_micro_batch) * (2 if recipe.anchored_steps else 1)
-    fake_score_passes = -(-share // execution.fake_score_micro_batch)
-    return student * (student_passes > 1), fake_score * (fake_score_passes > 1)
+    micro_batches = -(-share // getattr(execution, f"{role}_micro_batch"))
+    losses = 2 if role == "student" and recipe.anchored_steps else 1
+    return execution.sharded and micro_batches * losses > 1
 
 
 def _unsharded_bytes(network: nn.Module) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shlex
+import traceback
 from pathlib import Path
 
 from dpdmd_pipeline.errors import StageError
@@ -34,42 +35,41 @@ def describe(error: BaseException, env: str | None = None) -> str:
     return f"{line}: run {stage_command(error.stage, env)}" if isinstance(error, StageError) else line
 
 
-def error_line(error: BaseException, place: str = "", env: str | None = None) -> str | None:
+def error_line(error: BaseException, dataset: str = "", env: str | None = None) -> str | None:
     """One line for an error that a user can mend; None for a bug.
 
     A user can mend what the disk refuses, what a dataset cannot read, and what this package refuses by itself.
 
     Args:
         error: as it left a node or a dataset, in Kedro's wrapping or without.
-        place: the dataset being read or written, for errors that do not name a file.
+        dataset: being read or written, for errors that do not name a file.
         env: environment of the run.
     """
-    cause = _unwrapped(error)
-    if line := _disk_line(cause, place):
+    from kedro.io import DatasetError
+
+    cause = error
+    while isinstance(cause, DatasetError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    if line := _disk_line(cause, dataset):
         return line
     if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
         return f"out of memory: {one_line(cause) or type(cause).__name__}; lower the batch size, {AGAIN}"
     if isinstance(cause, OSError) and not isinstance(cause, StageError):
-        name = cause.filename or place
+        name = cause.filename or dataset
         return f"{name}: {cause.strerror}" if cause.strerror and name else one_line(cause)
     if "Failed while loading data" in str(error) and isinstance(cause, ValueError) and not _is_ours(cause):
-        return f"{place or 'a dataset'} cannot be read: {one_line(cause)}; delete it, {AGAIN}"
+        return f"{dataset or 'a dataset'} cannot be read: {one_line(cause)}; delete it, {AGAIN}"
     # Other types from our frames (TypeError, KeyError, RuntimeError of torch) are bugs.
     mendable = isinstance(cause, ValueError | FloatingPointError) or type(cause).__name__ == "SafetensorError"
     return describe(cause, env) if mendable and _is_ours(cause) else None
 
 
-def _unwrapped(error: BaseException) -> BaseException:
-    from kedro.io import DatasetError
-
-    while isinstance(error, DatasetError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _disk_line(error: BaseException, place: str) -> str | None:
+def _disk_line(error: BaseException, dataset: str) -> str | None:
     """The line for a full or closed disk."""
-    number, name = _disk_errno(error), getattr(error, "filename", None) or place or "a file"
+    number = error.errno if isinstance(error, OSError) else None
+    name = getattr(error, "filename", None) or dataset or "a file"
+    if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
+        number = next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {name} could not be written; free some space, {AGAIN}"
     if number == errno.EROFS:
@@ -79,17 +79,7 @@ def _disk_line(error: BaseException, place: str) -> str | None:
     return None
 
 
-def _disk_errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-        return next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
-    return None
-
-
 def _is_ours(error: BaseException) -> bool:
     """True if the innermost frame is in this package."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and Path(frames[-1].f_code.co_filename).is_relative_to(PACKAGE)

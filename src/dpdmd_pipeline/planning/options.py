@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.wording import one_line
+from dpdmd_pipeline.wording import one_line, short
 
 RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts", "teacher_model")  # --params of the catalog; no node reads them
 
@@ -38,11 +38,7 @@ def shared_folder(loader: Any) -> str | None:
 
 
 def requested_pipelines() -> dict[str, Any]:
-    """The pipelines of this run: Kedro loads no others.
-
-    Raises:
-        ValueError: if there is none of that name. Faults inside a pipeline's module stay as they are.
-    """
+    """The pipelines of this run: Kedro loads no others. ValueError if there is none of that name."""
     from kedro.framework.project import pipelines
 
     try:
@@ -50,7 +46,7 @@ def requested_pipelines() -> dict[str, Any]:
     except ImportError as error:
         names = re.search(r"'(.+)\.pipelines\.(.+)' module", str(error))
         if error.__cause__ is not None or not names:
-            raise
+            raise  # a fault inside the pipeline's module
         modules = pkgutil.iter_modules(importlib.import_module(f"{names[1]}.pipelines").__path__)
         available = ", ".join(module.name for module in modules if module.ispkg)
         raise ValueError(f"no pipeline {names[2]!r}: choose one of {available}") from error
@@ -58,28 +54,13 @@ def requested_pipelines() -> dict[str, Any]:
 
 def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
     """One line for each unknown parameter group and each option that its pydantic model refuses."""
-    parameters = loader["parameters"]
-    yield from _unknown_groups(parameters, set(_only_base(loader)["parameters"]))
-    yield from _wrong_options(parameters, pipelines)
-
-
-def _only_base(loader: Any) -> Any:
-    """The loader for conf/base alone; other environments and --params may only fill its groups."""
-    base = copy.copy(loader)
-    base.env, base.runtime_params = base.base_env, {}
-    return base
-
-
-def _unknown_groups(parameters: dict[str, Any], groups: set[str]) -> Iterator[str]:
-    for name in sorted(set(parameters) - groups - set(RUNTIME_PATHS)):
-        otherwise = f"; the groups are {', '.join(sorted(groups))}"
-        yield f"{name}: unknown parameter group{nearest(name, groups, otherwise)}"
-
-
-def _wrong_options(parameters: dict[str, Any], pipelines: dict[str, Any]) -> Iterator[str]:
     from kedro.validation.type_extractor import TypeExtractor
     from pydantic import BaseModel, ValidationError
 
+    parameters, groups = loader["parameters"], set(_only_base(loader)["parameters"])
+    otherwise = f"; the groups are {', '.join(sorted(groups))}"
+    for name in sorted(set(parameters) - groups - set(RUNTIME_PATHS)):
+        yield f"{name}: unknown parameter group{nearest(name, groups, otherwise)}"
     for group, model in sorted(TypeExtractor(pipelines).extract_types_from_pipelines().items()):
         if group not in parameters or not (isinstance(model, type) and issubclass(model, BaseModel)):
             continue
@@ -89,18 +70,25 @@ def _wrong_options(parameters: dict[str, Any], pipelines: dict[str, Any]) -> Ite
             yield from (_option_line(group, model, fault) for fault in error.errors(include_url=False))
 
 
+def _only_base(loader: Any) -> Any:
+    """The loader for conf/base alone; other environments and --params may only fill its groups."""
+    base = copy.copy(loader)
+    base.env, base.runtime_params = base.base_env, {}
+    return base
+
+
 def _option_line(group: str, model: type, fault: dict[str, Any]) -> str:
     """`train.learning_rate = -1: must be greater than 0`."""
-    path = ".".join([group, *map(str, fault["loc"])])
+    path, value = ".".join([group, *map(str, fault["loc"])]), short(repr(fault["input"]), 80)
     if fault["type"] == "missing":
         return f"{path}: missing"
     if fault["type"] == "extra_forbidden":
         options = _field_names(model, fault["loc"][:-1])
         otherwise = f"; there are {', '.join(options)}" if options else ""
-        return f"{path} = {_short(fault['input'])}: unknown option{nearest(str(fault['loc'][-1]), options, otherwise)}"
+        return f"{path} = {value}: unknown option{nearest(str(fault['loc'][-1]), options, otherwise)}"
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     reason = one_line(re.sub(r"^Input should (be|have) ", r"must \1 ", reason))
-    return f"{path}: {reason}" if isinstance(fault["input"], dict) else f"{path} = {_short(fault['input'])}: {reason}"
+    return f"{path}: {reason}" if isinstance(fault["input"], dict) else f"{path} = {value}: {reason}"
 
 
 def _field_names(model: Any, loc: tuple[Any, ...]) -> list[str]:
@@ -115,8 +103,3 @@ def nearest(name: str, names: Iterable[str], otherwise: str = "") -> str:
     """`; did you mean 'train'?`, or `otherwise` if no name is close."""
     close = difflib.get_close_matches(name, list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else otherwise
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

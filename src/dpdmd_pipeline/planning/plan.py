@@ -1,54 +1,40 @@
-"""The plan of a Kedro run: what it makes, from what, and what it can reuse."""
+"""The plan of a Kedro run: its inputs, options and outputs, and the caches and students that it can reuse."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.planning.reuse import WrittenPrompts, finished_students, read_prompts, reusable_caches, state_folder
-from dpdmd_pipeline.planning.reuse import student_identity as identity_of
+from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.planning.identity import state_folder, student_identity, texts_digest
 from dpdmd_pipeline.training.options import TrainOptions
-from dpdmd_pipeline.training.recipe import AnchorRecipe
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 
 STUDENTS = {"train_dmd": "train_dmd", "train_student": "train"}  # node -> parameter group
+PUBLISHED = {"train_dmd": "finished_student_dmd", "train": "finished_student"}  # parameter group -> dataset
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run makes.
+    """Inputs, options and outputs of a run. Students go by their parameter groups."""
 
-    Attributes:
-        teacher: folder of the teacher; its configs are enough.
-        backbone, anchors: options.
-        trained: parameter group to the options of each student.
-        prompts: number of all prompts and of training prompts; None if unknown.
-        folders: `embeddings`, `anchors` and `train_state` to their folders, if the run writes them.
-        reused: published caches that belong to this run.
-        states: parameter group to the folder of the student's checkpoints, if known.
-        finished: parameter groups of students that are published already.
-    """
-
-    teacher: Path
+    teacher: Path  # folder; its configs are enough
     backbone: BackboneOptions
     anchors: AnchorRecipe
     trained: Mapping[str, TrainOptions]
-    prompts: tuple[int, int] | None = None
-    folders: Mapping[str, Path] = field(default_factory=dict)
-    reused: frozenset[str] = frozenset()
-    states: Mapping[str, Path] = field(default_factory=dict)
-    finished: frozenset[str] = frozenset()
+    prompts: tuple[int, int] | None = None  # number of all prompts and of training prompts, if known
+    folders: Mapping[str, Path] = field(default_factory=dict)  # of embeddings, anchors and train_state, if written
+    reused: frozenset[str] = frozenset()  # published caches that belong to this run
+    states: Mapping[str, Path] = field(default_factory=dict)  # folders of the students' checkpoints, if known
+    finished: frozenset[str] = frozenset()  # students that are published already
 
     @cached_property
     def model(self) -> Any:
-        """The teacher's adapter.
-
-        Raises:
-            ValueError, OSError: if the folder does not fit the options.
-        """
+        """The teacher's adapter; ValueError or OSError if the folder does not fit the options."""
         return self.backbone.load(self.teacher, "cpu")
 
     @cached_property
@@ -57,6 +43,14 @@ class Plan:
         from dpdmd_pipeline.planning.gpu import memory_model
 
         return memory_model(self.teacher, self.backbone)
+
+
+class WrittenPrompts(NamedTuple):
+    """Cleaned prompts on the disk."""
+
+    total: int
+    rows: list[int]  # of the training prompts
+    texts: str  # digest of all texts
 
 
 def make_plan(pipeline: Any, catalog: Any) -> Plan | None:
@@ -90,34 +84,66 @@ def _written_prompts(pipeline: Any, catalog: Any) -> WrittenPrompts | None:
         return None
     prompts = catalog.get("prompts").load()
     if "prompts" not in pipeline.all_outputs():
-        return read_prompts(prompts)
+        return _read_prompts(prompts)
     sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
     written = prompts.path.stat().st_mtime
     if any(path.is_file() and path.stat().st_mtime > written for path in sources):
         return None
     try:
-        return read_prompts(prompts)
+        return _read_prompts(prompts)
     except (ValueError, OSError):  # this run writes it anew
         return None
 
 
-def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
-    """Add what this run reuses."""
-    caches = {name: _load_cache(catalog, name) for name in ("embeddings", "anchors")}
-    reused = reusable_caches(caches, prompts, plan.backbone, plan.anchors)
-    if "anchors" not in reused:
-        return replace(plan, reused=frozenset(reused))
-    identities = {
-        group: identity_of(options.recipe(), plan.backbone, reused["anchors"], prompts.rows)
-        for group, options in plan.trained.items()
+def _read_prompts(prompts: Iterable[dict]) -> WrittenPrompts:
+    """Count and hash the prompts; reads them twice."""
+    is_trained = [record["train"] for record in prompts]
+    rows = [row for row, trained in enumerate(is_trained) if trained]
+    return WrittenPrompts(len(is_trained), rows, texts_digest(prompts))
+
+
+def _reusable_caches(
+    caches: Mapping[str, Any], prompts: WrittenPrompts, backbone: BackboneOptions, anchors: AnchorRecipe
+) -> dict[str, Any]:
+    """The published caches that belong to the run, of `embeddings` and `anchors`; None stands for a missing one."""
+    settings = backbone.model_dump(mode="json")
+    embeddings, cache = caches["embeddings"], caches["anchors"]
+    facts = {name: settings[name] for name in ("family", "max_sequence_length", "dtype")}
+    if embeddings is None or not _records(embeddings, facts | {"texts": prompts.texts}):
+        return {}
+    if cache is None:
+        return {"embeddings": embeddings}
+    facts = {
+        "options": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "rows": fingerprint(prompts.rows),
+        "embeddings": embeddings.fingerprint,
+        "backbone": {name: settings[name] for name in cache.manifest.get("backbone", {}) if name in settings},
     }
-    states = {}
-    if "train_state" in plan.folders:
-        folder = plan.folders["train_state"]
-        states = {group: state_folder(folder, identity) for group, identity in identities.items()}
-    published = {"train": "finished_student", "train_dmd": "finished_student_dmd"}
-    folders = {group: catalog.get(published[group]).load() for group in identities if published[group] in catalog}
-    finished = finished_students(folders, identities)
+    return {"embeddings": embeddings} | ({"anchors": cache} if _records(cache, facts) else {})
+
+
+def _records(cache: Any, facts: Mapping[str, Any]) -> bool:
+    """True if the manifest of a cache holds these facts."""
+    return all(cache.manifest.get(name) == value for name, value in facts.items())
+
+
+def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
+    """Add the caches, checkpoints and students on the disk that this run reuses, without reading weights.
+
+    The teacher's weights are not compared: a cache of another teacher with the same options counts as this run's.
+    """
+    from dpdmd_pipeline.backbones.student_file import load_finished
+
+    caches = {name: _load_cache(catalog, name) for name in ("embeddings", "anchors")}
+    reused = _reusable_caches(caches, prompts, plan.backbone, plan.anchors)
+    states, finished = {}, set()
+    for group, options in plan.trained.items() if "anchors" in reused else ():
+        identity = student_identity(options.recipe(), plan.backbone, reused["anchors"], prompts.rows)
+        if "train_state" in plan.folders:
+            states[group] = state_folder(plan.folders["train_state"], identity)
+        folder = catalog.get(PUBLISHED[group]).load() if PUBLISHED[group] in catalog else None
+        if folder and load_finished(folder, identity) is not None:
+            finished.add(group)
     return replace(plan, reused=frozenset(reused), states=states, finished=frozenset(finished))
 
 
@@ -141,7 +167,7 @@ def _count_prompts(pipeline: Any, catalog: Any, prompts: WrittenPrompts | None) 
 
 
 def _count_lines(prompts: Any) -> int:
-    return sum(1 for line in prompts.lines() if line.text.strip())
+    return sum(bool(line.text.strip()) for line in prompts.lines())
 
 
 def _output_folders(pipeline: Any, catalog: Any, *, with_states: bool) -> dict[str, Path]:

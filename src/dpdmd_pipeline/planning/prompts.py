@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dpdmd_pipeline.planning.messages import describe
-from dpdmd_pipeline.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed, short
 
 USERS = {"make_anchors", "train_dmd", "train_student", "judged_prompts", "run_study"}  # nodes that use prompts
 FEW, LETTERS = 3, 40  # foreign prompts in the message, and characters of each
@@ -15,9 +15,8 @@ def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[
 
     Training prompts count too: the embedded teacher has never seen other words, so it cannot draw them.
     """
-    if not USERS & {node.name for node in pipeline.nodes} or "params:evaluate" not in catalog:
-        return []
-    if _option(catalog, "evaluate", "judge") != "shapes":
+    uses_prompts = USERS & {node.name for node in pipeline.nodes} and "params:evaluate" in catalog
+    if not uses_prompts or _option(catalog, "evaluate", "judge") != "shapes":
         return []
     try:
         line = foreign_line(_texts(pipeline, catalog))
@@ -33,7 +32,7 @@ def foreign_line(texts: Iterable[str]) -> str | None:
     foreign = [text for text in texts if not _is_in_the_world(text)]
     if not foreign:
         return None
-    examples = listed([repr(text if len(text) <= LETTERS else f"{text[:LETTERS]}...") for text in foreign], FEW)
+    examples = listed([repr(short(text, LETTERS)) for text in foreign], FEW)
     return (
         f"{counted(len(foreign), 'prompt is', 'prompts are')} not of the shapes world ({examples}), and "
         f"evaluate.judge=shapes reads no other pictures: name one colour ({', '.join(COLOURS)}) and one shape "
@@ -52,11 +51,7 @@ def _is_in_the_world(text: str) -> bool:
 
 
 def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
-    """Texts of the prompts, or the lines of their files if this run cleans them first.
-
-    Raises:
-        ValueError, OSError: see PromptFile.
-    """
+    """Texts of the prompts, or the lines of their files if this run cleans them first."""
     if "prompts" not in pipeline.all_outputs():
         yield from (record["text"] for record in catalog.get("prompts").load())
         return

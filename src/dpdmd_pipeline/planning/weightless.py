@@ -1,56 +1,58 @@
-"""Networks without weights, from a teacher's configs alone: fake tensors on which the real code runs."""
+"""Networks without weights, from a teacher's configs alone, and the memory and work of one pass through them.
+
+They are fake tensors on which the real code runs once.
+"""
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
-from dpdmd_pipeline.backbones.student_file import COMPONENTS
+from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.planning.identity import network_folder
+
+Storages = dict[int, Any]  # by identity; holding a storage keeps its identity from being reused
+
+# torch's counter does not know the CPU's attention kernel; its operations follow from the shapes of its inputs
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 class WeightlessBackbone:
-    """A backbone whose networks are on the meta device: they have shapes and no weights.
-
-    Attributes:
-        loaded: networks made so far.
-    """
+    """A backbone whose networks are on the meta device: they have shapes and no weights."""
 
     def __init__(self, backbone: Backbone, teacher: Path) -> None:
         self._backbone, self._teacher = backbone, teacher
-        self.loaded: list[nn.Module] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backbone, name)
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         """The denoising network on the meta device."""
-        kind, component = _network(self._teacher)
-        config = kind.load_config(self._teacher, subfolder=component)
+        kind = network_class(self._teacher)
+        config = kind.load_config(network_folder(self._teacher))
         with torch.device("meta"):
             network = kind.from_config(config)
         # diffusers' own `to` warns of trained weights
-        nn.Module.to(network, torch.float32 if float32 else self._backbone.dtype)
-        self.loaded.append(network)
-        return network
+        return nn.Module.to(network, torch.float32 if float32 else self._backbone.dtype)
 
 
-def network_class(teacher: Path) -> type:
-    """Class of a pipeline's denoising network, by its index."""
-    return _network(teacher)[0]
+def network_class(teacher: Path) -> Any:
+    """diffusers' class of a pipeline's denoising network."""
+    import diffusers
 
-
-def _network(teacher: Path) -> tuple[Any, str]:
-    """Class and name of a pipeline's denoising network."""
-    index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
-    name = next(name for name in COMPONENTS if name in index)
-    return getattr(importlib.import_module(index[name][0]), index[name][1]), name
+    config = json.loads((network_folder(teacher) / "config.json").read_text(encoding="utf-8"))
+    return getattr(diffusers, config["_class_name"])
 
 
 def conditioning_like(backbone: Backbone) -> Conditioning:
@@ -64,7 +66,7 @@ def conditioning_like(backbone: Backbone) -> Conditioning:
 def move_to_fake_cpu(networks: Sequence[nn.Module]) -> None:
     """Replace meta tensors by fake ones (under a FakeTensorMode): meta has no autocast and no attention kernels."""
     replacements: dict[int, Tensor] = {}
-    for module in {module: None for network in networks for module in network.modules()}:
+    for module in nn.ModuleList(networks).modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
@@ -78,5 +80,92 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each storage once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in _storages(tensors).values())
+
+
+def _storages(tensors: Iterable[Tensor]) -> Storages:
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+
+
+# ---- one pass
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """One graded pass of a batch.
+
+    Attributes:
+        saved: bytes that autograd keeps until the backward pass, without checkpointing.
+        saved_between: the same with checkpointing: inputs of the blocks, and everything outside of them.
+        block: bytes that the largest block keeps.
+        casts: bytes of autocast's copies of the weights.
+        flops: floating-point operations of the forward pass, per sample.
+    """
+
+    saved: int
+    saved_between: int
+    block: int
+    casts: int
+    flops: float
+
+
+def count_pass(
+    backbone: Any, network: nn.Module, inner: nn.Module, cond: Conditioning, batch: int, precision: str
+) -> PassMemory:
+    """Run one graded pass and add up the storages that autograd keeps, each once and without parameters.
+
+    Args:
+        backbone: of the family.
+        network: one role.
+        inner: diffusers' network in it.
+        cond: tensors like the embeddings of one prompt.
+        batch: samples of the pass.
+        precision: of the arithmetic, "float32" or "bfloat16".
+    """
+    outside: Storages = {}
+    between: Storages = {}
+    blocks: list[Storages] = [{}]
+
+    def checkpoint(function: Callable, *args: Any) -> Any:
+        between.update(_storages(value for value in args if isinstance(value, Tensor)))
+        blocks.append({})
+        with _saved_tensors_in(blocks[-1]):
+            return function(*args)
+
+    inner.enable_gradient_checkpointing(checkpoint)
+    autocast = precision == "bfloat16"
+    latents = torch.zeros(batch, *backbone.latent_shape)
+    level = NoiseLevel(*(torch.full((batch, 1, 1, 1), 0.5) for _ in range(2)), torch.full((batch, 1, 1, 1), 500))
+    cond = {name: torch.zeros(batch, *value.shape[1:], dtype=value.dtype) for name, value in cond.items()}
+    with (
+        FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
+        _saved_tensors_in(outside),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        backbone.denoise(network, latents, level, cond)
+    parameters = _storages([*network.parameters(), *inner.parameters()])
+    everything = outside | {name: storage for block in blocks for name, storage in block.items()}
+    cast = [p for p in inner.parameters() if autocast and p.requires_grad and p.dtype == torch.float32]
+    return PassMemory(
+        saved=_size(everything, parameters),
+        saved_between=_size(outside | between, parameters),
+        block=max(_size(block, parameters) for block in blocks),
+        casts=bytes_of(cast) // 2,
+        flops=counter.get_total_flops() / batch,
+    )
+
+
+@contextmanager
+def _saved_tensors_in(storages: Storages) -> Iterator[None]:
+    """Collect the storages that autograd saves."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.update(_storages([tensor]))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+
+
+def _size(storages: Storages, excluded: Storages) -> int:
+    return sum(storage.nbytes() for name, storage in storages.items() if name not in excluded)

@@ -21,8 +21,8 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
-from dpdmd_pipeline.planning import run
-from dpdmd_pipeline.planning.run import refusals, refuse_run
+from dpdmd_pipeline.planning import checks, disk
+from dpdmd_pipeline.planning.checks import refusals, refuse_run
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
@@ -41,7 +41,7 @@ MODELS = {
 }
 # Sizes for a tiny teacher on a CPU; the mathematics stay those of the environment.
 TINY = {
-    "backbone": {"resolution": 32, "num_steps": 8, "dtype": "float32"},
+    "backbone": {"resolution": 32, "num_steps": 6, "dtype": "float32"},
     "prompts": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
     "anchors": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
     **{
@@ -54,12 +54,12 @@ TINY = {
             "student_micro_batch": 2,
             "fake_score_micro_batch": 1,
             "checkpoint_every": 1,
-            "ratio_every": 1,
+            "ratio_every": 2,
             "log_every": 1,
         }
         for group in ("train", "train_dmd")
     },
-    "evaluate": {"images_per_prompt": 3, "device": "cpu"},
+    "evaluate": {"images_per_prompt": 2, "device": "cpu"},
 }
 
 
@@ -68,6 +68,8 @@ def loader(environment: str, runtime_params: dict | None = None) -> ConfigLoader
 
 
 def merged(parameters: dict, changes: dict) -> dict:
+    for group in ("train", "train_dmd"):
+        parameters[group]["watch"]["images_per_prompt"] = 2
     return {
         group: MODELS[group](**{**parameters[group], **TINY.get(group, {}), **changes.get(group, {})})
         for group in MODELS
@@ -96,9 +98,9 @@ def t5_teacher(world_teacher, tmp_path_factory) -> Path:
     return folder
 
 
-def catalog(environment: str, teacher: Path, folder: Path, changes: dict, runtime_params: dict | None) -> DataCatalog:
+def catalog(environment: str, teacher: Path, folder: Path, **changes) -> DataCatalog:
     """The environment's own catalog below another folder, over a local teacher."""
-    config = loader(environment, {**(runtime_params or {}), **raw_files(folder)})
+    config = loader(environment, raw_files(folder))
     entries = {
         name: {**entry, "filepath": str(folder / entry["filepath"])} if "filepath" in entry else entry
         for name, entry in config["catalog"].items()
@@ -126,12 +128,26 @@ def run_line(datasets: DataCatalog) -> None:
     SequentialRunner().run(line, datasets)
 
 
+T5 = {"backbone": {"max_sequence_length": 9}}
+
+
+@pytest.fixture(scope="module")
+def finished_sd35(t5_teacher, tmp_path_factory) -> Path:
+    """Folder of a finished run of the environment sd35."""
+    folder = tmp_path_factory.mktemp("sd35")
+    run_line(catalog("sd35", t5_teacher, folder, **T5))
+    return folder
+
+
 @pytest.mark.parametrize("environment, roles", [("sd35", "full"), ("sd35_lora_16gb", "lora")])
-def test_a_teacher_with_t5_goes_from_prompt_files_to_report_and_export(t5_teacher, tmp_path, environment, roles):
-    changes = {"backbone": {"max_sequence_length": 9}}
-    runtime_params = {"train": {"roles": roles}} if environment == "sd35" else None
-    made = catalog(environment, t5_teacher, tmp_path, changes, runtime_params)
-    run_line(made)
+def test_a_teacher_with_t5_goes_from_prompt_files_to_report_and_export(
+    request, t5_teacher, tmp_path, environment, roles
+):
+    if environment == "sd35":
+        made = catalog(environment, t5_teacher, request.getfixturevalue("finished_sd35"), **T5)
+    else:
+        made = catalog(environment, t5_teacher, tmp_path, **T5)
+        run_line(made)
     check_measurements(made)
     embeddings = made["embeddings"].load()
     assert embeddings.rows([0])["prompt_embeds"].shape == (1, 12 + 9, 64)  # CLIP's tokens, then T5's
@@ -148,7 +164,7 @@ def test_a_teacher_with_t5_goes_from_prompt_files_to_report_and_export(t5_teache
 
 @pytest.mark.parametrize("environment, roles", [("sdxl", "full"), ("sdxl_lora_16gb", "lora")])
 def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path, environment, roles):
-    made = catalog(environment, tiny_sdxl, tmp_path, {}, None)
+    made = catalog(environment, tiny_sdxl, tmp_path)
     run_line(made)
     check_measurements(made)
     for name in ("student", "student_dmd"):
@@ -163,7 +179,7 @@ def check_measurements(made: DataCatalog) -> None:
     students = ("dmd", "dp_dmd")
     for name in ("teacher", *students):
         scores = metrics[name]
-        assert scores["n"] == {"prompts": 1, "per_prompt": 3} and not scores["quality"]
+        assert scores["n"] == {"prompts": 1, "per_prompt": 2} and not scores["quality"]
         assert list(scores["figures"]) == ["diversity.pixels.mean_distance"]
         assert set(scores["missing"]) == {
             name for name in lacking if scores is not metrics["teacher"] or not name.startswith("distribution.")
@@ -187,30 +203,29 @@ def test_the_configs_give_the_shapes_of_the_embeddings(t5_teacher):
     }
 
 
-def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teacher, tmp_path, monkeypatch):
+def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teacher, finished_sd35, monkeypatch):
     """On a full disk a finished run is accepted again, and one that has to make anything anew is not."""
     line = prompts.create_pipeline() + anchors.create_pipeline() + train.create_pipeline()
 
     def datasets(changed=(), **changes):
-        made = catalog("sd35", t5_teacher, tmp_path, {"backbone": {"max_sequence_length": 9}, **changes}, None)
+        made = catalog("sd35", t5_teacher, finished_sd35, **{**T5, **changes})
         for name in ("prompts.txt", "prompts_eval.txt"):  # `catalog` has just written them
-            os.utime(tmp_path / "raw" / name, None if name in changed else (0, 0))
+            os.utime(finished_sd35 / "raw" / name, None if name in changed else (0, 0))
         return made
 
-    SequentialRunner().run(line, datasets())
     plans = []
-    monkeypatch.setattr(run, "refusals", lambda plan: plans.append(plan) or refusals(plan))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(checks, "refusals", lambda plan: plans.append(plan) or refusals(plan))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert refuse_run(line, datasets()) == refuse_run(train.create_pipeline(), datasets()) == []
     assert all(folder.is_dir() for plan in plans for folder in plan.states.values()) and len(plans[-1].states) == 2
-    for changes, whole in (
+    for changes, reused in (
         ({"anchors": {"seeds_per_prompt": 3}}, {"embeddings"}),
         ({"train": {"seed": 9}}, {"embeddings", "anchors"}),
         ({"backbone": {"max_sequence_length": 8}}, set()),
         ({"changed": ["prompts.txt"]}, set()),
     ):
         (refused,) = refuse_run(line, datasets(**changes))
-        assert "0.0 GiB" in refused and plans[-1].reused == whole
+        assert "0.0 GiB" in refused and plans[-1].reused == reused
 
 
 # ---- options of the environments
@@ -261,7 +276,7 @@ def test_the_published_settings_are_those_of_the_paper():
 def test_a_pretrained_teacher_is_not_trained_over(t5_teacher, tmp_path):
     from dpdmd_pipeline.pipelines import teacher
 
-    made = catalog("sd35", t5_teacher, tmp_path, {}, None)
+    made = catalog("sd35", t5_teacher, tmp_path)
     (line,) = refuse_run(teacher.create_pipeline(), made)
     assert "teacher" in line
 
@@ -278,6 +293,6 @@ def test_an_embedded_teacher_may_be_trained(environment):
 def test_a_missing_part_of_the_teacher_is_found_before_the_first_node(t5_teacher, tmp_path):
     copy = shutil.copytree(t5_teacher, tmp_path / "teacher")
     (copy / "transformer" / "config.json").unlink()
-    made = catalog("sd35", copy, tmp_path, {"backbone": {"max_sequence_length": 9}}, None)
+    made = catalog("sd35", copy, tmp_path, **T5)
     (line,) = refuse_run(anchors.create_pipeline(), made)
     assert str(copy / "transformer") in line

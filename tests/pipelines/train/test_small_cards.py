@@ -8,8 +8,8 @@ from benchmarks.random_teacher import CLIP_LENGTH, CONFIGS, make_weightless_teac
 from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.planning.checks import refusals
 from dpdmd_pipeline.planning.plan import Plan
-from dpdmd_pipeline.planning.run import refusals
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe

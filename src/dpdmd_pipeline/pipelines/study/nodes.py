@@ -19,7 +19,7 @@ from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.study.students import Judge, Student, judge_student, make_all
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.planning.checks import check_anchors, check_optimizers
-from dpdmd_pipeline.planning.reuse import student_identity
+from dpdmd_pipeline.planning.identity import student_identity
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 

@@ -12,8 +12,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings
-from dpdmd_pipeline.planning.reuse import state_folder, student_identity
+from dpdmd_pipeline.planning.identity import check_embeddings, state_folder, student_identity
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 
