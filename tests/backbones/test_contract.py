@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.raising import refuses
 
 import dpdmd_pipeline.backbones
 from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone, token_limits
@@ -128,7 +129,7 @@ def test_every_file_that_loads_is_a_family_and_every_family_is_tested():
 
 
 def test_an_unknown_family_is_refused_with_the_choice(tmp_path):
-    with pytest.raises(ValueError, match=r"backbone.family is 'sd9'.*sd3, sdxl, sana"):
+    with refuses(ValueError, "backbone.family is 'sd9'", "sd3, sdxl, sana"):
         load_backbone("sd9", tmp_path)
 
 
@@ -401,10 +402,10 @@ def test_a_network_in_several_files_loads_if_its_keys_fit(specimen, copied, mode
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     last = max(network.glob("*.safetensors"))
     save_file(with_another_key(load_file(last)), last)
-    with pytest.raises(ValueError, match=r"4 unknown \(added.a, "):
+    with refuses(ValueError, "4 unknown (added.a,"):
         backbone.load_model()
     save_file(load_file(last), network / WEIGHTS)
-    with pytest.raises(ValueError, match=f"both {WEIGHTS} and an index"):
+    with refuses(ValueError, f"both {WEIGHTS} and an index"):
         backbone.load_model()
 
 
@@ -412,7 +413,7 @@ def test_a_pickled_network_is_refused_without_being_opened(specimen, copied):
     teacher, network = copied
     (network / WEIGHTS).unlink()
     (network / "diffusion_pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # ends the process that unpickles it
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin .*\.safetensors"):
+    with refuses(ValueError, "diffusion_pytorch_model.bin", ".safetensors"):
         load_backbone(specimen.family, teacher, **specimen.options).load_model()
 
 
@@ -422,7 +423,7 @@ def test_a_half_precision_variant_does_not_replace_the_network(specimen, copied)
     shutil.copy(network / WEIGHTS, network / variant)
     load_backbone(specimen.family, teacher, **specimen.options).load_model()  # beside the network it is ignored
     (network / WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{WEIGHTS} .*{variant}"):
+    with refuses(FileNotFoundError, f"{WEIGHTS}", f"{variant}"):
         load_backbone(specimen.family, teacher, **specimen.options).load_model()
 
 
@@ -430,7 +431,7 @@ def test_a_network_of_another_class_is_refused_before_its_weights(specimen, copi
     teacher, network = copied
     config = json.loads((network / "config.json").read_text())
     (network / "config.json").write_text(json.dumps({**config, "_class_name": "FluxTransformer2DModel"}))
-    with pytest.raises(ValueError, match="FluxTransformer2DModel.*backbone.family"):
+    with refuses(ValueError, "FluxTransformer2DModel", "backbone.family"):
         load_backbone(specimen.family, teacher, **specimen.options)
 
 
@@ -439,6 +440,6 @@ def test_a_teacher_of_another_family_is_refused_in_one_line(specimen, request, o
     if other.removeprefix("tiny_") in specimen.family or (other, specimen.family) == ("decoding_teacher", "sd3"):
         load_backbone(specimen.family, request.getfixturevalue(other), **specimen.options)
         return
-    with pytest.raises((ValueError, OSError), match="backbone.family") as refusal:
+    with refuses((ValueError, OSError), "backbone.family") as refusal:
         load_backbone(specimen.family, request.getfixturevalue(other), **specimen.options)
     assert "\n" not in str(refusal.value)

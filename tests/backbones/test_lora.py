@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.raising import refuses
 from torch import nn
 
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, peft_from_file, transformer_from_peft
@@ -73,5 +74,5 @@ def test_kohyas_format_has_one_word_per_module_with_its_alpha(adapted):
 def test_an_adapter_of_another_shape_is_refused_with_both(adapted):
     plain, _, state = adapted
     state["blocks.0.lora_A.weight"] = torch.zeros(4, 9)
-    with pytest.raises(ValueError, match=r"blocks.0 .*\[7, 9\].*\[7, 5\]"):
+    with refuses(ValueError, "blocks.0", "[7, 9]", "[7, 5]"):
         add_lora(plain.state_dict(), state, 1.0)

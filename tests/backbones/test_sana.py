@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.base import token_limits
 from dpdmd_pipeline.backbones.sana import Sana, load
@@ -112,7 +113,7 @@ def test_a_diffusion_scheduler_is_refused(tiny_sana, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sana, folder)
     DDIMScheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(ValueError, match="flow_prediction"):
+    with refuses(ValueError, "flow_prediction"):
         load(folder, **OPTIONS)
 
 
@@ -124,5 +125,5 @@ def test_options_that_do_not_fit_are_refused(tiny_sana, options):
 
 
 def test_the_grid_must_have_as_many_levels_as_steps(backbone):
-    with pytest.raises(ValueError, match="2 .*num_steps=4"):
+    with refuses(ValueError, "2", "num_steps=4"):
         backbone.student_schedule([1.0, 0.5], 4)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.sd3 import SD3, load
 from dpdmd_pipeline.dpdmd.noise import flow_level
@@ -120,7 +121,7 @@ def test_a_student_may_have_a_grid_of_its_own(shifted_teacher):
     even = torch.tensor([1, 0.9, 0.75, 0.5, 0])
     torch.testing.assert_close(backbone.student_schedule("shifted", 4).sigma, even)
     torch.testing.assert_close(backbone.student_schedule([1.0, 0.9, 0.75, 0.5], 4).sigma, even)
-    with pytest.raises(ValueError, match="0.9.*fall strictly"):
+    with refuses(ValueError, "0.9", "fall strictly"):
         backbone.student_schedule([1.0, 0.75, 0.9, 0.5], 4)
 
 
@@ -175,7 +176,7 @@ def test_a_network_in_half_precision_still_gives_x0_in_float32(tiny_teacher):
 
 def test_a_scheduler_that_shifts_dynamically_is_refused(tiny_teacher, edited):
     folder = edited(tiny_teacher, "scheduler/scheduler_config.json", use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="use_dynamic_shifting"):
+    with refuses(ValueError, "use_dynamic_shifting"):
         SD3(folder, **OPTIONS)
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.sdxl import SDXL, load
 from dpdmd_pipeline.dpdmd.noise import add_noise, x0_from_eps, x0_from_v_prediction
@@ -248,7 +249,7 @@ def test_a_flow_scheduler_is_refused(tiny_sdxl, tmp_path):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_sdxl, folder)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    with pytest.raises(ValueError, match="beta_start, "):
+    with refuses(ValueError, "beta_start,"):
         SDXL(folder, **OPTIONS)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.raising import refuses
 from torch import nn
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files, shapes_of
@@ -63,7 +64,7 @@ def test_the_same_student_gives_the_same_bytes_and_names_no_path_of_this_machine
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path, network):
     network[0].weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"finite \(0.weight\)"):
+    with refuses(ValueError, "finite (0.weight)"):
         save_student(tmp_path, network, FLOW)
     assert not (tmp_path / WEIGHTS).exists()
 
@@ -84,7 +85,7 @@ def test_a_state_that_is_no_lora_of_the_headers_rank_is_refused(tmp_path, state,
 
 
 def test_an_adapter_is_not_written_as_full_weights(tmp_path):
-    with pytest.raises(ValueError, match="dpdmd.kind is 'full'"):
+    with refuses(ValueError, "dpdmd.kind is 'full'"):
         save_lora(tmp_path, adapter(), FLOW)
 
 
@@ -154,13 +155,13 @@ def test_a_teachers_network_in_one_file_or_several_is_held_against_its_architect
         (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     check_keys(network_files(tmp_path), shapes_of(network))
     save_file({name: value for name, value in parts[0].items() if name != "0.weight"}, tmp_path / names[0])
-    with pytest.raises(ValueError, match=r"1 missing \(0.weight\)"):
+    with refuses(ValueError, "1 missing (0.weight)"):
         check_keys(network_files(tmp_path), shapes_of(network))
 
 
 def test_a_student_of_another_family_is_refused(tmp_path, network):
     save_student(tmp_path, network, FLOW)
-    with pytest.raises(ValueError, match=r"'sd3'.*'sdxl'"):
+    with refuses(ValueError, "'sd3'", "'sdxl'"):
         load_weights(tmp_path, network, "sdxl")
 
 
@@ -174,7 +175,7 @@ def test_weights_without_a_header_are_held_against_the_keys_alone(tmp_path, netw
 def test_a_lora_that_matches_no_module_is_refused(tmp_path, network):
     state = {name.replace("0.", "block.").replace("1.", "other."): value for name, value in adapter().items()}
     save_lora(tmp_path, state, LORA)
-    with pytest.raises(ValueError, match=r"2 of 2 .*\(block, other\)"):
+    with refuses(ValueError, "2 of 2", "(block, other)"):
         load_weights(tmp_path, network, "sd3")
 
 
@@ -182,7 +183,7 @@ def test_a_lora_that_matches_no_module_is_refused(tmp_path, network):
 def test_a_pickle_is_refused_without_being_opened(tmp_path, network, argument):
     bomb = tmp_path / "weights.pt"
     bomb.write_bytes(b"cos\nabort\n(tR.")  # ends the process that unpickles it
-    with pytest.raises(ValueError, match=r"weights.pt .*weights_only=True"):
+    with refuses(ValueError, "weights.pt", "weights_only=True"):
         load_weights(bomb if argument == "weights.pt" else tmp_path, network, "sd3")
 
 
@@ -190,17 +191,17 @@ def test_a_truncated_file_is_refused_by_its_path(tmp_path, network):
     save_student(tmp_path, network, FLOW)
     whole = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match=WEIGHTS):
+    with refuses(OSError, WEIGHTS):
         load_weights(tmp_path, network, "sd3")
 
 
 def test_a_folder_without_weights_names_the_stage_that_makes_them(tmp_path, network):
-    with pytest.raises(MissingInputError, match=WEIGHTS) as error:
+    with refuses(MissingInputError, WEIGHTS) as error:
         load_weights(tmp_path, network, "sd3")
     assert error.value.stage == "train"
 
 
 def test_full_weights_are_no_lora(tmp_path, network):
     save_weights(tmp_path / WEIGHTS, network.state_dict(), FLOW.metadata())
-    with pytest.raises(ValueError, match="dpdmd.kind is 'full'"):
+    with refuses(ValueError, "dpdmd.kind is 'full'"):
         load_lora(tmp_path)

@@ -1,8 +1,8 @@
 """Noise of the pack: a seed gives the same noise in every batch, and the package draws the same."""
 
-import pytest
 import torch
 from comfy_nodes.noise import BatchStream, ImageStreams, PerImageNoise, image_seeds, streams_of
+from tests.raising import refuses
 
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds
 
@@ -32,7 +32,7 @@ def test_seeds_count_up_and_wrap_around():
 
 def test_an_index_for_another_number_of_pictures_is_refused():
     for make in (image_seeds, BatchStream):
-        with pytest.raises(ValueError, match="batch_index.* 2 .* 3"):
+        with refuses(ValueError, "batch_index", "2", "3"):
             make(5, 3, [0, 1])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfy_nodes.header import StudentHeader, read_header
+from tests.raising import refuses
 
 from comfy_nodes import lora, weights
 
@@ -88,11 +89,11 @@ def test_a_lora_that_does_not_fit_the_base_model_is_refused():
     modules = lora.lora_modules(factors("a") | factors("b"), "sd3", "x")
     shapes = {"transformer.a": (6, 3), "transformer.b": (6, 3)}
     lora.check_lora(modules, shapes, "x")
-    with pytest.raises(ValueError, match=r"x: none of its 2 modules .*\(transformer.a, "):
+    with refuses(ValueError, "x: none of its 2 modules", "(transformer.a,"):
         lora.check_lora(modules, {}, "x")
-    with pytest.raises(ValueError, match=r"x: .*lacks 1 modules \(transformer.b\)"):
+    with refuses(ValueError, "x:", "lacks 1 modules (transformer.b)"):
         lora.check_lora(modules, {"transformer.a": (6, 3)}, "x")
-    with pytest.raises(ValueError, match=r"x: transformer.b .*\[6, 3\].*\[6, 4\]"):
+    with refuses(ValueError, "x: transformer.b", "[6, 3]", "[6, 4]"):
         lora.check_lora(modules, shapes | {"transformer.b": (6, 4)}, "x")
 
 

@@ -1,11 +1,10 @@
 """Schedules of the pack equal those of the package and of diffusers; bad ones are refused."""
 
-import re
-
 import pytest
 import torch
 from comfy_nodes.header import StudentHeader
 from comfy_nodes.schedules import Levels
+from tests.raising import refuses
 
 from comfy_nodes import schedules
 from dpdmd_pipeline.dpdmd import noise
@@ -64,7 +63,7 @@ def test_without_a_header_the_familys_published_schedule_is_used_and_named():
 
 
 def test_a_family_without_a_published_schedule_is_refused():
-    with pytest.raises(ValueError, match="DP-DMD header"):
+    with refuses(ValueError, "DP-DMD header"):
         sigmas_for("auto", levels=Levels("v", TABLE, published=False))
 
 
@@ -90,22 +89,22 @@ def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
 
 @pytest.mark.parametrize("steps", [0, 17, -1])
 def test_steps_out_of_range_are_refused(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}:.* 16"):
+    with refuses(ValueError, f"steps is {steps}:", "16"):
         sigmas_for("auto", steps)
 
 
 def test_more_steps_than_trained_are_refused():
-    with pytest.raises(ValueError, match="steps is 5,.* 4"):
+    with refuses(ValueError, "steps is 5,", "4"):
         sigmas_for("auto", 5, header=FLOW_STUDENT)
 
 
 def test_a_student_in_a_model_set_to_another_prediction_is_refused():
-    with pytest.raises(ValueError, match="student.* eps.*model.* v"):
+    with refuses(ValueError, "student", "eps", "model", "v"):
         sigmas_for("auto", levels=Levels("v", TABLE, published=False), header=EPS_STUDENT)
 
 
 def test_a_timestep_that_the_model_lacks_is_refused():
-    with pytest.raises(ValueError, match="timestep 1000 .* 1000"):
+    with refuses(ValueError, "timestep 1000", "1000"):
         schedules.sigmas_of_timesteps([1000, 10], TABLE)
 
 
@@ -119,7 +118,7 @@ def test_custom_sigmas_may_be_written_in_any_usual_way(text):
 
 @pytest.mark.parametrize("text", ["", "one", "1, , 0.5x, 0", "1;0"])
 def test_custom_sigmas_that_are_no_numbers_are_refused(text):
-    with pytest.raises(ValueError, match=re.escape(f"custom sigmas {text!r}")):
+    with refuses(ValueError, f"custom sigmas {text!r}"):
         sigmas_for("custom", custom=text)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfy_nodes.header import read_header
 from safetensors.torch import save_file
+from tests.raising import refuses
 
 from comfy_nodes import weights
 
@@ -58,7 +59,7 @@ class Bomb:
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": STATE, "bomb": Bomb()}, "x.pt")
-    with pytest.raises(ValueError, match="x.pt .*not run"):
+    with refuses(ValueError, "x.pt", "not run"):
         weights.load_state("x.pt", "x.pt")
     assert not Path("exploded").exists()
 
@@ -68,7 +69,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
 )
 def test_a_file_of_another_format_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(OSError, match=name):
+    with refuses(OSError, name):
         weights.load_state(str(tmp_path / name), name)
 
 
@@ -77,7 +78,7 @@ def test_a_truncated_file_is_refused(tmp_path, name):
     state = {f"{index}.weight": torch.ones(100, 100) for index in range(3)}
     save_file(state, tmp_path / name) if name.endswith("safetensors") else torch.save(state, tmp_path / name)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20000])
-    with pytest.raises(OSError, match=name):
+    with refuses(OSError, name):
         weights.load_state(str(tmp_path / name), name)
 
 
@@ -97,7 +98,7 @@ def test_a_torch_file_of_something_else_is_refused(tmp_path, content, message):
 
 def test_a_file_without_tensors_is_refused(tmp_path):
     save_file({}, tmp_path / "x.safetensors", METADATA)
-    with pytest.raises(ValueError, match="x.safetensors .*no tensors"):
+    with refuses(ValueError, "x.safetensors", "no tensors"):
         weights.load_state(str(tmp_path / "x.safetensors"), "x.safetensors")
 
 
@@ -129,7 +130,7 @@ def test_an_entry_of_the_list_is_a_folder_and_a_file(name, parts):
     ],
 )
 def test_a_name_that_leaves_the_models_folder_is_refused(name):
-    with pytest.raises(ValueError, match="student_name .*models/diffusion_models.*models/loras"):
+    with refuses(ValueError, "student_name", "models/diffusion_models", "models/loras"):
         weights.folder_and_file(name)
 
 
@@ -149,7 +150,7 @@ def test_a_prefix_of_some_keys_stays():
 
 def test_the_first_three_surplus_or_missing_keys_are_named():
     weights.check_keys("ab", "ab", "x")
-    with pytest.raises(ValueError, match=r"x .*4 keys.*\(c, d, e, ...\)"):
+    with refuses(ValueError, "x", "4 keys", "(c, d, e, ...)"):
         weights.check_keys("abcdef", "ab", "x")
-    with pytest.raises(ValueError, match=r"x lacks 1 of 2 keys \(b\)"):
+    with refuses(ValueError, "x lacks 1 of 2 keys (b)"):
         weights.check_keys("a", "ab", "x")

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 from tests.commands.browser import needs_browser
+from tests.raising import refuses
 from torchvision.transforms.functional import to_pil_image
 
 from dpdmd_pipeline.commands.arena import main
@@ -182,7 +183,7 @@ def test_one_question_about_one_prompt_is_in_the_singular(page, capsys):
 def test_a_folder_is_not_compared_with_itself_under_any_name(page, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "ours")
     for other in (tmp_path / "ours", tmp_path / "ours" / ".." / "ours", tmp_path / "link"):
-        with pytest.raises(ValueError, match=f"{tmp_path}/ours .*{other} "):
+        with refuses(ValueError, f"{tmp_path}/ours", f"{other}"):
             main([str(tmp_path / "ours"), str(other), "--out", str(page)])
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from kedro.io import DatasetError
 from PIL import Image
+from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.picture_folder import EMPTY, PictureFolderDataset, folder_names
 from dpdmd_pipeline.scoring.folders import find_pictures
@@ -106,6 +107,6 @@ def test_one_prompt_is_in_memory_at_a_time(dataset):
 
 def test_a_missing_folder_is_refused_with_the_remedy(dataset):
     assert not dataset.exists()
-    with pytest.raises(DatasetError, match="pictures .*run the stage") as error:
+    with refuses(DatasetError, "pictures", "run the stage") as error:
         dataset.load()
     assert isinstance(error.value.__cause__, FileNotFoundError)

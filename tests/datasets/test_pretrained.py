@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.pretrained import PretrainedModelDataset
 
@@ -235,7 +236,7 @@ def test_a_cache_with_an_interrupted_download_is_refused(offline, missing):
     folder = warm_cache(offline)
     (folder / missing).resolve().unlink()  # the link stays
     (folder / "text_encoder/model.fp16.safetensors").unlink()
-    with pytest.raises(Exception, match=rf"{missing.split('/')[0]} .*safetensors.* network.*HF_HUB_OFFLINE"):
+    with refuses(Exception, f"{missing.split('/')[0]}", "safetensors", "network", "HF_HUB_OFFLINE"):
         PretrainedModelDataset(model=MODEL).load()
     assert PretrainedModelDataset(model=MODEL).load_configs() == folder
 
@@ -276,10 +277,10 @@ def test_a_local_folder_without_weights_is_refused_only_for_weights(tiny_teacher
     copy = shutil.copytree(tiny_teacher, tmp_path / "teacher")
     (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert PretrainedModelDataset(model=str(copy)).load_configs() == copy
-    with pytest.raises(Exception, match=r"transformer .*\*.safetensors: .*diffusers pipeline folder"):
+    with refuses(Exception, "transformer", "*.safetensors:", "diffusers pipeline folder"):
         PretrainedModelDataset(model=str(copy)).load()
 
 
 def test_nothing_is_saved_over_somebody_elses_model(offline):
-    with pytest.raises(Exception, match="somebody/pictures"):
+    with refuses(Exception, "somebody/pictures"):
         PretrainedModelDataset(model=MODEL).save(lambda folder: None)

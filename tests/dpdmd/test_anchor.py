@@ -5,6 +5,7 @@ import torch
 from gaussian import PATHS, flow_levels, make_gaussian, sdxl_table, vp_levels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.raising import refuses
 
 from dpdmd_pipeline.dpdmd.anchor import anchor_target, anchored_steps, teacher_anchors
 from dpdmd_pipeline.dpdmd.losses import diversity_loss
@@ -88,7 +89,7 @@ def test_the_target_at_the_clean_end_is_the_picture(levels):
 @pytest.mark.parametrize(("start", "end"), [(3, 3), (5, 2)])
 def test_an_anchor_that_is_not_less_noisy_is_refused_with_both_numbers(levels, start, end):
     noise = randn(0, 1, *SHAPE)
-    with pytest.raises(ValueError, match="anchor") as error:
+    with refuses(ValueError, "anchor") as error:
         anchor_target(noise, noise, levels[start], levels[end])
     assert f"{levels[start].sigma:.3f}" in str(error.value)
     assert f"{levels[end].sigma:.3f}" in str(error.value)
@@ -113,7 +114,7 @@ def test_one_pass_gives_the_anchors_of_separate_rollouts(levels):
 
 @pytest.mark.parametrize("anchor_steps", [[], [0], [0, 3], [3, 3], [5, 2], [10], [2, 11]])
 def test_step_counts_that_do_not_rise_inside_the_schedule_are_refused(anchor_steps):
-    with pytest.raises(ValueError, match=" 10 ") as error:
+    with refuses(ValueError, "10") as error:
         teacher_anchors(make_gaussian(SHAPE).denoise, randn(0, 1, *SHAPE), flow_levels(10), anchor_steps)
     assert str(anchor_steps) in str(error.value)
 
@@ -165,7 +166,7 @@ def test_a_student_that_hits_every_target_passes_through_the_anchors(path, count
 
 def test_an_anchor_without_a_level_is_refused():
     noise, levels = randn(0, 1, *SHAPE), flow_levels(4)
-    with pytest.raises(ValueError, match="shorter"):
+    with refuses(ValueError, "shorter"):
         anchored_steps(noise, [noise, noise], levels[0], [levels[1]])
-    with pytest.raises(ValueError, match="0.750.* 0.500"):
+    with refuses(ValueError, "0.750", "0.500"):
         anchored_steps(noise, [noise, noise], levels[0], [levels[2], levels[1]])

@@ -1,13 +1,12 @@
 """Levels, grids, steps and conversions; diffusers is the oracle."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 from gaussian import sdxl_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.raising import refuses
 
 from dpdmd_pipeline.dpdmd.noise import (
     NoiseLevel,
@@ -101,7 +100,7 @@ def test_shift_keeps_both_ends_and_the_order():
 
 @pytest.mark.parametrize("sigmas", [[1, 0.5, 0.5, 0], [1, 0.6, 0.7, 0], [1.2, 0.5, 0], [1, 0.5, 0.25], [0.0]])
 def test_a_schedule_that_does_not_fall_from_1_to_0_is_refused_with_its_numbers(sigmas):
-    with pytest.raises(ValueError, match="sigmas") as error:
+    with refuses(ValueError, "sigmas") as error:
         flow_schedule(sigmas)
     assert all(str(float(sigma)) in str(error.value) for sigma in sigmas)
 
@@ -110,9 +109,9 @@ def test_a_student_has_a_grid_by_its_name_or_sigmas_of_its_own_which_are_not_shi
     named, own = flow_student_schedule("shifted", 4, 3.0), flow_student_schedule([1.0, 0.9, 0.75, 0.5], 4, 3.0)
     torch.testing.assert_close(named.sigma, own.sigma)
     assert torch.equal(named.sigma, flow_sigmas(4, 3.0, "shifted")) and own.sigma.tolist()[-2:] == [0.5, 0.0]
-    with pytest.raises(ValueError, match="2 .*num_steps=4"):
+    with refuses(ValueError, "2", "num_steps=4"):
         flow_student_schedule([1.0, 0.5], 4, 3.0)
-    with pytest.raises(ValueError, match="trailing.*diffusers.*shifted"):
+    with refuses(ValueError, "trailing", "diffusers", "shifted"):
         flow_student_schedule("trailing", 4, 3.0)
 
 
@@ -147,7 +146,7 @@ def test_timesteps_given_by_hand_make_the_schedule_that_has_them():
 
 @pytest.mark.parametrize("timesteps", [[1000], [499, 499], [249, 499], [10.5], [-1]])
 def test_timesteps_that_do_not_fall_within_the_table_are_refused_with_their_numbers(timesteps):
-    with pytest.raises(ValueError, match=re.escape(str(timesteps)) + ".* 999"):
+    with refuses(ValueError, str(timesteps), "999"):
         vp_schedule_at(timesteps, sdxl_table())
 
 

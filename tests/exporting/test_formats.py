@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_options, train
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
@@ -154,13 +155,13 @@ def test_an_older_student_gets_the_shift_of_its_teacher(trained, tmp_path):
 
 def test_a_lora_file_of_a_full_student_is_refused(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
-    with pytest.raises(ValueError, match=r"export.formats=\['lora'\].*full"):
+    with refuses(ValueError, "export.formats=['lora']", "full"):
         write(read(folder, teacher), teacher, tmp_path / "out", formats=["lora"])
 
 
 def test_a_student_of_another_family_is_refused(trained):
     folder, teacher = trained["sd3_shifted"]
-    with pytest.raises(ValueError, match="'sd3'.*'sdxl'"):
+    with refuses(ValueError, "'sd3'", "'sdxl'"):
         read(folder, teacher, family="sdxl")
 
 
@@ -170,7 +171,7 @@ def test_a_student_that_does_not_fit_its_teacher_is_refused(trained, tmp_path):
     tensors = load_file(folder / WEIGHTS)
     tensors.pop("proj_out.bias")
     save_file(tensors, tmp_path / "student" / WEIGHTS, metadata=metadata(folder / WEIGHTS))
-    with pytest.raises(ValueError, match=r"1 missing \(proj_out.bias\)"):
+    with refuses(ValueError, "1 missing (proj_out.bias)"):
         read(tmp_path / "student", teacher)
 
 
@@ -179,7 +180,7 @@ def test_a_lora_of_another_network_is_refused(trained, tmp_path):
     shutil.copytree(folder, tmp_path / "student")
     tensors = {name.replace("blocks.0", "blocks.9"): value for name, value in load_file(folder / ADAPTER).items()}
     save_file(tensors, tmp_path / "student" / ADAPTER, metadata=metadata(folder / ADAPTER))
-    with pytest.raises(ValueError, match="LoRA.*blocks.9"):
+    with refuses(ValueError, "LoRA", "blocks.9"):
         read(tmp_path / "student", teacher)
 
 
@@ -187,7 +188,7 @@ def test_weights_too_large_for_the_precision_are_refused(trained, tmp_path):
     folder, teacher = trained["sd3_shifted"]
     student = read(folder, teacher)
     student.weights["proj_out.bias"][0] = 1e5
-    with pytest.raises(ValueError, match=r"finite \(proj_out.bias\).*dtype"):
+    with refuses(ValueError, "finite (proj_out.bias)", "dtype"):
         write(student, teacher, tmp_path / "out", dtype="float16")
 
 
@@ -197,10 +198,10 @@ def test_a_teacher_with_pickles_only_is_refused(trained, tmp_path, component):
     shutil.copytree(teacher, tmp_path / "teacher")
     weights = tmp_path / "teacher" / component / WEIGHTS
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises((ValueError, OSError), match="safetensors"):
+    with refuses((ValueError, OSError), "safetensors"):
         write(read(folder, tmp_path / "teacher"), tmp_path / "teacher", tmp_path / "out")
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="model_index.json"):
+    with refuses(FileNotFoundError, "model_index.json"):
         read(trained["sd3_shifted"][0], tmp_path)

@@ -1,12 +1,12 @@
 """Our sampler against diffusers alone, on every form of every export."""
 
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.exporting.conftest import CASES, PROMPTS, SEEDS
+from tests.raising import refuses
 
 import dpdmd_pipeline
 from dpdmd_pipeline.backbones.tensor_files import save_weights
@@ -52,7 +52,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(exports, name):
 
 def test_the_package_has_sample_and_no_other_lazy_attribute():
     assert dpdmd_pipeline.sample is sample
-    with pytest.raises(AttributeError, match="'draw'"):
+    with refuses(AttributeError, "'draw'"):
         _ = dpdmd_pipeline.draw
 
 
@@ -69,28 +69,28 @@ def test_a_moved_file_and_the_teacher_are_enough(exports, tmp_path):
 
 
 def test_a_missing_path_is_reported_first(exports, tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "export"))):
+    with refuses(FileNotFoundError, str(tmp_path / "export")):
         sample(tmp_path / "export", ["a red circle"], [0], device="cpu")
-    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "teacher"))):
+    with refuses(FileNotFoundError, str(tmp_path / "teacher")):
         sample(exports["sd3_lora"].file("lora"), ["a red circle"], [0], teacher=tmp_path / "teacher", device="cpu")
 
 
 def test_weights_need_a_teacher_and_a_pipeline_takes_none(exports):
     exported = exports["sd3_shifted"]
-    with pytest.raises(ValueError, match="teacher="):
+    with refuses(ValueError, "teacher="):
         sample(exported.file("comfyui"), PROMPTS, SEEDS)
-    with pytest.raises(ValueError, match=re.escape(f"teacher={exported.teacher}")):
+    with refuses(ValueError, f"teacher={exported.teacher}"):
         sample(exported.file("diffusers"), PROMPTS, SEEDS, teacher=exported.teacher)
 
 
 def test_prompts_and_seeds_are_equal_in_number(exports):
     for prompts, seeds in ((PROMPTS, [0]), ([], [])):
-        with pytest.raises(ValueError, match=f"{len(prompts)} prompts.*{len(seeds)} seeds"):
+        with refuses(ValueError, f"{len(prompts)} prompts", f"{len(seeds)} seeds"):
             sample(exports["sd3_shifted"].file("diffusers"), prompts, seeds)
 
 
 def test_a_teacher_of_another_prediction_is_refused(exports):
-    with pytest.raises(ValueError, match="'v'.*'eps'"):
+    with refuses(ValueError, "'v'", "'eps'"):
         sample(exports["sdxl_v_lora"].file("lora"), PROMPTS, SEEDS, teacher=exports["sdxl_eps"].teacher, device="cpu")
 
 
@@ -98,6 +98,6 @@ def test_a_student_that_was_not_exported_is_refused_with_the_stage(exports, tmp_
     exported = exports["sd3_shifted"]
     header = replace(exported.export.student.header, max_sequence_length=None)
     save_weights(tmp_path / "raw.safetensors", load_file(exported.file("comfyui")), header.metadata())
-    with pytest.raises(StageError, match="dpdmd.max_sequence_length") as error:
+    with refuses(StageError, "dpdmd.max_sequence_length") as error:
         sample(tmp_path / "raw.safetensors", PROMPTS, SEEDS, teacher=exported.teacher)
     assert error.value.stage == "export"

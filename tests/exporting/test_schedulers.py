@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas, vp_schedule
@@ -43,7 +44,7 @@ def test_sanas_name_of_the_shift_is_read_and_a_dynamic_shift_is_refused():
     header = StudentHeader("sana", flow_sigmas(4, 3.0, "diffusers").tolist())
     assert trained_schedule(header, SANA).scheduler.config.shift == 3.0
     for config in ({"shift": 3.0, "use_dynamic_shifting": True}, {}):
-        with pytest.raises(ValueError, match="shift"):
+        with refuses(ValueError, "shift"):
             trained_schedule(header, config)
 
 
@@ -74,5 +75,5 @@ def test_other_timesteps_are_arguments_of_the_call(tmp_path, sampler):
 
 def test_uneven_timesteps_of_a_zero_terminal_snr_model_are_refused():
     header = StudentHeader("sdxl", prediction="v", timesteps=[999, 500, 100])
-    with pytest.raises(ValueError, match=r"\[999, 500, 100\].*rescale_betas_zero_snr"):
+    with refuses(ValueError, "[999, 500, 100]", "rescale_betas_zero_snr"):
         trained_schedule(header, BETAS | {"rescale_betas_zero_snr": True})

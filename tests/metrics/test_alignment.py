@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import open_clip
-import pytest
 import torch
 import torch.nn.functional as F
 from tests.metrics.conftest import TINY_OPEN_CLIP
+from tests.raising import refuses
 
 from dpdmd_pipeline.metrics.alignment import PickScore, clip_score, hps_score, unknown_words
 from dpdmd_pipeline.shapes.world import NUM_PROMPTS, caption
@@ -51,7 +51,7 @@ def test_pickscore_is_the_logit_that_clip_gives(clip_hf, photos, passes):
 
 
 def test_an_absent_hps_file_is_an_error_not_a_random_model(passes, tmp_path):
-    with pytest.raises((ValueError, OSError), match="HPS.pt"):
+    with refuses((ValueError, OSError), "HPS.pt"):
         hps_score("ViT-B-32", tmp_path / "HPS.pt", passes)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tests.raising import refuses
 
 from dpdmd_pipeline.metrics.embedders import Inception, Lpips, OpenClipVision, TransformersVision
 from dpdmd_pipeline.metrics.libraries import hub_folder
@@ -94,7 +95,7 @@ def test_a_file_without_some_of_the_weights_is_refused(dino_v2, tmp_path, passes
 
 def test_an_open_clip_folder_without_weights_is_refused(open_clip_folder, tmp_path, passes):
     (tmp_path / "open_clip_config.json").write_text((open_clip_folder / "open_clip_config.json").read_text())
-    with pytest.raises((ValueError, OSError), match=str(tmp_path)):
+    with refuses((ValueError, OSError), str(tmp_path)):
         OpenClipVision.of(tmp_path, passes)
 
 
@@ -103,7 +104,7 @@ def test_an_open_clip_file_that_does_not_fit_is_refused(open_clip_folder, tmp_pa
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["embed_dim"] = 8
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=str(folder)):
+    with refuses(ValueError, str(folder)):
         OpenClipVision.of(folder, passes)
 
 

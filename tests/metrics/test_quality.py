@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tests.raising import refuses
 from torch import nn
 
 from dpdmd_pipeline.metrics.errors import MissingLibraryError
@@ -47,7 +48,7 @@ def test_arniqa_is_torchmetrics_picture_by_picture(arniqa_weights, photos, passe
 
 def test_a_missing_pyiqa_is_named_with_its_extra(monkeypatch, tmp_path, passes):
     monkeypatch.setitem(__import__("sys").modules, "pyiqa", None)
-    with pytest.raises(MissingLibraryError, match=r"dpdmd-pipeline\[iqa\]"):
+    with refuses(MissingLibraryError, "dpdmd-pipeline[iqa]"):
         Pyiqa("topiq_nr", tmp_path, passes)
 
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.planning import identity
@@ -15,7 +16,7 @@ def test_the_digest_of_prompts_depends_on_texts_and_order_alone():
 
 def test_a_teacher_without_text_encoders_is_refused(tiny_teacher, tmp_path):
     assert text_side_hash(tiny_teacher) == text_side_hash(tiny_teacher)
-    with pytest.raises(FileNotFoundError, match="text_encoder") as error:
+    with refuses(FileNotFoundError, "text_encoder") as error:
         text_side_hash(tmp_path)
     assert error.value.stage == "teacher"
 

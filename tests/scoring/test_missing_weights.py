@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.raising import refuses
 
 from dpdmd_pipeline.metrics.errors import MissingWeightsError, UnavailableError
 from dpdmd_pipeline.metrics.libraries import hub_folder
@@ -154,7 +155,7 @@ def test_an_axis_stands_for_its_defaults_and_a_full_name_for_itself():
     names = [preset.full_name for preset in choose("quality, diversity.dino_v3,quality")]
     assert names == ["diversity.dino_v3", "quality.arniqa"]
     assert len({preset.full_name for preset in PRESETS}) == len(PRESETS)
-    with pytest.raises(ValueError, match="beauty.*diversity, quality.*diversity.pixels"):
+    with refuses(ValueError, "beauty", "diversity, quality", "diversity.pixels"):
         choose("beauty")
 
 
@@ -183,9 +184,9 @@ def test_nothing_is_downloaded_while_a_model_is_built(tmp_path):
     before = torch.hub.urlopen, urllib.request.urlopen, constants.HF_HUB_OFFLINE
     address = "https://example.org/weights.pth"
     with hub_folder(tmp_path):
-        with pytest.raises(UnavailableError, match=address):
+        with refuses(UnavailableError, address):
             torch.hub.load_state_dict_from_url(address)
-        with pytest.raises(UnavailableError, match=address):
+        with refuses(UnavailableError, address):
             urllib.request.urlopen(address)
         with pytest.raises((LocalEntryNotFoundError, OfflineModeIsEnabled)):
             hf_hub_download("timm/resnet50.a1_in1k", "model.safetensors", cache_dir=tmp_path)

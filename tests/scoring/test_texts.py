@@ -1,4 +1,5 @@
 import pytest
+from tests.raising import refuses
 from tests.scoring.drawing import draw
 
 from dpdmd_pipeline.scoring.folders import find_pictures
@@ -10,18 +11,18 @@ def test_texts_and_parts_are_read_or_refused(tmp_path):
     assert read_texts(tmp_path / "p.csv") == {"3": "a dog"}
     (tmp_path / "p.jsonl").write_text('{"id": 0}\n')
     (tmp_path / "two.csv").write_text("id,text\n0,a dog\n1,a cat\n0,a dog\n0,a bird\n")
-    with pytest.raises(ValueError, match="two.csv, record 4.*id 0 .*'a dog'.*'a bird'"):
+    with refuses(ValueError, "two.csv, record 4", "id 0", "'a dog'", "'a bird'"):
         read_texts(tmp_path / "two.csv")
-    with pytest.raises(ValueError, match="p.jsonl, record 1 .*text"):
+    with refuses(ValueError, "p.jsonl, record 1", "text"):
         read_texts(tmp_path / "p.jsonl")
-    with pytest.raises(ValueError, match=r"p\.parquet.*\.txt.*\.csv.*\.jsonl"):
+    with refuses(ValueError, "p.parquet", ".txt", ".csv", ".jsonl"):
         read_texts(tmp_path / "p.parquet")
     (tmp_path / "m.jsonl").write_text('{"prompt": "a dog", "include": [{"class": "dog", "count": 1}]}\n')
     assert list(read_parts(tmp_path / "m.jsonl")) == ["a dog"]
-    with pytest.raises(ValueError, match="p.jsonl, record 1 .*prompt"):
+    with refuses(ValueError, "p.jsonl, record 1", "prompt"):
         read_parts(tmp_path / "p.jsonl")
     (tmp_path / "short.jsonl").write_text('{"prompt": "a dog", "include": [{"class": "dog"}]}\n')
-    with pytest.raises(ValueError, match=r"short.jsonl, record 1 \(a dog\): include.0.count"):
+    with refuses(ValueError, "short.jsonl, record 1 (a dog): include.0.count"):
         read_parts(tmp_path / "short.jsonl")
 
 
@@ -34,11 +35,11 @@ def test_a_text_file_with_another_encoding_or_a_missing_one_is_named(tmp_path, n
         read()
     if "p0" not in name:
         (tmp_path / name).unlink()
-        with pytest.raises(OSError, match=f"{name} "):
+        with refuses(OSError, f"{name}"):
             read()
 
 
 def test_an_invalid_csv_is_named(tmp_path):
     (tmp_path / "p.csv").write_text(f"id,text\n0,{'a' * 200_000}\n")
-    with pytest.raises(ValueError, match="p.csv .*CSV"):
+    with refuses(ValueError, "p.csv", "CSV"):
         read_texts(tmp_path / "p.csv")

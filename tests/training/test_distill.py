@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.raising import refuses
 from tests.training.conftest import DMD, RECIPE, WATCHED
 
 from dpdmd_pipeline.dpdmd.algorithm import follow_anchors, match_teacher, student_loss
@@ -85,7 +86,7 @@ def test_the_checkpoint_on_disk_survives_a_failed_step(start, tmp_path):
         next(records)
     with torch.no_grad():
         next(roles.fake_score.parameters()).fill_(torch.nan)
-    with pytest.raises(ValueError, match="fake_score_loss.* nan .*step 4"):
+    with refuses(ValueError, "fake_score_loss", "nan", "step 4"):
         list(records)
     step, _ = Checkpoints(tmp_path).load_latest()
     assert step == 2

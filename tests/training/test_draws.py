@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.raising import refuses
 from tests.training.conftest import ALONE, execution_with, recipe_with
 
 from dpdmd_pipeline.training.draws import Draws, SampleDraws, graded_step, micro_batches, process_share
@@ -52,7 +53,7 @@ def test_the_graded_step_is_one_of_the_remaining_steps(mode, steps):
 
 def test_processes_share_a_batch_evenly_or_not_at_all():
     assert [process_share(6, process, 3) for process in range(3)] == [range(2), range(2, 4), range(4, 6)]
-    with pytest.raises(ValueError, match="batch_size=6.* 4 "):
+    with refuses(ValueError, "batch_size=6", "4"):
         process_share(6, 0, 4)
 
 

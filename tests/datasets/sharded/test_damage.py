@@ -8,6 +8,7 @@ import pytest
 import torch
 from kedro.io import DatasetError
 from tests.datasets.sharded.caches import NUM_SHARDS, contents, lazy_shards, save_counted, truncate
+from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset
 
@@ -74,10 +75,10 @@ def test_damage_after_loading_is_reported(dataset, folder):
     dataset.save(lazy_shards())
     cache = dataset.load()
     truncate(folder / "00000.safetensors")
-    with pytest.raises(ValueError, match="00000.safetensors was damaged"):
+    with refuses(ValueError, "00000.safetensors was damaged"):
         cache.rows([0])
     dataset.save(lazy_shards(seed=1))
-    with pytest.raises(ValueError, match="another cache"):
+    with refuses(ValueError, "another cache"):
         cache.rows([18])
 
 
@@ -87,7 +88,7 @@ def test_a_manifest_of_another_version_is_neither_read_nor_overwritten(dataset, 
     (folder / "manifest.json").write_text(json.dumps(record))
     text = refusal(dataset)
     assert "version 2" in text and "version 1" in text
-    with pytest.raises(DatasetError, match="version 2"):
+    with refuses(DatasetError, "version 2"):
         dataset.save(lazy_shards())
     assert len(contents(folder)) == NUM_SHARDS + 1
 
@@ -95,7 +96,7 @@ def test_a_manifest_of_another_version_is_neither_read_nor_overwritten(dataset, 
 def test_a_folder_that_is_no_cache_is_never_deleted(dataset, folder):
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(DatasetError, match="thesis.txt"):
+    with refuses(DatasetError, "thesis.txt"):
         dataset.save(lazy_shards())
     assert (folder / "thesis.txt").exists()
 
@@ -128,12 +129,12 @@ def test_shards_that_do_not_fit_together_are_refused(dataset, shards, reason):
 
 
 def test_a_manifest_that_is_not_json_is_refused_before_the_first_shard(dataset):
-    with pytest.raises(DatasetError, match="PosixPath") as error:
+    with refuses(DatasetError, "PosixPath") as error:
         dataset.save(LazyShards({"a": lambda: 1 / 0}, "f", {"path": Path("x")}))
     assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_other_types_than_lazy_shards_are_refused(dataset):
-    with pytest.raises(DatasetError, match="dict") as error:
+    with refuses(DatasetError, "dict") as error:
         dataset.save({"x": torch.zeros(1)})
     assert isinstance(error.value.__cause__, ValueError)

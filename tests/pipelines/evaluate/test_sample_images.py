@@ -7,6 +7,7 @@ import pytest
 import torch
 from kedro.io import DatasetError
 from tests.pipelines.conftest import PROMPTS, TWO, backbone_options, cached, contents, evaluate_options
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
@@ -110,7 +111,7 @@ def test_a_student_with_another_prediction_than_the_teacher_is_refused(sample, s
     other.mkdir()
     header = StudentHeader("sd3", prediction="v", timesteps=[999, 499])
     save_student(other, load_network(tiny_teacher), header)
-    with pytest.raises(DatasetError, match="'v'.*'flow'"):
+    with refuses(DatasetError, "'v'", "'flow'"):
         sample(folders=[students[0], other])
 
 
@@ -118,7 +119,7 @@ def test_a_student_of_another_family_is_refused(sample, students, tiny_teacher, 
     other = tmp_path / "other"
     other.mkdir()
     save_student(other, load_network(tiny_teacher), StudentHeader("sdxl", SIGMAS))
-    with pytest.raises(DatasetError, match="'sdxl'.*'sd3'"):
+    with refuses(DatasetError, "'sdxl'", "'sd3'"):
         sample(folders=[other, students[1]])
 
 
@@ -140,7 +141,7 @@ def test_pictures_are_drawn_again_only_after_a_change_that_alters_them(students,
 def test_prompts_outside_the_judges_world_are_refused():
     with pytest.raises(ValueError, match=r"^1 prompt .*'a cat'"):
         judged_prompts([{"text": "a cat", "train": False, "eval": True}], evaluate_options())
-    with pytest.raises(ValueError, match="raw_eval_prompts"):
+    with refuses(ValueError, "raw_eval_prompts"):
         judged_prompts(PROMPTS[1:2], evaluate_options())
     assert judged_prompts(
         [{"text": "a cat", "train": False, "eval": True}], evaluate_options(judge=None, by=["diversity.pixels"])
@@ -156,5 +157,5 @@ def test_all_grids_show_a_row_per_prompt_and_the_same_columns(sample):
 def test_a_study_without_the_exact_reader_is_refused_before_it_trains():
     from dpdmd_pipeline.pipelines.study.nodes import run_study
 
-    with pytest.raises(ValueError, match="evaluate.judge=None"):
+    with refuses(ValueError, "evaluate.judge=None"):
         run_study(*[None] * 8, evaluate_options(judge=None, by=["diversity.pixels"]), None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests.pipelines.conftest import cached
 from tests.pipelines.conftest import evaluate_options as evaluate_options_of
+from tests.raising import refuses
 from torchvision.transforms.functional import pil_to_tensor
 
 from dpdmd_pipeline.commands.arena import main as arena_command
@@ -301,12 +302,12 @@ def test_no_path_of_a_machine_is_written_into_the_metrics(score, tmp_path, monke
 
 
 def test_an_unknown_metric_is_refused_before_drawing(tmp_path):
-    with pytest.raises(ValueError, match="beauty"):
+    with refuses(ValueError, "beauty"):
         warn_about_missing_weights(tmp_path, SHIPPED, evaluate_options(by=["beauty"]))
 
 
 def test_options_that_measure_nothing_are_refused():
-    with pytest.raises(ValueError, match=r"judge=null and by=\[\]"):
+    with refuses(ValueError, "judge=null and by=[]"):
         evaluate_options(judge=None, by=[])
 
 

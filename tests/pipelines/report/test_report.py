@@ -26,6 +26,7 @@ from tests.pipelines.report.conftest import (
     measured,
     without_reader,
 )
+from tests.raising import refuses
 
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
@@ -149,7 +150,7 @@ def test_typed_and_plain_options_give_the_same_bytes():
 
 def test_metrics_of_another_student_are_refused():
     for changes in ({"student": made_student("dmd")}, {"student_dmd": made_student("dp_dmd")}):
-        with pytest.raises(StageError, match="another student") as error:
+        with refuses(StageError, "another student") as error:
             make_report(**made_inputs(**changes))
         assert error.value.stage == "evaluate" and "identity" in str(error.value)
 
@@ -286,7 +287,7 @@ def test_the_page_names_the_cycle_of_each_student():
 
 
 def test_missing_metrics_are_an_error():
-    with pytest.raises(MissingInputError, match="metrics") as error:
+    with refuses(MissingInputError, "metrics") as error:
         make_report(**made_inputs(metrics={}))
     assert error.value.stage == "evaluate"
 
@@ -294,12 +295,12 @@ def test_missing_metrics_are_an_error():
 def test_metrics_of_an_older_version_are_an_error_with_the_missing_part():
     metrics = made_metrics()
     metrics["rank_correlation"] = {"diversity.clip_shapes.vendi": {"value": 0.761, "low": 0.5, "high": 0.9}}
-    with pytest.raises(StageError, match=r"clip_shapes\.vendi") as error:
+    with refuses(StageError, "clip_shapes.vendi") as error:
         make_report(**made_inputs(metrics=metrics))
     assert error.value.stage == "evaluate"
     metrics = made_metrics()
     metrics["dp_dmd"]["gap_recovered"]["coverage"] = 0.5
-    with pytest.raises(StageError, match=r"gap_recovered\.coverage"):
+    with refuses(StageError, "gap_recovered.coverage"):
         make_report(**made_inputs(metrics=metrics))
 
 

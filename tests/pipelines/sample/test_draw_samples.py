@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from tests.pipelines.conftest import backbone_options
+from tests.raising import refuses
 
 import dpdmd_pipeline
 from dpdmd_pipeline.backbones.student_file import save_student
@@ -85,5 +86,5 @@ def test_every_form_gives_the_same_pictures(export, tiny_teacher):
 
 
 def test_a_form_that_was_not_exported_is_refused_with_the_exported_ones(export, tiny_teacher):
-    with pytest.raises(ValueError, match="sample.form=lora: .*diffusers, comfyui"):
+    with refuses(ValueError, "sample.form=lora:", "diffusers, comfyui"):
         draw(export, tiny_teacher, form="lora")

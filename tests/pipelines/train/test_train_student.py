@@ -1,7 +1,6 @@
 """The train stage: students, their files, and the anchors and recipes that it refuses."""
 
 import json
-import re
 import shutil
 import signal
 from dataclasses import replace
@@ -19,6 +18,7 @@ from tests.pipelines.conftest import (
     evaluate_options,
     train_options,
 )
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, HISTORY, load_header, save_student
@@ -188,7 +188,7 @@ def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embedd
     half = backbone_options(dtype="bfloat16")
     shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
     inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", None, half, anchor_options()
-    with pytest.raises(ValueError, match="backbone.dtype=bfloat16.*train.precision=float32"):
+    with refuses(ValueError, "backbone.dtype=bfloat16", "train.precision=float32"):
         train_student(PROMPTS, embeddings, *inputs, train_options())
 
 
@@ -247,7 +247,7 @@ def test_the_same_student_gives_the_same_bytes_every_time_and_names_no_path(tmp_
 
 
 def test_a_folder_without_a_student_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="weights"):
+    with refuses(FileNotFoundError, "weights"):
         load_header(tmp_path)
 
 
@@ -255,7 +255,7 @@ def test_a_folder_without_a_student_is_refused(tmp_path):
 def test_weights_without_a_known_format_are_refused(tmp_path, metadata):
     save_file({"weight": torch.zeros(1)}, tmp_path / WEIGHTS, metadata)
     version = metadata["dpdmd.format"] if metadata else None
-    with pytest.raises(ValueError, match=f"dpdmd.format.*{version!r}.*'1'"):
+    with refuses(ValueError, "dpdmd.format", f"{version}", "'1'"):
         load_header(tmp_path)
 
 
@@ -315,13 +315,13 @@ def test_more_anchored_steps_than_anchors_are_refused(check):
 
 
 def test_the_tangent_target_without_its_x0_is_refused(check):
-    with pytest.raises(ValueError, match=r"train\.target=tangent.*anchors\.with_denoised=true"):
+    with refuses(ValueError, "train.target=tangent", "anchors.with_denoised=true"):
         check(target="tangent")
 
 
 def test_a_grid_that_starts_below_the_anchor_is_refused_with_both_levels(check, anchors):
     sigma = anchors.manifest["anchor_sigmas"][0]
-    with pytest.raises(ValueError, match=rf"{re.escape(f'{sigma:.4g}')}.*train\.grid.* 0\.5"):
+    with refuses(ValueError, f"{f'{sigma:.4g}'}", "train.grid", "0.5"):
         check(num_steps=2, grid=[0.5, 0.2])
     check(num_steps=2, grid=[0.5, 0.2], **DMD)
 
