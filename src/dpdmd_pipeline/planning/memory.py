@@ -41,7 +41,7 @@ from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.planning.cost import calls_of
 from dpdmd_pipeline.planning.pass_memory import PassMemory, count_pass
 from dpdmd_pipeline.planning.weightless import WeightlessBackbone, bytes_of, move_to_fake_cpu
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, full_roles, lora_roles, trainable
 from dpdmd_pipeline.training.sharding import groups

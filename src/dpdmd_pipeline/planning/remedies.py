@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from dpdmd_pipeline.planning.memory import GIB, MemoryModel
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 
 _TRAINED = ("student", "fake_score")

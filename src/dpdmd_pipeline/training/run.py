@@ -14,37 +14,26 @@ from torch import Tensor, nn
 from dpdmd_pipeline.backbones.base import EVERY_LEVEL, Backbone, Conditioning, conditioned, guided
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import Denoise
-from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
+from dpdmd_pipeline.training.anchors import AnchorBatch, Rows
 from dpdmd_pipeline.training.draws import Draws, process_share
-from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, unsynced, whole
 from dpdmd_pipeline.training.speed import onto, speed_up
 
-DrawAnchors = Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indices) -> samples of the student update
-
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Prompts, anchors, and the teacher's schedule and guidance.
+    """Prompts, anchors, and the teacher's schedule and guidance."""
 
-    Attributes:
-        embeddings: of all prompts, the empty one last.
-        prompts: training prompts, as rows of the embeddings.
-        draw_anchors: samples of a cycle's student update.
-        anchor_levels: scalar level of each anchor.
-        teacher_levels: the teacher's own schedule, [steps + 1].
-        guidance_scale: of the teacher.
-    """
-
-    embeddings: Embeddings
-    prompts: Sequence[int]
-    draw_anchors: DrawAnchors
-    anchor_levels: Sequence[NoiseLevel]
-    teacher_levels: NoiseLevel
-    guidance_scale: float
+    embeddings: Rows  # of all prompts, the empty one last
+    prompts: Sequence[int]  # training prompts, as rows of the embeddings
+    draw_anchors: Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indices) -> samples of the student update
+    anchor_levels: Sequence[NoiseLevel]  # scalar level of each anchor
+    teacher_levels: NoiseLevel  # the teacher's own schedule, [steps + 1]
+    guidance_scale: float  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -65,17 +54,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """One distillation in one process. Everything that changes during the run is part of `training.state.State`.
-
-    Attributes:
-        teacher: frozen.
-        batch_indices: this process's share of each global batch.
-        levels: the student's schedule, [N + 1].
-        uncond: embedding of the empty prompt, [1, ...].
-    """
+    """One distillation in one process. Everything that changes during the run is part of `training.state.State`."""
 
     backbone: Backbone
-    teacher: nn.Module
+    teacher: nn.Module  # frozen
     student: Trained
     fake_score: Trained
     data: TrainingData
@@ -83,9 +65,9 @@ class Run:
     execution: Execution
     accelerator: Accelerator
     draws: Draws
-    batch_indices: range
-    levels: NoiseLevel
-    uncond: Conditioning
+    batch_indices: range  # this process's share of each global batch
+    levels: NoiseLevel  # the student's schedule, [N + 1]
+    uncond: Conditioning  # embedding of the empty prompt, [1, ...]
 
     # ---- roles under given prompts, as denoisers
 
@@ -164,5 +146,5 @@ def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: Optimize
     return Trained(network, optimizer, recipe.max_grad_norm)
 
 
-def _embed(embeddings: Embeddings, prompts: Sequence[int], device: torch.device) -> Conditioning:
+def _embed(embeddings: Rows, prompts: Sequence[int], device: torch.device) -> Conditioning:
     return {name: onto(device, value) for name, value in embeddings.rows(prompts).items()}

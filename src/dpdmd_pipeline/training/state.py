@@ -21,21 +21,13 @@ Record = dict[str, float]
 
 @dataclass
 class State:
-    """Networks, optimizers, chosen weights and history.
+    """Networks, optimizers, chosen weights and history; None for everything that the recipe does not ask for."""
 
-    Attributes:
-        parts: networks and optimizers, by their names in a checkpoint.
-        average: of the student's weights, if the recipe asks for it.
-        best: the student's weights of the best cycle, if the recipe keeps them.
-        watch: measurements, if the recipe asks for them.
-        history: record of each finished cycle.
-    """
-
-    parts: dict[str, Any]
-    average: AveragedModel | None
-    best: nn.ParameterList | None
-    watch: Watch | None
-    history: list[Record] = field(default_factory=list)
+    parts: dict[str, Any]  # networks and optimizers, by their names in a checkpoint
+    average: AveragedModel | None  # of the student's weights
+    best: nn.ParameterList | None  # the student's weights of the best cycle
+    watch: Watch | None  # measurements
+    history: list[Record] = field(default_factory=list)  # record of each finished cycle
 
     @classmethod
     def of(cls, run: Run) -> State:
@@ -49,7 +41,7 @@ class State:
         }
         return cls(
             parts=parts,
-            average=_average(student, recipe.ema) if recipe.ema else None,
+            average=_moving_average(student, recipe.ema) if recipe.ema else None,
             best=copy_weights(student) if recipe.watch.keep == "best" else None,
             watch=Watch.of(recipe, run.data.prompts) if recipe.watch.every else None,
         )
@@ -103,8 +95,8 @@ def copy_weights(student: nn.Module) -> nn.ParameterList:
     return nn.ParameterList(weight.detach().clone() for weight in trainable(student))
 
 
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of the trained weights alone: a view of a shared base would be copied with all of the base."""
+def _moving_average(student: nn.Module, decay: float) -> AveragedModel:
+    """Average the trained weights alone: a view of a shared base would be copied with all of the base."""
     return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 

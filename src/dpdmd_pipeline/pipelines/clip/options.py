@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from dpdmd_pipeline.training.clip_recipe import ClipRecipe
+from dpdmd_pipeline.training.teacher_recipe import ClipRecipe
 
 
 class ClipOptions(BaseModel):
