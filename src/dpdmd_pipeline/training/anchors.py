@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -32,32 +33,24 @@ class AnchorBatch(NamedTuple):
     denoised: list[Tensor]  # the teacher's x0 at each anchor, for the tangent target; empty for the secant
 
 
+@dataclass
 class TeacherAnchors:
-    """The guided teacher's latents after some of its sampling steps.
+    """The guided teacher's latents after some of its sampling steps."""
 
-    Args:
-        embeddings: of all prompts, the empty one last.
-        anchor_steps: rising numbers of teacher steps.
-        with_denoised: True to compute the tangent target, too: one more guided call per anchor.
-    """
+    backbone: Backbone
+    teacher: nn.Module
+    embeddings: Rows  # of all prompts, the empty one last
+    _: KW_ONLY
+    num_steps: int
+    guidance_scale: float
+    anchor_steps: Sequence[int]  # rising numbers of teacher steps
+    with_denoised: bool  # also compute the tangent target: one more guided call per anchor
+    guidance_batch: GuidanceBatch = "joint"
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        teacher: nn.Module,
-        embeddings: Rows,
-        *,
-        num_steps: int,
-        guidance_scale: float,
-        anchor_steps: Sequence[int],
-        with_denoised: bool,
-        guidance_batch: GuidanceBatch = "joint",
-    ) -> None:
-        self.backbone, self.teacher, self.embeddings = backbone, teacher.requires_grad_(False).eval(), embeddings
-        self.guidance_scale, self.anchor_steps, self.with_denoised = guidance_scale, list(anchor_steps), with_denoised
-        self.guidance_batch = guidance_batch
-        self.levels = backbone.schedule(num_steps)
-        self.uncond = embeddings.rows([len(embeddings) - 1])
+    def __post_init__(self) -> None:
+        self.teacher.requires_grad_(False).eval()
+        self.levels = self.backbone.schedule(self.num_steps)
+        self.uncond = self.embeddings.rows([len(self.embeddings) - 1])
 
     @property
     def anchor_levels(self) -> list[NoiseLevel]:
@@ -95,20 +88,16 @@ def _batch(prompts: Sequence[int], noise: Tensor, tensors: dict[str, Tensor], an
     )
 
 
+@dataclass
 class CachedAnchors:
-    """Samples from a cache, drawn without replacement in each epoch.
+    """Samples from a cache, drawn without replacement in each epoch."""
 
-    Args:
-        cache: rows of prompt, seed, anchor_0 ..., and denoised_0 ... for the tangent target.
-        latent_shape: (C, H, W) of the noise.
-        seed, batch_size, anchored_steps: of the recipe; the batch is the global one.
-    """
-
-    def __init__(
-        self, cache: Rows, latent_shape: Sequence[int], *, seed: int, batch_size: int, anchored_steps: int
-    ) -> None:
-        self.cache, self.latent_shape = cache, latent_shape
-        self.seed, self.batch_size, self.anchored_steps = seed, batch_size, anchored_steps
+    cache: Rows  # of prompt, seed, anchor_0 ..., and denoised_0 ... for the tangent target
+    latent_shape: Sequence[int]  # (C, H, W) of the noise
+    _: KW_ONLY
+    seed: int
+    batch_size: int  # over all processes
+    anchored_steps: int
 
     def __call__(self, cycle: int, batch_indices: Sequence[int]) -> AnchorBatch:
         """Samples at some indices of a cycle's global batch."""
@@ -125,12 +114,15 @@ def _order(run_seed: int, epoch: int, rows: int) -> list[int]:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@dataclass
 class OnlineAnchors:
     """Samples with fresh prompts and seeds, whose anchors the teacher computes at once, as in the published code."""
 
-    def __init__(self, teacher: TeacherAnchors, prompts: Sequence[int], *, seed: int, anchored_steps: int) -> None:
-        self.teacher, self.prompts = teacher, prompts
-        self.seed, self.anchored_steps = seed, anchored_steps
+    teacher: TeacherAnchors
+    prompts: Sequence[int]  # training prompts, as rows of the embeddings
+    _: KW_ONLY
+    seed: int
+    anchored_steps: int
 
     def __call__(self, cycle: int, batch_indices: Sequence[int]) -> AnchorBatch:
         """Samples at some indices of a cycle's global batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dpdmd_pipeline.publishing import Folders, locked, sha256, write_atomically
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Checkpoints:
     """The last few states of one run, in a folder of its own.
 
@@ -23,9 +25,8 @@ class Checkpoints:
     the previous state as the newest complete one.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
-        self.folder = Path(folder)
-        self.keep_last = keep_last
+    folder: Path
+    keep_last: int = 2
 
     def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
         """Write the state after `step` steps and delete all but the newest `keep_last`; if `finished`, all others.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.dpdmd.algorithm import fake_score_update_loss, follow_anchors, match_teacher, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
-from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.training.anchors import AnchorBatch
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.draws import Sample, SampleDraws, graded_step, micro_batches
@@ -55,7 +54,7 @@ def distill(
     """
     run = prepare(backbone, roles, data, recipe, execution)
     state = State.of(run)
-    done = saved = resume(run, state, resumed)
+    done = saved = resume(state, resumed)
     pending: list[Cycle] = []  # cycles whose losses are still on the device
     between_cycles = True
     try:
@@ -154,7 +153,6 @@ class MicroBatch:
     draws: SampleDraws  # noise and levels of its samples
     anchors: AnchorBatch  # prompts, start noise and anchors of its samples
     cond: Conditioning  # embeddings of its prompts
-    student: Denoise  # the student under these prompts
     share: float  # of this process's batch; the gradients of all parts add up to that of the mean loss
     last: bool  # after the last part gradients are exchanged
     compare_gradients: bool  # measure the norms of both losses' gradients
@@ -173,12 +171,10 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
         dmd, dmd_norm = backward_dmd(run, part, latents, compare=diversity_norm is not None)
         values = {"dmd_loss": part.share * dmd, "diversity_loss": part.share * diversity}
         if diversity_norm is not None:
-            values["grad_ratio"] = diversity_norm / dmd_norm
+            values["grad_ratio"] = run.recipe.diversity_weight * (diversity_norm / dmd_norm)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value
         prompts += part.anchors.prompts
-    if "grad_ratio" in sums:
-        sums["grad_ratio"] = run.recipe.diversity_weight * sums["grad_ratio"]
     for group in run.student.optimizer.param_groups:
         group["lr"] = run.recipe.student.learning_rate * learning_rate_share(run.recipe, cycle)
     sums["student_grad_norm"] = run.student.update()
@@ -189,13 +185,11 @@ def _student_micro_batches(run: Run, cycle: int) -> Iterator[MicroBatch]:
     step = graded_step(run.recipe, cycle)
     for indices in micro_batches(run.batch_indices, run.execution.student_micro_batch):
         anchors = run.data.draw_anchors(cycle, indices)
-        cond = run.cond(anchors.prompts)
         first = indices[0] == run.batch_indices[0]
         yield MicroBatch(
             draws=run.draws.batch("student", cycle, indices),
             anchors=anchors,
-            cond=cond,
-            student=run.denoiser(run.student, cond),
+            cond=run.cond(anchors.prompts),
             share=len(indices) / len(run.batch_indices),
             last=indices[-1] == run.batch_indices[-1],
             compare_gradients=first and cycle % run.execution.ratio_every == 0,
@@ -214,7 +208,7 @@ def backward_diversity(run: Run, part: MicroBatch) -> tuple[Tensor, Tensor, Tens
     noise = onto(run.accelerator.device, part.anchors.noise)
     with run.gradient_sync(run.student, sync=_syncs_each_backward(run, part)):
         diversity, latents = follow_anchors(
-            part.student,
+            run.denoiser(run.student, part.cond),
             noise=noise,
             anchored=_anchored_steps(run, noise, part.anchors),
             levels=run.levels,
@@ -241,7 +235,7 @@ def backward_dmd(run: Run, part: MicroBatch, latents: Tensor, *, compare: bool) 
     recipe = run.recipe
     with run.gradient_sync(run.student, sync=part.last or _syncs_each_backward(run, part)):
         dmd = match_teacher(
-            part.student,
+            run.denoiser(run.student, part.cond),
             run.guided_teacher(part.cond, recipe.guidance_interval),
             run.denoiser(run.fake_score, part.cond),
             latents=latents,

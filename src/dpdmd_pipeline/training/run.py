@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -67,13 +68,17 @@ class Run:
     draws: Draws
     batch_indices: range  # this process's share of each global batch
     levels: NoiseLevel  # the student's schedule, [N + 1]
-    uncond: Conditioning  # embedding of the empty prompt, [1, ...]
 
     # ---- roles under given prompts, as denoisers
 
     def cond(self, prompts: Sequence[int]) -> Conditioning:
         """Embeddings of prompts, on the device."""
-        return _embed(self.data.embeddings, prompts, self.accelerator.device)
+        return {name: onto(self.accelerator.device, rows) for name, rows in self.data.embeddings.rows(prompts).items()}
+
+    @cached_property
+    def uncond(self) -> Conditioning:
+        """Embedding of the empty prompt, [1, ...]."""
+        return self.cond([len(self.data.embeddings) - 1])
 
     def denoiser(self, role: Trained, cond: Conditioning) -> Denoise:
         """Student or fake score."""
@@ -126,7 +131,6 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
         draws=Draws(backbone, recipe.seed, data.prompts, recipe.between_steps == "renoise", accelerator.device),
         batch_indices=batch_indices,
         levels=levels,
-        uncond=_embed(data.embeddings, [len(data.embeddings) - 1], accelerator.device),
     )
 
 
@@ -144,7 +148,3 @@ def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: Optimize
     else:
         network, optimizer = accelerator.prepare(network, optimizer)
     return Trained(network, optimizer, recipe.max_grad_norm)
-
-
-def _embed(embeddings: Rows, prompts: Sequence[int], device: torch.device) -> Conditioning:
-    return {name: onto(device, value) for name, value in embeddings.rows(prompts).items()}
