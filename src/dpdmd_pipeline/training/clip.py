@@ -26,12 +26,9 @@ _LARGEST_SCALE = 100  # of the logits, as in CLIP (arXiv:2103.00020, section 2.5
 def train_clip(
     recipe: ClipRecipe, folder: Path, state: Path, follow: Callable[[int, Iterator[tuple[int, float]]], None]
 ) -> CLIP:
-    """Train the CLIP and save it to a folder that open_clip loads; finished steps are not repeated.
+    """Train the CLIP and save it to a folder that open_clip loads; the folder is complete once it has weights.
 
-    Args:
-        folder: of the model; complete once it has weights.
-        state: folder of the checkpoints.
-        follow: runs the fit to its end: (total steps, records).
+    `state` is the folder of the checkpoints. `follow` runs the fit to its end: (total steps, records).
     """
     import open_clip
 

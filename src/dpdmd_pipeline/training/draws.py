@@ -79,11 +79,7 @@ def graded_step(recipe: Recipe, cycle: int) -> int | None:
 
 
 def process_share(batch_size: int, process: int, processes: int) -> range:
-    """Batch indices of one process.
-
-    Raises:
-        ValueError: if the batch cannot be shared evenly.
-    """
+    """Batch indices of one process; a ValueError if the batch cannot be shared evenly."""
     if batch_size % processes:
         raise ValueError(f"train.batch_size={batch_size} cannot be shared evenly by {processes} processes")
     share = batch_size // processes

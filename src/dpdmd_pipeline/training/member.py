@@ -105,11 +105,7 @@ def enter(work: Work, job: Any, launch: Launch, folder: Path, parent: int) -> bo
 
 
 def _join(launch: Launch) -> None:
-    """Meet the other processes.
-
-    Raises:
-        ValueError: if there are fewer GPUs than processes, or another number of processes than expected.
-    """
+    """Meet the other processes; a ValueError if there are too few GPUs, or another number of processes."""
     local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     if size != launch.processes * launch.machines:
         raise ValueError(f"{size} processes have met, {launch.machines} times {launch.processes} were expected")

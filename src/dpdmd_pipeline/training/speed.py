@@ -20,8 +20,6 @@ _VERSIONS = 64
 def speed_up(roles: Roles, execution: Execution) -> None:
     """Set memory format and compilation of the networks, in place; names and values of their weights stay.
 
-    Code is compiled at the first call.
-
     Raises:
         ValueError: if there is no compiler, or if a network is not made of convolutions.
     """

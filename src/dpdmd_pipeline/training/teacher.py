@@ -129,10 +129,9 @@ def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator
 
 @torch.no_grad()
 def encode_gallery(vae: AutoencoderKL) -> Tensor:
-    """Latents of every legal image with variance 1; sets the VAE's scaling factor, and its shift if it has one.
+    """Latents of every legal image, [NUM_PROMPTS * NUM_MODES, C, H, W], with variance 1; SD3's are also centred.
 
-    Returns:
-        [NUM_PROMPTS * NUM_MODES, C, H, W]; SD3's are centred, SDXL's only scaled.
+    Sets the VAE's scaling factor, and its shift if it has one.
     """
     raw = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in gallery().split(96)])
     vae.register_to_config(scaling_factor=1 / raw.std().item())
