@@ -16,8 +16,8 @@ from dpdmd_pipeline.planning.gpu import describe_remedies, remedies
 from dpdmd_pipeline.planning.memory import MemoryModel, waiting_passes
 from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.roles import make_roles, trainable
 
 

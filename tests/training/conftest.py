@@ -12,7 +12,7 @@ from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.training.anchors import OnlineAnchors, TeacherAnchors
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.distill import distill
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from dpdmd_pipeline.training.run import TrainingData

@@ -18,7 +18,6 @@ from dpdmd_pipeline.training.sharding import (
     gradient_norm,
     groups,
     load_whole_state,
-    shard,
     unsynced,
     whole_state,
 )
@@ -65,7 +64,7 @@ def loss(family):
 def networks(backbone, precision="float32", checkpointing=False):
     """A plain and a sharded network; both start as the teacher."""
     plain = full_roles(backbone, gradient_checkpointing=checkpointing)
-    sharded = full_roles(backbone, gradient_checkpointing=checkpointing, cut=lambda network: shard(network, precision))
+    sharded = full_roles(backbone, gradient_checkpointing=checkpointing, shard_in=precision)
     return plain.student, sharded.student
 
 

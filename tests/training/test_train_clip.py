@@ -10,7 +10,7 @@ from dpdmd_pipeline.scoring.sets import TensorSet
 from dpdmd_pipeline.shapes.clip import full_captions, make_clip
 from dpdmd_pipeline.shapes.world import NUM_MODES, captions, gallery
 from dpdmd_pipeline.training.clip import clip_loss, retrieval, train_clip
-from dpdmd_pipeline.training.clip_recipe import ClipRecipe
+from dpdmd_pipeline.training.teacher_recipe import ClipRecipe
 
 RECIPE = ClipRecipe(steps=6, learning_rate=2e-3, batch_size=24, seed=0, noise=0.1, checkpoint_every=2)
 

@@ -1,9 +1,12 @@
 """Measurements during training, and the choice of the best cycle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.training.conftest import WATCHED, recipe_with
 
+from dpdmd_pipeline.dpdmd.noise import flow_level
 from dpdmd_pipeline.training.watch import Watch, mean_distance, measure
 
 EVERY_CYCLE = {**WATCHED["watch"], "every": 1}
@@ -38,20 +41,37 @@ def test_prompts_are_chosen_evenly_and_always_the_same():
     calls = []
     watch = watch_of(training_prompts=range(10, 20))
 
-    def draw(rows, indices):
-        calls.append((list(rows), indices))
-        return torch.zeros(len(rows), 1, 2, 2)
+    def draw(run, draws, cond):
+        calls.append((cond, draws.indices))
+        return draw_zeros(run, draws, cond)
 
     for _ in range(2):
-        measure(watch, 3, draw, lambda rows, indices, latents: latents + 1)
+        measure(run_with(micro_batch=3), watch, draw)
     assert calls == 2 * [([10, 10, 15], range(3)), ([15], range(3, 4))]
 
 
 def test_the_correction_is_the_change_the_teacher_makes():
-    values = measure(
-        watch_of(), 64, lambda rows, _: torch.zeros(len(rows), 1, 2, 2), lambda rows, _, latents: latents + 0.5
-    )
+    values = measure(run_with(micro_batch=64), watch_of(level=0.25), draw_zeros)
     assert values["correction"] == 0.5 and values["latent_diversity"] == 0
+
+
+def run_with(micro_batch):
+    """Draws and embeddings that show their origin; zero noise; a teacher that changes x0 by twice the level."""
+
+    def batch(stream, update, indices):
+        return SimpleNamespace(indices=indices, noise=lambda purpose: torch.zeros(len(indices), 1, 2, 2))
+
+    return SimpleNamespace(
+        execution=SimpleNamespace(student_micro_batch=micro_batch),
+        draws=SimpleNamespace(batch=batch),
+        cond=list,
+        backbone=SimpleNamespace(random_level=lambda uniform: flow_level(uniform.view(-1, 1, 1, 1))),
+        guided_teacher=lambda cond: lambda noisy, level: noisy + 2 * level.sigma,
+    )
+
+
+def draw_zeros(run, draws, cond):
+    return torch.zeros(len(cond), 1, 2, 2)
 
 
 # (diversity, correction) of the cycles, at a floor of .9 of the teacher's 10 -> the best cycle

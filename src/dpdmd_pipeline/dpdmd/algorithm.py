@@ -76,13 +76,11 @@ def follow_anchors(
     """The anchored steps.
 
     Args:
-        student: denoiser, receives the gradient.
         noise: start of the student, [B, C, H, W] at `levels[0]`.
         anchored: the student's first steps as the teacher takes them; one in the paper, none in DMD.
         levels: the student's schedule, [N + 1].
         stop_gradient: block the gradient of L_DMD from these steps. The latents then carry no graph, so L_div can be
             back-propagated, and its activations freed, before the remaining steps begin.
-        space: see `diversity_loss`.
         fresh: noise between the sampling steps, see `trajectory`.
 
     Returns:
@@ -118,13 +116,12 @@ def match_teacher(
     """L_DMD of the sampling steps from number `first` on.
 
     Args:
-        student, teacher, fake_score: denoisers; the teacher is guided.
+        teacher: with guidance.
         latents: the student's latents after the anchored steps, [B, C, H, W] at `levels[first]`.
         first: number of anchored steps.
         levels: the student's schedule, [N + 1].
         renoise: fresh noise for the student's x0, [B, C, H, W].
         level: level of that noise per sample, [B, 1, 1, 1].
-        normalizer: see `dmd_loss`.
         fresh: noise between the sampling steps, see `trajectory`.
         graded_step: None sends the gradient through all remaining steps, as published. A number takes that step's
             prediction as x0 and grades that step alone (backward simulation of DMD2, arXiv:2405.14867 section 4.5):
@@ -149,12 +146,5 @@ def student_pictures(student: Denoise, noise: Tensor, levels: NoiseLevel, fresh:
 
 
 def fake_score_update_loss(fake_score: Denoise, *, x0: Tensor, renoise: Tensor, level: NoiseLevel) -> Tensor:
-    """Loss of a fake-score update: denoise the student's samples.
-
-    Args:
-        fake_score: denoiser, receives the gradient.
-        x0: samples of the student, [B, C, H, W].
-        renoise: fresh noise, same shape.
-        level: per-sample levels, [B, 1, 1, 1].
-    """
+    """Loss of a fake-score update: denoise the student's samples x0, re-noised at a level per sample."""
     return fake_score_loss(fake_score(add_noise(x0, renoise, level), level), x0, level)

@@ -12,17 +12,11 @@ from dpdmd_pipeline.dpdmd.sampling import Denoise, trajectory
 
 
 class AnchoredStep(NamedTuple):
-    """A sampling step of the student that follows the teacher.
+    """A sampling step of the student that follows the teacher."""
 
-    Attributes:
-        latents: start of the step, [B, C, H, W] at `level`.
-        level: scalar level of the start.
-        target: the x0 that the student should predict there, [B, C, H, W].
-    """
-
-    latents: Tensor
-    level: NoiseLevel
-    target: Tensor
+    latents: Tensor  # start of the step, [B, C, H, W] at `level`
+    level: NoiseLevel  # scalar level of the start
+    target: Tensor  # the x0 that the student should predict there, [B, C, H, W]
 
 
 def anchor_target(noise: Tensor, anchor: Tensor, start: NoiseLevel, end: NoiseLevel) -> Tensor:
@@ -33,11 +27,8 @@ def anchor_target(noise: Tensor, anchor: Tensor, start: NoiseLevel, end: NoiseLe
 
     Args:
         noise: latents at level `start`, [B, C, H, W]; pure noise, or an earlier anchor.
-        anchor: teacher latents at level `end`, same shape, in scaled VAE units.
-        start, end: scalar levels; `end` must be the less noisy one.
-
-    Returns:
-        Target x0, [B, C, H, W], in scaled VAE units.
+        anchor: teacher latents at level `end`, same shape, in scaled VAE units, as is the target.
+        start, end: scalar levels.
 
     Raises:
         ValueError: if `end` is not less noisy than `start`.
@@ -53,13 +44,9 @@ def teacher_anchors(teacher: Denoise, noise: Tensor, levels: NoiseLevel, anchor_
     """The teacher's latents after each of `anchor_steps` sampling steps, from one rollout.
 
     Args:
-        teacher: guided denoiser.
         noise: [B, C, H, W] at `levels[0]`.
         levels: the teacher's own schedule, [N + 1].
         anchor_steps: rising step counts K, each at least 1 and below N.
-
-    Returns:
-        One [B, C, H, W] per entry of `anchor_steps`, at `levels[K]`.
 
     Raises:
         ValueError: if the counts do not rise or reach past the schedule.
@@ -78,13 +65,8 @@ def anchored_steps(
 ) -> list[AnchoredStep]:
     """Chain anchors into steps: from the noise to the first, from the first to the second, and so on.
 
-    One anchor is the paper. With more, each later step starts at the teacher's own latents.
-
-    Args:
-        noise: [B, C, H, W] at level `start`.
-        anchors: teacher latents, each [B, C, H, W], in the order of `ends`.
-        start: the student's first level.
-        ends: falling scalar levels of the anchors.
+    One anchor is the paper. With more, each later step starts at the teacher's own latents. `start` is the level of the
+    noise; `ends` are the falling scalar levels of the anchors.
     """
     steps, latents, level = [], noise, start
     for anchor, end in zip(anchors, ends, strict=True):

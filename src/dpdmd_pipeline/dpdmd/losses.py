@@ -19,8 +19,7 @@ def diversity_loss(denoised: Tensor, target: Tensor, level: NoiseLevel, space: S
 
     Args:
         denoised: predicted x0, [B, C, H, W].
-        target: x0 that leads to the anchor, same shape.
-        level: of the prediction.
+        target: x0 that leads to the anchor.
         space: space of the squared error. ``v`` is the velocity of flow models and the v-prediction of VP models (both
             are x0 / sigma up to a term that the latents fix); ``eps`` is the noise; ``x0`` the clean latent. At an
             SDXL start x0 weighs an error 214 times as much as eps does (eq. 41 against progressive distillation).
@@ -34,7 +33,7 @@ def dmd_loss(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, normalizer: 
 
     Args:
         x0: samples of the student, [B, C, H, W], with gradient.
-        noisy: the same re-noised, same shape.
+        noisy: the same re-noised.
         real, fake: x0 predicted from `noisy` by the teacher and by the fake score.
         normalizer: scale is mean|noisy - real| (``noisy``, published DP-DMD) or mean|x0 - real| (``x0``, DMD2).
     """
@@ -48,9 +47,6 @@ def dmd_loss(x0: Tensor, noisy: Tensor, real: Tensor, fake: Tensor, normalizer: 
 def fake_score_loss(denoised: Tensor, x0: Tensor, level: NoiseLevel) -> Tensor:
     """Loss of the fake score, ((denoised - x0) / sigma)^2: the velocity loss of flow and of VP models.
 
-    Args:
-        denoised: x0 predicted from re-noised samples of the student, [B, C, H, W].
-        x0: these samples, same shape, without gradient.
-        level: per-sample level, [B, 1, 1, 1].
+    `denoised` is predicted from re-noised samples x0 of the student, [B, C, H, W], which carry no gradient.
     """
     return ((denoised - x0) / level.sigma).square().mean()

@@ -18,17 +18,11 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """One level, a level per sample, or a schedule of levels.
+    """One level (tensors of shape []), a level per sample ([B, 1, 1, 1]), or a schedule of levels ([N + 1])."""
 
-    Attributes:
-        alpha: signal coefficient; shape [] (one level), [B, 1, 1, 1] (per sample) or [N + 1] (schedule).
-        sigma: noise coefficient, same shape.
-        timestep: input of the network, same shape; used for nothing else.
-    """
-
-    alpha: Tensor
-    sigma: Tensor
-    timestep: Tensor
+    alpha: Tensor  # signal coefficient
+    sigma: Tensor  # noise coefficient
+    timestep: Tensor  # input of the network; used for nothing else
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -51,9 +45,7 @@ def flow_level(sigma: Tensor) -> NoiseLevel:
 def vp_level(timestep: Tensor, alphas_cumprod: Tensor) -> NoiseLevel:
     """Diffusion level at integer timesteps.
 
-    Args:
-        timestep: int64, any shape.
-        alphas_cumprod: [T], the model's own table; kept in its precision.
+    `timestep` is int64 of any shape, `alphas_cumprod` [T] the model's own table, kept in its precision.
     """
     alpha_bar = alphas_cumprod[timestep]
     return NoiseLevel(alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), timestep)
@@ -73,19 +65,17 @@ def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifte
     """Falling noise levels of a flow sampler, [num_steps + 1] in float32, last 0.
 
     Args:
-        num_steps: sampling steps.
         shift: SD3's static shift.
         grid: ``shifted`` is linspace(1, 1/n, n) shifted once (1, .9, .75, .5, 0 at shift 3). ``diffusers`` is
             FlowMatchEulerDiscreteScheduler.set_timesteps, which shifts its end point twice (1, .858, .602,
             .009, 0): the grid of the published student.
     """
-    if grid == "shifted":
-        uniform = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
-    elif grid != "diffusers":
-        raise ValueError(f"grid is {grid!r}: choose diffusers or shifted, or give the levels")
-    else:
+    smallest = 1 / num_steps
+    if grid == "diffusers":
         smallest = shift_sigma(torch.tensor(1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
-        uniform = torch.linspace(1, smallest, num_steps, dtype=torch.float64)
+    elif grid != "shifted":
+        raise ValueError(f"grid is {grid!r}: choose diffusers or shifted, or give the levels")
+    uniform = torch.linspace(1, smallest, num_steps, dtype=torch.float64)
     return torch.cat([shift_sigma(uniform, shift), torch.zeros(1, dtype=torch.float64)]).float()
 
 
@@ -106,7 +96,6 @@ def flow_student_schedule(grid: str | Sequence[float], num_steps: int, shift: fl
 
     Args:
         grid: a name of `flow_sigmas`, or num_steps sigmas above 0, which are not shifted.
-        num_steps: sampling steps.
         shift: the family's static shift.
 
     Raises:
@@ -120,13 +109,7 @@ def flow_student_schedule(grid: str | Sequence[float], num_steps: int, shift: fl
 
 
 def random_flow_level(uniform: Tensor, level_range: tuple[float, float], shift: float) -> NoiseLevel:
-    """A flow level per sample, [B, 1, 1, 1].
-
-    Args:
-        uniform: numbers in [0, 1), [B].
-        level_range: sigmas at 0 and 1, before the shift.
-        shift: the family's static shift.
-    """
+    """A flow level per sample, [B, 1, 1, 1], from uniform numbers [B]; `level_range` are sigmas before the shift."""
     low, high = level_range
     return flow_level(shift_sigma(low + (high - low) * uniform, shift).view(-1, 1, 1, 1))
 
@@ -174,10 +157,7 @@ def step(latents: Tensor, denoised: Tensor, level: NoiseLevel, following: NoiseL
 
     Euler for flow matching, DDIM with eta 0 for diffusion models.
 
-    Args:
-        latents: at `level`, [B, C, H, W].
-        denoised: x0 predicted from them, same shape.
-        level, following: start and end of the step; the start must not be clean.
+    `denoised` is x0 predicted from the latents at `level`, which must not be clean.
     """
     noise = (latents - level.alpha * denoised) / level.sigma
     return add_noise(denoised, noise, following)

@@ -25,8 +25,6 @@ def trajectory(
     """Latents after each sampling step from `levels[0]` to `levels[-1]`: len(levels) - 1 tensors [B, C, H, W].
 
     Args:
-        denoise: the network.
-        latents: [B, C, H, W] at `levels[0]`.
         levels: a schedule, or a part of one.
         fresh: None keeps the noise that a prediction implies (an ODE sampler). Otherwise each step re-noises its
             prediction with `fresh(number of the step)`, as DMD2's sampler does.
@@ -55,14 +53,11 @@ def rollout(
 
 
 def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
-    """Unit Gaussian noise, one CPU generator per sample, so that a seed means the same in every batch.
+    """Unit Gaussian noise [B, *shape] in float32 on the CPU: a seed means the same in every batch.
 
     Args:
         seeds: B integers in [0, 2^32); torch's CPU generator ignores further bits.
         shape: of one sample, (C, H, W).
-
-    Returns:
-        [B, *shape] in float32 on the CPU.
 
     Raises:
         ValueError: if a seed is out of range; it would silently give the image of another seed.
@@ -71,14 +66,9 @@ def noise_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int]) -> Ten
 
 
 def noises_from_seeds(seeds: Sequence[int] | Tensor, shape: Sequence[int], count: int) -> list[Tensor]:
-    """Successive draws of each sample's generator: its start noise, then the noise that a re-noising sampler adds.
+    """`count` successive draws of each sample's generator, each [B, *shape].
 
-    Args:
-        seeds, shape: as in `noise_from_seeds`, which is the first draw.
-        count: draws per sample.
-
-    Returns:
-        `count` tensors [B, *shape].
+    The first is the start noise, as in `noise_from_seeds`; a re-noising sampler adds the others.
     """
     draws = [[torch.randn(*shape, generator=generator) for _ in range(count)] for generator in _generators(seeds)]
     return [torch.stack(list(draw)) for draw in zip(*draws, strict=True)]
@@ -102,7 +92,6 @@ def sample_seeds(run_seed: int, stream: str, step: int, samples: int | Sequence[
     """Seeds of one update's samples, independent of how the batch is split; there is no state to resume.
 
     Args:
-        run_seed: of the whole run.
         stream: purpose of the seeds; streams are independent.
         step: number of the update.
         samples: number of samples, or their indices in the global batch.

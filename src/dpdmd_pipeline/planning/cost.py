@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 
 BACKWARD = 2  # F: one for the gradient of the inputs, one for that of the weights

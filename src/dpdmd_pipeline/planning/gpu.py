@@ -15,8 +15,7 @@ from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
 from dpdmd_pipeline.planning.memory import GIB, MemoryModel
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.planning.weightless import conditioning_like
-from dpdmd_pipeline.training.execution import Execution
-from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.options import Execution, TrainOptions
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.wording import one_line
 

@@ -39,7 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.planning.cost import calls_of
 from dpdmd_pipeline.planning.weightless import PassMemory, WeightlessBackbone, bytes_of, count_pass, move_to_fake_cpu
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, make_roles, trainable
 from dpdmd_pipeline.training.sharding import groups

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dpdmd_pipeline.publishing import Folders, locked, sha256, write_atomically
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Checkpoints:
     """The last few states of one run, in a folder of its own.
 
@@ -24,17 +25,13 @@ class Checkpoints:
     the previous state as the newest complete one.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2) -> None:
-        self.folder = Path(folder)
-        self.keep_last = keep_last
+    folder: Path
+    keep_last: int = 2
 
     def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
-        """Write the state after `step` steps and delete all but the newest `keep_last`.
+        """Write the state after `step` steps and delete all but the newest `keep_last`; if `finished`, all others.
 
-        Args:
-            step: number of finished steps.
-            state: tensors, numbers, strings, and containers of these.
-            finished: True for the last state of a run; no other state stays.
+        A state has tensors, numbers, strings, and containers of these.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._manifest(step).with_suffix(".pt")
@@ -45,15 +42,9 @@ class Checkpoints:
             old.with_suffix(".pt").unlink(missing_ok=True)
             old.unlink()
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from training the same run at the same time.
-
-        Raises:
-            LockedError: if another process trains it; names that process.
-        """
-        with locked(Folders.of(self.folder)):
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from training the same run; raises a LockedError that names a process that does."""
+        return locked(Folders.of(self.folder))
 
     def load_latest(self, map_location: Any = "cpu") -> tuple[int, dict[str, Any]] | None:
         """Newest complete state as (step, state); None if there is none.

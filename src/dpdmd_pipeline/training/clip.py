@@ -14,8 +14,8 @@ from torch import Tensor
 from dpdmd_pipeline.shapes.clip import full_captions, make_clip, save_clip
 from dpdmd_pipeline.shapes.world import CAPTION_TEMPLATES, NUM_MODES, NUM_PROMPTS, captions, gallery
 from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.clip_recipe import ClipRecipe
 from dpdmd_pipeline.training.teacher import fit
+from dpdmd_pipeline.training.teacher_recipe import ClipRecipe
 
 if TYPE_CHECKING:
     from open_clip import CLIP
@@ -26,13 +26,9 @@ _LARGEST_SCALE = 100  # of the logits, as in CLIP (arXiv:2103.00020, section 2.5
 def train_clip(
     recipe: ClipRecipe, folder: Path, state: Path, follow: Callable[[int, Iterator[tuple[int, float]]], None]
 ) -> CLIP:
-    """Train the CLIP and save it to a folder that open_clip loads; finished steps are not repeated.
+    """Train the CLIP and save it to a folder that open_clip loads; the folder is complete once it has weights.
 
-    Args:
-        recipe: of the training.
-        folder: of the model; complete once it has weights.
-        state: folder of the checkpoints.
-        follow: runs the fit to its end: (total steps, records).
+    `state` is the folder of the checkpoints. `follow` runs the fit to its end: (total steps, records).
     """
     import open_clip
 
@@ -49,13 +45,8 @@ def train_clip(
 def clip_loss(model: CLIP, full: Tensor, short: Tensor, recipe: ClipRecipe, generator: torch.Generator) -> Tensor:
     """Contrast of images with their full captions (both ways), plus contrast of images with the world's prompts.
 
-    The prompts are short: many images of a batch share one, which the plain contrast would count as wrong.
-
-    Args:
-        model: to train.
-        full, short: tokens of `full_captions()` and of `captions()`, [n, L].
-        recipe: batch size and noise.
-        generator: of this step.
+    The prompts are short: many images of a batch share one, which the plain contrast would count as wrong. `full` and
+    `short` are tokens of `full_captions()` and of `captions()`, [n, L].
     """
     pictures = gallery()
     row = torch.randperm(len(pictures), generator=generator)[: recipe.batch_size]

@@ -6,6 +6,7 @@ checkpoint holds in `state`, measurements in `watch`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,11 @@ from torch import Tensor, nn
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.dpdmd.algorithm import fake_score_update_loss, follow_anchors, match_teacher, student_pictures
 from dpdmd_pipeline.dpdmd.anchor import AnchoredStep, anchored_steps
-from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.training.anchors import AnchorBatch
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.draws import Sample, SampleDraws, graded_step, micro_batches
-from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.optimizer import learning_rate_share
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.run import Run, TrainingData, prepare
@@ -41,23 +41,20 @@ def distill(
     resumed: tuple[int, dict[str, Any]] | None,
     execution: Execution,
 ) -> Iterator[Record]:
-    """Distil the teacher into `roles.student`; yields the record of each new cycle.
+    """Distil the teacher into `roles.student`, in place; yields the record of each new cycle.
+
+    At the end the student holds its final weights: the last, averaged or best ones.
 
     Args:
-        backbone: the family of the three networks.
-        roles: trained in place; at the end the student holds its final weights: the last, averaged or best ones.
-        data: prompts and anchors.
-        recipe: every option that changes the student.
         checkpoints: written while the run goes on.
         resumed: result of `checkpoints.load_latest`; its history goes into the next checkpoint.
-        execution: options of speed and memory.
 
     Raises:
         ValueError: if a loss or a gradient is not finite, with the cycle and the prompts' rows.
     """
     run = prepare(backbone, roles, data, recipe, execution)
     state = State.of(run)
-    done = saved = resume(run, state, resumed)
+    done = saved = resume(state, resumed)
     pending: list[Cycle] = []  # cycles whose losses are still on the device
     between_cycles = True
     try:
@@ -151,27 +148,15 @@ def _draw_student_x0(run: Run, stream: str, updates: Sequence[int]) -> dict[Samp
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A part of the student's batch that is back-propagated by itself.
+    """A part of the student's batch that is back-propagated by itself."""
 
-    Attributes:
-        draws: noise and levels of its samples.
-        anchors: prompts, start noise and anchors of its samples.
-        cond: embeddings of its prompts.
-        student: the student under these prompts.
-        share: of this process's batch; the gradients of all parts add up to that of the mean loss.
-        last: True for the last part, after which gradients are exchanged.
-        compare_gradients: True if the norms of both losses' gradients are measured.
-        graded_step: see `match_teacher`; the same for the whole batch.
-    """
-
-    draws: SampleDraws
-    anchors: AnchorBatch
-    cond: Conditioning
-    student: Denoise
-    share: float
-    last: bool
-    compare_gradients: bool
-    graded_step: int | None
+    draws: SampleDraws  # noise and levels of its samples
+    anchors: AnchorBatch  # prompts, start noise and anchors of its samples
+    cond: Conditioning  # embeddings of its prompts
+    share: float  # of this process's batch; the gradients of all parts add up to that of the mean loss
+    last: bool  # after the last part gradients are exchanged
+    compare_gradients: bool  # measure the norms of both losses' gradients
+    graded_step: int | None  # see `match_teacher`; the same for the whole batch
 
 
 def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
@@ -186,12 +171,10 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
         dmd, dmd_norm = backward_dmd(run, part, latents, compare=diversity_norm is not None)
         values = {"dmd_loss": part.share * dmd, "diversity_loss": part.share * diversity}
         if diversity_norm is not None:
-            values["grad_ratio"] = diversity_norm / dmd_norm
+            values["grad_ratio"] = run.recipe.diversity_weight * (diversity_norm / dmd_norm)
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value
         prompts += part.anchors.prompts
-    if "grad_ratio" in sums:
-        sums["grad_ratio"] = run.recipe.diversity_weight * sums["grad_ratio"]
     for group in run.student.optimizer.param_groups:
         group["lr"] = run.recipe.student.learning_rate * learning_rate_share(run.recipe, cycle)
     sums["student_grad_norm"] = run.student.update()
@@ -202,13 +185,11 @@ def _student_micro_batches(run: Run, cycle: int) -> Iterator[MicroBatch]:
     step = graded_step(run.recipe, cycle)
     for indices in micro_batches(run.batch_indices, run.execution.student_micro_batch):
         anchors = run.data.draw_anchors(cycle, indices)
-        cond = run.cond(anchors.prompts)
         first = indices[0] == run.batch_indices[0]
         yield MicroBatch(
             draws=run.draws.batch("student", cycle, indices),
             anchors=anchors,
-            cond=cond,
-            student=run.denoiser(run.student, cond),
+            cond=run.cond(anchors.prompts),
             share=len(indices) / len(run.batch_indices),
             last=indices[-1] == run.batch_indices[-1],
             compare_gradients=first and cycle % run.execution.ratio_every == 0,
@@ -227,7 +208,7 @@ def backward_diversity(run: Run, part: MicroBatch) -> tuple[Tensor, Tensor, Tens
     noise = onto(run.accelerator.device, part.anchors.noise)
     with run.gradient_sync(run.student, sync=_syncs_each_backward(run, part)):
         diversity, latents = follow_anchors(
-            part.student,
+            run.denoiser(run.student, part.cond),
             noise=noise,
             anchored=_anchored_steps(run, noise, part.anchors),
             levels=run.levels,
@@ -254,7 +235,7 @@ def backward_dmd(run: Run, part: MicroBatch, latents: Tensor, *, compare: bool) 
     recipe = run.recipe
     with run.gradient_sync(run.student, sync=part.last or _syncs_each_backward(run, part)):
         dmd = match_teacher(
-            part.student,
+            run.denoiser(run.student, part.cond),
             run.guided_teacher(part.cond, recipe.guidance_interval),
             run.denoiser(run.fake_score, part.cond),
             latents=latents,
@@ -298,26 +279,18 @@ class Cycle:
 
 
 def fetch_records(run: Run, cycles: Sequence[Cycle]) -> list[Record]:
-    """Bring the values of some cycles to the CPU, as means over all processes.
-
-    Raises:
-        ValueError: if a value is not finite; all processes refuse it together, with the same message.
-    """
+    """Bring the values of some cycles to the CPU, as means over all processes; all refuse a non-finite one together."""
     flat = torch.stack([value.detach().float() for cycle in cycles for value in cycle.values.values()])
     numbers = iter(run.accelerator.reduce(flat, reduction="mean").tolist())
     records = []
     for cycle in cycles:
         record: Record = {"step": cycle.number, **{name: next(numbers) for name in cycle.values}}
-        _check_finite(record, cycle, run.recipe)
+        for name, value in record.items():
+            if not math.isfinite(value):
+                prompts = sorted(set(gather_object(cycle.prompts)))
+                rates = f"student {run.recipe.student.learning_rate}, fake score {run.recipe.fake_score.learning_rate}"
+                raise ValueError(
+                    f"{name} is {value} at step {cycle.number}, prompts {prompts}: lower the learning rate ({rates})"
+                )
         records.append(record)
     return records
-
-
-def _check_finite(record: Record, cycle: Cycle, recipe: Recipe) -> None:
-    for name, value in record.items():
-        if not abs(value) < float("inf"):
-            rates = f"student {recipe.student.learning_rate}, fake score {recipe.fake_score.learning_rate}"
-            raise ValueError(
-                f"{name} is {value} at step {cycle.number}, prompts {sorted(set(gather_object(cycle.prompts)))}: "
-                f"lower the learning rate ({rates})"
-            )

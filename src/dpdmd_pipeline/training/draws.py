@@ -25,21 +25,13 @@ Indices = TypeVar("Indices", bound=Sequence)
 
 @dataclass(frozen=True)
 class Draws:
-    """Source of all random draws of a run.
+    """Source of all random draws of a run."""
 
-    Attributes:
-        backbone: of the noise's shape and of the levels.
-        seed: of the run.
-        prompts: training prompts, as rows of the embeddings.
-        renoise: True if the student adds fresh noise between its sampling steps.
-        device: of the noise.
-    """
-
-    backbone: Backbone
-    seed: int
-    prompts: Sequence[int]
-    renoise: bool
-    device: torch.device
+    backbone: Backbone  # of the noise's shape and of the levels
+    seed: int  # of the run
+    prompts: Sequence[int]  # training prompts, as rows of the embeddings
+    renoise: bool  # the student adds fresh noise between its sampling steps
+    device: torch.device  # of the noise
 
     def batch(self, stream: str, update: int, batch_indices: Sequence[int]) -> SampleDraws:
         """Draws of some samples of one update's global batch."""
@@ -87,11 +79,7 @@ def graded_step(recipe: Recipe, cycle: int) -> int | None:
 
 
 def process_share(batch_size: int, process: int, processes: int) -> range:
-    """Batch indices of one process.
-
-    Raises:
-        ValueError: if the batch cannot be shared evenly.
-    """
+    """Batch indices of one process; a ValueError if the batch cannot be shared evenly."""
     if batch_size % processes:
         raise ValueError(f"train.batch_size={batch_size} cannot be shared evenly by {processes} processes")
     share = batch_size // processes

@@ -10,6 +10,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import socket
 import tempfile
@@ -32,10 +33,10 @@ from dpdmd_pipeline.training.member import (
     RECORDS,
     STOP_SIGNALS,
     Launch,
+    OtherMachineError,
     Work,
     enter,
-    other_machine_failed,
-    read_notes,
+    error_file,
 )
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ def launched(work: Work, job: Any, launch: Launch) -> Iterator[dict[str, Any]]:
         ValueError: if there are fewer GPUs than processes, or the machines do not meet.
     """
     before = set(multiprocessing.active_children())
-    with _quiet_elastic(), _passive_waiting(launch), tempfile.TemporaryDirectory(prefix="dpdmd-") as name:
-        folder, running = Path(name), Future()
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the error is raised here, in one line
+    with _passive_waiting(launch), tempfile.TemporaryDirectory(prefix="dpdmd-") as folder_name:
+        folder, running = Path(folder_name), Future()
         # Not in the main thread: that one receives signals, and yields the reports.
         Thread(target=_run_elastic, args=(running, work, job, launch, folder), daemon=True).start()
         try:
@@ -104,11 +107,7 @@ def _config(launch: Launch, folder: Path) -> LaunchConfig:
 
 
 def _own_address(rendezvous: str) -> str:
-    """This machine's address towards the rendezvous. Nothing is sent.
-
-    Raises:
-        ValueError: if the rendezvous has no address.
-    """
+    """This machine's address towards the rendezvous; a ValueError if that has none. Nothing is sent."""
     host, port = rendezvous.rsplit(":", 1)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -117,20 +116,6 @@ def _own_address(rendezvous: str) -> str:
     except OSError as error:
         raise ValueError(f"launch.rendezvous={rendezvous}: {error.strerror}; give host:port of a machine") from error
     return host if own.startswith("127.") else own  # a machine's own name often means a loopback address
-
-
-@contextmanager
-def _quiet_elastic() -> Iterator[None]:
-    """Silence the launcher's own tracebacks: the error is raised here, in one line."""
-    loggers = [logging.getLogger(f"torch.{name}") for name in ("distributed.elastic", "multiprocessing.spawn")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextmanager
@@ -176,12 +161,11 @@ def _conclude(running: Future, folder: Path, launch: Launch) -> None:
     try:
         finished = running.result()
     except ChildFailedError as error:
-        notes = read_notes(folder)
-        cause = _RemoteError(notes[0]["traceback"] if notes else "")
-        raise _first_failure(error, notes, launch) from cause
+        first = _first_failure(error, folder, launch)
+        raise first from first.__cause__  # the traceback in its own process
     except RendezvousError as error:
         if (folder / MET).exists():  # the rendezvous ended with its machine
-            raise other_machine_failed() from error
+            raise OtherMachineError from error
         raise ValueError(
             f"{launch.machines} machines did not meet at {launch.rendezvous} ({error}): start the same command on "
             f"every one within {_MEETING_TIMEOUT // 60} minutes, with the same options"
@@ -194,24 +178,18 @@ def _conclude(running: Future, folder: Path, launch: Launch) -> None:
         raise SystemExit(0)
 
 
-class _RemoteError(Exception):
-    """Carries the traceback of another process, for the log file."""
-
-    def __str__(self) -> str:
-        return "\n" + self.args[0]
-
-
-def _first_failure(error: ChildFailedError, notes: list[dict[str, Any]], launch: Launch) -> BaseException:
-    """The error of the first process that failed; the others only fail because of it."""
-    rank, failure = error.get_first_failure()
-    if failure.exitcode in [-number for number in STOP_SIGNALS]:  # work that called `end_at_once`
+def _first_failure(failed: ChildFailedError, folder: Path, launch: Launch) -> BaseException:
+    """The error of the process that failed first; the others only fail because of it."""
+    rank, failure = failed.get_first_failure()
+    if -failure.exitcode in STOP_SIGNALS:  # work that called `end_at_once`
         return KeyboardInterrupt()
-    # A process that left a note may still crash on its way out, if torch's threads outlive the interpreter
-    killed = failure.exitcode < 0 and not any(note["rank"] == rank for note in notes)
-    if killed or not notes:
+    errors = sorted(folder.glob(error_file(folder, "*").name), key=lambda path: path.stat().st_mtime_ns)
+    # A process that left its error may still crash on its way out, if torch's threads outlive the interpreter
+    killed = failure.exitcode < 0 and error_file(folder, rank) not in errors
+    if killed or not errors:
         end = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         return ChildProcessError(
             f"process {rank} of {launch.processes * launch.machines} was ended by {end}: if memory ran out, lower "
             "launch.processes or the batch sizes; then run the same command again, finished work is kept"
         )
-    return notes[0]["error"]
+    return pickle.loads(errors[0].read_bytes())

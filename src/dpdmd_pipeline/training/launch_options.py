@@ -11,13 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from dpdmd_pipeline.backbones.options import Device, resolve_device
 
 
-class LaunchOptions(BaseModel):
+class StrictModel(BaseModel):
+    """Options without unknown names, converted types, or numbers that are not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class LaunchOptions(StrictModel):
     """Processes that share the batch of an update, or the shards of a cache.
 
     A student is the same but for rounding; a cache is the same to the bit on a CPU.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     processes: PositiveInt  # on each machine; with CUDA, one per GPU
     machines: PositiveInt  # the same command on each, at the same time, over one shared file system
@@ -37,11 +41,8 @@ class LaunchOptions(BaseModel):
     def of_shards(self, run: str, device: Device) -> Callable[..., Any] | None:
         """Launcher of these processes for work on shards; None for a single process.
 
-        Each process has as many threads as a single one: another number would sum in another order.
-
-        Args:
-            run: name of the run, the same on every machine.
-            device: with CUDA, each process has a GPU of its own.
+        Each process has as many threads as a single one: another number would sum in another order. `run` names the
+        run, the same on every machine.
         """
         if self.total == 1:
             return None

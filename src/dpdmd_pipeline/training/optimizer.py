@@ -15,12 +15,7 @@ from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 def make_optimizer(
     parameters: Sequence[nn.Parameter], recipe: OptimizerRecipe, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW by a recipe.
-
-    Args:
-        parameters: trained ones.
-        recipe: of their network.
-        fused: True for one kernel per update, the same but for rounding; adamw_8bit always has its own.
+    """AdamW by a recipe; `fused` has one kernel per update, the same but for rounding (adamw_8bit has its own).
 
     Raises:
         ValueError: if 8-bit moments lack bitsandbytes or CUDA.

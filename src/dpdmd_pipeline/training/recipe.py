@@ -4,40 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.training.launch_options import LaunchOptions, StrictModel
 
+Precision = Literal["float32", "bfloat16"]
 Grid = Literal["diffusers", "shifted", "trailing"]  # flow models have the first two, diffusion (VP) models the third
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 NOT_IN_THE_RESULT = {"device", "batch_size", "launch"}  # fields of AnchorRecipe that change no anchor
 
 
-class StudentGrid(BaseModel):
+class StudentGrid(StrictModel):
     """Schedule of a student."""
-
-    model_config = STRICT
 
     grid: Grid | list[float]  # as in Recipe
     num_steps: PositiveInt  # as in Recipe
 
 
-class AnchorLevel(BaseModel):
+class AnchorLevel(StrictModel):
     """An anchor's level on the teacher's schedule, given in exactly one of three ways.
 
     A sigma is in the model's own terms: below 1 for flow models; sigma / alpha for diffusion models (SDXL: up to 14.6).
     """
-
-    model_config = STRICT
 
     steps: PositiveInt | None = None  # K, sampling steps of the teacher
     sigma: PositiveFloat | None = None  # the teacher's level nearest to this noise level
@@ -50,10 +37,8 @@ class AnchorLevel(BaseModel):
         return self
 
 
-class AnchorRecipe(BaseModel):
+class AnchorRecipe(StrictModel):
     """Anchors to compute, and their cache."""
-
-    model_config = STRICT
 
     mode: Literal["cached", "online"]  # computed once and stored, or in each student update
     anchor_levels: list[AnchorLevel] = Field(min_length=1)  # in falling order of noise
@@ -71,10 +56,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class OptimizerRecipe(BaseModel):
+class OptimizerRecipe(StrictModel):
     """AdamW for one network."""
-
-    model_config = STRICT
 
     kind: Literal["adamw", "adamw_8bit"]  # adamw_8bit stores its moments in 8 bits; needs bitsandbytes and CUDA
     learning_rate: PositiveFloat  # the student's follows Recipe.warmup and Recipe.decay
@@ -83,10 +66,8 @@ class OptimizerRecipe(BaseModel):
     max_grad_norm: PositiveFloat  # gradients are clipped to this norm
 
 
-class LoraRecipe(BaseModel):
+class LoraRecipe(StrictModel):
     """Low-rank adapters of the student and the fake score on one frozen base."""
-
-    model_config = STRICT
 
     student_rank: PositiveInt  # of the student's low-rank products
     fake_score_rank: PositiveInt  # of the fake score's
@@ -94,10 +75,8 @@ class LoraRecipe(BaseModel):
     targets: list[str] = Field(min_length=1)  # adapted layers, by the endings of their names
 
 
-class WatchRecipe(BaseModel):
+class WatchRecipe(StrictModel):
     """Measurements of the student while it trains, and the choice of the final weights; see `training.watch`."""
-
-    model_config = STRICT
 
     every: NonNegativeInt  # cycles between measurements; 0: none
     prompts: PositiveInt  # training prompts to measure, at most
@@ -113,15 +92,13 @@ class WatchRecipe(BaseModel):
         return self
 
 
-class Recipe(BaseModel):
+class Recipe(StrictModel):
     """One distilled student. Vanilla DMD is the recipe without anchored steps and without stop-gradient."""
-
-    model_config = STRICT
 
     # Networks
     roles: Literal["full", "lora"]  # three networks, or one frozen base with two adapters
     lora: LoraRecipe  # read if roles=lora
-    precision: Literal["float32", "bfloat16"]  # of the trained networks' arithmetic; their weights are float32
+    precision: Precision  # of the trained networks' arithmetic; their weights are float32
 
     # Length of the run, and the student's optimization
     seed: NonNegativeInt  # of all random draws

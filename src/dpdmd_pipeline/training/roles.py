@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,22 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpdmd_pipeline.backbones.base import Backbone
-from dpdmd_pipeline.training.recipe import LoraRecipe, Recipe
+from dpdmd_pipeline.training.recipe import LoraRecipe, Precision, Recipe
 from dpdmd_pipeline.training.sharding import shard
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 
-Cut = Callable[[nn.Module], nn.Module]  # shards a network over the processes
-
-
 @dataclass(frozen=True)
 class Roles:
-    """The three networks of one family; the teacher is frozen.
-
-    Each has the call signature of the family's own network.
-    """
+    """The three networks of one family, with its call signature; the teacher is frozen."""
 
     teacher: nn.Module
     student: nn.Module
@@ -43,45 +36,40 @@ class Roles:
 
 
 def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
-    """Load the networks of a recipe.
-
-    Args:
-        backbone: of the family.
-        recipe: roles and precision.
-        gradient_checkpointing: of the trained networks.
-        sharded: True to shard these over the processes, which must have joined a group.
+    """Load the networks of a recipe; `sharded` over the processes, which must have joined a group.
 
     Raises:
         ValueError: if adapters would be sharded, or `lora.targets` match no layer of the network.
     """
     if recipe.roles == "full":
-        cut = partial(shard, precision=recipe.precision) if sharded else None
-        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, cut=cut)
+        shard_in = recipe.precision if sharded else None
+        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in)
     if sharded:
         raise ValueError("roles=lora cannot be sharded, its adapters are small: set train.launch.sharding=none")
     return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
 
 
-def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, cut: Cut | None = None) -> Roles:
-    """Three networks that start as the teacher; the trained ones have float32 weights, sharded right after loading."""
+def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, shard_in: Precision | None = None) -> Roles:
+    """Three networks that start as the teacher; the trained ones have float32 weights.
+
+    With `shard_in` each is sharded right after loading, for arithmetic of this precision.
+    """
     teacher = backbone.load_model().requires_grad_(False).eval()
-    student, fake_score = (
-        cut(network) if cut else network for network in (backbone.load_model(float32=True) for _ in range(2))
-    )
-    if gradient_checkpointing:
-        for network in (student, fake_score):
+    trained = []
+    for _ in ("student", "fake score"):
+        network = backbone.load_model(float32=True)
+        if shard_in:
+            shard(network, shard_in)
+        if gradient_checkpointing:
             network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
-    return Roles(teacher, student, fake_score)
+        trained.append(network)
+    return Roles(teacher, *trained)
 
 
 def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_checkpointing: bool) -> Roles:
     """One frozen base: the teacher is the base alone, student and fake score are the base with an adapter each.
 
-    Args:
-        backbone: of the family.
-        recipe: ranks and adapted layers.
-        seed: of the adapters' random halves; the other halves are zero, so all roles start as the teacher.
-        gradient_checkpointing: of the base, for both adapters.
+    Half of an adapter is random by `seed`; the other half is zero, so all roles start as the teacher.
 
     Raises:
         ValueError: if `targets` match no layer of the network.
@@ -113,13 +101,7 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
 
 
 class AdapterView(nn.Module):
-    """A shared base under one adapter or none; its parameters are only those of the adapter.
-
-    Args:
-        base: the network with all adapters.
-        layers: its adapted layers.
-        adapter: name of the adapter.
-    """
+    """A shared base with adapted layers, under one adapter or none; its parameters are only those of the adapter."""
 
     def __init__(self, base: nn.Module, layers: list[BaseTunerLayer], adapter: str | None) -> None:
         super().__init__()
@@ -127,8 +109,9 @@ class AdapterView(nn.Module):
         self.adapter = adapter
         named = [] if adapter is None else [(n, p) for n, p in base.named_parameters() if f".{adapter}." in n]
         self.names = [name.replace(f".{adapter}.", ".") for name, _ in named]
-        # float32 master weights, whatever the base's precision
-        self.weights = nn.ParameterList(_as_float32(parameter) for _, parameter in named)
+        for _, parameter in named:
+            parameter.data = parameter.data.float()  # master weights, whatever the base's precision
+        self.weights = nn.ParameterList(parameter.requires_grad_(True) for _, parameter in named)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base, layers = self._shared
@@ -138,11 +121,6 @@ class AdapterView(nn.Module):
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's weights by their names in the network, as peft writes them."""
         return dict(zip(self.names, self.weights, strict=True))
-
-
-def _as_float32(parameter: nn.Parameter) -> nn.Parameter:
-    parameter.data = parameter.data.float()
-    return parameter.requires_grad_(True)
 
 
 def _activate(layers: list[BaseTunerLayer], adapter: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -14,37 +15,26 @@ from torch import Tensor, nn
 from dpdmd_pipeline.backbones.base import EVERY_LEVEL, Backbone, Conditioning, conditioned, guided
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import Denoise
-from dpdmd_pipeline.training.anchors import AnchorBatch, Embeddings
+from dpdmd_pipeline.training.anchors import AnchorBatch, Rows
 from dpdmd_pipeline.training.draws import Draws, process_share
-from dpdmd_pipeline.training.execution import Execution
 from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, unsynced, whole
 from dpdmd_pipeline.training.speed import onto, speed_up
 
-DrawAnchors = Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indices) -> samples of the student update
-
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Prompts, anchors, and the teacher's schedule and guidance.
+    """Prompts, anchors, and the teacher's schedule and guidance."""
 
-    Attributes:
-        embeddings: of all prompts, the empty one last.
-        prompts: training prompts, as rows of the embeddings.
-        draw_anchors: samples of a cycle's student update.
-        anchor_levels: scalar level of each anchor.
-        teacher_levels: the teacher's own schedule, [steps + 1].
-        guidance_scale: of the teacher.
-    """
-
-    embeddings: Embeddings
-    prompts: Sequence[int]
-    draw_anchors: DrawAnchors
-    anchor_levels: Sequence[NoiseLevel]
-    teacher_levels: NoiseLevel
-    guidance_scale: float
+    embeddings: Rows  # of all prompts, the empty one last
+    prompts: Sequence[int]  # training prompts, as rows of the embeddings
+    draw_anchors: Callable[[int, Sequence[int]], AnchorBatch]  # (cycle, batch indices) -> samples of the student update
+    anchor_levels: Sequence[NoiseLevel]  # scalar level of each anchor
+    teacher_levels: NoiseLevel  # the teacher's own schedule, [steps + 1]
+    guidance_scale: float  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -65,17 +55,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Run:
-    """One distillation in one process. Everything that changes during the run is part of `training.state.State`.
-
-    Attributes:
-        teacher: frozen.
-        batch_indices: this process's share of each global batch.
-        levels: the student's schedule, [N + 1].
-        uncond: embedding of the empty prompt, [1, ...].
-    """
+    """One distillation in one process. Everything that changes during the run is part of `training.state.State`."""
 
     backbone: Backbone
-    teacher: nn.Module
+    teacher: nn.Module  # frozen
     student: Trained
     fake_score: Trained
     data: TrainingData
@@ -83,15 +66,19 @@ class Run:
     execution: Execution
     accelerator: Accelerator
     draws: Draws
-    batch_indices: range
-    levels: NoiseLevel
-    uncond: Conditioning
+    batch_indices: range  # this process's share of each global batch
+    levels: NoiseLevel  # the student's schedule, [N + 1]
 
     # ---- roles under given prompts, as denoisers
 
     def cond(self, prompts: Sequence[int]) -> Conditioning:
         """Embeddings of prompts, on the device."""
-        return _embed(self.data.embeddings, prompts, self.accelerator.device)
+        return {name: onto(self.accelerator.device, rows) for name, rows in self.data.embeddings.rows(prompts).items()}
+
+    @cached_property
+    def uncond(self) -> Conditioning:
+        """Embedding of the empty prompt, [1, ...]."""
+        return self.cond([len(self.data.embeddings) - 1])
 
     def denoiser(self, role: Trained, cond: Conditioning) -> Denoise:
         """Student or fake score."""
@@ -144,7 +131,6 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
         draws=Draws(backbone, recipe.seed, data.prompts, recipe.between_steps == "renoise", accelerator.device),
         batch_indices=batch_indices,
         levels=levels,
-        uncond=_embed(data.embeddings, [len(data.embeddings) - 1], accelerator.device),
     )
 
 
@@ -162,7 +148,3 @@ def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: Optimize
     else:
         network, optimizer = accelerator.prepare(network, optimizer)
     return Trained(network, optimizer, recipe.max_grad_norm)
-
-
-def _embed(embeddings: Embeddings, prompts: Sequence[int], device: torch.device) -> Conditioning:
-    return {name: onto(device, value) for name, value in embeddings.rows(prompts).items()}

@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from dpdmd_pipeline.training.recipe import Precision
+
 
 def groups(network: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     """Modules at which a network is sharded, each with the parameters that are gathered when it is called.
@@ -41,13 +43,11 @@ def groups(network: nn.Module) -> dict[nn.Module, list[nn.Parameter]]:
     return parameters
 
 
-def shard(network: nn.Module, precision: str) -> nn.Module:
-    """Shard a network's weights over all processes, in place; all of them must call this with the same weights.
+def shard(network: nn.Module, precision: Precision) -> None:
+    """Shard a network of diffusers over all processes, in place; all of them must call this with the same weights.
 
-    Args:
-        network: of diffusers, whole, on its device.
-        precision: of the arithmetic. With bfloat16 a block's weights are gathered in bfloat16, as autocast would cast
-            them; gradients are added up in float32.
+    With bfloat16 a block's weights are gathered in bfloat16, as autocast would cast them; gradients are added up in
+    float32.
     """
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
@@ -58,7 +58,6 @@ def shard(network: nn.Module, precision: str) -> nn.Module:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for module in groups(network):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return network
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -103,11 +102,8 @@ def whole(value: Tensor) -> Tensor:
 def whole_state(state: Any, *, keep: bool) -> Any:
     """Gather the shards in the state of a network or an optimizer, one tensor at a time, on the CPU.
 
-    All processes must call this. Everything that is not sharded stays as it is.
-
-    Args:
-        state: nested dictionaries of tensors and other values.
-        keep: True if this process needs the state; the others take part, and get None for every sharded tensor.
+    All processes must call this. Everything that is not sharded stays as it is. Processes without `keep` take part, and
+    get None for every sharded tensor.
     """
     if isinstance(state, Mapping):
         return {name: whole_state(value, keep=keep) for name, value in state.items()}
@@ -136,25 +132,18 @@ def _gathered(value: DTensor) -> Tensor:
 
 
 def load_whole_state(target: Any, state: Mapping[str, Any]) -> None:
-    """Load a whole state, each process its shard. Nothing is exchanged, so all must have the same state.
-
-    Args:
-        target: a network or an optimizer, sharded or not, or any other object with a state, which is never sharded.
-        state: result of `whole_state`.
-    """
+    """Load a whole state, each process its shard. Nothing is exchanged, so all must have the same state."""
     if isinstance(target, nn.Module):
         own = target.state_dict()
-        target.load_state_dict({name: _shard_like(own.get(name), value) for name, value in state.items()})
-        return
-    if not isinstance(target, torch.optim.Optimizer):
-        target.load_state_dict(state)
-        return
-    parameters = [parameter for group in target.param_groups for parameter in group["params"]]
-    moments = {
-        number: {name: _copied(_shard_like(parameters[number], value)) for name, value in values.items()}
-        for number, values in state["state"].items()
-    }
-    target.load_state_dict({**state, "state": moments})
+        state = {name: _shard_like(own.get(name), value) for name, value in state.items()}
+    elif isinstance(target, torch.optim.Optimizer):
+        parameters = [parameter for group in target.param_groups for parameter in group["params"]]
+        moments = {
+            number: {name: _copied(_shard_like(parameters[number], value)) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        state = {**state, "state": moments}
+    target.load_state_dict(state)
 
 
 def _copied(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.training.execution import Execution
+from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.roles import Roles
 
 # torch keeps compiled code per function, and the same blocks serve up to three networks: with gradient and without,
@@ -20,8 +20,6 @@ _VERSIONS = 64
 def speed_up(roles: Roles, execution: Execution) -> None:
     """Set memory format and compilation of the networks, in place; names and values of their weights stay.
 
-    Code is compiled at the first call.
-
     Raises:
         ValueError: if there is no compiler, or if a network is not made of convolutions.
     """
@@ -31,33 +29,26 @@ def speed_up(roles: Roles, execution: Execution) -> None:
             nn.Module.to(network, memory_format=torch.channels_last)  # diffusers' own `to` warns of trained weights
     if execution.compile != "none":
         refuse_missing_compiler(next(roles.networks[0].parameters()).device)
-        whole = execution.compile == "whole"
-        _compile(roles.networks if whole else [block for network in roles.networks for block in _blocks(network)])
+        _compile(roles.networks, whole=execution.compile == "whole")
 
 
-def _compile(modules: Sequence[nn.Module]) -> None:
+def _compile(networks: Sequence[nn.Module], *, whole: bool) -> None:
+    """Compile networks, or their repeated blocks. diffusers' `compile_repeated_blocks` knows those of UNets only."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
 
     # Measuring a gradient's norm goes through a graph twice: its buffers must outlive the first time.
     functorch.donated_buffer = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
-    for module in modules:
-        module.compile(dynamic=False)
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """A network's repeated blocks. diffusers' own `compile_repeated_blocks` knows those of UNets only."""
-    names = network._repeated_blocks or network._no_split_modules
-    return [module for module in network.modules() if type(module).__name__ in names]
+    for network in networks:
+        names = network._repeated_blocks or network._no_split_modules
+        blocks = [module for module in network.modules() if type(module).__name__ in names]
+        for module in [network] if whole else blocks:
+            module.compile(dynamic=False)
 
 
 def refuse_channels_last(network: type[nn.Module]) -> None:
-    """Refuse channels_last for transformers, whose matrix products have no such layout.
-
-    Raises:
-        ValueError: names the class.
-    """
+    """Raise a ValueError for transformers, whose matrix products have no such layout."""
     from diffusers import UNet2DConditionModel
 
     if not issubclass(network, UNet2DConditionModel):
@@ -67,11 +58,7 @@ def refuse_channels_last(network: type[nn.Module]) -> None:
 
 
 def refuse_missing_compiler(device: torch.device) -> None:
-    """Refuse torch.compile without a compiler for the code that it writes.
-
-    Raises:
-        ValueError: names the missing tools.
-    """
+    """Raise a ValueError if torch.compile has no compiler for the code that it writes."""
     on_gpu = device.type == "cuda"
     if not (_can_compile_for_cuda() if on_gpu else _can_compile_for_cpu()):
         tools = "triton and a C compiler" if on_gpu else "a C++ compiler"

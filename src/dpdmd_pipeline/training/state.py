@@ -21,35 +21,27 @@ Record = dict[str, float]
 
 @dataclass
 class State:
-    """Networks, optimizers, chosen weights and history.
+    """Networks, optimizers, chosen weights and history; None for everything that the recipe does not ask for."""
 
-    Attributes:
-        parts: networks and optimizers, by their names in a checkpoint.
-        average: of the student's weights, if the recipe asks for it.
-        best: the student's weights of the best cycle, if the recipe keeps them.
-        watch: measurements, if the recipe asks for them.
-        history: record of each finished cycle.
-    """
-
-    parts: dict[str, Any]
-    average: AveragedModel | None
-    best: nn.ParameterList | None
-    watch: Watch | None
-    history: list[Record] = field(default_factory=list)
+    parts: dict[str, Any]  # networks and optimizers, by their names in a checkpoint
+    average: AveragedModel | None  # of the student's weights
+    best: nn.ParameterList | None  # the student's weights of the best cycle
+    watch: Watch | None  # measurements
+    history: list[Record] = field(default_factory=list)  # record of each finished cycle
 
     @classmethod
     def of(cls, run: Run) -> State:
         """State before the first cycle."""
-        recipe, student = run.recipe, run.student.network
+        recipe, student = run.recipe, run.accelerator.unwrap_model(run.student.network)
         parts = {
             "student": student,
-            "fake_score": run.fake_score.network,
+            "fake_score": run.accelerator.unwrap_model(run.fake_score.network),
             "student_optimizer": run.student.optimizer,
             "fake_score_optimizer": run.fake_score.optimizer,
         }
         return cls(
             parts=parts,
-            average=_average(student, recipe.ema) if recipe.ema else None,
+            average=_moving_average(student, recipe.ema) if recipe.ema else None,
             best=copy_weights(student) if recipe.watch.keep == "best" else None,
             watch=Watch.of(recipe, run.data.prompts) if recipe.watch.every else None,
         )
@@ -60,7 +52,7 @@ class State:
         return {**self.parts, **{name: part for name, part in optional.items() if part is not None}}
 
 
-def resume(run: Run, state: State, checkpoint: tuple[int, dict[str, Any]] | None) -> int:
+def resume(state: State, checkpoint: tuple[int, dict[str, Any]] | None) -> int:
     """Continue from a checkpoint, if there is one; returns the number of finished cycles."""
     if checkpoint is None:
         return 0
@@ -68,7 +60,7 @@ def resume(run: Run, state: State, checkpoint: tuple[int, dict[str, Any]] | None
     state.history = list(saved["history"])
     for name, part in state.stateful().items():
         if name in saved:
-            load_whole_state(_unwrapped(run, part), saved[name])
+            load_whole_state(part, saved[name])
     return cycles
 
 
@@ -81,7 +73,7 @@ def save(run: Run, state: State, checkpoints: Checkpoints, cycles: int) -> None:
     if finished:
         _set_final_weights(state)
     parts = {"student": state.parts["student"]} if finished else state.stateful()
-    states = {name: _unwrapped(run, part).state_dict() for name, part in parts.items()}
+    states = {name: part.state_dict() for name, part in parts.items()}
     writes = run.accelerator.is_main_process
     content = {"history": state.history, **whole_state(states, keep=writes)}
     if writes:
@@ -103,10 +95,6 @@ def copy_weights(student: nn.Module) -> nn.ParameterList:
     return nn.ParameterList(weight.detach().clone() for weight in trainable(student))
 
 
-def _average(student: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of the trained weights alone: a view of a shared base would be copied with all of the base."""
+def _moving_average(student: nn.Module, decay: float) -> AveragedModel:
+    """Average the trained weights alone: a view of a shared base would be copied with all of the base."""
     return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
-def _unwrapped(run: Run, part: Any) -> Any:
-    return run.accelerator.unwrap_model(part) if isinstance(part, nn.Module) else part

@@ -42,24 +42,19 @@ _MIN_UNIFORM = 0.01  # of the flow levels: the velocity target is divided by sig
 _TRAINING_SHIFT = 2.0  # of the flow levels: more weight at the levels that decide the free attributes
 
 
+LossAt = Callable[[torch.Generator], Tensor]  # from a seeded generator to a scalar loss
+
+
 def fit(
     modules: nn.Module,
-    loss_at: Callable[[torch.Generator], Tensor],
+    loss_at: LossAt,
     recipe: FitRecipe,
     *,
     seed: int,
     checkpoints: Checkpoints,
     checkpoint_every: int,
 ) -> Iterator[tuple[int, float]]:
-    """Minimise `loss_at(generator)`; yields (finished steps, loss). Resumes from the checkpoints, exactly.
-
-    Args:
-        modules: to train.
-        loss_at: from a seeded generator to a scalar loss.
-        recipe: steps and learning rate.
-        seed: step i draws from seed + i.
-        checkpoints: to resume from and save to.
-        checkpoint_every: steps between checkpoints.
+    """Minimise a loss; yields (finished steps, loss). Step i draws from seed + i, so a fit resumes exactly.
 
     Raises:
         ValueError: if the loss is not finite.
@@ -90,9 +85,12 @@ def fit(
 
 
 def text_loss(
-    encoder: CLIPTextModel | CLIPTextModelWithProjection, heads: nn.Module, tokenizer: CLIPTokenizer
+    encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    heads: nn.Module,
+    tokenizer: CLIPTokenizer,
+    _generator: torch.Generator,
 ) -> Tensor:
-    """Cross-entropy of colour and shape read linearly from the pooled embedding of every caption."""
+    """Cross-entropy of colour and shape read linearly from the pooled embedding of every caption; draws nothing."""
     tokens = tokenizer(captions(), padding="max_length", return_tensors="pt").input_ids
     prompts = torch.arange(len(tokens)) % NUM_PROMPTS
     output = encoder(tokens)
@@ -119,13 +117,8 @@ def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator
     """Error of images restored from latents with little noise.
 
     Together with the encoder, the decoder learns from samples of the posterior. Their noise hides the difference of a
-    small circle and a small square; the latents of a teacher or a student are cleaner.
-
-    Args:
-        vae: its decoder is trained.
-        latents: of every legal image, in scaled units.
-        generator: decides images and noise.
-        recipe: batch size and noise.
+    small circle and a small square; the latents of a teacher or a student are cleaner. `latents` has those of every
+    legal image, in scaled units.
     """
     picture = torch.randint(len(latents), (recipe.batch_size,), generator=generator)
     clean = latents[picture]
@@ -136,10 +129,9 @@ def decoder_loss(vae: AutoencoderKL, latents: Tensor, generator: torch.Generator
 
 @torch.no_grad()
 def encode_gallery(vae: AutoencoderKL) -> Tensor:
-    """Latents of every legal image with variance 1; sets the VAE's scaling factor, and its shift if it has one.
+    """Latents of every legal image, [NUM_PROMPTS * NUM_MODES, C, H, W], with variance 1; SD3's are also centred.
 
-    Returns:
-        [NUM_PROMPTS * NUM_MODES, C, H, W]; SD3's are centred, SDXL's only scaled.
+    Sets the VAE's scaling factor, and its shift if it has one.
     """
     raw = torch.cat([vae.encode(chunk * 2 - 1).latent_dist.mode() for chunk in gallery().split(96)])
     vae.register_to_config(scaling_factor=1 / raw.std().item())
@@ -166,16 +158,11 @@ def posterior_mean(noisy: Tensor, level: NoiseLevel, pictures: Tensor, allowed: 
 
 @dataclass(frozen=True)
 class DenoisingData:
-    """Training data of the denoising network: clean latents, and the embeddings of all captions.
+    """Training data of the denoising network: clean latents; embeddings of all captions, then of the empty prompt."""
 
-    Attributes:
-        pictures: [NUM_PROMPTS * NUM_MODES, C, H, W].
-        prompt_embeds, pooled_embeds: of the captions, then of the empty prompt; [N + 1, L, D], [N + 1, D].
-    """
-
-    pictures: Tensor
-    prompt_embeds: Tensor
-    pooled_embeds: Tensor
+    pictures: Tensor  # [NUM_PROMPTS * NUM_MODES, C, H, W]
+    prompt_embeds: Tensor  # [N + 1, L, D]
+    pooled_embeds: Tensor  # [N + 1, D]
 
 
 class Examples(NamedTuple):
@@ -197,10 +184,7 @@ def draw_examples(
     """Noisy pictures under random captions; a share of the prompts is empty.
 
     Args:
-        data: pictures and captions.
         level_at: from uniform numbers [B, 1, 1, 1] in [0, 1) to noise levels.
-        generator: decides all draws.
-        batch_size: B.
         dropout: share of empty prompts, which permit all pictures.
     """
     num_captions = len(data.prompt_embeds) - 1
@@ -265,69 +249,34 @@ def unet_loss(
     return ((predicted - noise) / level.alpha).square().mean()
 
 
-# Consumes the records of one fit: (name, total steps, records).
+# Runs one fit to its end: (name, total steps, records).
 Follow = Callable[[str, int, Iterator[tuple[int, float]]], None]
 
 # Trains one network: (name, modules, loss, recipe).
-Train = Callable[[str, nn.Module, Callable[[torch.Generator], Tensor], FitRecipe], None]
+Train = Callable[[str, nn.Module, LossAt, FitRecipe], None]
 
 
 def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> DiffusionPipeline:
-    """Train all networks in order; finished ones are loaded from `state`.
+    """Train all networks in order; finished ones are loaded from the checkpoints in `state`."""
 
-    Args:
-        recipe: of the teacher.
-        state: folder of the checkpoints.
-        follow: runs each fit to its end.
-    """
-
-    def train(
-        name: str, modules: nn.Module, loss_at: Callable[[torch.Generator], Tensor], fit_recipe: FitRecipe
-    ) -> None:
-        checkpoints = Checkpoints(state / name)
-        records = fit(
-            modules,
-            loss_at,
-            fit_recipe,
-            seed=recipe.seed,
-            checkpoints=checkpoints,
-            checkpoint_every=recipe.checkpoint_every,
-        )
+    def train(name: str, modules: nn.Module, loss_at: LossAt, fit_recipe: FitRecipe) -> None:
+        checkpoints, every = Checkpoints(state / name), recipe.checkpoint_every
+        records = fit(modules, loss_at, fit_recipe, seed=recipe.seed, checkpoints=checkpoints, checkpoint_every=every)
         follow(name, fit_recipe.steps, records)
 
-    return {"sd3": train_sd3, "sdxl": train_sdxl}[recipe.family](recipe, train)
-
-
-def train_sd3(recipe: TeacherRecipe, train: Train) -> StableDiffusion3Pipeline:
-    """Train the flow-matching teacher."""
-    pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
+    if recipe.transformer:
+        pipeline = make_pipeline(max_length=recipe.max_length, shift=recipe.shift, seed=recipe.seed)
+    else:
+        pipeline = make_sdxl_pipeline(max_length=recipe.max_length, seed=recipe.seed)
     train_encoders(pipeline, recipe, train)
-    network_recipe = recipe.transformer
-    loss = partial(
-        transformer_loss,
-        pipeline.transformer,
-        sd3_data(pipeline),
-        batch_size=network_recipe.batch_size,
-        dropout=recipe.prompt_dropout,
-    )
-    train("transformer", pipeline.transformer, loss, network_recipe)
-    return pipeline
-
-
-def train_sdxl(recipe: TeacherRecipe, train: Train) -> StableDiffusionXLPipeline:
-    """Train the diffusion teacher."""
-    pipeline = make_sdxl_pipeline(max_length=recipe.max_length, seed=recipe.seed)
-    train_encoders(pipeline, recipe, train)
-    network_recipe = recipe.unet
-    loss = partial(
-        unet_loss,
-        pipeline.unet,
-        pipeline.scheduler.alphas_cumprod,
-        sdxl_data(pipeline),
-        batch_size=network_recipe.batch_size,
-        dropout=recipe.prompt_dropout,
-    )
-    train("unet", pipeline.unet, loss, network_recipe)
+    if recipe.transformer:
+        name, network, network_recipe = "transformer", pipeline.transformer, recipe.transformer
+        loss = partial(transformer_loss, network, sd3_data(pipeline))
+    else:
+        name, network, network_recipe = "unet", pipeline.unet, recipe.unet
+        loss = partial(unet_loss, network, pipeline.scheduler.alphas_cumprod, sdxl_data(pipeline))
+    loss = partial(loss, batch_size=network_recipe.batch_size, dropout=recipe.prompt_dropout)
+    train(name, network, loss, network_recipe)
     return pipeline
 
 
@@ -338,16 +287,12 @@ def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Tr
         for name, tokenizer in (("text_encoder", pipeline.tokenizer), ("text_encoder_2", pipeline.tokenizer_2)):
             encoder = getattr(pipeline, name)
             heads = nn.Linear(encoder.config.projection_dim, NUM_PROMPTS // len(SHAPES) + len(SHAPES))
-            loss = partial(_text_loss_at, encoder, heads, tokenizer)
+            loss = partial(text_loss, encoder, heads, tokenizer)
             train(name, nn.ModuleList([encoder, heads]), loss, recipe.text_encoders)
     vae = pipeline.vae
     train("vae", vae, partial(vae_loss, vae, batch_size=recipe.vae.batch_size), recipe.vae)
     loss = partial(decoder_loss, vae, encode_gallery(vae), recipe=recipe.decoder)
     train("decoder", vae.decoder, loss, recipe.decoder)
-
-
-def _text_loss_at(encoder: nn.Module, heads: nn.Module, tokenizer: CLIPTokenizer, _: torch.Generator) -> Tensor:
-    return text_loss(encoder, heads, tokenizer)
 
 
 @torch.no_grad()

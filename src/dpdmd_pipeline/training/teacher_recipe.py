@@ -1,4 +1,4 @@
-"""Recipe of an embedded teacher: every number that an environment chooses.
+"""Recipes of the embedded teachers and of the embedded CLIP: every number that an environment chooses.
 
 All others are constants: those of the training in `training/teacher.py`, those of the networks in `shapes/models.py`.
 """
@@ -7,24 +7,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from dpdmd_pipeline.training.launch_options import StrictModel
 
 
-class FitRecipe(BaseModel):
+class FitRecipe(StrictModel):
     """Training of one network of the embedded teacher: AdamW on a one-cycle schedule."""
-
-    model_config = STRICT
 
     steps: PositiveInt  # optimizer steps
     learning_rate: PositiveFloat  # peak
@@ -42,10 +31,8 @@ class DecoderRecipe(BatchFitRecipe):
     noise: NonNegativeFloat  # on the latents, whose standard deviation is 1
 
 
-class TeacherRecipe(BaseModel):
+class TeacherRecipe(StrictModel):
     """An embedded teacher, trained from scratch; the network that is given decides its family."""
-
-    model_config = STRICT
 
     seed: NonNegativeInt  # of initial weights and all draws
     max_length: PositiveInt  # tokens per prompt, start and end included
@@ -70,3 +57,11 @@ class TeacherRecipe(BaseModel):
         if (self.transformer is None) != (self.shift is None):
             raise ValueError(f"shift={self.shift}: a transformer needs a number, a unet needs null")
         return self
+
+
+class ClipRecipe(BatchFitRecipe):
+    """The embedded CLIP, trained from scratch."""
+
+    seed: NonNegativeInt  # of initial weights and all draws
+    noise: float = Field(ge=0, lt=1)  # largest standard deviation added to an image: models draw imperfect ones
+    checkpoint_every: PositiveInt  # steps between checkpoints

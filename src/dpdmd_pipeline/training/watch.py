@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.dpdmd.algorithm import student_pictures
 from dpdmd_pipeline.dpdmd.noise import add_noise
 from dpdmd_pipeline.dpdmd.sampling import rollout
@@ -22,10 +23,8 @@ from dpdmd_pipeline.training.draws import SampleDraws, micro_batches
 from dpdmd_pipeline.training.recipe import Recipe, WatchRecipe
 from dpdmd_pipeline.training.run import Run
 
-# (rows of the prompts [B], batch indices) -> latents [B, C, H, W]
-Draw = Callable[[Sequence[int], range], Tensor]
-# (rows of the prompts [B], batch indices, latents) -> the teacher's x0 after re-noising them, [B, C, H, W]
-Correct = Callable[[Sequence[int], range, Tensor], Tensor]
+# (run, draws of B samples, embeddings of their prompts) -> latents [B, C, H, W]
+Draw = Callable[[Run, SampleDraws, Conditioning], Tensor]
 
 
 @dataclass
@@ -34,20 +33,13 @@ class Watch:
 
     The best cycle has the least correction among those with at least `diversity_floor` of the teacher's diversity.
     While there is none, it is the one with the largest diversity.
-
-    Attributes:
-        recipe: of the measurements.
-        max_steps: cycles of the run.
-        rows: of the prompts, each as often as it has images.
-        teacher: latent_diversity and correction of the teacher; empty until measured.
-        best: its rank and its number; empty until there is one.
     """
 
     recipe: WatchRecipe
-    max_steps: int
-    rows: list[int]
-    teacher: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
+    max_steps: int  # cycles of the run
+    rows: list[int]  # of the prompts, each as often as it has images
+    teacher: dict[str, float] = field(default_factory=dict)  # its measurements; empty until measured
+    best: dict[str, float] = field(default_factory=dict)  # rank and number of the best cycle; empty until there is one
 
     @classmethod
     def of(cls, recipe: Recipe, prompts: Sequence[int]) -> Watch:
@@ -87,8 +79,8 @@ def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], 
     """
     device = run.accelerator.device
     if not watch.teacher:
-        watch.teacher = _means(run, measure(watch, *_teacher_sampler(run)))
-    measured, is_best = measure(watch, *_student_sampler(run)), False
+        watch.teacher = _means(run, measure(run, watch, _draw_teacher))
+    measured, is_best = measure(run, watch, _draw_student), False
     if watch.recipe.keep == "best":
         means = _means(run, measured)
         is_best = watch.is_best(cycle, means["latent_diversity"], means["correction"])
@@ -98,64 +90,35 @@ def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], 
 
 
 @torch.no_grad()
-def measure(watch: Watch, micro_batch: int, draw: Draw, correct: Correct) -> dict[str, Tensor]:
-    """Latent diversity and correction, scalars.
-
-    Args:
-        watch: rows of the prompts.
-        micro_batch: samples that go through a network at once.
-        draw: sampler under measurement.
-        correct: the teacher's x0 of re-noised samples.
-    """
+def measure(run: Run, watch: Watch, draw: Draw) -> dict[str, Tensor]:
+    """Latent diversity and correction of a sampler, scalars."""
     latents, changes = [], []
-    for indices in micro_batches(range(len(watch.rows)), micro_batch):
-        rows = watch.rows[indices.start : indices.stop]
-        samples = draw(rows, indices)
+    for indices in micro_batches(range(len(watch.rows)), run.execution.student_micro_batch):
+        draws, cond = run.draws.batch("watch", 0, indices), run.cond(watch.rows[indices.start : indices.stop])
+        samples = draw(run, draws, cond)
+        level = run.backbone.random_level(torch.full((len(indices),), watch.recipe.level))
+        corrected = run.guided_teacher(cond)(add_noise(samples, draws.noise("renoise"), level), level)
         latents.append(samples)
-        changes.append((correct(rows, indices, samples) - samples).flatten(1).square().mean(1).sqrt())
+        changes.append((corrected - samples).flatten(1).square().mean(1).sqrt())
     by_prompt = torch.cat(latents).unflatten(0, (-1, watch.recipe.images_per_prompt))
     return {"latent_diversity": mean_distance(by_prompt), "correction": torch.cat(changes).mean()}
 
 
-def mean_distance(latents: Tensor) -> Tensor:
-    """RMS distance between the samples of a group, mean over pairs and groups; a scalar.
+def _draw_student(run: Run, draws: SampleDraws, cond: Conditioning) -> Tensor:
+    return student_pictures(run.denoiser(run.student, cond), draws.noise(), run.levels, draws.fresh())
 
-    Args:
-        latents: [groups, samples, ...], at least two samples.
-    """
+
+def _draw_teacher(run: Run, draws: SampleDraws, cond: Conditioning) -> Tensor:
+    return rollout(run.guided_teacher(cond), draws.noise(), run.data.teacher_levels)
+
+
+def mean_distance(latents: Tensor) -> Tensor:
+    """RMS distance between the samples of a group [groups, samples, ...], mean over pairs and groups; a scalar."""
     flat = latents.flatten(2).float()
     count, size = flat.shape[1:]
     # From differences: torch's way by matrix products would round small distances away
     distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / size**0.5
     return distances.sum((1, 2)).mean() / (count * (count - 1))
-
-
-def _student_sampler(run: Run) -> tuple[int, Draw, Correct]:
-    def draw(rows: Sequence[int], indices: range) -> Tensor:
-        draws, student = _draws(run, indices), run.denoiser(run.student, run.cond(rows))
-        return student_pictures(student, draws.noise(), run.levels, draws.fresh())
-
-    return run.execution.student_micro_batch, draw, _corrector(run)
-
-
-def _teacher_sampler(run: Run) -> tuple[int, Draw, Correct]:
-    def draw(rows: Sequence[int], indices: range) -> Tensor:
-        return rollout(run.guided_teacher(run.cond(rows)), _draws(run, indices).noise(), run.data.teacher_levels)
-
-    return run.execution.student_micro_batch, draw, _corrector(run)
-
-
-def _corrector(run: Run) -> Correct:
-    def correct(rows: Sequence[int], indices: range, latents: Tensor) -> Tensor:
-        level = run.backbone.random_level(torch.full((len(rows),), run.recipe.watch.level))
-        noisy = add_noise(latents, _draws(run, indices).noise("renoise"), level)
-        return run.guided_teacher(run.cond(rows))(noisy, level)
-
-    return correct
-
-
-def _draws(run: Run, indices: range) -> SampleDraws:
-    return run.draws.batch("watch", 0, indices)
 
 
 def _means(run: Run, values: dict[str, Tensor]) -> dict[str, float]:

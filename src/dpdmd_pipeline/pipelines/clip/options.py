@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict
 
-from dpdmd_pipeline.training.clip_recipe import ClipRecipe
+from dpdmd_pipeline.training.teacher_recipe import ClipRecipe
 
 
 class ClipOptions(BaseModel):
