@@ -8,7 +8,7 @@ import yaml
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.configuration import BASELINE_KEYS, with_baseline
-from dpdmd_pipeline.planning.options import shared_folder
+from dpdmd_pipeline.planning.options import refused_options, shared_folder
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
@@ -95,3 +95,15 @@ def test_what_is_given_for_the_baseline_itself_wins():
     }
     for unchanged in ({}, {"train": 3}, {"train": {"anchored_steps": 1}}, {"evaluate": {"seed": 1}}):
         assert with_baseline(unchanged) == unchanged
+
+
+def test_a_wrong_option_of_train_is_reported_once():
+    from dpdmd_pipeline.pipelines.train import create_pipeline
+
+    made = loader("base", train={"num_stepz": 4, "student": {"learning_rate": -1}}, train_dmd={"seed": "x"})
+    lines = [*refused_options(made, {"train": create_pipeline()})]
+    assert sorted(line.split()[0] for line in lines) == [
+        "train.num_stepz",
+        "train.student.learning_rate",
+        "train_dmd.seed",
+    ]

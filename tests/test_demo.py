@@ -161,7 +161,7 @@ def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
         assert what in output, output
     assert len(re.findall(r" (DMD|DP-DMD): finished student reused", output)) == 2
     assert len(re.findall(r"diversity.clip_shapes of \w+: reused", output)) == 3
-    assert " step 1/3" not in output and " written " not in output and "measured in" not in output
+    assert " cycle 1/3" not in output and " written " not in output and "measured in" not in output
     changed = [name for name, content in before.items() if (project / name).read_bytes() != content]
     assert not changed
 
@@ -195,12 +195,12 @@ def test_control_c_and_sigterm_lose_no_step_and_the_same_command_goes_on(finishe
     rarely = "train.checkpoint_every=1000,train_dmd.checkpoint_every=1000"
     for number, name in ((signal.SIGINT, "DMD"), (signal.SIGTERM, "DP-DMD")):
         running = Run(project, "--pipelines", "train", "--params", rarely)
-        running.wait_for(f" {name} step 1/3")
+        running.wait_for(f" {name} cycle 1/3")
         running.process.send_signal(number)
         output = running.end()
         assert running.process.returncode == 1
         assert output.strip().splitlines()[-1] == "Aborted!" and "Traceback" not in output, output
-        assert re.search(rf"{name}: stopped after step \d", output), output
+        assert re.search(rf"{name}: stopped after cycle \d", output), output
     output = run(project, "--pipelines", "train", "--params", rarely)
     assert " DMD: finished student reused" in output
     assert re.search(r"DP-DMD: (resumed after cycle [12] of 3|finished student reused)", output)

@@ -114,6 +114,17 @@ def test_a_stage_whose_result_git_holds_is_never_deleted_and_depends_on_no_code(
         assert not any("src" in dep for dep in stage.get("deps", [])) and not stage.get("frozen")
 
 
+@pytest.mark.parametrize("environment", ["base", "shapes_sdxl"])
+def test_a_stage_by_name_makes_its_inputs_itself(environment):
+    tracked = subprocess.check_output(["git", "ls-files", "data"], cwd=PROJECT, text=True).splitlines()
+    for entry in stages(environment, "data/dvc.yaml").values():
+        command = entry.get("do", entry)["cmd"]
+        names = command.split("--pipelines ")[1].split(",")
+        inputs = files(sum((pipeline(name) for name in names), Pipeline([])).inputs(), environment)
+        missing = [path for path in inputs if not any(f"{file}/".startswith(f"{path}/") for file in tracked)]
+        assert not missing, command
+
+
 def test_no_title_of_a_chart_has_an_apostrophe():
     # it would end a string in the script of the page that `dvc plots show` writes
     charts = [

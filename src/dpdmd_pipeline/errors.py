@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StageError(ValueError):
-    """An input is missing, out of date or unusable until a stage of the line makes it again.
+    """An input is missing, out of date or unusable until a pipeline stage makes it again.
 
     Args:
         fact: the problem with its values, without a command.

@@ -224,3 +224,10 @@ def test_states_of_a_student_are_counted_if_they_are_written(plan, tmp_path):
     assert needs["train_state"] == pytest.approx(
         (TRAIN["keep_last"] + 1) * 24 * network, rel=0.01
     )  # two networks with two moments each
+
+
+def test_a_published_student_is_reused_on_a_machine_that_could_not_train_it(plan):
+    student = {**OPTIMIZER, "kind": "adamw_8bit"}
+    planned = plan(student=student)
+    assert any("adamw_8bit" in line for line in refusals(planned, device_memory=1))
+    assert refusals(replace(planned, finished=frozenset({"train"})), device_memory=1) == []

@@ -41,6 +41,7 @@ def student_loss(
     """Both terms of a student update, L_DMD + lambda L_div (eq. 8).
 
     Without anchored steps and stop-gradient this is vanilla DMD. Arguments as in `follow_anchors` and `match_teacher`.
+    The training loop calls these two itself: L_div's backward pass frees its graph before the remaining steps begin.
     """
     # First steps: go where the teacher goes from this noise. This is what keeps diversity.
     diversity, latents = follow_anchors(

@@ -60,11 +60,12 @@ def _refused_options(plan: Plan) -> Iterator[str]:
     first = plan.anchors.anchor_levels[0].steps
     for group, options in plan.trained.items():
         try:
-            resolve_device(options.device)
+            if group not in plan.finished:  # a published student is reused on any machine
+                resolve_device(options.device)
+                check_speed(plan.teacher, options)
+                check_optimizers(options)
             check_precision(plan.backbone, options)
             check_guidance(plan.backbone, options)
-            check_speed(plan.teacher, options)
-            check_optimizers(options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
             if options.anchored_steps and first is not None and first < steps:

@@ -1,4 +1,4 @@
-"""GPU memory: the check before a student is trained, options that save memory, and the words for a GPU without any."""
+"""GPU memory: check before a student is trained, options that save memory, message for a GPU that runs out of it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micr
 
 
 def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
-    """One line for each student that does not fit on the GPU; logs the cost of each.
+    """One line for each student to train that does not fit on the GPU; logs the cost of each.
 
     Args:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
     for group, options in plan.trained.items():
+        if group in plan.finished:
+            continue
         on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
         try:
             estimates = plan.estimates if on_gpu else None

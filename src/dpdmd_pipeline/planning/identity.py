@@ -17,8 +17,9 @@ from dpdmd_pipeline.training.recipe import Recipe
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = "dpdmd_pipeline"
-# Modules that store, check and word things: no number that a run computes comes from them.
+# Modules that store, check, word or start processes: no number that a run computes comes from them.
 _NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
+_NO_RESULT += ("training.checkpoint", "training.launch", "training.member")
 
 
 def network_folder(teacher: Path) -> Path:
@@ -113,11 +114,15 @@ def _import_closure(modules: Iterable[str]) -> dict[str, Path]:
     while queue:
         name = queue.pop()
         path = _module_file(name)
-        if path is None or name in closure or name.split(".")[1] in _NO_RESULT:
+        if path is None or name in closure or _has_no_result(name):
             continue
         closure[name] = path
         queue += _imported_names(ast.parse(path.read_text(encoding="utf-8")))
     return closure
+
+
+def _has_no_result(name: str) -> bool:
+    return f"{name}.".startswith(tuple(f"{_PACKAGE}.{module}." for module in _NO_RESULT))
 
 
 def _module_file(name: str) -> Path | None:

@@ -7,7 +7,7 @@ from dpdmd_pipeline.pipelines.evaluate.sampling import sample_images
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From the students and the teacher to images, scores, metrics, grids and pictures."""
+    """Draw with the teacher and both students, score the images, and make metrics, grids and pictures."""
     models = ["prompts", "embeddings", "teacher", "student_dmd", "student", "params:backbone", "params:evaluate"]
     scoring = ["metric_weights", "shapes_clip", "params:evaluate"]
     pictures = ["images", "judged_prompts"]

@@ -6,6 +6,6 @@ from dpdmd_pipeline.pipelines.export.nodes import export_student
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From a student and its teacher to files of other programs."""
+    """Export the student as files for other programs."""
     inputs = ["student", "teacher", "metrics", "params:backbone", "params:export"]
     return Pipeline([Node(export_student, inputs, "export", name="export_student")])

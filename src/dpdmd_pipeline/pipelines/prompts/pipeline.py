@@ -6,7 +6,7 @@ from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From prompt files to clean prompts, a report on them, and their embeddings."""
+    """Clean the prompt files, report on them, and encode the prompts."""
     files = ["raw_prompts", "raw_eval_prompts", "params:prompts"]
     inputs = ["prompts", "teacher", "params:backbone", "params:prompts"]
     return Pipeline(

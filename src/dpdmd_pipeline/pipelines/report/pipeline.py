@@ -6,7 +6,7 @@ from dpdmd_pipeline.pipelines.report.nodes import make_plots, make_report, show_
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From metrics, grids and histories to a page, rows for `dvc plots`, and a table in the terminal."""
+    """Make a page, rows for `dvc plots`, and a table in the terminal."""
     results = ["metrics", "scores", "prompts", "train_history", "train_history_dmd"]
     grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd"]
     options = ["params:report", "params:prompts", "params:evaluate"]

@@ -6,6 +6,6 @@ from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From an export to pictures and a grid of them."""
+    """Draw pictures from the export, and a grid of them."""
     outputs = ["samples", "grid_samples"]
     return Pipeline([Node(draw_samples, ["export", "teacher", "params:sample"], outputs, name="draw_samples")])

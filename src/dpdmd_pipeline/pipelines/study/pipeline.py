@@ -7,7 +7,7 @@ from dpdmd_pipeline.pipelines.study.nodes import run_study, write_study
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """From the anchors to a table and a plot of many students, for the options that the paper varies."""
+    """Train many students, for the options that the paper varies; make a table and a plot."""
     inputs = ["prompts", "embeddings", "anchors", "teacher", "train_state"]
     options = ["params:backbone", "params:anchors", "params:train", "params:evaluate", "params:study"]
     return Pipeline(

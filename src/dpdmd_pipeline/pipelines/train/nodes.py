@@ -45,11 +45,11 @@ def train_student(
     check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, options)
     check_precision(backbone, options)
     check_guidance(backbone, options)
-    check_speed(teacher, options)
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
     if finished_student and (trained := _reuse(finished_student, identity, recipe)):
         return trained
+    check_speed(teacher, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)

@@ -6,15 +6,15 @@ from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
 
 
 def create_pipeline(**kwargs) -> Pipeline:
-    """anchors to two students, their histories and one picture of both."""
+    """Train both students and plot their curves."""
     inputs = ["prompts", "embeddings", "anchors", "teacher", "train_state"]
     options = ["params:backbone", "params:anchors"]
-    ours = [*inputs, "finished_student", *options, "params:train"]
+    dp_dmd = [*inputs, "finished_student", *options, "params:train"]
     dmd = [*inputs, "finished_student_dmd", *options, "params:train_dmd"]
     return Pipeline(
         [
             Node(train_student, dmd, ["student_dmd", "train_history_dmd"], name="train_dmd"),
-            Node(train_student, ours, ["student", "train_history"], name="train_student"),
+            Node(train_student, dp_dmd, ["student", "train_history"], name="train_student"),
             Node(draw_curves, ["train_history", "train_history_dmd"], "train_curve", name="draw_curves"),
         ]
     )

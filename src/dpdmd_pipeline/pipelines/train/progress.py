@@ -43,14 +43,14 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
         bar = progress.add_task(name, total=recipe.max_steps, completed=done, facts="")
         for record in records:
             new.append(record)
-            step = done + len(new)
+            cycle = done + len(new)
             images = len(new) * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begin)
             facts = ", ".join(f"{word} {record[key]:.4f}" for key, word in _LOSSES.items()) + f", {images:.0f} images/s"
-            progress.update(bar, completed=step, facts=facts)
-            if step % log_every == 0:
-                log.info("%s step %d/%d: %s", name, step, recipe.max_steps, facts)
-            if signals and step < recipe.max_steps:
-                log.warning("%s: stopped after step %d; run the same command to continue", name, step)
+            progress.update(bar, completed=cycle, facts=facts)
+            if cycle % log_every == 0:
+                log.info("%s cycle %d/%d: %s", name, cycle, recipe.max_steps, facts)
+            if signals and cycle < recipe.max_steps:
+                log.warning("%s: stopped after cycle %d; run the same command to continue", name, cycle)
                 raise KeyboardInterrupt
     return new
 

@@ -1,4 +1,7 @@
-"""Set up a student's training from its inputs and options, in one process or in each of several."""
+"""Set up a student's training from its inputs and options, in one process or in each of several.
+
+The identity of a student hashes this module and everything that it imports (planning/identity.py).
+"""
 
 from __future__ import annotations
 
