@@ -27,8 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import timing
 import workload
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.planning.gpu import memory_model
-from dpdmd_pipeline.planning.memory import RESERVED
+from dpdmd_pipeline.planning.memory import RESERVED, memory_model
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.roles import Roles, make_roles
 from random_teacher import CONFIGS, make_weightless_teacher

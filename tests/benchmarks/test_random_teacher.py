@@ -10,7 +10,7 @@ from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.planning.gpu import memory_model
+from dpdmd_pipeline.planning.memory import memory_model
 
 # Parameters of the published weights
 SIZES = {"vae": 83_819_683, "text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}

@@ -12,9 +12,8 @@ import torch
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-from dpdmd_pipeline.planning.memory import GIB, MemoryModel
+from dpdmd_pipeline.planning.memory import GIB, MemoryModel, memory_model
 from dpdmd_pipeline.planning.plan import Plan
-from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.options import Execution, TrainOptions
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.wording import one_line
@@ -50,12 +49,6 @@ def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
                 yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
         except ValueError as error:  # such as adapters that match no layer
             yield f"{group}: {one_line(error)}"
-
-
-def memory_model(teacher: Path, backbone: BackboneOptions) -> MemoryModel:
-    """Memory estimates of any recipe over this teacher, from its configs."""
-    model = backbone.load(teacher, "cpu")
-    return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
 
 
 def explain_out_of_memory(error: BaseException, teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> str:

@@ -37,8 +37,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
+from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.cost import calls_of
-from dpdmd_pipeline.planning.weightless import PassMemory, WeightlessBackbone, bytes_of, count_pass, move_to_fake_cpu
+from dpdmd_pipeline.planning.weightless import (
+    PassMemory,
+    WeightlessBackbone,
+    bytes_of,
+    conditioning_like,
+    count_pass,
+    move_to_fake_cpu,
+)
 from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, make_roles, trainable
@@ -165,6 +173,12 @@ class MemoryModel:
             casts = 0 if execution.sharded else counted.casts  # shards are gathered in the arithmetic's precision
             return passes * counted.saved_between + max(calls * counted.block, casts)
         return passes * counted.saved + calls * counted.block
+
+
+def memory_model(teacher: Path, backbone: BackboneOptions) -> MemoryModel:
+    """Memory estimates of any recipe over this teacher, from its configs."""
+    model = backbone.load(teacher, "cpu")
+    return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
 
 
 def waiting_passes(recipe: Recipe) -> int:

@@ -40,7 +40,7 @@ class Plan:
     @cached_property
     def estimates(self) -> Any:
         """Memory estimates of any recipe over this teacher."""
-        from dpdmd_pipeline.planning.gpu import memory_model
+        from dpdmd_pipeline.planning.memory import memory_model
 
         return memory_model(self.teacher, self.backbone)
 
