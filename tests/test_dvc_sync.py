@@ -202,13 +202,20 @@ def test_dvc_reads_the_options_that_kedro_reads(path):
 # ---- the locks
 
 
-@pytest.mark.parametrize("file", ["dvc.lock", "data/dvc.lock"])
-def test_the_committed_files_are_those_of_the_lock(file):
-    outputs = [out for stage in load(file)["stages"].values() for out in stage["outs"]]
+def test_the_committed_results_of_stages_by_name_are_those_of_their_lock():
+    outputs = [out for stage in load("data/dvc.lock")["stages"].values() for out in stage["outs"]]
     digests = {posixpath.normpath(out["path"]).removeprefix("../../"): out["md5"] for out in outputs}
     tracked = subprocess.check_output(["git", "ls-files", "data"], cwd=PROJECT, text=True).splitlines()
-    compared = [path for path in tracked if path in digests]
+    compared = {path: digests[path] for path in tracked if path in digests}
     assert len(compared) >= 3
-    assert {path: hashlib.md5((PROJECT / path).read_bytes()).hexdigest() for path in compared} == {
-        path: digests[path] for path in compared
-    }
+    assert {path: hashlib.md5((PROJECT / path).read_bytes()).hexdigest() for path in compared} == compared
+
+
+def test_the_lock_has_a_record_of_every_stage_with_the_options_of_conf():
+    lock = load("dvc.lock")["stages"]
+    assert set(lock) == set(STAGES)
+    for stage in lock.values():
+        for file, groups in stage["params"].items():
+            if file != "../../conf/run.yml":
+                current = load(posixpath.normpath(posixpath.join("conf/base", file)))
+                assert {group: current[group] for group in groups} == groups, file
