@@ -127,30 +127,35 @@ def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | No
         Sigmas [N + 1] in float32 on the CPU, and a phrase for their source.
 
     Raises:
-        ValueError: if the schedule does not fit the model; the message names one that does.
+        ValueError: if the schedule does not fit the model, or is `auto` without a header; the message names one that
+            fits.
     """
+    if name not in NAMES:
+        raise ValueError(f"schedule {name!r} is unknown: choose {', '.join(NAMES)}")
     if name == CUSTOM:
         return check_sigmas(torch.tensor(parse_sigmas(custom)), levels), "custom"
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps is {steps}: set 1 to {MAX_STEPS}")
     if name == AUTO:
-        return _automatic(steps, levels, header)
+        if header is None:
+            raise ValueError(
+                f"this model has no DP-DMD header, its trained levels are unknown: {advice_without_header(levels)}"
+            )
+        return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
     if (name == TRAILING) != (levels.table is not None):
         fitting = TRAILING if levels.table is not None else f"{OFFICIAL_FLOW} or {UNIFORM_FLOW}"
         raise ValueError(f"schedule {name!r} does not fit a model that predicts {levels.prediction}: choose {fitting}")
     return _named(name, steps, levels, header), name
 
 
-def _automatic(steps: int, levels: Levels, header: StudentHeader | None) -> tuple[Tensor, str]:
-    if header is not None:
-        return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
-    if not levels.published:
-        raise ValueError(
-            "this model has no DP-DMD header, and its family has no published few-step schedule: "
-            "load the student with Load DP-DMD Student, or connect sigmas"
-        )
+def advice_without_header(levels: Levels) -> str:
+    """Remedy for a student whose file does not name its levels, for messages."""
     name = OFFICIAL_FLOW if levels.table is None else TRAILING
-    return _named(name, steps, levels, None), f"no DP-DMD header, so the published schedule of its family: {name}"
+    published = f"'{name}' is published for its family" if levels.published else "none is published for its family"
+    return (
+        f"choose the trained schedule in DP-DMD Scheduler ({published}) and connect its sigmas, "
+        "or load a file with a header in Load DP-DMD Student"
+    )
 
 
 def _named(name: str, steps: int, levels: Levels, header: StudentHeader | None) -> Tensor:

@@ -55,16 +55,20 @@ def test_a_students_own_levels_come_first():
     assert torch.equal(trained[:-1], TABLE[[999, 749, 499, 249]]) and trained[-1] == 0
 
 
-def test_without_a_header_the_familys_published_schedule_is_used_and_named():
-    sigmas, source = schedules.sigmas_for("auto", 4, FLOW, None, "")
-    assert torch.equal(sigmas, sigmas_for(schedules.OFFICIAL_FLOW)) and "no DP-DMD header" in source
-    sigmas, source = schedules.sigmas_for("auto", 4, EPS, None, "")
-    assert torch.equal(sigmas, sigmas_for("SDXL trailing", levels=EPS)) and "SDXL trailing" in source
+@pytest.mark.parametrize(
+    ("levels", "published"),
+    [(FLOW, schedules.OFFICIAL_FLOW), (EPS, "SDXL trailing"), (Levels("v", TABLE, published=False), "none")],
+)
+def test_without_a_header_a_schedule_must_be_chosen(levels, published):
+    with refuses(ValueError, "DP-DMD header", "schedule", published, "Load DP-DMD Student"):
+        sigmas_for("auto", levels=levels)
+    chosen = "SDXL trailing" if published == "none" else published
+    assert len(sigmas_for(chosen, levels=levels)) == 5
 
 
-def test_a_family_without_a_published_schedule_is_refused():
-    with refuses(ValueError, "DP-DMD header"):
-        sigmas_for("auto", levels=Levels("v", TABLE, published=False))
+def test_an_unknown_schedule_is_refused():
+    with refuses(ValueError, "'karras'", "auto", schedules.OFFICIAL_FLOW):
+        sigmas_for("karras")
 
 
 @pytest.mark.parametrize(
