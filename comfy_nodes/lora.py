@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .header import StudentHeader
+from .limits import MAX_DEPTH, shorten
 from .weights import first_three
 
 _KEY = re.compile(
@@ -58,8 +59,8 @@ def lora_modules(state: Mapping[str, Tensor], family: str, name: str) -> dict[st
 def _module_name(module: str, family: str) -> str:
     if module.startswith(_COMFYUI_PREFIXES):
         return module
-    while wrapper := next((prefix for prefix in _WRAPPERS if module.startswith(prefix)), None):
-        module = module.removeprefix(wrapper)
+    for _ in range(MAX_DEPTH):
+        module = module.removeprefix(next((prefix for prefix in _WRAPPERS if module.startswith(prefix)), ""))
     return "lora_unet_" + module.replace(".", "_") if family == "sdxl" else f"transformer.{module}"
 
 
@@ -97,6 +98,6 @@ def check_lora(modules: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple
         shape = shapes[module]
         if size != (shape[0], math.prod(shape[1:])):
             raise ValueError(
-                f"{name}: {module} is for a weight of {list(size)}, the base model's is {list(shape)}: "
+                f"{name}: {shorten(module)} is for a weight of {list(size)}, the base model's is {list(shape)}: "
                 "connect the model it was trained on"
             )

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .limits import MAX_DEPTH, check_limit, shorten
+
 FOLDERS = ("diffusion_models", "loras")
 # Prefixes that trainers and savers put in front of every key
 _WRAPPERS = ("model.diffusion_model.", "module.", "student.", "transformer.", "unet.")
@@ -27,7 +29,7 @@ def folder_and_file(student_name: str) -> tuple[str, str]:
     path = PurePosixPath(file)
     if folder not in FOLDERS or not path.parts or path.is_absolute() or ".." in path.parts or ":" in file:
         raise ValueError(
-            f"student_name {student_name!r} is not inside models/{FOLDERS[0]} or models/{FOLDERS[1]}: "
+            f"student_name {shorten(student_name)!r} is not inside models/{FOLDERS[0]} or models/{FOLDERS[1]}: "
             "put the file there, refresh, and choose it from the list"
         )
     return folder, file
@@ -39,6 +41,7 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
     Raises:
         OSError: if the file is damaged or incomplete.
         ValueError: if it holds anything but weights.
+        LimitError: if its dicts are too deep in each other, or one contains itself.
     """
     if not path.lower().endswith(_SAFETENSORS):
         return _load_pickle(path, name), None
@@ -67,23 +70,31 @@ def _load_pickle(path: str, name: str) -> dict[str, Tensor]:
 
 def _innermost(state: Any, name: str) -> dict[str, Tensor]:
     """The state dict inside {"state_dict": ...} or any other dict with one entry."""
+    depth = 1
     while isinstance(state, dict) and ("state_dict" in state or len(state) == 1):
         inner = state.get("state_dict", next(iter(state.values())))
         if not isinstance(inner, dict):
             break
-        state = inner
+        state, depth = inner, depth + 1
+        check_limit(name, depth, "dicts in each other", MAX_DEPTH)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{name} holds a {type(state).__name__}, not a state dict: save the network's state_dict")
-    if strange := sorted(str(key) for key, value in state.items() if not isinstance(value, Tensor)):
+    strange = {
+        key if isinstance(key, str) else f"a key of type {type(key).__name__}"
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    }
+    if strange:
         raise ValueError(
-            f"{name} holds more than tensors ({first_three(strange)}): save the network's state_dict alone"
+            f"{name} holds more than tensors ({first_three(sorted(strange))}): save the network's state_dict alone"
         )
     return state
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the network's own keys: prefixes that every key shares are removed."""
-    while wrapper := next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None):
+    """The state with the network's own keys: prefixes that every key shares are removed, up to MAX_DEPTH of them."""
+    for _ in range(MAX_DEPTH):
+        wrapper = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), "")
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return dict(state)
 
@@ -107,9 +118,9 @@ def check_keys(keys: Iterable[str], expected: Iterable[str], name: str) -> None:
 
 def first_three(names: list[str]) -> str:
     """The first three of many names, for a message."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(shorten(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def first_line(error: Exception) -> str:
     """An error's message without its list of details."""
-    return str(error).strip().split("\n")[0][:200]
+    return shorten(str(error).strip().split("\n")[0])
