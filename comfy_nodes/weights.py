@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
     Raises:
         OSError: if the file is damaged or incomplete.
         ValueError: if it holds anything but weights.
-        LimitError: if its dicts are too deep in each other, or one contains itself.
+        LimitError: if its dicts are too deep in each other, or one contains itself, or it unpacks to more bytes than
+            it has.
     """
     if not path.lower().endswith(_SAFETENSORS):
         return _load_pickle(path, name), None
@@ -49,13 +51,16 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
         with safe_open(path, framework="pt") as file:
             state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
-        raise OSError(f"{name} is not a complete safetensors file ({error}): download or export it again") from None
+        raise OSError(
+            f"{name} is not a complete safetensors file ({first_line(error)}): download or export it again"
+        ) from None
     if not state:
         raise ValueError(f"{name} holds no tensors: export it again")
     return state, metadata
 
 
 def _load_pickle(path: str, name: str) -> dict[str, Tensor]:
+    _check_unpacked(path, name)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -66,6 +71,16 @@ def _load_pickle(path: str, name: str) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many types for bytes that are no pickle
         raise OSError(f"{name} is not a complete torch file ({first_line(error)}): download it again") from None
     return _innermost(state, name)
+
+
+def _check_unpacked(path: str, name: str) -> None:
+    """Refuse an archive with compressed entries, which can fill the memory; torch itself writes none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # an older torch file, or a damaged one: torch.load finds out
+    check_limit(name, size, "bytes unpacked", Path(path).stat().st_size)
 
 
 def _innermost(state: Any, name: str) -> dict[str, Tensor]:

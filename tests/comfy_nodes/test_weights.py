@@ -1,6 +1,7 @@
 """Student files: weights and metadata are read, and files that are damaged or hold something else are refused."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,23 @@ def test_a_state_dict_without_an_end_is_refused(tmp_path, kind):
     torch.save(nested(MAX_DEPTH + 1) if kind == "too deep" else state, tmp_path / "x.pt")
     with refuses(LimitError, "x.pt", str(MAX_DEPTH)):
         weights.load_state(str(tmp_path / "x.pt"), "x.pt")
+
+
+def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(10**5)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for entry in stored.namelist():
+            compressed.writestr(entry, stored.read(entry))
+    with refuses(LimitError, "x.pt", "bytes"):
+        weights.load_state(str(tmp_path / "x.pt"), "x.pt")
+
+
+def test_a_torch_file_of_the_older_format_is_read(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert weights.load_state(str(tmp_path / "x.pt"), "x.pt")[0].keys() == STATE.keys()
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
