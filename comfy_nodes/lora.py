@@ -40,10 +40,14 @@ def lora_modules(state: Mapping[str, Tensor], family: str, name: str) -> dict[st
         {module: {"lora_down": [rank, in, ...], "lora_up": [out, rank, ...], "alpha": []}}; alpha if the file has it.
 
     Raises:
-        ValueError: for a key that is no part of a LoRA, or a module without one of its two factors.
+        ValueError: for a key that is no part of a LoRA, a factor that is no matrix, or a module without one of its two
+            factors.
     """
     if strange := sorted(key for key in state if not _KEY.fullmatch(key)):
         raise ValueError(f"{name} has {len(strange)} keys of no LoRA ({first_three(strange)}): export it again")
+    factors = {key: value for key, value in state.items() if not key.endswith(".alpha")}
+    if flat := sorted(key for key, value in factors.items() if value.ndim < 2 or value.numel() == 0):
+        raise ValueError(f"{name} has {len(flat)} factors that are no matrices ({first_three(flat)}): export it again")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
