@@ -51,13 +51,14 @@ def with_header(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of the model with the header attached, set to the header's prediction.
 
-    Without a header the clone has none either: a LoRA does not inherit the levels of its base model.
-
+    Without a header the result has none either: a LoRA does not inherit the levels of its base model.
     ComfyUI cannot tell from the weights that a network predicts v.
 
     Raises:
         ValueError: if the header's levels do not fit the model.
     """
+    if header is None and header_of(model) is None:
+        return model
     model = model.clone()
     model.set_attachments(_ATTACHMENT, header)
     if header is None:

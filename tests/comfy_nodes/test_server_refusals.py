@@ -159,6 +159,19 @@ def test_a_bad_lora_is_refused_in_the_node(server, tiny_sd3, sd3_file, kind, mes
         load_alone(server, name, **inputs)
 
 
+def test_a_lora_without_a_header_does_not_inherit_the_levels_of_its_base_model(
+    server, sd3_student, tiny_sd3, sd3_prompt
+):
+    state = respell(random_lora(tiny_sd3, SD3_MODULES[:1]), "transformer.")
+    name = save_weights(server, "loras/no_header.safetensors", state)
+
+    def load(graph):
+        return load_student(graph, name, base_model=load_student(graph, sd3_student))
+
+    with refuses(RefusedError, "schedule", OFFICIAL):
+        draw(server, load, sd3_prompt)
+
+
 # ---- sampling
 
 
