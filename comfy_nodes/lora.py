@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .header import StudentHeader
+from .limits import MAX_DEPTH, shorten
 from .weights import first_three
 
 _KEY = re.compile(
@@ -39,10 +40,14 @@ def lora_modules(state: Mapping[str, Tensor], family: str, name: str) -> dict[st
         {module: {"lora_down": [rank, in, ...], "lora_up": [out, rank, ...], "alpha": []}}; alpha if the file has it.
 
     Raises:
-        ValueError: for a key that is no part of a LoRA, or a module without one of its two factors.
+        ValueError: for a key that is no part of a LoRA, a factor that is no matrix, or a module without one of its two
+            factors.
     """
     if strange := sorted(key for key in state if not _KEY.fullmatch(key)):
         raise ValueError(f"{name} has {len(strange)} keys of no LoRA ({first_three(strange)}): export it again")
+    factors = {key: value for key, value in state.items() if not key.endswith(".alpha")}
+    if flat := sorted(key for key, value in factors.items() if value.ndim < 2 or value.numel() == 0):
+        raise ValueError(f"{name} has {len(flat)} factors that are no matrices ({first_three(flat)}): export it again")
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
@@ -58,8 +63,8 @@ def lora_modules(state: Mapping[str, Tensor], family: str, name: str) -> dict[st
 def _module_name(module: str, family: str) -> str:
     if module.startswith(_COMFYUI_PREFIXES):
         return module
-    while wrapper := next((prefix for prefix in _WRAPPERS if module.startswith(prefix)), None):
-        module = module.removeprefix(wrapper)
+    for _ in range(MAX_DEPTH):
+        module = module.removeprefix(next((prefix for prefix in _WRAPPERS if module.startswith(prefix)), ""))
     return "lora_unet_" + module.replace(".", "_") if family == "sdxl" else f"transformer.{module}"
 
 
@@ -97,6 +102,6 @@ def check_lora(modules: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple
         shape = shapes[module]
         if size != (shape[0], math.prod(shape[1:])):
             raise ValueError(
-                f"{name}: {module} is for a weight of {list(size)}, the base model's is {list(shape)}: "
+                f"{name}: {shorten(module)} is for a weight of {list(size)}, the base model's is {list(shape)}: "
                 "connect the model it was trained on"
             )

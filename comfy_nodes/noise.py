@@ -7,6 +7,7 @@ sampler takes the next draws. So a picture is the same alone and in any batch, o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,9 +27,16 @@ def image_seeds(seed: int, batch_size: int, batch_index: Sequence[int] | None = 
         batch_index: each picture's index in its original batch; ComfyUI keeps it in a LATENT.
 
     Raises:
-        ValueError: if the index does not have one entry per picture.
+        ValueError: if the seed is no whole number, or the index does not have one entry per picture.
     """
+    seed = _whole_seed(seed)
     return tuple((seed + index) % _SEEDS for index in _original_indices(batch_size, batch_index))
+
+
+def _whole_seed(seed: int) -> int:
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed is {seed}: set a whole number")
+    return int(seed)
 
 
 def _original_indices(batch_size: int, batch_index: Sequence[int] | None) -> list[int]:
@@ -55,7 +63,7 @@ class BatchStream:
     """One stream for the whole batch, as ComfyUI's own nodes draw it; it reproduces KSampler's pictures."""
 
     def __init__(self, seed: int, batch_size: int, batch_index: Sequence[int] | None = None) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(_whole_seed(seed))
         self.indices = _original_indices(batch_size, batch_index)
 
     def draw(self, shape: Sequence[int]) -> Tensor:
@@ -95,6 +103,6 @@ class PerImageNoise:
     def generate_noise(self, latent: dict) -> Tensor:
         """Start noise for a LATENT, with the shape and dtype of its samples, on the CPU."""
         samples = latent["samples"]
-        seeds = image_seeds(int(self.seed), len(samples), latent.get("batch_index"))
+        seeds = image_seeds(self.seed, len(samples), latent.get("batch_index"))
         self.seed = BatchSeed(self.seed, seeds)  # ComfyUI reads it next, for the sampler
         return ImageStreams(seeds).draw(samples.shape[1:]).to(samples.dtype)

@@ -10,11 +10,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from .header import StudentHeader
+from .limits import MAX_LEVELS, shorten
 
 SD35_SHIFT = 3.0  # of the published SD3.5 teacher and student; a shift patched into the model does not count
 MAX_STEPS = 16
@@ -127,30 +129,35 @@ def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | No
         Sigmas [N + 1] in float32 on the CPU, and a phrase for their source.
 
     Raises:
-        ValueError: if the schedule does not fit the model; the message names one that does.
+        ValueError: if the schedule does not fit the model, or is `auto` without a header; the message names one that
+            fits.
     """
+    if name not in NAMES:
+        raise ValueError(f"schedule {name!r} is unknown: choose {', '.join(NAMES)}")
     if name == CUSTOM:
         return check_sigmas(torch.tensor(parse_sigmas(custom)), levels), "custom"
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps is {steps}: set 1 to {MAX_STEPS}")
+    if not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}: set a whole number from 1 to {MAX_STEPS}")
     if name == AUTO:
-        return _automatic(steps, levels, header)
+        if header is None:
+            raise ValueError(
+                f"this model has no DP-DMD header, its trained levels are unknown: {advice_without_header(levels)}"
+            )
+        return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
     if (name == TRAILING) != (levels.table is not None):
         fitting = TRAILING if levels.table is not None else f"{OFFICIAL_FLOW} or {UNIFORM_FLOW}"
         raise ValueError(f"schedule {name!r} does not fit a model that predicts {levels.prediction}: choose {fitting}")
     return _named(name, steps, levels, header), name
 
 
-def _automatic(steps: int, levels: Levels, header: StudentHeader | None) -> tuple[Tensor, str]:
-    if header is not None:
-        return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
-    if not levels.published:
-        raise ValueError(
-            "this model has no DP-DMD header, and its family has no published few-step schedule: "
-            "load the student with Load DP-DMD Student, or connect sigmas"
-        )
+def advice_without_header(levels: Levels) -> str:
+    """Remedy for a student whose file does not name its levels, for messages."""
     name = OFFICIAL_FLOW if levels.table is None else TRAILING
-    return _named(name, steps, levels, None), f"no DP-DMD header, so the published schedule of its family: {name}"
+    published = f"'{name}' is published for its family" if levels.published else "none is published for its family"
+    return (
+        f"choose the trained schedule in DP-DMD Scheduler ({published}) and connect its sigmas, "
+        "or load a file with a header in Load DP-DMD Student"
+    )
 
 
 def _named(name: str, steps: int, levels: Levels, header: StudentHeader | None) -> Tensor:
@@ -170,18 +177,23 @@ def parse_sigmas(text: str) -> list[float]:
     try:
         return [float(word) for word in words]
     except ValueError:
-        raise ValueError(f"custom sigmas {text!r} are not numbers: write them like 1, 0.9, 0.75, 0.5, 0") from None
+        raise ValueError(
+            f"custom sigmas {shorten(text)!r} are not numbers: write them like 1, 0.9, 0.75, 0.5, 0"
+        ) from None
 
 
 def check_sigmas(sigmas: Tensor, levels: Levels) -> Tensor:
     """Return the sigmas if a sampler can use them.
 
     Raises:
-        ValueError: unless they fall strictly, from a level of the model to exactly 0.
+        ValueError: unless they are 2 to MAX_LEVELS and fall strictly, from a level of the model to exactly 0.
     """
     shown = format_sigmas(sigmas)
-    if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas [{shown}] make no step: give two levels or more, the last 0")
+    if sigmas.ndim != 1 or not 2 <= len(sigmas) <= MAX_LEVELS:
+        raise ValueError(
+            f"sigmas [{shown}] of shape {list(sigmas.shape)} are no sampling steps: "
+            f"give a list of 2 to {MAX_LEVELS} levels, the last 0"
+        )
     if not bool((sigmas.diff() < 0).all()):
         raise ValueError(f"sigmas [{shown}] must fall: put them in order, each smaller than the one before")
     if sigmas[-1] != 0:
@@ -198,7 +210,7 @@ def last_steps(sigmas: Tensor, denoise: float) -> Tensor:
         ValueError: if denoise is outside [0, 1], or no step remains.
     """
     steps = len(sigmas) - 1
-    if not 0 <= denoise <= 1:
+    if not isinstance(denoise, Real) or not 0 <= denoise <= 1:
         raise ValueError(f"denoise is {denoise}: set it above 0, up to 1")
     remaining = math.floor(steps * denoise + 0.5)
     if remaining == 0:
@@ -207,5 +219,5 @@ def last_steps(sigmas: Tensor, denoise: float) -> Tensor:
 
 
 def format_sigmas(sigmas: Tensor) -> str:
-    """Sigmas as text: 1, 0.8577, 0.6022, 0.0089, 0."""
-    return ", ".join(f"{value:.4g}" for value in sigmas.flatten().tolist())
+    """Sigmas as text, cut if it is long: 1, 0.8577, 0.6022, 0.0089, 0."""
+    return shorten(", ".join(f"{value:.4g}" for value in sigmas.flatten().tolist()))

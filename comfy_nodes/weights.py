@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .limits import MAX_DEPTH, check_limit, shorten
 
 FOLDERS = ("diffusion_models", "loras")
 # Prefixes that trainers and savers put in front of every key
@@ -27,7 +30,7 @@ def folder_and_file(student_name: str) -> tuple[str, str]:
     path = PurePosixPath(file)
     if folder not in FOLDERS or not path.parts or path.is_absolute() or ".." in path.parts or ":" in file:
         raise ValueError(
-            f"student_name {student_name!r} is not inside models/{FOLDERS[0]} or models/{FOLDERS[1]}: "
+            f"student_name {shorten(student_name)!r} is not inside models/{FOLDERS[0]} or models/{FOLDERS[1]}: "
             "put the file there, refresh, and choose it from the list"
         )
     return folder, file
@@ -39,6 +42,8 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
     Raises:
         OSError: if the file is damaged or incomplete.
         ValueError: if it holds anything but weights.
+        LimitError: if its dicts are too deep in each other, or one contains itself, or it unpacks to more bytes than
+            it has.
     """
     if not path.lower().endswith(_SAFETENSORS):
         return _load_pickle(path, name), None
@@ -46,13 +51,16 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
         with safe_open(path, framework="pt") as file:
             state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     except SafetensorError as error:
-        raise OSError(f"{name} is not a complete safetensors file ({error}): download or export it again") from None
+        raise OSError(
+            f"{name} is not a complete safetensors file ({first_line(error)}): download or export it again"
+        ) from None
     if not state:
         raise ValueError(f"{name} holds no tensors: export it again")
     return state, metadata
 
 
 def _load_pickle(path: str, name: str) -> dict[str, Tensor]:
+    _check_unpacked(path, name)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -65,25 +73,43 @@ def _load_pickle(path: str, name: str) -> dict[str, Tensor]:
     return _innermost(state, name)
 
 
+def _check_unpacked(path: str, name: str) -> None:
+    """Refuse an archive with compressed entries, which can fill the memory; torch itself writes none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # an older torch file, or a damaged one: torch.load finds out
+    check_limit(name, size, "bytes unpacked", Path(path).stat().st_size)
+
+
 def _innermost(state: Any, name: str) -> dict[str, Tensor]:
     """The state dict inside {"state_dict": ...} or any other dict with one entry."""
+    depth = 1
     while isinstance(state, dict) and ("state_dict" in state or len(state) == 1):
         inner = state.get("state_dict", next(iter(state.values())))
         if not isinstance(inner, dict):
             break
-        state = inner
+        state, depth = inner, depth + 1
+        check_limit(name, depth, "dicts in each other", MAX_DEPTH)
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{name} holds a {type(state).__name__}, not a state dict: save the network's state_dict")
-    if strange := sorted(str(key) for key, value in state.items() if not isinstance(value, Tensor)):
+    strange = {
+        key if isinstance(key, str) else f"a key of type {type(key).__name__}"
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    }
+    if strange:
         raise ValueError(
-            f"{name} holds more than tensors ({first_three(strange)}): save the network's state_dict alone"
+            f"{name} holds more than tensors ({first_three(sorted(strange))}): save the network's state_dict alone"
         )
     return state
 
 
 def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the network's own keys: prefixes that every key shares are removed."""
-    while wrapper := next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), None):
+    """The state with the network's own keys: prefixes that every key shares are removed, up to MAX_DEPTH of them."""
+    for _ in range(MAX_DEPTH):
+        wrapper = next((prefix for prefix in _WRAPPERS if all(key.startswith(prefix) for key in state)), "")
         state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return dict(state)
 
@@ -107,9 +133,9 @@ def check_keys(keys: Iterable[str], expected: Iterable[str], name: str) -> None:
 
 def first_three(names: list[str]) -> str:
     """The first three of many names, for a message."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(shorten(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def first_line(error: Exception) -> str:
     """An error's message without its list of details."""
-    return str(error).strip().split("\n")[0][:200]
+    return shorten(str(error).strip().split("\n")[0])

@@ -30,7 +30,7 @@ class DPDMDScheduler(io.ComfyNode):
                     "schedule",
                     options=list(schedules.NAMES),
                     default=schedules.AUTO,
-                    tooltip="auto: the student's own schedule, else the one published for its family. The official "
+                    tooltip="auto: the schedule in the student's file; a file without one is refused. The official "
                     "SD3.5 schedule equals KSampler's scheduler 'normal', the other two its 'simple'.",
                 ),
                 io.String.Input(

@@ -98,7 +98,7 @@ def _path_of(student_name: str) -> Path:
 
 def _describe(header: StudentHeader | None, levels: Levels) -> list[str]:
     if header is None:
-        return ["no DP-DMD header: sampled on its family's published schedule"]
+        return [f"no DP-DMD header: {schedules.advice_without_header(levels)}"]
     sigmas = schedules.format_sigmas(schedules.trained_sigmas(header, levels))
     return [f"{header.prediction}, {header.sampler}, {header.steps} steps", f"levels {sigmas}"]
 

@@ -51,15 +51,18 @@ def with_header(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of the model with the header attached, set to the header's prediction.
 
+    Without a header the result has none either: a LoRA does not inherit the levels of its base model.
     ComfyUI cannot tell from the weights that a network predicts v.
 
     Raises:
         ValueError: if the header's levels do not fit the model.
     """
-    if header is None:
+    if header is None and header_of(model) is None:
         return model
     model = model.clone()
     model.set_attachments(_ATTACHMENT, header)
+    if header is None:
+        return model
     if header.prediction == "v" and levels_of(model).prediction == "eps":
         model.add_object_patch("model_sampling", _VPrediction(model.model.model_config))
     schedules.trained_sigmas(header, levels_of(model))  # fail here, not later in the sampler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import comfy.model_management
 import comfy.model_patcher
@@ -36,8 +37,8 @@ class DPDMDSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The student. Load DP-DMD Student keeps its trained schedule; after any other loader the "
-                    "published schedule of its family is used.",
+                    tooltip="The student. Load DP-DMD Student keeps its trained schedule; without one, connect the "
+                    "sigmas of DP-DMD Scheduler.",
                 ),
                 io.Conditioning.Input("positive", tooltip="The prompt. Students take no negative prompt and no cfg."),
                 io.Latent.Input(
@@ -105,7 +106,9 @@ def _choose_method(method: str, levels: Levels, header: StudentHeader | None) ->
         return method
     if header is not None:
         return sampling.RENOISE if header.sampler == "renoise" else sampling.DETERMINISTIC
-    return sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
+    method = sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
+    logging.warning("DP-DMD: no DP-DMD header, so method auto is %s: set the method that was trained", method)
+    return method
 
 
 def _sample(

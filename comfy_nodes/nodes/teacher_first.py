@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import NamedTuple
 
 import comfy.model_patcher
@@ -98,8 +99,11 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs) -> Tensor:
         steps = len(sigmas) - 1
-        if not 1 <= self.teacher_steps < steps:
-            raise ValueError(f"teacher_steps is {self.teacher_steps} of {steps} steps: leave each model at least one")
+        if not isinstance(self.teacher_steps, Integral) or not 1 <= self.teacher_steps < steps:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps} of {steps} steps: "
+                "set a whole number that leaves each model at least one"
+            )
         self.last_teacher_sigma = float(sigmas[self.teacher_steps - 1])
         self.student_conds = {"positive": [dict(cond) for cond in self.conds["positive"]]}
         extra = {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}  # newer versions of ComfyUI

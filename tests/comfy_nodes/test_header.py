@@ -4,6 +4,8 @@ import json
 
 import pytest
 from comfy_nodes.header import StudentHeader, read_header
+from comfy_nodes.limits import LimitError
+from tests.raising import refuses
 
 FLOW = {
     "format": "pt",
@@ -76,6 +78,50 @@ def test_an_impossible_header_is_refused(change, message):
     changed = {key: value for key, value in (FLOW | change).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         read_header(changed, "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sigmas", "[" * 20_000 + "]" * 20_000),
+        ("sigmas", '{"a":' * 20_000 + "1" + "}" * 20_000),
+        ("sigmas", "[" + ",".join(map(str, range(10**6, -1, -1))) + "]"),
+        ("timesteps", "[" + ",".join(map(str, range(2000, -1, -1))) + "]"),
+        ("shift", "1" * 10**6),
+        ("family", "sd3" * 10**6),
+        ("sampler", "euler" * 10**6),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_value_beyond_the_limits_is_refused_in_one_short_line(key, value):
+    fields = EPS if key == "timesteps" else FLOW
+    with refuses(LimitError, "x: ", f"dpdmd.{key}") as error:
+        read_header(fields | {f"dpdmd.{key}": value}, "x")
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("format", "1" * 10**6),
+        ("sigmas", "[" + "1" * 400 + ", 0]"),
+        ("sigmas", "[" + "1" * 5000 + ", 0]"),
+        ("sigmas", "1, 0.5 \n" * 1000),
+        ("shift", "1" + "0" * 400),
+        ("timesteps", "[" + "9" * 400 + ", 0]"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_number_that_no_float_holds_and_a_long_value_are_refused_in_one_short_line(key, value):
+    fields = EPS if key == "timesteps" else FLOW
+    with refuses(ValueError, "x: ", f"dpdmd.{key}", f"({len(value)} characters)") as error:
+        read_header(fields | {f"dpdmd.{key}": value}, "x")
+    assert len(str(error.value)) < 450 and "\n" not in str(error.value)
+
+
+def test_a_schedule_of_a_thousand_steps_is_read():
+    sigmas = [1 - index / 1000 for index in range(1001)]
+    assert read_header(FLOW | {"dpdmd.sigmas": json.dumps(sigmas)}, "x").sigmas == tuple(sigmas)
 
 
 def test_the_packs_header_has_the_field_names_of_the_packages():

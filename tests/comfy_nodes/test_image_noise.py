@@ -1,5 +1,6 @@
 """Noise of the pack: a seed gives the same noise in every batch, and the package draws the same."""
 
+import pytest
 import torch
 from comfy_nodes.noise import BatchStream, ImageStreams, PerImageNoise, image_seeds, streams_of
 from tests.raising import refuses
@@ -34,6 +35,17 @@ def test_an_index_for_another_number_of_pictures_is_refused():
     for make in (image_seeds, BatchStream):
         with refuses(ValueError, "batch_index", "2", "3"):
             make(5, 3, [0, 1])
+
+
+@pytest.mark.parametrize("make", [image_seeds, BatchStream, streams_of])
+def test_a_seed_that_is_no_whole_number_is_refused(make):
+    with refuses(ValueError, "seed is 2.5"):
+        make(2.5, 3)
+
+
+def test_the_noise_of_a_latent_needs_a_whole_seed():
+    with refuses(ValueError, "seed is 2.5"):
+        PerImageNoise(2.5).generate_noise({"samples": torch.zeros(2, *SHAPE)})
 
 
 def test_the_stream_of_a_batch_is_comfyuis_own_noise():

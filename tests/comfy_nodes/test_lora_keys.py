@@ -69,6 +69,8 @@ def test_a_full_student_is_no_lora():
     [
         (factors("a") | {"clip.weight": torch.ones(2)}, r"x .*1 keys.*\(clip.weight\)"),
         (factors("a") | {"b.lora_A.weight": torch.ones(2, 2)}, r"x .*one factor of 1 modules \(transformer.b\)"),
+        (factors("a") | {"b.lora_A.weight": torch.tensor(1.0)}, r"x .*1 factors.*\(b.lora_A.weight\)"),
+        (factors("a", rank=0), r"x .*2 factors.*\(a.lora_A.weight, a.lora_B.weight\)"),
         (factors("a") | {"c.alpha": torch.tensor(1.0)}, r"one factor of 1 modules \(transformer.c\)"),
     ],
 )

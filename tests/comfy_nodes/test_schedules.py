@@ -55,16 +55,20 @@ def test_a_students_own_levels_come_first():
     assert torch.equal(trained[:-1], TABLE[[999, 749, 499, 249]]) and trained[-1] == 0
 
 
-def test_without_a_header_the_familys_published_schedule_is_used_and_named():
-    sigmas, source = schedules.sigmas_for("auto", 4, FLOW, None, "")
-    assert torch.equal(sigmas, sigmas_for(schedules.OFFICIAL_FLOW)) and "no DP-DMD header" in source
-    sigmas, source = schedules.sigmas_for("auto", 4, EPS, None, "")
-    assert torch.equal(sigmas, sigmas_for("SDXL trailing", levels=EPS)) and "SDXL trailing" in source
+@pytest.mark.parametrize(
+    ("levels", "published"),
+    [(FLOW, schedules.OFFICIAL_FLOW), (EPS, "SDXL trailing"), (Levels("v", TABLE, published=False), "none")],
+)
+def test_without_a_header_a_schedule_must_be_chosen(levels, published):
+    with refuses(ValueError, "DP-DMD header", "schedule", published, "Load DP-DMD Student"):
+        sigmas_for("auto", levels=levels)
+    chosen = "SDXL trailing" if published == "none" else published
+    assert len(sigmas_for(chosen, levels=levels)) == 5
 
 
-def test_a_family_without_a_published_schedule_is_refused():
-    with refuses(ValueError, "DP-DMD header"):
-        sigmas_for("auto", levels=Levels("v", TABLE, published=False))
+def test_an_unknown_schedule_is_refused():
+    with refuses(ValueError, "'karras'", "auto", schedules.OFFICIAL_FLOW):
+        sigmas_for("karras")
 
 
 @pytest.mark.parametrize(
@@ -87,10 +91,11 @@ def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
         sigmas_for(name, levels=levels)
 
 
-@pytest.mark.parametrize("steps", [0, 17, -1])
-def test_steps_out_of_range_are_refused(steps):
+@pytest.mark.parametrize("steps", [0, 17, -1, 2.5, 4.0, float("nan"), "4"])
+@pytest.mark.parametrize("name", ["auto", schedules.OFFICIAL_FLOW])
+def test_steps_out_of_range_or_not_whole_are_refused(name, steps):
     with refuses(ValueError, f"steps is {steps}:", "16"):
-        sigmas_for("auto", steps)
+        sigmas_for(name, steps, header=FLOW_STUDENT)
 
 
 def test_more_steps_than_trained_are_refused():
@@ -120,6 +125,25 @@ def test_custom_sigmas_may_be_written_in_any_usual_way(text):
 def test_custom_sigmas_that_are_no_numbers_are_refused(text):
     with refuses(ValueError, f"custom sigmas {text!r}"):
         sigmas_for("custom", custom=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("1, " * 10**5 + "x", "(300001 characters)"),
+        (", ".join(["1"] * 10**5), "1001"),
+        (", ".join(f"{1 - index / 2000}" for index in range(2001)), "1001"),
+    ],
+    ids=["not numbers", "equal", "falling"],
+)
+def test_long_custom_sigmas_are_refused_in_one_short_line(text, fact):
+    with refuses(ValueError, "sigmas", fact) as error:
+        sigmas_for("custom", custom=text)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_sigmas_of_many_levels_are_cut_in_texts():
+    assert len(schedules.format_sigmas(torch.linspace(1, 0, 1001))) < 300
 
 
 @pytest.mark.parametrize(
@@ -161,6 +185,7 @@ def test_denoise_keeps_the_last_of_the_trained_levels(denoise, first):
         (0.0, "denoise 0 .* 4 steps"),
         (1.5, "denoise is 1.5"),
         (-1.0, "denoise is -1.0"),
+        ("0.5", "denoise is 0.5"),
         (float("nan"), "denoise is nan"),
     ],
 )

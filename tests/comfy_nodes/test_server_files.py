@@ -8,6 +8,7 @@ from comfy_server import REPOSITORY, Graph
 from safetensors.torch import load_file
 from workflows import (
     HEADER,
+    OFFICIAL,
     PUBLISHED,
     SD3_MODULES,
     SD3_SHAPE,
@@ -102,11 +103,16 @@ def test_a_released_state_dict_with_wrapped_keys_loads(server, tiny_sd3, sd3_pro
     name = "diffusion_models/released.pt"
     state = {f"module.transformer.{key}": value for key, value in tiny_sd3.state_dict().items()}
     torch.save({"state_dict": state}, model_path(server, name))
-    latents = sd3_units(draw(server, student(name), sd3_prompt))
+    latents = sd3_units(draw(server, student(name), sd3_prompt, schedule=OFFICIAL))
     assert_close(latents, our_latents(tiny_sd3, sd3_prompt, PUBLISHED), 1e-5)
     graph = Graph()
     info = info_of(server, graph, load_student(graph, name))
-    assert "sd3" in info and f"{len(state)} of {len(state)} keys" in info and "no DP-DMD header" in info
+    assert (
+        "sd3" in info
+        and f"{len(state)} of {len(state)} keys" in info
+        and "no DP-DMD header" in info
+        and OFFICIAL in info
+    )
 
 
 def test_a_student_in_comfyuis_own_spelling_loads(server, sd3_file):

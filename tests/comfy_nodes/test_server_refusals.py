@@ -9,10 +9,12 @@ from safetensors.torch import save_file
 from tests.raising import refuses
 from workflows import (
     HEADER,
+    OFFICIAL,
     SD3_MODULES,
     SD3_SHAPE,
     SDXL_HEADER,
     SDXL_SHAPE,
+    TRAILING,
     conditioning,
     draw,
     empty_latent,
@@ -33,7 +35,7 @@ require_comfyui()
 
 
 def assert_server_works(server, sd3_file, sd3_prompt):
-    draw(server, stock(sd3_file), sd3_prompt, count=1, steps=1)
+    draw(server, stock(sd3_file), sd3_prompt, count=1, steps=1, schedule=OFFICIAL)
 
 
 def load_alone(server, name, **inputs):
@@ -157,7 +159,35 @@ def test_a_bad_lora_is_refused_in_the_node(server, tiny_sd3, sd3_file, kind, mes
         load_alone(server, name, **inputs)
 
 
+def test_a_lora_without_a_header_does_not_inherit_the_levels_of_its_base_model(
+    server, sd3_student, tiny_sd3, sd3_prompt
+):
+    state = respell(random_lora(tiny_sd3, SD3_MODULES[:1]), "transformer.")
+    name = save_weights(server, "loras/no_header.safetensors", state)
+
+    def load(graph):
+        return load_student(graph, name, base_model=load_student(graph, sd3_student))
+
+    with refuses(RefusedError, "schedule", OFFICIAL):
+        draw(server, load, sd3_prompt)
+
+
 # ---- sampling
+
+
+@pytest.mark.parametrize(("family", "schedule"), [("sd3", OFFICIAL), ("sdxl", TRAILING)])
+@pytest.mark.parametrize("load", [load_stock, load_student])
+def test_a_model_without_a_header_is_refused_until_a_schedule_is_chosen(server, request, family, schedule, load):
+    file, prompt = request.getfixturevalue(f"{family}_file"), request.getfixturevalue(f"{family}_prompt")
+    shape = SD3_SHAPE if family == "sd3" else SDXL_SHAPE
+    facts = ("schedule", schedule, "Load DP-DMD Student")
+    with refuses(RefusedError, *facts):
+        draw(server, lambda graph: load(graph, file), prompt, shape=shape)
+    graph = Graph()
+    graph.add("TestSaveSigmas", sigmas=scheduler(graph, load(graph, file)), path=server.file(".safetensors"))
+    with refuses(RefusedError, *facts):
+        server.run(graph)
+    draw(server, lambda graph: load(graph, file), prompt, shape=shape, count=1, steps=1, schedule=schedule)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from comfy_server import REPOSITORY, Graph
 from workflows import (
     HEADER,
+    OFFICIAL,
     SD3_MODULES,
     SD3_SHAPE,
     SEEDS,
@@ -129,7 +130,7 @@ def test_a_picture_takes_exactly_one_network_call_per_step(server, sd3_file, sd3
     def counted(graph):
         return graph.add("TestCountCalls", model=load_stock(graph, sd3_file), seconds=0.0, path=calls)
 
-    draw(server, counted, sd3_prompt, steps=steps, per_image_seed=per_image_seed)
+    draw(server, counted, sd3_prompt, steps=steps, per_image_seed=per_image_seed, schedule=OFFICIAL)
     levels = {1: ["1"], 4: ["1", "0.857692", "0.602151", "0.00892857"]}[steps]
     pictures = ["1"] * 3 if per_image_seed else ["3"]  # on a CPU pictures with their own seeds run one by one
     expected = [f"{level} {count}" for level in levels for count in pictures]
@@ -179,8 +180,9 @@ def test_an_interrupted_run_stops_between_its_steps(server, sd3_file, sd3_prompt
     graph, calls = Graph(), server.file(".calls")
     model = graph.add("TestCountCalls", model=load_stock(graph, sd3_file), seconds=0.3, path=calls)
     latent = empty_latent(server, graph, SD3_SHAPE, 1)
-    latent = sample(graph, model, conditioning(server, graph, sd3_prompt), latent, steps=16)
+    sigmas = scheduler(graph, model, steps=16, schedule=OFFICIAL)
+    latent = sample(graph, model, conditioning(server, graph, sd3_prompt), latent, sigmas=sigmas)
     graph.add("TestSaveLatent", latent=latent, path=server.file(".safetensors"))
     messages = watch(server, graph, lambda value: server.post("interrupt", {}) if value == 1 else None)
     assert messages["end"] == "execution_interrupted" and len(Path(calls).read_text().split()) < 2 * 8
-    draw(server, stock(sd3_file), sd3_prompt, count=1, steps=1)  # the server still works
+    draw(server, stock(sd3_file), sd3_prompt, count=1, steps=1, schedule=OFFICIAL)  # the server still works

@@ -1,11 +1,13 @@
 """Student files: weights and metadata are read, and files that are damaged or hold something else are refused."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from comfy_nodes.header import read_header
+from comfy_nodes.limits import MAX_DEPTH, LimitError
 from safetensors.torch import save_file
 from tests.raising import refuses
 
@@ -88,12 +90,52 @@ def test_a_truncated_file_is_refused(tmp_path, name):
         ([1, 2], "x.pt .*list"),
         ({}, "x.pt .*dict"),
         (STATE | {"epoch": 3}, r"x.pt .*\(epoch\)"),
+        (STATE | {7: torch.ones(2)}, r"x.pt .*type int"),
     ],
 )
 def test_a_torch_file_of_something_else_is_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=message):
         weights.load_state(str(tmp_path / "x.pt"), "x.pt")
+
+
+def nested(depth):
+    """A state dict in `depth` - 1 other dicts."""
+    state = STATE
+    for _ in range(depth - 1):
+        state = {"state_dict": state, "step": 3}
+    return state
+
+
+def test_dicts_in_each_other_are_read_up_to_the_limit(tmp_path):
+    torch.save(nested(MAX_DEPTH), tmp_path / "x.pt")
+    assert weights.load_state(str(tmp_path / "x.pt"), "x.pt")[0].keys() == STATE.keys()
+
+
+@pytest.mark.parametrize("kind", ["itself", "each other", "too deep"])
+def test_a_state_dict_without_an_end_is_refused(tmp_path, kind):
+    state = {"step": 3}
+    state["state_dict"] = {"model": state} if kind == "each other" else state
+    torch.save(nested(MAX_DEPTH + 1) if kind == "too deep" else state, tmp_path / "x.pt")
+    with refuses(LimitError, "x.pt", str(MAX_DEPTH)):
+        weights.load_state(str(tmp_path / "x.pt"), "x.pt")
+
+
+def test_a_compressed_torch_file_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(10**5)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as compressed,
+    ):
+        for entry in stored.namelist():
+            compressed.writestr(entry, stored.read(entry))
+    with refuses(LimitError, "x.pt", "bytes"):
+        weights.load_state(str(tmp_path / "x.pt"), "x.pt")
+
+
+def test_a_torch_file_of_the_older_format_is_read(tmp_path):
+    torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert weights.load_state(str(tmp_path / "x.pt"), "x.pt")[0].keys() == STATE.keys()
 
 
 def test_a_file_without_tensors_is_refused(tmp_path):
@@ -141,6 +183,18 @@ def test_a_name_that_leaves_the_models_folder_is_refused(name):
 def test_a_prefix_of_every_key_is_removed(wrapper):
     wrapped = {f"{wrapper}transformer_blocks.{key}": value for key, value in STATE.items()}
     assert weights.without_wrappers(wrapped).keys() == {f"transformer_blocks.{key}" for key in STATE}
+
+
+def test_removing_prefixes_ends():
+    assert weights.without_wrappers({}) == {}
+    state = {"module." * (MAX_DEPTH + 2) + "weight": STATE["b.bias"]}
+    assert weights.without_wrappers(state).keys() == {"module.module.weight"}
+
+
+def test_a_long_key_is_cut_in_messages():
+    with refuses(ValueError, "aaa... (1000000 characters)") as error:
+        weights.check_keys(["a" * 10**6], [], "x")
+    assert len(str(error.value)) < 400
 
 
 def test_a_prefix_of_some_keys_stays():

@@ -21,6 +21,7 @@ SD3_SHAPE, SDXL_SHAPE = (16, 16, 24), (4, 16, 24)
 SDXL_SCALE = 0.13025  # of the VAE: a LATENT times this is the network's input
 SEED = 7
 SEEDS = [SEED, SEED + 1, SEED + 2]
+OFFICIAL, TRAILING = "SD3.5 official (diffusers flow)", "SDXL trailing"  # names of the published schedules
 PUBLISHED = [1.0, 0.857692, 0.602151, 0.008929, 0.0]
 TRAINED = [1.0, 0.9, 0.6, 0.3, 0.0]
 HEADER = {
@@ -153,18 +154,22 @@ def sample_with_parts(graph, latent, *, guider, sigmas, method="deterministic"):
     )
 
 
-def draw(server, load, prompt, *, shape=SD3_SHAPE, count=3, latent=None, **inputs):
+def draw(server, load, prompt, *, shape=SD3_SHAPE, count=3, latent=None, schedule=None, **inputs):
     """A LATENT of DP-DMD Sampler.
 
     Args:
         load: adds a loader to a graph and returns its model.
         latent: tensors of the input LATENT, which is empty without them.
+        schedule: of a DP-DMD Scheduler for the sampler, for a model without a header.
         inputs: other inputs of the sampler.
     """
     graph = Graph()
     tensors = {"samples": torch.zeros(count, *shape)} | (latent or {})
     start = graph.add("TestLatent", path=server.tensor_file(**tensors))
-    return server.latents(graph, sample(graph, load(graph), conditioning(server, graph, prompt), start, **inputs))
+    model = load(graph)
+    if schedule is not None:
+        inputs["sigmas"] = scheduler(graph, model, schedule=schedule, steps=inputs.get("steps", 4))
+    return server.latents(graph, sample(graph, model, conditioning(server, graph, prompt), start, **inputs))
 
 
 def student(name, **inputs):
