@@ -123,6 +123,45 @@ def test_pictures_outside_the_manifest_are_reported(tmp_path):
     assert str(tmp_path) in note and "manifest" in note and note.endswith(": old.gif, sub/z.jpg, y.png")
 
 
+HIDDEN = ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".cache/0.png", "__MACOSX/._0.png", "__MACOSX/0.png")
+
+
+@pytest.mark.parametrize(
+    ("layout", "depths"),
+    [
+        ("a {} circle/0.png", ("", "a red circle")),
+        ("a {} circle_0.png", ("",)),
+        ("0000{}/samples/0.png", ("", "0000red", "0000red/samples")),
+    ],
+)
+@pytest.mark.parametrize("manifest", [False, True])
+def test_hidden_and_system_files_are_ignored_at_every_depth(tmp_path, layout, depths, manifest):
+    names = [layout.format(colour) for colour in ("red", "blue")]
+    for name in names:
+        draw(tmp_path / name)
+        if "samples" in name:
+            (tmp_path / name).parents[1].joinpath("metadata.jsonl").write_text(json.dumps({"prompt": name}))
+    if manifest:
+        (tmp_path / "manifest.csv").write_text(
+            "".join(f"{line}\n" for line in ("file,prompt", *map("{0},{0}".format, names)))
+        )
+    for name in (f"{depth}/{hidden}" for depth in depths for hidden in HIDDEN):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    sets, strays = find_pictures(tmp_path)
+    assert {str(file.relative_to(tmp_path)) for one in sets for file in one.files} == set(names)
+    assert len(sets) == 2 and strays == []
+
+
+def test_hidden_files_one_folder_deeper_are_no_hint(tmp_path):
+    for folder in ("run/.cache", "run/__MACOSX", "run/a dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "._0.png").touch()
+    with pytest.raises(OSError) as refused:
+        find_pictures(tmp_path)
+    assert "run" not in str(refused.value).removeprefix(str(tmp_path))
+
+
 def test_geneval_s_layout_is_read_without_its_grids(tmp_path):
     for number, prompt in enumerate(("a photo of a dog", "a photo of two cats")):
         folder = tmp_path / f"{number:05d}"

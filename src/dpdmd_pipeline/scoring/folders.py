@@ -23,6 +23,9 @@ _NO_TEXT = "prompt without a text"
 _NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
 _EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
 _FEW = 5  # names in a message
+_SYSTEM_NAMES = {  # in lower case; macOS, Windows, Synology and file systems make them
+    *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir", "lost+found"),
+}
 
 FolderContents = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
 _TextOf = Callable[[str, bool], tuple[str, str]]  # (name, name can be a text) -> text, reason for having none
@@ -60,7 +63,7 @@ def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if manifests:
         sets = _from_manifest(manifests[0])
         return sets, _not_named(folder, sets)
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = _entries(folder)
     pictures = [path for path in entries if _is_picture(path)]
     folders = [path for path in entries if os.path.isdir(path)]
     filled = [path for path in folders if any(map(_is_picture, _in_prompt_folder(path)))]
@@ -95,17 +98,17 @@ def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: _Text
 
 def _deeper(folders: Sequence[Path]) -> str:
     """Hint for the error message if pictures exist one folder deeper."""
-    inner = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
-    filled = next((path for path in inner if any(map(_is_picture, path.iterdir()))), None)
+    inner = (path for folder in folders for path in _entries(folder) if path.is_dir())
+    filled = next((path for path in inner if any(map(_is_picture, _entries(path)))), None)
     return f"; there are pictures in {filled}: give {filled.parent}" if filled else ""
 
 
 def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
     """Pictures that the folder's manifest does not name."""
     named = {os.path.normpath(file) for one in sets for file in one.files}
-    files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    pictures = [path for path in files if _is_picture(path) or _is_unread(path)]
-    return [str(path.relative_to(folder)) for path in pictures if os.path.normpath(path) not in named]
+    pictures = [path for path in sorted(folder.rglob("*")) if _is_picture(path) or _is_unread(path)]
+    others = [path.relative_to(folder) for path in pictures if os.path.normpath(path) not in named]
+    return [str(path) for path in others if not any(map(_is_ignored, path.parts))]
 
 
 def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
@@ -128,6 +131,16 @@ def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
 # ---- names of files
 
 
+def _entries(folder: Path) -> list[Path]:
+    """The sorted contents of a folder that the user may have made."""
+    return sorted(path for path in folder.iterdir() if not _is_ignored(path.name))
+
+
+def _is_ignored(name: str) -> bool:
+    """True for names of hidden files and of those that systems make, such as ._0.png and __MACOSX."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
 def _has_picture_name(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES
 
@@ -143,9 +156,8 @@ def _is_unread(path: Path) -> bool:
 
 
 def _is_stray(path: Path) -> bool:
-    """True for a file in a prompt's folder that is not a picture, not prompt.txt and not hidden."""
-    expected = _has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt"
-    return not expected and not path.name.startswith(".")
+    """True for a file in a prompt's folder that is neither a picture nor prompt.txt."""
+    return not (_has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt")
 
 
 def _has_id_and_seed(path: Path) -> bool:
@@ -189,7 +201,7 @@ def _described(ids: list[str]) -> str:
 def _in_prompt_folder(folder: Path) -> list[Path]:
     """Entries of a prompt's folder; GenEval's has them in samples/, and repeats the pictures in grid.png."""
     is_geneval = (folder / _GENEVAL).is_file() and (folder / "samples").is_dir()
-    return sorted((folder / "samples" if is_geneval else folder).iterdir())
+    return _entries(folder / "samples" if is_geneval else folder)
 
 
 def _from_prompt_folder(folder: Path, text_of: _TextOf) -> FileSet:
