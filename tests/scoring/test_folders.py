@@ -142,12 +142,10 @@ def test_hidden_and_system_files_are_ignored_at_every_depth(tmp_path, layout, de
         if "samples" in name:
             (tmp_path / name).parents[1].joinpath("metadata.jsonl").write_text(json.dumps({"prompt": name}))
     if manifest:
-        (tmp_path / "manifest.csv").write_text(
-            "".join(f"{line}\n" for line in ("file,prompt", *map("{0},{0}".format, names)))
-        )
-    for name in (f"{depth}/{hidden}" for depth in depths for hidden in HIDDEN):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"\0\5\26\7")
+        (tmp_path / "manifest.csv").write_text("\n".join(["file,prompt", *(f"{name},{name}" for name in names)]))
+    for path in (tmp_path / depth / hidden for depth in depths for hidden in HIDDEN):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\5\26\7")
     sets, strays = find_pictures(tmp_path)
     assert {str(file.relative_to(tmp_path)) for one in sets for file in one.files} == set(names)
     assert len(sets) == 2 and strays == []

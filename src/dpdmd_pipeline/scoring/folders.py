@@ -23,9 +23,8 @@ _NO_TEXT = "prompt without a text"
 _NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
 _EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
 _FEW = 5  # names in a message
-_SYSTEM_NAMES = {  # in lower case; macOS, Windows, Synology and file systems make them
-    *("__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir", "lost+found"),
-}
+# In lower case; macOS, Synology and Windows make them.
+_SYSTEM_NAMES = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 
 FolderContents = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
 _TextOf = Callable[[str, bool], tuple[str, str]]  # (name, name can be a text) -> text, reason for having none

@@ -79,6 +79,6 @@ def note_repeats(scores: Scores, preset: Preset, count: int) -> None:
     """Note pictures whose nearest neighbours are copies of them: nothing is inside the ball around them."""
     if count:
         scores.note(
-            f"{count} pictures have {NEIGHBOURS} or more exact copies on their side: {preset.full_name} finds nothing near "
-            "them, so its figures are too low"
+            f"{count} pictures have {NEIGHBOURS} or more exact copies on their side: {preset.full_name} finds nothing "
+            "near them, so its figures are too low"
         )
