@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_a_folder_per_prompt_is_read_in_the_order_of_seeds(tmp_path):
     (tmp_path / "cat" / "notes.md").write_text("")
     assert described(tmp_path) == {"a dog": ("a dog", ["9.png", "10.png"]), "cat": ("a cat / on a mat", ["x.jpg"])}
     assert find_pictures(tmp_path)[1] == ["cat/notes.md"]
+
+
+def test_digits_that_are_no_numbers_are_letters_in_the_order(tmp_path):
+    for name in ("1²3.png", "1²12.png"):
+        draw(tmp_path / "a dog" / name)
+    assert described(tmp_path)["a dog"][1] == ["1²3.png", "1²12.png"]
 
 
 def test_a_file_per_picture_is_grouped_by_its_id(tmp_path):
@@ -75,6 +82,13 @@ def test_a_name_is_a_text_or_an_id(tmp_path, name, is_text):
     assert bool(one.no_text) != is_text
     if not is_text:
         assert "--prompts" in one.no_text and "prompt.txt" in one.no_text
+
+
+@pytest.mark.parametrize("name", [b"a caf\xe9 dog/1.png", b"a caf\xe9 dog_1.png"])
+def test_a_name_outside_utf_8_is_no_text(tmp_path, name):
+    draw(tmp_path / os.fsdecode(name))
+    ((one,), _) = find_pictures(tmp_path)
+    assert one.text == one.id == os.fsdecode(b"a caf\xe9 dog") and "UTF-8" in one.no_text
 
 
 def test_prompt_txt_gives_the_text_unless_it_is_empty(tmp_path):

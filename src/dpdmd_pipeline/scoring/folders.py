@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, FileSet
-from dpdmd_pipeline.scoring.texts import read_records, read_text, read_texts
+from dpdmd_pipeline.scoring.texts import SURROGATE, field_as_text, read_records, read_text, read_texts
 from dpdmd_pipeline.wording import listed
 
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
@@ -21,6 +21,7 @@ _ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
 _MAX_SEEDS = 100  # for one prompt alone, where the folder may also hold real pictures
 _NO_TEXT = "prompt without a text"
 _NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
+_NAME_IS_NO_TEXT = f"{_NO_TEXT} (its name is not UTF-8: rename it, or give a prompt.txt in a folder of its own)"
 _EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
 _FEW = 5  # names in a message
 # In lower case; macOS, Synology and Windows make them.
@@ -174,6 +175,8 @@ def _names_tell_prompts(files: Sequence[Path]) -> bool:
 
 def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
     """The name as text, or as an id together with the reason why it is not a text."""
+    if SURROGATE.search(name):  # no tokenizer reads it
+        return name, _NAME_IS_NO_TEXT
     return name, "" if can_be_text else _NAME_IS_AN_ID
 
 
@@ -221,10 +224,10 @@ def _text_of_folder(folder: Path, text_of: _TextOf) -> tuple[str, str]:
 
 
 def _prompt_of_record(path: Path) -> str:
-    prompts = [record.get("prompt") for record in read_records(path)]
+    prompts = [field_as_text(record, "prompt", str(path)) for record in read_records(path)]
     if len(prompts) != 1 or not prompts[0]:
         raise ValueError(f"{path} must have one record with a prompt, as from GenEval: write prompt.txt beside it")
-    return str(prompts[0])
+    return prompts[0]
 
 
 def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: _TextOf) -> list[FileSet]:
@@ -254,7 +257,7 @@ def _in_order(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Sort by name, with 10 after 9."""
 
     def words_and_numbers(path: Path) -> list[int | str]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
     return tuple(sorted(paths, key=words_and_numbers))
 
@@ -264,14 +267,16 @@ def _from_manifest(manifest: Path) -> list[FileSet]:
     groups: dict[str, tuple[str, list[Path]]] = {}
     records_of_files: dict[str, int] = {}
     for line, record in enumerate(read_records(manifest), start=1):
-        absent = [key for key in ("file", "prompt") if not record.get(key)]
+        source, keys = f"{manifest}, record {line}", ("file", "prompt", "id")
+        fields = {key: field_as_text(record, key, source, is_path=key == "file") for key in keys}
+        absent = [key for key in ("file", "prompt") if not fields[key]]
         if absent:
             raise ValueError(f"{manifest}, record {line} has no {' and no '.join(absent)}: give both")
-        text, file = str(record["prompt"]), manifest.parent / str(record["file"])
-        name = text if record.get("id") in (None, "") else str(record["id"])
+        text, file = fields["prompt"], manifest.parent / fields["file"]
+        name = fields["id"] or text
         first = records_of_files.setdefault(os.path.normpath(file), line)
         if first != line:
-            raise ValueError(f"{manifest}, record {line} repeats file {record['file']} of record {first}: name it once")
+            raise ValueError(f"{manifest}, record {line} repeats file {fields['file']} of record {first}: name it once")
         group_text, files = groups.setdefault(name, (text, []))
         if group_text != text:
             raise ValueError(f"{manifest}, record {line}: id {name} has two prompts, {group_text!r} and {text!r}")
