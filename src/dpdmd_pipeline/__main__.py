@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.commands import COMMANDS
+from dpdmd_pipeline.wording import printable
 
 
 def main(*args, **kwargs) -> Any:
@@ -52,7 +53,7 @@ def _run_command(name: str, arguments: list[str]) -> None:
     try:
         importlib.import_module(f"dpdmd_pipeline.commands.{name.replace('-', '_')}").main(arguments)
     except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
+        sys.exit(f"Error: {printable(str(error))}")  # names in files may contain terminal commands
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,6 +9,11 @@ def one_line(message: Any) -> str:
     return " ".join(str(message).split())
 
 
+def printable(text: str) -> str:
+    """Escape line breaks and terminal commands, which names in files may contain."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def short(text: str, length: int) -> str:
     """The text, or its first characters and an ellipsis."""
     return text if len(text) <= length else f"{text[:length]}..."

@@ -187,6 +187,22 @@ def test_a_folder_is_not_compared_with_itself_under_any_name(page, tmp_path):
             main([str(tmp_path / "ours"), str(other), "--out", str(page)])
 
 
+def test_links_that_lead_to_themselves_are_refused(page, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    with refuses(OSError, f"{tmp_path}/loop"):
+        main([str(tmp_path / "loop"), str(tmp_path / "ours"), "--out", str(page)])
+    with refuses(OSError, f"--out {tmp_path}/loop"):
+        main([str(tmp_path / "ours"), str(tmp_path / "dmd"), "--out", str(tmp_path / "loop")])
+
+
+def test_names_in_notes_do_not_command_the_terminal(page, capsys):
+    ours, dmd = (page.parent / name for name in ("ours", "dmd"))
+    (dmd / "\x1b[2J\nforged.txt").touch()
+    capsys.readouterr()
+    main([str(ours), str(dmd), "--out", str(page)])
+    assert capsys.readouterr().out.splitlines()[1].endswith(r": \x1b[2J\nforged.txt")
+
+
 def test_a_page_that_cannot_be_written_is_refused_before_any_picture_is_read(page, tmp_path, monkeypatch):
     monkeypatch.setattr("dpdmd_pipeline.commands.arena.find_pictures", lambda *_: pytest.fail("read before refused"))
     with pytest.raises(OSError, match="^--out /sys/x.html: .*/sys "):

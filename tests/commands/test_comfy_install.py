@@ -39,6 +39,11 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def link_to_itself(path: Path) -> Path:
+    path.symlink_to(path.name)
+    return path
+
+
 def in_custom_nodes(comfyui: Path) -> set[str]:
     return set(os.listdir(comfyui / "custom_nodes"))
 
@@ -130,8 +135,9 @@ def test_a_partial_install_has_a_name_that_comfyui_does_not_load(comfyui, pack):
         (lambda c: c / "custom_nodes", True),
         (lambda c: c.parent, True),
         (lambda c: Path(__file__), False),
+        (lambda c: link_to_itself(c.parent / "loop"), False),
     ],
-    ids=["missing", "inside", "custom nodes", "around", "file"],
+    ids=["missing", "inside", "custom nodes", "around", "file", "loop"],
 )
 def test_a_path_that_is_not_a_comfyui_is_refused_with_one_nearby(comfyui, pack, make, has_hint):
     path = make(comfyui)
@@ -168,6 +174,18 @@ def test_a_second_copy_of_the_same_nodes_is_refused(comfyui, pack, name):
         install(comfyui, link=False, pack=pack)
     other.rename(other.with_name("my-clone.disabled"))  # ComfyUI's way to switch a pack off
     install(comfyui, link=False, pack=pack)
+
+
+def test_another_pack_with_an_unreadable_pyproject_does_not_matter(comfyui, pack):
+    contents = {"deep": "x = " + "[" * 5000 + "]" * 5000, "number": f"x = {'1' * 5000}", "latin": b"x = '\xe9'"}
+    for name in (*contents, "pipe"):
+        (comfyui / "custom_nodes" / name).mkdir()
+    for name, content in contents.items():
+        file = comfyui / "custom_nodes" / name / "pyproject.toml"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.mkfifo(comfyui / "custom_nodes" / "pipe" / "pyproject.toml")
+    (comfyui / "custom_nodes" / "loop").symlink_to("loop")
+    assert install(comfyui, link=False, pack=pack).is_dir()
 
 
 def test_a_missing_pack_is_refused_with_its_path(comfyui, tmp_path):

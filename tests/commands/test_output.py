@@ -2,7 +2,9 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.raising import refuses
 
+from dpdmd_pipeline.__main__ import main as run_package
 from dpdmd_pipeline.commands.output import refuse_unwritable
 from dpdmd_pipeline.publishing import write_text
 
@@ -28,6 +30,25 @@ def test_a_file_that_cannot_be_written_is_refused_by_the_given_name(tmp_path):
         with pytest.raises(OSError, match=rf"^--json {path}: .*{CLOSED}") as refused:
             refuse_unwritable("--json", path)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/x.json", "one"])
+def test_a_link_that_leads_to_itself_is_refused(tmp_path, name):
+    for link, target in (("loop", "loop"), ("one", "two"), ("two", "one")):
+        (tmp_path / link).symlink_to(target)
+    with refuses(OSError, f"--json {tmp_path / name}"):
+        refuse_unwritable("--json", tmp_path / name)
+
+
+def test_an_error_does_not_command_the_terminal(monkeypatch):
+    def fail(arguments):
+        raise ValueError("x\x1b[2J\nforged")
+
+    monkeypatch.setattr("dpdmd_pipeline.commands.comfy_install.main", fail)
+    monkeypatch.setattr("sys.argv", ["dpdmd-pipeline", "comfy-install"])
+    with pytest.raises(SystemExit) as ended:
+        run_package()
+    assert ended.value.code == r"Error: x\x1b[2J\nforged"
 
 
 def test_a_pipe_without_the_right_to_write_is_refused(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from dpdmd_pipeline.metrics.distribution import (
+    count_repeats,
     frechet_distance,
     frechet_influence,
     kernel_distance,
@@ -34,6 +35,12 @@ def test_fid_is_the_distance_of_two_gaussians(clouds):
 def test_fid_of_too_few_pictures_is_refused(clouds):
     with pytest.raises(UnavailableError, match=r"FID .*\b6\b.*\b6\b.*\b120\b"):
         frechet_distance([clouds[0]], [clouds[1][:6]])
+
+
+def test_fid_of_a_set_with_itself_is_never_negative():
+    for seed in range(8):
+        features = torch.randn(40, 12, generator=torch.Generator().manual_seed(seed)) * 30
+        assert 0 <= frechet_distance([features], [features]) < 1e-3
 
 
 def test_kid_is_the_unbiased_estimate_for_few_pictures(clouds):
@@ -137,6 +144,12 @@ def test_the_chunk_size_of_the_distances_does_not_matter(monkeypatch):
     monkeypatch.setattr("dpdmd_pipeline.metrics.distribution._ROWS", 7)
     for values, expected in zip(prdc(real, fake), whole, strict=True):
         assert torch.equal(values, expected)
+
+
+def test_points_with_k_copies_are_counted():
+    points = torch.arange(8.0)[:, None].expand(8, 3)
+    assert count_repeats(torch.cat([points, points[:1], points[:1], points[1:2]]), 2) == 3
+    assert count_repeats(points) == 0
 
 
 def test_neighbours_need_more_pictures_than_their_number():

@@ -177,4 +177,4 @@ def test_all_unusable_pictures_are_named_at_once(sides):
         make_arena(a, b, ("a", "b"), OPTIONS)
     message = str(refused.value)
     assert "2 pictures" in message and "\n" not in message
-    assert "secret_a_0_0.png (empty file)" in message and "secret_b_1_1.png (not a picture)" in message
+    assert "secret_a_0_0.png (empty file)" in message and "secret_b_1_1.png (not a PNG" in message

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tests.raising import refuses
 from tests.scoring.drawing import as_anyone, draw
 
 from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, read_picture
@@ -49,6 +50,25 @@ def test_a_picture_beyond_pillow_s_limit_has_a_fault_of_its_own(tmp_path, monkey
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
     with pytest.raises(OSError, match=r"\b4 million"):
         read_picture(draw(tmp_path / "x.png", (2100, 2000)))
+
+
+@pytest.mark.parametrize("kind", ["eps", "gif", "tiff", "ppm"])
+def test_only_the_decoders_of_the_promised_formats_open_a_file(tmp_path, monkeypatch, kind):
+    def start(*arguments, **options):
+        pytest.fail(f"started {arguments}")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", start)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", kind)
+    with refuses(OSError, "PNG", "JPEG", "WebP", "BMP"):
+        read_picture(tmp_path / "x.png")
+
+
+def test_a_telephone_s_picture_with_a_preview_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=frames[1:])
+    red, _, blue = read_picture(tmp_path / "x.jpg").getpixel((0, 0))
+    assert red > 200 > blue
 
 
 def test_a_picture_without_the_right_to_read_has_a_fault_of_its_own(tmp_path, monkeypatch):

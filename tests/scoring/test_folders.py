@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_a_folder_per_prompt_is_read_in_the_order_of_seeds(tmp_path):
     (tmp_path / "cat" / "notes.md").write_text("")
     assert described(tmp_path) == {"a dog": ("a dog", ["9.png", "10.png"]), "cat": ("a cat / on a mat", ["x.jpg"])}
     assert find_pictures(tmp_path)[1] == ["cat/notes.md"]
+
+
+def test_digits_that_are_no_numbers_are_letters_in_the_order(tmp_path):
+    for name in ("1²3.png", "1²12.png"):
+        draw(tmp_path / "a dog" / name)
+    assert described(tmp_path)["a dog"][1] == ["1²3.png", "1²12.png"]
 
 
 def test_a_file_per_picture_is_grouped_by_its_id(tmp_path):
@@ -77,6 +84,13 @@ def test_a_name_is_a_text_or_an_id(tmp_path, name, is_text):
         assert "--prompts" in one.no_text and "prompt.txt" in one.no_text
 
 
+@pytest.mark.parametrize("name", [b"a caf\xe9 dog/1.png", b"a caf\xe9 dog_1.png"])
+def test_a_name_outside_utf_8_is_no_text(tmp_path, name):
+    draw(tmp_path / os.fsdecode(name))
+    ((one,), _) = find_pictures(tmp_path)
+    assert one.text == one.id == os.fsdecode(b"a caf\xe9 dog") and "UTF-8" in one.no_text
+
+
 def test_prompt_txt_gives_the_text_unless_it_is_empty(tmp_path):
     for name in ("00000", "00001", "a dog"):
         draw(tmp_path / name / "1.png")
@@ -121,6 +135,43 @@ def test_pictures_outside_the_manifest_are_reported(tmp_path):
     assert len(sets) == 1 and strays == ["old.gif", "sub/z.jpg", "y.png"]
     note = about_strays(tmp_path, strays)
     assert str(tmp_path) in note and "manifest" in note and note.endswith(": old.gif, sub/z.jpg, y.png")
+
+
+HIDDEN = ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini", ".cache/0.png", "__MACOSX/._0.png", "__MACOSX/0.png")
+
+
+@pytest.mark.parametrize(
+    ("layout", "depths"),
+    [
+        ("a {} circle/0.png", ("", "a red circle")),
+        ("a {} circle_0.png", ("",)),
+        ("0000{}/samples/0.png", ("", "0000red", "0000red/samples")),
+    ],
+)
+@pytest.mark.parametrize("manifest", [False, True])
+def test_hidden_and_system_files_are_ignored_at_every_depth(tmp_path, layout, depths, manifest):
+    names = [layout.format(colour) for colour in ("red", "blue")]
+    for name in names:
+        draw(tmp_path / name)
+        if "samples" in name:
+            (tmp_path / name).parents[1].joinpath("metadata.jsonl").write_text(json.dumps({"prompt": name}))
+    if manifest:
+        (tmp_path / "manifest.csv").write_text("\n".join(["file,prompt", *(f"{name},{name}" for name in names)]))
+    for path in (tmp_path / depth / hidden for depth in depths for hidden in HIDDEN):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\0\5\26\7")
+    sets, strays = find_pictures(tmp_path)
+    assert {str(file.relative_to(tmp_path)) for one in sets for file in one.files} == set(names)
+    assert len(sets) == 2 and strays == []
+
+
+def test_hidden_files_one_folder_deeper_are_no_hint(tmp_path):
+    for folder in ("run/.cache", "run/__MACOSX", "run/a dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "._0.png").touch()
+    with pytest.raises(OSError) as refused:
+        find_pictures(tmp_path)
+    assert "run" not in str(refused.value).removeprefix(str(tmp_path))
 
 
 def test_geneval_s_layout_is_read_without_its_grids(tmp_path):

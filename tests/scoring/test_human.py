@@ -112,6 +112,26 @@ def test_a_file_of_score_json_is_refused_though_its_format_has_the_same_number(t
         load_results([tmp_path / "scores.json"])
 
 
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_a_deeply_nested_result_is_refused(tmp_path, depth):
+    deep = "[" * depth + "]" * depth
+    for content in (deep, f'{{"format": {deep}}}', f'{{"format": 1, "answers": {deep}}}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(ValueError, match=f"^{tmp_path}/x.json "):
+            load_results([tmp_path / "x.json"])
+
+
+def test_names_in_results_do_not_command_the_terminal(tmp_path):
+    name = "x\x1b[2J\r\ud800\nforged"
+    file = save(tmp_path, "p1", [("cat", "a")], participant=name, a=name, b=name, questions=2)
+    result = json.loads(file.read_text())
+    result["answers"][0] |= {"question": name, "prompt": name}
+    file.write_text(json.dumps(result))
+    text = as_text(summarise(load_results([file]), seed=0))
+    assert text.count(r"x\x1b[2J\r\ud800\nforged") == 4
+    assert all(line.isprintable() for line in text.split("\n")) and text.count("\n") == 3
+
+
 @pytest.mark.parametrize(("name", "number"), [("", errno.EISDIR), ("gone.json", errno.ENOENT)])
 def test_a_folder_and_a_missing_file_are_refused_by_name_with_the_remedy(tmp_path, name, number):
     with pytest.raises(OSError, match=rf"^{tmp_path / name} .*{os.strerror(number)}.*button"):

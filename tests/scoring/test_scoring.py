@@ -110,6 +110,16 @@ def test_prompts_with_pictures_of_another_size_are_named_on_either_side(settings
     assert any("4 x 4" in note and "8 x 8" in note for note in other)
 
 
+def test_figures_of_neighbours_among_copies_have_a_note(settings):
+    copies = [TensorSet("copies", "", _noise(4, 0)[:1].expand(10, 3, 4, 4))]
+    mixed = [*copies, *make_sets(3, 4, seed=0)]
+    for sets, count in ((copies, 20), (mixed, 20), (make_sets(3, 4, seed=0), 0)):
+        scores = score(sets, [FEATURES], settings, Reference(sets))
+        notes = [note for note in scores.notes if "copies" in note]
+        assert len(notes) == bool(count)
+        assert all(note.startswith(f"{count} pictures") and "distribution.dino_v2" in note for note in notes)
+
+
 def _noise(side, seed):
     return torch.randint(256, (2, 3, side, side), generator=torch.Generator().manual_seed(seed)).byte()
 

@@ -21,7 +21,7 @@ def test_every_kind_of_bad_picture_is_a_fault_with_its_name(tmp_path):
         "odd.png": "another size than the prompt's other pictures",
         "cut.jpg": "cut off or damaged",
         "empty.png": "empty file",
-        "text.png": "not a picture",
+        "text.png": "not a PNG, JPEG, WebP or BMP picture",
         "deep.png": "pixel format I;16: convert it to 8 bits",
         "gone.png": "no such file",
     }

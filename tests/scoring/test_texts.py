@@ -43,3 +43,52 @@ def test_an_invalid_csv_is_named(tmp_path):
     (tmp_path / "p.csv").write_text(f"id,text\n0,{'a' * 200_000}\n")
     with refuses(ValueError, "p.csv", "CSV"):
         read_texts(tmp_path / "p.csv")
+
+
+UNREADABLE = {
+    "deep": ("[" * 100_000 + "]" * 100_000, "JSON"),
+    "long number": ("1" * 5000, "JSON"),
+    "list": ('["a dog"]', "list"),
+    "object": ('{"a": "dog"}', "dict"),
+    "flag": ("true", "bool"),
+    "half a pair": (r'"a \ud800 dog"', "U+D800"),
+}
+
+
+def record_of(**fields):
+    """A line of JSON from the spelling of each value."""
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}\n"
+
+
+@pytest.mark.parametrize(("value", "fact"), UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("key", ["id", "text"])
+def test_a_field_of_prompts_that_is_no_text_is_refused_with_its_record(tmp_path, key, value, fact):
+    fields = {"id": "1", "text": '"a dog"'} | {key: value}
+    (tmp_path / "p.jsonl").write_text(record_of(id=0, text='"a cat"') + record_of(**fields))
+    with refuses(ValueError, f"{tmp_path}/p.jsonl, ", " 2 ", fact):
+        read_texts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(("value", "fact"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_prompt_of_geneval_that_is_no_text_is_refused_with_its_record(tmp_path, value, fact):
+    record = record_of(prompt=value, include='[{"class": "dog", "count": 1}]')
+    (tmp_path / "m.jsonl").write_text(record)
+    with refuses(ValueError, f"{tmp_path}/m.jsonl, ", " 1 ", fact):
+        read_parts(tmp_path / "m.jsonl")
+    draw(tmp_path / "00000" / "samples" / "0000.png")
+    (tmp_path / "00000" / "metadata.jsonl").write_text(record)
+    with refuses(ValueError, f"{tmp_path}/00000/metadata.jsonl", fact):
+        find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "fact"), UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("key", ["file", "prompt", "id"])
+def test_a_field_of_a_manifest_that_is_no_text_is_refused_with_its_record(tmp_path, key, value, fact):
+    fields = {"file": '"x.png"', "prompt": '"a dog"', "id": "1"} | {key: value}
+    (tmp_path / "manifest.jsonl").write_text(record_of(**fields))
+    if key == "file" and fact == "U+D800":  # in a path, it can stand for a byte outside UTF-8
+        ((one,), _) = find_pictures(tmp_path)
+        assert [fault.kind for fault in one.load().faults] == ["no such file"]
+        return
+    with refuses(ValueError, f"{tmp_path}/manifest.jsonl, ", " 1 ", fact):
+        find_pictures(tmp_path)

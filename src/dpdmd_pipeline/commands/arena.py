@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpdmd_pipeline.commands.output import refuse_unwritable
+from dpdmd_pipeline.commands.output import refuse_unwritable, say
 from dpdmd_pipeline.publishing import write_text
 from dpdmd_pipeline.scoring.arena import ArenaOptions, about_pairs, make_arena
 from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
 from dpdmd_pipeline.scoring.sets import FileSet
-from dpdmd_pipeline.wording import counted
+from dpdmd_pipeline.wording import counted, printable
 
 _EPILOG = """\
 Folders have the layouts of `score` (see `score --help`). Prompts are matched by folder name or id, pictures of a prompt
@@ -52,10 +53,10 @@ def main(arguments: list[str]) -> None:
     html = make_arena(a, b, names, ArenaOptions(options.singles, options.sets, options.side, options.seed))
     write_text(options.out, html)
     questions = counted(len(a) * (options.singles + bool(options.sets)), "question")
-    print(f"{options.out}: {questions} about {counted(len(a), 'prompt')}, {_size(len(html.encode()))}")
-    notes = [about_strays(options.a, strays_of_a), about_strays(options.b, strays_of_b), _about_ids(a, b)]
-    notes += about_pairs(a, b, names)
-    print("".join(f"{note}\n" for note in filter(None, notes)), end="")
+    lines = [f"{options.out}: {questions} about {counted(len(a), 'prompt')}, {_size(len(html.encode()))}"]
+    lines += [about_strays(options.a, strays_of_a), about_strays(options.b, strays_of_b), _about_ids(a, b)]
+    lines += about_pairs(a, b, names)
+    say("\n".join(map(printable, filter(None, lines))))
 
 
 def _about_ids(a: Sequence[FileSet], b: Sequence[FileSet]) -> str:
@@ -81,7 +82,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--singles 0 --sets 0 leaves no question: set at least one of them")
     if options.side is not None and options.side < 16:
         raise ValueError(f"--side {options.side} must be at least 16 pixels")
-    if options.a.resolve() == options.b.resolve():
+    if os.path.realpath(options.a) == os.path.realpath(options.b):  # accepts links that lead to themselves
         raise ValueError(f"{options.a} and {options.b} are the same folder: give the pictures of two models")
     if options.out.is_dir():
         raise OSError(f"--out {options.out} is a folder: name the page in it, as in {options.out / 'arena.html'}")

@@ -59,7 +59,7 @@ def install(comfyui: Path, *, link: bool, pack: Path = PACK) -> Path:
 def _custom_nodes(comfyui: Path) -> Path:
     if _is_comfyui(comfyui):
         return comfyui / "custom_nodes"
-    nearby = [path for path in (comfyui.resolve().parent, comfyui / "ComfyUI") if _is_comfyui(path)]
+    nearby = [path for path in (Path(os.path.realpath(comfyui)).parent, comfyui / "ComfyUI") if _is_comfyui(path)]
     hint = f"did you mean {nearby[0]}?" if nearby else "name the folder that contains custom_nodes and models"
     state = "is not a ComfyUI" if comfyui.is_dir() else "is not a folder" if comfyui.exists() else "does not exist"
     raise ValueError(f"{comfyui} {state}: {hint}")
@@ -80,10 +80,12 @@ def _refuse_others(custom_nodes: Path, target: Path) -> None:
 
 
 def _project(folder: Path) -> dict[str, str]:
-    """The `[project]` table of a folder's pyproject.toml; empty if it cannot be read."""
+    """The `[project]` table of a folder's pyproject.toml; empty if there is none or it cannot be read."""
+    file = folder / "pyproject.toml"
     try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8")).get("project")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        # A pipe would block for ever.
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project") if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return {}
     return project if isinstance(project, dict) else {}
 

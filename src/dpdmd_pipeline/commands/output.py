@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -16,6 +17,11 @@ def refuse_unwritable(option: str, path: Path) -> None:
 
     The path may be a link, a pipe or a device; `option` names it in the message.
     """
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{option} {path} is a link that leads to itself: choose another file") from error
     is_stream = path.exists() and not path.is_file()
     in_place = is_stream or any(path.absolute().is_relative_to(system) for system in _SYSTEM)
     if in_place and path.exists():

@@ -51,7 +51,8 @@ Metrics that need neither prompts nor seeds (quality, distribution) accept any n
 Pictures of one prompt must have different seeds, and as many as in the pictures that you compare with.
 With --prompts, every id without a prompt.txt must be in that file; a manifest has its own texts. Metrics that read the
 text (alignment, preference, the exact reader of the embedded world) leave out prompts without one. Transparent
-pixels count as white; EXIF rotates pictures as in a viewer.
+pixels count as white; EXIF rotates pictures as in a viewer. Hidden files and those of the system, such as .DS_Store and
+__MACOSX, are ignored.
 
 Features of networks that several metrics share lie in the temporary folder (TMPDIR) during the run, 3 to 8 kB per
 picture and network.

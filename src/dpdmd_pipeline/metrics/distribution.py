@@ -33,6 +33,8 @@ class _Features(nn.Identity):
 def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
     """FID of two streams of features [n, d], by torchmetrics; reads both to their end, and stores only their moments.
 
+    Rounding would make it slightly negative for equal sets: it is at least 0.
+
     Raises:
         UnavailableError: with no more pictures than features, where the covariance is singular and FID means nothing.
     """
@@ -49,7 +51,7 @@ def frechet_distance(real: Iterable[Tensor], fake: Iterable[Tensor]) -> float:
             f"FID needs more pictures than features on both sides (over {num_features}, better 10,000), "
             f"not {counts[False]} against {counts[True]}"
         )
-    return metric.compute().item()
+    return metric.compute().clamp(min=0).item()
 
 
 def frechet_influence(real: Tensor, fake: Tensor) -> Tensor:
@@ -153,6 +155,12 @@ def prdc(real: Tensor, fake: Tensor, neighbours: int = NEIGHBOURS) -> Prdc:
     balls = torch.stack(inside).sum(0).double()
     recall, coverage = torch.cat(recalled).double(), torch.cat(covered).double()
     return Prdc((balls > 0).double(), recall, balls / neighbours, coverage)
+
+
+def count_repeats(points: Tensor, neighbours: int = NEIGHBOURS) -> int:
+    """Number of points [n, d] with k or more exact copies: their balls have a radius of 0 and hold nothing."""
+    counts = torch.unique(points, dim=0, return_counts=True)[1]
+    return int(counts[counts > neighbours].sum())
 
 
 def _radius(points: Tensor, neighbours: int) -> Tensor:

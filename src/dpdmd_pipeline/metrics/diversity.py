@@ -25,7 +25,8 @@ def one_minus_cosine(embeddings: Tensor) -> float:
     """1 - mean cosine over the pairs i < j: the diversity of arXiv:2602.03139. Unbiased at any n."""
     similarities = _similarities(embeddings)
     n = len(similarities)
-    return 1 - ((similarities.sum() - similarities.trace()) / (n * (n - 1))).item()
+    mean = (similarities.sum() - similarities.trace()) / (n * (n - 1))
+    return max(1 - mean.item(), 0.0)  # rounding makes it negative for copies
 
 
 def vendi_score(embeddings: Tensor) -> float:

@@ -14,7 +14,7 @@ from dpdmd_pipeline.metrics import distribution
 from dpdmd_pipeline.metrics.errors import MissingLibraryError, UnavailableError
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
-from dpdmd_pipeline.scoring.notes import note_fid, note_sizes, note_two_sizes
+from dpdmd_pipeline.scoring.notes import note_fid, note_repeats, note_sizes, note_two_sizes
 from dpdmd_pipeline.scoring.preset import Preset
 from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
@@ -48,6 +48,9 @@ def add_distribution(scores: Scores, job: Job) -> None:
         scores.figures[f"{preset.full_name}.{name}"] = complete
         if name == "fid":
             note_fid(scores, n)
+        if name == "precision":
+            compared = complete["n"]["compared"]
+            note_repeats(scores, preset, sum(distribution.count_repeats(side.sample(compared)[0]) for side in sides))
     theirs, ours = (note_sizes(scores, done, where) for done, where in zip(rows, wheres, strict=True))
     note_two_sizes(scores, ours, theirs)
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, FileSet
-from dpdmd_pipeline.scoring.texts import read_records, read_text, read_texts
+from dpdmd_pipeline.scoring.texts import SURROGATE, field_as_text, read_records, read_text, read_texts
 from dpdmd_pipeline.wording import listed
 
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
@@ -21,8 +21,11 @@ _ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
 _MAX_SEEDS = 100  # for one prompt alone, where the folder may also hold real pictures
 _NO_TEXT = "prompt without a text"
 _NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
+_NAME_IS_NO_TEXT = f"{_NO_TEXT} (its name is not UTF-8: rename it, or give a prompt.txt in a folder of its own)"
 _EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
 _FEW = 5  # names in a message
+# In lower case; macOS, Synology and Windows make them.
+_SYSTEM_NAMES = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 
 FolderContents = tuple[list[FileSet], list[str]]  # sets of pictures, and names of the other files
 _TextOf = Callable[[str, bool], tuple[str, str]]  # (name, name can be a text) -> text, reason for having none
@@ -60,7 +63,7 @@ def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if manifests:
         sets = _from_manifest(manifests[0])
         return sets, _not_named(folder, sets)
-    entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    entries = _entries(folder)
     pictures = [path for path in entries if _is_picture(path)]
     folders = [path for path in entries if os.path.isdir(path)]
     filled = [path for path in folders if any(map(_is_picture, _in_prompt_folder(path)))]
@@ -95,17 +98,17 @@ def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: _Text
 
 def _deeper(folders: Sequence[Path]) -> str:
     """Hint for the error message if pictures exist one folder deeper."""
-    inner = (path for folder in folders for path in sorted(folder.iterdir()) if path.is_dir())
-    filled = next((path for path in inner if any(map(_is_picture, path.iterdir()))), None)
+    inner = (path for folder in folders for path in _entries(folder) if path.is_dir())
+    filled = next((path for path in inner if any(map(_is_picture, _entries(path)))), None)
     return f"; there are pictures in {filled}: give {filled.parent}" if filled else ""
 
 
 def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
     """Pictures that the folder's manifest does not name."""
     named = {os.path.normpath(file) for one in sets for file in one.files}
-    files = sorted(path for path in folder.rglob("*") if not path.name.startswith("."))
-    pictures = [path for path in files if _is_picture(path) or _is_unread(path)]
-    return [str(path.relative_to(folder)) for path in pictures if os.path.normpath(path) not in named]
+    pictures = [path for path in sorted(folder.rglob("*")) if _is_picture(path) or _is_unread(path)]
+    others = [path.relative_to(folder) for path in pictures if os.path.normpath(path) not in named]
+    return [str(path) for path in others if not any(map(_is_ignored, path.parts))]
 
 
 def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
@@ -128,6 +131,16 @@ def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
 # ---- names of files
 
 
+def _entries(folder: Path) -> list[Path]:
+    """The sorted contents of a folder that the user may have made."""
+    return sorted(path for path in folder.iterdir() if not _is_ignored(path.name))
+
+
+def _is_ignored(name: str) -> bool:
+    """True for names of hidden files and of those that systems make, such as ._0.png and __MACOSX."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
 def _has_picture_name(path: Path) -> bool:
     return path.suffix.lower() in _SUFFIXES
 
@@ -143,9 +156,8 @@ def _is_unread(path: Path) -> bool:
 
 
 def _is_stray(path: Path) -> bool:
-    """True for a file in a prompt's folder that is not a picture, not prompt.txt and not hidden."""
-    expected = _has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt"
-    return not expected and not path.name.startswith(".")
+    """True for a file in a prompt's folder that is neither a picture nor prompt.txt."""
+    return not (_has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt")
 
 
 def _has_id_and_seed(path: Path) -> bool:
@@ -163,6 +175,8 @@ def _names_tell_prompts(files: Sequence[Path]) -> bool:
 
 def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
     """The name as text, or as an id together with the reason why it is not a text."""
+    if SURROGATE.search(name):  # no tokenizer reads it
+        return name, _NAME_IS_NO_TEXT
     return name, "" if can_be_text else _NAME_IS_AN_ID
 
 
@@ -189,7 +203,7 @@ def _described(ids: list[str]) -> str:
 def _in_prompt_folder(folder: Path) -> list[Path]:
     """Entries of a prompt's folder; GenEval's has them in samples/, and repeats the pictures in grid.png."""
     is_geneval = (folder / _GENEVAL).is_file() and (folder / "samples").is_dir()
-    return sorted((folder / "samples" if is_geneval else folder).iterdir())
+    return _entries(folder / "samples" if is_geneval else folder)
 
 
 def _from_prompt_folder(folder: Path, text_of: _TextOf) -> FileSet:
@@ -210,10 +224,10 @@ def _text_of_folder(folder: Path, text_of: _TextOf) -> tuple[str, str]:
 
 
 def _prompt_of_record(path: Path) -> str:
-    prompts = [record.get("prompt") for record in read_records(path)]
+    prompts = [field_as_text(record, "prompt", str(path)) for record in read_records(path)]
     if len(prompts) != 1 or not prompts[0]:
         raise ValueError(f"{path} must have one record with a prompt, as from GenEval: write prompt.txt beside it")
-    return str(prompts[0])
+    return prompts[0]
 
 
 def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: _TextOf) -> list[FileSet]:
@@ -243,7 +257,7 @@ def _in_order(paths: Iterable[Path]) -> tuple[Path, ...]:
     """Sort by name, with 10 after 9."""
 
     def words_and_numbers(path: Path) -> list[int | str]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
     return tuple(sorted(paths, key=words_and_numbers))
 
@@ -253,14 +267,16 @@ def _from_manifest(manifest: Path) -> list[FileSet]:
     groups: dict[str, tuple[str, list[Path]]] = {}
     records_of_files: dict[str, int] = {}
     for line, record in enumerate(read_records(manifest), start=1):
-        absent = [key for key in ("file", "prompt") if not record.get(key)]
+        source, keys = f"{manifest}, record {line}", ("file", "prompt", "id")
+        fields = {key: field_as_text(record, key, source, is_path=key == "file") for key in keys}
+        absent = [key for key in ("file", "prompt") if not fields[key]]
         if absent:
             raise ValueError(f"{manifest}, record {line} has no {' and no '.join(absent)}: give both")
-        text, file = str(record["prompt"]), manifest.parent / str(record["file"])
-        name = text if record.get("id") in (None, "") else str(record["id"])
+        text, file = fields["prompt"], manifest.parent / fields["file"]
+        name = fields["id"] or text
         first = records_of_files.setdefault(os.path.normpath(file), line)
         if first != line:
-            raise ValueError(f"{manifest}, record {line} repeats file {record['file']} of record {first}: name it once")
+            raise ValueError(f"{manifest}, record {line} repeats file {fields['file']} of record {first}: name it once")
         group_text, files = groups.setdefault(name, (text, []))
         if group_text != text:
             raise ValueError(f"{manifest}, record {line}: id {name} has two prompts, {group_text!r} and {text!r}")

@@ -11,7 +11,7 @@ import torch
 
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.scoring.arena import FORMAT
-from dpdmd_pipeline.wording import counted
+from dpdmd_pipeline.wording import counted, printable
 
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _RESULT = {"arena": str, "a": str, "b": str, "participant": str, "questions": int, "answers": list}
@@ -49,7 +49,7 @@ def _load(file: Path) -> dict[str, Any]:
         result = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except ValueError as error:  # not JSON, or not text
+    except (ValueError, RecursionError) as error:  # not JSON, or not text
         raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}") from error
     if not isinstance(result, dict) or "format" not in result:
         raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}")
@@ -133,7 +133,7 @@ def as_text(summary: dict[str, Any]) -> str:
             f"({counted(numbers['n']['answers'], 'answer')}, {counted(numbers['n']['prompts'], 'prompt')})"
         )
         lines.append(f"    for A {_share(share)} ({share['preset']}); {_share(decided)} ({decided['preset']})")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _share(figure: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dpdmd_pipeline.metrics.distribution import LARGEST
+from dpdmd_pipeline.metrics.distribution import LARGEST, NEIGHBOURS
 from dpdmd_pipeline.scoring.preset import Preset
 from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.wording import counted, listed
@@ -73,3 +73,12 @@ def note_fid(scores: Scores, n: dict[str, int]) -> None:
         scores.note(f"FID of fewer than {LARGEST} pictures is too high: compare at equal numbers only")
     if more > LARGEST:
         scores.note(f"FID of more than {LARGEST} pictures has no interval: memory does not hold all their features")
+
+
+def note_repeats(scores: Scores, preset: Preset, count: int) -> None:
+    """Note pictures whose nearest neighbours are copies of them: nothing is inside the ball around them."""
+    if count:
+        scores.note(
+            f"{count} pictures have {NEIGHBOURS} or more exact copies on their side: {preset.full_name} finds nothing "
+            "near them, so its figures are too low"
+        )

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MAY_NOT_READ = "may not be read: change its mode"
 # Without 16-bit and float modes, which Pillow clips to white without a warning.
 _READABLE = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+# Pillow would try every format, whatever the name: EPS starts Ghostscript, others read more files.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _ANIMATED = {"PNG", "WEBP"}  # not JPEG: the second frame of a telephone's picture is a preview
 
 
@@ -143,7 +145,7 @@ def read_picture(path: Path) -> Image:
             raise _UnusableError("no such file")
         if path.stat().st_size == 0:
             raise _UnusableError("empty file")
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image.mode not in _READABLE:
                 raise _UnusableError(f"pixel format {image.mode}: convert it to 8 bits")
             if getattr(image, "n_frames", 1) > 1 and image.format in _ANIMATED:
@@ -158,7 +160,7 @@ def read_picture(path: Path) -> Image:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise OSError(f"more than {limit} million pixels: scale it down") from error
     except (UnidentifiedImageError, ValueError) as error:
-        raise OSError("not a picture") from error
+        raise OSError("not a PNG, JPEG, WebP or BMP picture") from error
     except (OSError, SyntaxError, EOFError, struct.error) as error:  # decoders differ in their errors
         raise OSError("cut off or damaged") from error
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.scoring.scores import Scores
-from dpdmd_pipeline.wording import counted, listed
+from dpdmd_pipeline.wording import counted, listed, printable
 
 _FEW = 5  # names per kind of fault in the table; the file has all
 
@@ -26,13 +26,8 @@ def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> 
     )
     for title, entries in sections:
         if entries:
-            lines += ["", f"{title}:", *(f"  {_printable(entry)}" for entry in entries)]
+            lines += ["", f"{title}:", *(f"  {printable(entry)}" for entry in entries)]
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Escape line breaks and terminal commands, which file names may contain."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _missing(missing: Mapping[str, str], already_named: Mapping[str, str]) -> list[str]:

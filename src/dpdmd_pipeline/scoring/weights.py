@@ -92,7 +92,7 @@ def _shards(index: Path) -> list[str]:
     """Files that an index names; none for a damaged index, whose own content changes the digest."""
     try:
         return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 
