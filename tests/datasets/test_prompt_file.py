@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -239,10 +240,17 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
         texts(PromptFile(tmp_path / "a.parquet"))
 
 
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "a.txt").mkdir()
-    with refuses(IsADirectoryError, "a.txt"):
-        texts(PromptFile(tmp_path / "a.txt"))
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("read", [texts, list], ids=["lines", "records"])
+def test_folders_pipes_and_devices_are_refused_without_waiting(tmp_path, suffix, read):
+    folder, pipe, device = (tmp_path / f"{kind}{suffix}" for kind in ("folder", "pipe", "device"))
+    folder.mkdir()
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for path in (folder, pipe, device):
+        with refuses((IsADirectoryError, ValueError), str(path)) as error:
+            read(PromptFile(path))
+        assert "\n" not in str(error.value)
 
 
 def test_only_jsonl_is_written(tmp_path):

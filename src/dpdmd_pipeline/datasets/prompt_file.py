@@ -44,7 +44,7 @@ class PromptFile:
 
     Errors of all readers: FileNotFoundError if the file does not exist; ValueError if its suffix is unknown, a
     column is missing or ambiguous, a line is malformed, is not UTF-8, or holds a character that no tokenizer should
-    see.
+    see, and for pipes and devices.
     """
 
     path: Path
@@ -61,14 +61,14 @@ class PromptFile:
         if not self.path.exists():
             remedy = "create it, or set raw_prompts=FILE (raw_eval_prompts=FILE for evaluation)"
             raise FileNotFoundError(f"prompt file {self.path} does not exist: {remedy}")
-        if self.path.is_dir():
-            raise IsADirectoryError(f"prompt file {self.path} is a folder: give a file")
+        self._refuse_other_than_files()
         return (line._replace(text="") if _is_blank(line.text) else line for line in readers[suffix.lower()]())
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Read records start <= i < stop of a .jsonl file that this project wrote, with all their keys."""
         if not self.path.exists():
             raise MissingInputError(f"prompt file {self.path} does not exist", stage="prompts")
+        self._refuse_other_than_files()
         with self.path.open("rb") as file:
             for number, raw in enumerate(islice(file, start, stop), start + 1):
                 yield _TextLine.decode(self.path, number, file.tell() - len(raw), raw).json()
@@ -90,6 +90,13 @@ class PromptFile:
                 return False
             last = number
         return last is not None
+
+    def _refuse_other_than_files(self) -> None:
+        """Refuse what is read twice or never ends; opening a pipe would wait for its writer."""
+        if self.path.is_dir():
+            raise IsADirectoryError(f"prompt file {self.path} is a folder: give a file")
+        if not self.path.is_file():
+            raise ValueError(f"prompt file {self.path} is a pipe, socket or device: give a file")
 
     # ---- the formats
 
