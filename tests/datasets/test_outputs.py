@@ -2,7 +2,10 @@
 
 import os
 import stat
+import subprocess
+import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -125,6 +128,23 @@ def test_an_error_while_saving_leaves_the_old_file_and_nothing_beside_it(tmp_pat
         dataset.save({"numbers": [1, 2], "no JSON": object()})
     assert dataset.load() == {"number": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_killed_while_saving_the_old_file_stays_and_the_next_save_leaves_nothing_beside_it(tmp_path):
+    code = textwrap.dedent(
+        """
+        import os, signal, sys
+        from dpdmd_pipeline.datasets.whole_file import JSONDataset
+        kill = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        JSONDataset(filepath=sys.argv[1], save_args={"default": kill}).save({"rows": [0] * 100_000, "last": object()})
+        """
+    )
+    dataset = JSONDataset(filepath=str(tmp_path / "a.json"))
+    dataset.save({"number": 1})
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.json")]).returncode == -9
+    assert dataset.load() == {"number": 1}
+    dataset.save({"number": 2})
+    assert dataset.load() == {"number": 2} and [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_an_error_of_the_system_names_the_file_and_a_remedy(tmp_path):
