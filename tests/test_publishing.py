@@ -74,6 +74,18 @@ def test_a_text_has_the_mode_of_any_new_file(tmp_path, modes):
     assert mode(tmp_path / "file") == modes[0]
 
 
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_text_replaces_a_link_into_a_cache_of_read_only_files(tmp_path, link):
+    (tmp_path / "cache").mkdir()
+    cached = tmp_path / "cache" / "object"
+    cached.write_text("old")
+    cached.chmod(0o444)
+    getattr(tmp_path / "file", link)(cached)
+    write_text(tmp_path / "file", "new")
+    assert ((tmp_path / "file").read_text(), cached.read_text(), mode(cached)) == ("new", "old", 0o444)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "file", "object"]
+
+
 def test_files_and_folders_of_a_folder_have_the_modes_of_any_new_ones(tmp_path, modes):
     (tmp_path / "elsewhere").write_text("not ours")
     (tmp_path / "elsewhere").chmod(0o640)

@@ -128,13 +128,17 @@ def write_atomically(path: Path, write: Callable[[Path], Any], temporary: Path |
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user named. A link stays a link; pipes, devices and the like are written in place."""
+    """Write a file that the user named; pipes, devices and the like are written in place.
+
+    A link stays a link, except to a read-only file, as in DVC's cache: the new file replaces that link.
+    """
     is_stream = path.exists() and not path.is_file()
     if is_stream or any(path.absolute().is_relative_to(system) for system in ("/dev", "/proc")):
         with writing(path):
             path.write_text(text, encoding="utf-8")
         return
-    path = path.resolve()
+    if not path.exists() or path.stat().st_mode & 0o222:
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), temporary)
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,8 @@ TRICKY = [
     "[red] (car) {x} \\n",
     "a\u2028b",
 ]
-writable = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
+# Visible, or empty: lines of white space or zero-width characters alone are read as "".
+writable = st.just("") | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])).map("a{}".format)
 
 
 def write(path, content):
@@ -121,6 +123,48 @@ def test_lines_carry_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "numbers"),
+    [
+        ("a red circle\ra blue square\ra green triangle", [1, 2, 3]),
+        ("a red circle\ra blue square\r\na green triangle\n", [1, 2, 3]),
+        ("\ufeff1. a red circle\r\r2. a blue square\r3. a green triangle\r", [1, 3, 4]),
+    ],
+)
+def test_a_carriage_return_alone_ends_a_line(tmp_path, content, numbers):
+    lines = [line for line in write(tmp_path / "a.txt", content).lines() if line.text]
+    assert [line.text for line in lines] == ["a red circle", "a blue square", "a green triangle"]
+    assert [line.number for line in lines] == numbers
+
+
+def test_carriage_returns_alone_end_lines_of_every_text_format_in_bounded_memory(tmp_path):
+    assert texts(write(tmp_path / "a.csv", 'id,text\r1,a cat\r2,"a, dog"\r')) == ["a cat", "a, dog"]
+    assert texts(write(tmp_path / "a.jsonl", '"a cat"\r{"text": "a dog"}\r')) == ["a cat", "a dog"]
+    many = MAX_LINE // 4
+    assert texts(write(tmp_path / "a.txt", "a cat\r" * many)) == ["a cat"] * many
+
+
+@pytest.mark.parametrize("invisible", ["\u200b", "\u200d\u2060", " \ufeff\u00ad\t", "\u3164\ufe0f"])
+def test_a_line_of_zero_width_characters_is_no_prompt(tmp_path, invisible):
+    files = [
+        write(tmp_path / "a.txt", f"1. a cat\n{invisible}\n2. a dog\n"),
+        write(tmp_path / "a.jsonl", f'"a cat"\n{invisible}\n"a dog"'),
+        write(tmp_path / "b.jsonl", "\n".join(json.dumps(text) for text in ("a cat", invisible, "a dog"))),
+        write(tmp_path / "a.csv", f"id,text\n1,a cat\n{invisible}\n2,a dog"),
+        write(tmp_path / "b.csv", f"text\na cat\n{invisible}\na dog"),
+        write_parquet(tmp_path / "a.parquet", text=["a cat", invisible, "a dog"]),
+    ]
+    for file in files:
+        assert texts(file) == ["a cat", "", "a dog"], file.path.name
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv"])
+def test_utf_16_is_named_with_the_encoding_to_use(tmp_path, encoding, suffix):
+    with refuses(ValueError, f"a.{suffix}, line 1,", "UTF-16", "as UTF-8"):
+        texts(write(tmp_path / f"a.{suffix}", "text\r\na café\r\n".encode(encoding)))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"ok\na \x00 cat", "a.txt, line 2, byte 5: NUL"),
@@ -142,6 +186,7 @@ def test_lines_carry_their_numbers(tmp_path):
             b"id,body\n1,a cat",
             "header of .*a.csv .*text, prompt, caption.*'id', 'body'",
         ),
+        ("a.csv", b"text,id,text\na cat,1,a dog", "header of .*a.csv .*2 columns 'text'"),
         ("a.csv", b"text\na red, shiny car", "line 2: 2 fields.* 1 .*quotes"),
         ("a.csv", b'text\nok\n"open', "line 3: .*CSV"),
         ("a.csv", b'text\n"a\n\xff"', "line 3, byte 8: 0xff .*UTF-8"),
@@ -186,10 +231,26 @@ def test_missing_prompts_of_this_project_name_the_stage_that_writes_them(tmp_pat
     assert error.value.stage == "prompts"
 
 
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "a.txt").mkdir()
-    with refuses(IsADirectoryError, "a.txt"):
-        texts(PromptFile(tmp_path / "a.txt"))
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([["a cat"], ["a dog"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with refuses(ValueError, "a.parquet", "2 columns 'text'"):
+        texts(PromptFile(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("read", [texts, list], ids=["lines", "records"])
+def test_folders_pipes_and_devices_are_refused_without_waiting(tmp_path, suffix, read):
+    folder, pipe, device = (tmp_path / f"{kind}{suffix}" for kind in ("folder", "pipe", "device"))
+    folder.mkdir()
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for path in (folder, pipe, device):
+        with refuses((IsADirectoryError, ValueError), str(path)) as error:
+            read(PromptFile(path))
+        assert "\n" not in str(error.value)
 
 
 def test_only_jsonl_is_written(tmp_path):

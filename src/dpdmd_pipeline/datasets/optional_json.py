@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from kedro_datasets.json import JSONDataset
+from dpdmd_pipeline.datasets.whole_file import JSONDataset
 
 log = logging.getLogger(__name__)
 

@@ -24,13 +24,18 @@ _BOM = b"\xef\xbb\xbf"
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
 _REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _NUMBERED = re.compile(r"\s*([0-9]{1,18})[.)](?:\s+|$)")
+# Anything but white space and zero-width characters (Unicode's Default_Ignorable_Code_Point).
+_VISIBLE = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 class Line(NamedTuple):
     """A prompt as the file spells it."""
 
     number: int  # of the line where it begins, from 1; in .parquet, of the row
-    text: str  # not cleaned; "" for a blank line
+    text: str  # not cleaned; "" for a line without a visible character
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class PromptFile:
     """A prompt file that is opened anew at each iteration; iterating gives records.
 
     Errors of all readers: FileNotFoundError if the file does not exist; ValueError if its suffix is unknown, a
-    column is missing, a line is malformed, is not UTF-8, or holds a character that no tokenizer should see.
+    column is missing or ambiguous, a line is malformed, is not UTF-8, or holds a character that no tokenizer should
+    see, and for pipes and devices.
     """
 
     path: Path
@@ -52,17 +58,17 @@ class PromptFile:
         suffix = self.path.suffix
         if suffix.lower() not in readers:
             raise ValueError(f"prompt file {self.path} ends in {suffix!r}: give one of {', '.join(readers)}")
-        if self.path.is_dir():
-            raise IsADirectoryError(f"prompt file {self.path} is a folder: give a file")
         if not self.path.exists():
             remedy = "create it, or set raw_prompts=FILE (raw_eval_prompts=FILE for evaluation)"
             raise FileNotFoundError(f"prompt file {self.path} does not exist: {remedy}")
-        return readers[suffix.lower()]()
+        self._refuse_other_than_files()
+        return (line._replace(text="") if _is_blank(line.text) else line for line in readers[suffix.lower()]())
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Read records start <= i < stop of a .jsonl file that this project wrote, with all their keys."""
         if not self.path.exists():
             raise MissingInputError(f"prompt file {self.path} does not exist", stage="prompts")
+        self._refuse_other_than_files()
         with self.path.open("rb") as file:
             for number, raw in enumerate(islice(file, start, stop), start + 1):
                 yield _TextLine.decode(self.path, number, file.tell() - len(raw), raw).json()
@@ -75,7 +81,7 @@ class PromptFile:
         if self.path.suffix.lower() != ".txt":
             return False
         last = None
-        for text in (line.text for line in self._text_lines() if line.text.strip()):
+        for text in (line.text for line in self._text_lines() if not _is_blank(line.text)):
             match = _NUMBERED.match(text)
             if not match:
                 return False
@@ -84,6 +90,13 @@ class PromptFile:
                 return False
             last = number
         return last is not None
+
+    def _refuse_other_than_files(self) -> None:
+        """Refuse what is read twice or never ends; opening a pipe would wait for its writer."""
+        if self.path.is_dir():
+            raise IsADirectoryError(f"prompt file {self.path} is a folder: give a file")
+        if not self.path.is_file():
+            raise ValueError(f"prompt file {self.path} is a pipe, socket or device: give a file")
 
     # ---- the formats
 
@@ -95,7 +108,7 @@ class PromptFile:
 
     def _jsonl(self) -> Iterator[Line]:
         for line in self._text_lines():
-            value = line.json() if line.text.strip() else ""
+            value = "" if _is_blank(line.text) else line.json()
             if isinstance(value, dict):
                 value = value[_key(value, f"{self.path}, line {line.number}")]
             if not isinstance(value, str):
@@ -109,7 +122,7 @@ class PromptFile:
         start, header, column = 1, None, 0
         try:
             for row in reader:
-                if not row:
+                if len(row) < 2 and _is_blank("".join(row)):
                     yield Line(start, "")
                 elif header is None:
                     header, column = row, row.index(_key(row, f"the header of {self.path}"))
@@ -136,13 +149,19 @@ class PromptFile:
             raise ValueError(f"{self.path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
     def _text_lines(self) -> Iterator[_TextLine]:
-        """Read the lines of a text file in bounded memory; refuse characters that no tokenizer should see."""
-        with self.path.open("rb") as file:
+        """Read the lines of a text file in bounded memory; refuse characters that no tokenizer should see.
+
+        Lines end in \\n, \\r\\n or, as on old Macs, in \\r; a file may mix them.
+        """
+        with self.path.open(encoding="latin-1", newline="") as file:  # a character per byte, with the line ends
             offset = 0
-            for number, raw in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
+            for number, characters in enumerate(iter(partial(file.readline, MAX_LINE + 1), ""), 1):
+                raw = characters.encode("latin-1")
                 if len(raw) > MAX_LINE:
                     what = f"more than {MAX_LINE} bytes; is this a file of prompts?"
                     raise _TextLine(self.path, number, offset, "").error(what)
+                if b"\0" in raw and _is_utf16(raw):
+                    raise _TextLine(self.path, number, offset, "").error("looks like UTF-16; save the file as UTF-8")
                 skipped = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
                 line = _TextLine.decode(self.path, number, offset + skipped, raw[skipped:])
                 if match := _REFUSED.search(line.text):
@@ -234,10 +253,22 @@ def _parquet_text(position: str, scalar: Any) -> str:
 
 def _key(names: Iterable[str], source: str) -> str:
     for key in KEYS:
-        if key in names:
+        if (count := list(names).count(key)) > 1:
+            raise ValueError(f"{source} has {count} columns {key!r}: rename all but one")
+        if count:
             return key
     available = ", ".join(repr(name) for name in names) or "nothing"
     raise ValueError(f"{source} names none of {', '.join(KEYS)}; it has {available:.200}")
+
+
+def _is_blank(text: str) -> bool:
+    return not _VISIBLE.search(text)
+
+
+def _is_utf16(raw: bytes) -> bool:
+    """True if about every second byte is NUL, as in UTF-16 text of Latin letters."""
+    even, odd = raw[::2].count(0), raw[1::2].count(0)
+    return min(even, odd) == 0 and max(even, odd) > max(1, len(raw) // 4)
 
 
 def _character(character: str) -> str:

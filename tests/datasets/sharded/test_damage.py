@@ -10,7 +10,8 @@ from kedro.io import DatasetError
 from tests.datasets.sharded.caches import NUM_SHARDS, contents, lazy_shards, save_counted, truncate
 from tests.raising import refuses
 
-from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset
+from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, files
+from dpdmd_pipeline.publishing import sha256
 
 
 def flip_last_byte(path: Path) -> None:
@@ -69,6 +70,45 @@ def test_repairing_also_rewrites_a_shard_of_the_right_size_and_wrong_content(dat
     flip_last_byte(folder / "00000.safetensors")
     (folder / "00004.safetensors").unlink()
     assert (save_counted(dataset), contents(folder)) == ([0, 4], whole)
+
+
+@pytest.mark.parametrize("read", [lambda cache: cache.rows([13]), lambda cache: list(cache.shards())])
+def test_a_flipped_byte_is_named_by_its_first_reader_and_the_same_command_repairs_it(
+    dataset, folder, whole, caplog, read
+):
+    dataset.save(lazy_shards())
+    flip_last_byte(folder / "00004.safetensors")
+    cache = dataset.load()
+    assert cache.rows([0, 12])["prompt"].tolist() == [0, 34]  # other shards can be read
+    with refuses(ValueError, str(folder / "00004.safetensors"), "SHA-256", "run the stage"):
+        read(cache)
+    assert save_counted(dataset) == [4]
+    assert "00004.safetensors" in caplog.text and "repairing" in caplog.text
+    assert contents(folder) == whole
+
+
+def test_a_shard_is_hashed_once_by_a_process_until_it_changes(dataset, folder, monkeypatch):
+    dataset.save(lazy_shards())
+    hashed = []
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.stem) or sha256(path))
+    for _ in range(2):
+        cache = dataset.load()
+        cache.rows([0, 4])
+        assert list(cache.shards()) and hashed == ["00000", "00001", "00002", "00003", "00004", "00005"]
+    os.utime(folder / "00001.safetensors")
+    assert save_counted(dataset) == [] and hashed[NUM_SHARDS:] == ["00001"]
+
+
+def test_a_cache_without_checksums_is_read_and_reused(dataset, folder):
+    dataset.save(lazy_shards())
+    record = json.loads((folder / "manifest.json").read_text())
+    for shard in record["shards"]:
+        del shard["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(record))
+    assert len(list(dataset.load().shards())) == NUM_SHARDS
+    assert save_counted(dataset) == []
+    (folder / "00003.safetensors").unlink()
+    assert save_counted(dataset) == [3]
 
 
 def test_damage_after_loading_is_reported(dataset, folder):

@@ -5,7 +5,8 @@
         manifest.json            {version, fingerprint, shards, tensors, manifest}
 
 Every shard carries the identity of its cache in its header, so an interrupted run recognises its complete shards by
-themselves.
+themselves. The manifest has a checksum of each shard: a run verifies it when it first reads the shard, and the stage
+that writes the cache when it would reuse it.
 """
 
 from __future__ import annotations

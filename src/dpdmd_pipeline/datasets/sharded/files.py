@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpdmd_pipeline.publishing import write_atomically
+from dpdmd_pipeline.publishing import sha256, write_atomically
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -123,8 +124,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return record if {"fingerprint", "shards", "tensors", "manifest"} <= record.keys() else None
 
 
-def find_damage(folder: Path, record: dict[str, Any]) -> str | None:
-    """Describe the first difference between a cache and its manifest, by headers and sizes; None if it is whole."""
+def find_damage(folder: Path, record: dict[str, Any], *, rows: bool = False) -> str | None:
+    """Describe the first difference between a cache and its manifest; None if it is whole.
+
+    Compares headers and sizes, and with `rows` also checksums, which reads all shards.
+    """
     identity = cache_identity(record["fingerprint"], [shard["name"] for shard in record["shards"]])
     for shard in record["shards"]:
         path = shard_path(folder, shard["name"])
@@ -137,7 +141,25 @@ def find_damage(folder: Path, record: dict[str, Any]) -> str | None:
             return f"{path} has the expected {size} bytes, but its content differs from the manifest"
         if header.cache != identity:
             return f"{path} belongs to another cache than its manifest"
+        if rows and not is_intact(path, shard):
+            return f"{path} does not have the SHA-256 of its manifest"
     return None
+
+
+def is_intact(path: Path, entry: dict[str, Any]) -> bool:
+    """True if a shard has the checksum of its entry in the manifest, or the entry has none.
+
+    Each process reads a file once, unless it changes.
+    """
+    if "sha256" not in entry:
+        return True
+    status = path.stat()
+    return entry["sha256"] == _sha256(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _sha256(path: Path, *_: int) -> str:
+    return sha256(path)
 
 
 def repair_hint(folder: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpdmd_pipeline.datasets.sharded.files import Tensors, cache_identity, repair_hint, shard_path
+from dpdmd_pipeline.datasets.sharded.files import Tensors, cache_identity, is_intact, repair_hint, shard_path
 
 
 class ShardedTensors:
@@ -28,9 +28,9 @@ class ShardedTensors:
         self.fingerprint: str = record["fingerprint"]
         self.tensors: dict[str, dict[str, Any]] = record["tensors"]
         self._folder = folder
-        self._names = [shard["name"] for shard in record["shards"]]
-        self._ends = list(accumulate(shard["rows"] for shard in record["shards"]))
-        self._identity = cache_identity(self.fingerprint, self._names)
+        self._entries: list[dict[str, Any]] = record["shards"]
+        self._ends = list(accumulate(shard["rows"] for shard in self._entries))
+        self._identity = cache_identity(self.fingerprint, [shard["name"] for shard in self._entries])
         self._mapped: dict[int, Tensors] = {}
 
     def __len__(self) -> int:
@@ -40,13 +40,15 @@ class ShardedTensors:
         return self.__dict__ | {"_mapped": {}}  # mapped files stay with their process
 
     def rows(self, indices: Sequence[int]) -> Tensors:
-        """Read the rows at `indices` (from 0) in that order, duplicates included; nothing else is read.
+        """Read the rows at `indices` (from 0) in that order, duplicates included.
+
+        The first row of a shard reads all of it, for its checksum.
 
         Returns:
             Name -> tensor [len(indices), ...], as stored.
 
         Raises:
-            ValueError: if the cache on disk was replaced since it was loaded.
+            ValueError: if a shard is damaged, or the cache on disk was replaced since it was loaded.
         """
         import torch
 
@@ -64,7 +66,7 @@ class ShardedTensors:
 
     def shards(self) -> Iterator[Tensors]:
         """Read shard after shard, each name -> tensor [rows, ...]; one in memory at a time."""
-        for shard in range(len(self._names)):
+        for shard in range(len(self._entries)):
             yield self._map(shard)  # not from `_mapped`: the caller may write into these
 
     def _position(self, index: int) -> tuple[int, int]:
@@ -75,8 +77,8 @@ class ShardedTensors:
         return shard, index - (self._ends[shard - 1] if shard else 0)
 
     def _map(self, shard: int) -> Tensors:
-        """Map a shard's tensors into memory: the system reads a page when it is touched."""
-        path = shard_path(self._folder, self._names[shard])
+        """Verify a shard and map its tensors into memory: the system reads a page when it is touched."""
+        path = shard_path(self._folder, self._entries[shard]["name"])
         try:
             file = safe_open(path, framework="pt")
         except (FileNotFoundError, SafetensorError) as error:
@@ -85,4 +87,6 @@ class ShardedTensors:
             ) from error
         if (file.metadata() or {}).get("cache") != self._identity:
             raise ValueError(f"{path} was replaced by another cache since it was loaded: run again")
+        if not is_intact(path, self._entries[shard]):
+            raise ValueError(f"{path} does not have the SHA-256 of its manifest: {repair_hint(self._folder)}")
         return {name: file.get_tensor(name) for name in self.tensors}

@@ -24,6 +24,7 @@ from dpdmd_pipeline.datasets.sharded.files import (
     cache_identity,
     find_damage,
     fingerprint,
+    is_intact,
     read_header,
     read_manifest,
     shard_path,
@@ -169,7 +170,7 @@ def _is_published(data: LazyShards, folder: Path) -> bool:
         return False
     if record["fingerprint"] != data.fingerprint or [shard["name"] for shard in record["shards"]] != list(data.shards):
         return False
-    if damage := find_damage(folder, record):
+    if damage := find_damage(folder, record, rows=True):
         log.warning("%s: %s; repairing", folder.name, damage)
     else:
         log.info("%s: reused (%d shards)", folder.name, len(data.shards))
@@ -191,9 +192,9 @@ def _reuse_shards(data: LazyShards, folders: Folders, identity: str) -> list[str
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         if folders.published.exists():  # a damaged cache gives its complete shards
             record = read_manifest(folders.published) or {"shards": []}
-            hashes = {shard_path(folders.published, shard["name"]): shard["sha256"] for shard in record["shards"]}
+            entries = {shard_path(folders.published, shard["name"]): shard for shard in record["shards"]}
             for path in sorted(folders.published.iterdir()):
-                if is_reusable(path) and hashes.get(path) in (None, sha256(path)):
+                if is_reusable(path) and is_intact(path, entries.get(path, {})):
                     os.replace(path, folders.partial / path.name)
     return sorted(data.shards, key=lambda name: not shard_path(folders.partial, name).exists())
 
