@@ -107,3 +107,29 @@ def test_a_wrong_option_of_train_is_reported_once():
         "train.student.learning_rate",
         "train_dmd.seed",
     ]
+
+
+@pytest.mark.parametrize("environment", ["ci", "base", "sd35"])
+def test_only_the_paths_that_an_environment_reads_are_accepted(environment):
+    given = {"raw_prompts": "a.txt", "raw_eval_prompts": "b.txt", "teacher_model": "c"}
+    lines = [*refused_options(loader(environment, **given), {})]
+    if environment == "sd35":
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith("teacher_model: ") and "own teacher" in line and "sd35, " in line
+
+
+def test_a_file_of_evaluation_prompts_is_not_accepted_beside_a_share_of_the_others():
+    made = loader("base", raw_eval_prompts="b.txt", prompts={"eval_share": 0.2})
+    (line,) = refused_options(made, {})
+    assert "raw_eval_prompts" in line and "prompts.eval_share=0.2" in line
+
+
+def test_a_path_of_the_command_line_in_a_file_of_parameters_is_refused(tmp_path):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF / "base", conf / "base")
+    (conf / "mine").mkdir()
+    (conf / "mine/parameters.yml").write_text("raw_prompts: mine.txt\n")
+    (line,) = refused_options(loader("mine", conf), {})
+    assert line.startswith("raw_prompts: ")

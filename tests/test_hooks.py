@@ -359,6 +359,13 @@ def test_the_stages_of_this_project_refuse_what_they_do_not_know():
     assert lines[2].strip().startswith("prompts.nonsense = 1:")
 
 
+@pytest.mark.parametrize("name", ["teacher_model", "raw_prompt"])
+def test_a_path_that_the_environment_does_not_read_is_refused(name):
+    message = refusal(kedro(PROJECT, "--env", "ci", "--pipelines", "prompts", "--params", f"{name}=/no/such/folder"))
+    assert message.startswith(f"{name}: ") and "\n" not in message
+    assert ("environment ci has its own teacher" in message) == (name == "teacher_model")
+
+
 def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_path):
     (tmp_path / "foreign.txt").write_text("a red circle\na fox\n")
     result = kedro(PROJECT, "--env", "ci", "--pipeline=distill", "--params", f"raw_prompts={tmp_path}/foreign.txt")
