@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,6 +407,13 @@ def test_a_path_that_the_environment_does_not_read_is_refused(name):
     message = refusal(kedro(PROJECT, "--env", "ci", "--pipelines", "prompts", "--params", f"{name}=/no/such/folder"))
     assert message.startswith(f"{name}: ") and "\n" not in message
     assert ("environment ci has its own teacher" in message) == (name == "teacher_model")
+
+
+def test_broken_globals_are_one_line_with_the_file(tmp_path):
+    conf = shutil.copytree(PROJECT / "conf", tmp_path / "conf")
+    (conf / "ci/globals.yml").write_text("folder: [ci]\n")
+    message = refusal(kedro(PROJECT, "--conf-source", str(conf), "--env", "ci", "--pipelines", "prompts"))
+    assert f"{conf}/ci/globals.yml" in message and "\n" not in message
 
 
 def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_path):
