@@ -151,8 +151,12 @@ def test_a_file_that_kedro_cannot_read_is_named_before_it_is_expanded(tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_the_files_of_this_project_are_read():
+def test_the_files_of_this_project_are_read_and_those_that_kedro_ignores_are_not(tmp_path):
     assert [*refused_files([CONF])] == []
+    for name in (".checkpoints/catalog.yml", "notes.yml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{1: 2}")
+    assert [*refused_files([tmp_path])] == []
 
 
 def test_globals_that_omegaconf_cannot_resolve_are_one_line(tmp_path):

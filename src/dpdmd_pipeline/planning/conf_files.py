@@ -26,7 +26,8 @@ def refused_files(folders: Iterable[Path]) -> Iterator[str]:
     """One line for each YAML file in environments' folders that Kedro cannot read; it names the file and the line."""
     for folder in folders:
         for path in sorted([*folder.rglob("*.yml"), *folder.rglob("*.yaml")]):
-            if any(part.startswith(KINDS) for part in path.relative_to(folder).parts):
+            parts = path.relative_to(folder).parts
+            if any(part.startswith(KINDS) for part in parts) and not any(part.startswith(".") for part in parts):
                 try:
                     _check(path)
                 except RecursionError:
