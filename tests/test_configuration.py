@@ -3,11 +3,14 @@
 import shutil
 from pathlib import Path
 
+import click
 import pytest
 import yaml
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.configuration import BASELINE_KEYS, with_baseline
+from dpdmd_pipeline.planning.conf_files import refused_files
 from dpdmd_pipeline.planning.options import refused_options, shared_folder
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
 from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
@@ -107,3 +110,84 @@ def test_a_wrong_option_of_train_is_reported_once():
         "train.student.learning_rate",
         "train_dmd.seed",
     ]
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "facts"),
+    [
+        ("catalog.yml", "- teacher\n", ["line 1"]),
+        ("catalog.yml", "prompts: {type: text.TextDataset}\nteacher: 3\n", ["line 2", "teacher"]),
+        ("catalog.yml", "1: {type: text.TextDataset}\n", ["line 1", "key 1", "quotes"]),
+        ("globals.yml", "folder: mine\nteacher: {path: a}\n", ["line 2", "teacher", "quotes"]),
+        ("globals.yml", "folder: mine\nraw_prompts: 12\n", ["line 2", "raw_prompts", "quotes"]),
+        ("globals.yml", "just words\n", ["line 1"]),
+        ("globals.yml", "folder: {mine\n", ["line "]),
+        ("globals.yml", LAUGHS, ["aliases"]),
+        ("parameters.yml", LAUGHS, ["aliases"]),
+        ("parameters_train.yml", "train: &train {seed: 1, again: *train}\n", ["line 1", "alias"]),
+        ("parameters.yml", "train: {1: 2}\n", ["key 1"]),
+        ("parameters.yml", "train: {on: 2}\n", ["key on"]),
+        ("parameters.yml", "train: {[1, 2]: 2}\n", ["key"]),
+        ("parameters.yml", "train: {seed: 1, seed: 2}\n", ["seed", "twice"]),
+        ("parameters.yml", "train: !!python/object/apply:os.getcwd []\n", ["python/object"]),
+        ("parameters.yml", "train: !mine {seed: 1}\n", ["!mine"]),
+        ("parameters.yml", "train: \udcff\n", ["utf-8"]),
+        ("parameters.yml", "train: " + "[" * 5000, []),
+    ],
+)
+def test_a_file_that_kedro_cannot_read_is_named_before_it_is_expanded(tmp_path, file, text, facts):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF / "base", conf / "base")
+    (conf / "mine").mkdir()
+    path = conf / "mine" / file
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with refuses(click.ClickException, str(path), *facts) as error:
+        loader("mine", conf)
+    assert "\n" not in str(error.value)
+
+
+def test_the_files_of_this_project_are_read_and_those_that_kedro_ignores_are_not(tmp_path):
+    assert [*refused_files([CONF])] == []
+    for name in (".checkpoints/catalog.yml", "notes.yml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{1: 2}")
+    assert [*refused_files([tmp_path])] == []
+
+
+def test_globals_that_omegaconf_cannot_resolve_are_one_line(tmp_path):
+    shutil.copytree(CONF / "base", tmp_path / "base")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/globals.yml").write_text("folder: ${nothing}\n")
+    with refuses(click.ClickException, "globals.yml", "nothing"):
+        loader("mine", tmp_path)
+
+
+@pytest.mark.parametrize("environment", ["ci", "base", "sd35"])
+def test_only_the_paths_that_an_environment_reads_are_accepted(environment):
+    given = {"raw_prompts": "a.txt", "raw_eval_prompts": "b.txt", "teacher_model": "c"}
+    lines = [*refused_options(loader(environment, **given), {})]
+    if environment == "sd35":
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith("teacher_model: ") and "own teacher" in line and "sd35, " in line
+
+
+def test_a_file_of_evaluation_prompts_is_not_accepted_beside_a_share_of_the_others():
+    made = loader("base", raw_eval_prompts="b.txt", prompts={"eval_share": 0.2})
+    (line,) = refused_options(made, {})
+    assert "raw_eval_prompts" in line and "prompts.eval_share=0.2" in line
+
+
+def test_a_path_of_the_command_line_in_a_file_of_parameters_is_refused(tmp_path):
+    conf = tmp_path / "conf"
+    shutil.copytree(CONF / "base", conf / "base")
+    (conf / "mine").mkdir()
+    (conf / "mine/parameters.yml").write_text("raw_prompts: mine.txt\n")
+    (line,) = refused_options(loader("mine", conf), {})
+    assert line.startswith("raw_prompts: ")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,9 @@ FILES = {
     "src/toy/__init__.py": "",
     "src/toy/settings.py": """
         from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, HOOKS
+        """,
+    "src/toy/cli.py": """
+        from dpdmd_pipeline.cli import cli, run
         """,
     "src/toy/pipeline_registry.py": """
         from kedro.framework.project import find_pipelines
@@ -178,6 +182,45 @@ def test_only_the_options_of_the_requested_pipeline_are_checked(toy):
 def test_another_prompt_file_is_no_unknown_group(toy):
     assert kedro(toy, "--pipelines", "train", "--params", "raw_prompts=data/other.json").code == 0
     assert (toy / "data/other.json").exists()
+
+
+@pytest.mark.parametrize("value", ["12", "null", "true", "1.5", "[a]", "a: b", "", "a\tb", "a\udcffb"])
+def test_a_path_that_is_none_is_one_line_with_its_value(toy, value):
+    message = refusal(kedro(toy, "--pipelines", "train", "--params", f"raw_prompts={value}"))
+    assert "raw_prompts" in message and "\n" not in message
+    assert repr(value)[1:-1] in message or value in ("null", "true", "[a]", "a: b")
+    assert ("./12" in message) == (value == "12")
+
+
+@pytest.mark.parametrize("params", ["raw_prompts=a,b.txt", "train.what=[a,b]", "train.what=[a"])
+def test_values_that_params_cannot_carry_are_one_line(toy, params):
+    message = refusal(kedro(toy, "--pipelines", "train", "--params", params))
+    assert "\n" not in message and "--config FILE" in message
+
+
+def test_a_file_of_options_carries_lists_and_commas(toy):
+    (toy / "run.yml").write_text('run: {pipelines: train, params: {raw_prompts: "data/a, b.json"}}')
+    assert kedro(toy, "--config", "run.yml").code == 0
+    assert (toy / "data/a, b.json").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--nodes", "--from-nodes", "--to-nodes", "--from-inputs", "--to-outputs", "--tags", "--namespaces"),
+        *("--load-versions", "--runner", "--runner-params"),
+    ],
+)
+def test_a_name_that_kedro_does_not_know_is_one_line(toy, option):
+    values = {"--load-versions": "zzz:2026-01-01", "--runner-params": "zzz=1"}
+    message = refusal(kedro(toy, "--pipelines", "train", option, values.get(option, "zzz")))
+    assert "\n" not in message and ("zzz" in message or option in ("--tags",))
+
+
+@pytest.mark.parametrize("value", ["kedro.zzz", "zzz.Runner", "zzz:1", "a:b:c/d"])
+def test_a_runner_or_version_of_another_form_is_one_line(toy, value):
+    option = "--load-versions" if ":" in value else "--runner"
+    assert "\n" not in refusal(kedro(toy, "--pipelines", "train", option, value))
 
 
 def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
@@ -357,6 +400,20 @@ def test_the_stages_of_this_project_refuse_what_they_do_not_know():
     lines = refusal(result).splitlines()
     assert lines[1].strip().startswith("prompt:") and "'prompts'" in lines[1]
     assert lines[2].strip().startswith("prompts.nonsense = 1:")
+
+
+@pytest.mark.parametrize("name", ["teacher_model", "raw_prompt"])
+def test_a_path_that_the_environment_does_not_read_is_refused(name):
+    message = refusal(kedro(PROJECT, "--env", "ci", "--pipelines", "prompts", "--params", f"{name}=/no/such/folder"))
+    assert message.startswith(f"{name}: ") and "\n" not in message
+    assert ("environment ci has its own teacher" in message) == (name == "teacher_model")
+
+
+def test_broken_globals_are_one_line_with_the_file(tmp_path):
+    conf = shutil.copytree(PROJECT / "conf", tmp_path / "conf")
+    (conf / "ci/globals.yml").write_text("folder: [ci]\n")
+    message = refusal(kedro(PROJECT, "--conf-source", str(conf), "--env", "ci", "--pipelines", "prompts"))
+    assert f"{conf}/ci/globals.yml" in message and "\n" not in message
 
 
 def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_path):

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import click
 from kedro.config import OmegaConfigLoader
+
+from dpdmd_pipeline.planning.conf_files import refused_files
+from dpdmd_pipeline.wording import one_line
 
 BASELINE_KEYS = ("anchored_steps", "diversity_weight", "stop_gradient")  # the differences between DP-DMD and DMD
 
 
 class ConfigLoader(OmegaConfigLoader):
-    """OmegaConfigLoader whose runtime parameters of `train` also reach `train_dmd`, except for its own three keys."""
+    """OmegaConfigLoader whose runtime parameters of `train` also reach `train_dmd`, except for its own three keys.
 
-    def __init__(self, *args: Any, runtime_params: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, runtime_params=with_baseline(runtime_params or {}), **kwargs)
+    It refuses YAML files that Kedro cannot read, or would expand without end, in one line each.
+    """
+
+    def __init__(
+        self,
+        conf_source: str,
+        env: str | None = None,
+        runtime_params: dict[str, Any] | None = None,
+        *,
+        base_env: str = "base",
+        default_run_env: str = "local",
+        **kwargs: Any,
+    ) -> None:
+        folders = dict.fromkeys(Path(conf_source) / name for name in (base_env, env or default_run_env))
+        if lines := [*refused_files(folders)]:
+            raise click.ClickException("\n  ".join(lines))
+        kwargs |= {"base_env": base_env, "default_run_env": default_run_env}
+        try:
+            super().__init__(conf_source, env, with_baseline(runtime_params or {}), **kwargs)
+        except Exception as error:  # whatever the YAML and OmegaConf libraries raise
+            raise click.ClickException(f"globals.yml of {conf_source} cannot be read: {one_line(error)}") from error
 
 
 def with_baseline(parameters: dict[str, Any]) -> dict[str, Any]:

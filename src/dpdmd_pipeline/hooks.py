@@ -38,7 +38,7 @@ class ConfigHooks:
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
         try:
             lines = [options.shared_folder(loader)]
-            _ = loader["parameters"]
+            _ = loader["catalog"], loader["parameters"]
         except Exception as error:  # whatever the YAML and OmegaConf libraries raise
             raise click.ClickException(f"the configuration cannot be read: {one_line(error)}") from error
         try:

@@ -16,6 +16,7 @@ INDEX = "model_index.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model is T5's
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
+WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -62,7 +63,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
             folder = Path(snapshot_download(self.model, revision=self.revision, allow_patterns=[INDEX]))
             kinds = (*TEXT_FILES, WEIGHTS) if with_weights else TEXT_FILES
             # Repositories hold more: single-file copies, other frameworks' weights, pictures.
-            patterns = [INDEX, *(f"{component}/{kind}" for component in _components(folder) for kind in kinds)]
+            patterns = [INDEX, *(f"{component}/{kind}" for component in components(folder) for kind in kinds)]
             options = {"allow_patterns": patterns, "ignore_patterns": [VARIANTS]}
             return Path(snapshot_download(self.model, revision=self.revision, **options))
 
@@ -79,17 +80,18 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 
 def _check_pipeline(folder: Path, remedy: str, with_weights: bool) -> None:
     """Check a folder against its index: each component with its config and, if it is a network, all its weights."""
-    for component in _components(folder):
+    for component, library in components(folder).items():
         if not any((folder / component).glob("*.json")):
             raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
-        if not with_weights or component.startswith(WITHOUT_WEIGHTS):
-            continue
-        if missing := _missing_weights(folder / component):
-            raise FileNotFoundError(f"{folder / component} has no {missing}: {remedy}")
+        if with_weights:
+            try:
+                weight_files(folder / component, library)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}: {remedy}") from None
 
 
-def _components(folder: Path) -> list[str]:
-    """Names of a pipeline's components that have a folder."""
+def components(folder: Path) -> dict[str, str]:
+    """Components of a pipeline that have a folder, and the library that each is loaded with."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -98,17 +100,28 @@ def _components(folder: Path) -> list[str]:
     except ValueError as error:
         raise OSError(f"{path} is not JSON ({error}): download it again") from error
     # An absent component is [null, null]; options of the pipeline are not lists of two names.
-    return [name for name, value in index.items() if isinstance(value, list) and len(value) == 2 and all(value)]
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: library for name, (library, kind) in entries.items() if library and kind}
 
 
-def _missing_weights(folder: Path) -> str | None:
-    """Name of a weight file that a network's folder lacks, or the pattern if it has none; None if it is complete."""
-    indices = sorted(path for path in folder.glob("*.safetensors.index.json") if ".fp16" not in path.name)
-    if indices:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        return next((name for name in names if not (folder / name).is_file()), None)
-    # A dangling link is no file: an interrupted download leaves such links in the cache.
-    return None if any(path.is_file() for path in folder.glob(WEIGHTS)) else WEIGHTS
+def weight_files(folder: Path, library: str) -> list[Path]:
+    """Files that `from_pretrained(use_safetensors=True)` opens for a component; none if it is not a network.
+
+    Raises:
+        FileNotFoundError: if one is missing; variants, pickles and files of other names do not replace it.
+    """
+    if folder.name.startswith(WITHOUT_WEIGHTS) or library not in WEIGHT_NAMES:
+        return []
+    name = WEIGHT_NAMES[library]
+    index = folder / f"{name}.index.json"
+    names = {name}
+    if index.is_file() and not (folder / name).is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in sorted(names):
+        if not (folder / name).is_file():  # an interrupted download leaves dangling links in the cache
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+            raise FileNotFoundError(f"{folder} has no {name}" + (f", only {', '.join(others[:3])}" if others else ""))
+    return [folder / name for name in sorted(names)]
 
 
 # ---- errors of the hub

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.planning.messages import AGAIN, error_line, stage_command
-from dpdmd_pipeline.planning.options import RUNTIME_PATHS
+
+RAW_FILES = ("raw_prompts", "raw_eval_prompts")  # the prompts stage knows which of them it needs
 
 
 def missing_inputs(pipeline: Any, catalog: Any, project: Path, env: str | None) -> Iterator[str]:
@@ -28,8 +29,7 @@ def missing_inputs(pipeline: Any, catalog: Any, project: Path, env: str | None) 
 def _exists(name: str, catalog: Any, env: str | None) -> bool:
     if name not in catalog:
         return False
-    # The prompts stage knows which raw files it needs; an optional dataset may be absent.
-    if name in RUNTIME_PATHS or getattr(catalog.get(name), "optional", False):
+    if name in RAW_FILES or getattr(catalog.get(name), "optional", False):
         return True
     try:
         return name.startswith("params:") or name == "parameters" or catalog.exists(name)

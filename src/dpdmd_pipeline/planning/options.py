@@ -13,7 +13,8 @@ from typing import Any
 
 from dpdmd_pipeline.wording import one_line, short
 
-RUNTIME_PATHS = ("raw_prompts", "raw_eval_prompts", "teacher_model")  # --params of the catalog; no node reads them
+_PROBE = "<runtime parameter>"
+_NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
 def unknown_environment(conf: Path, env: str | None) -> str | None:
@@ -58,9 +59,12 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
     from pydantic import BaseModel, ValidationError
 
     parameters, groups = loader["parameters"], set(_only_base(loader)["parameters"])
-    otherwise = f"; the groups are {', '.join(sorted(groups))}"
-    for name in sorted(set(parameters) - groups - set(RUNTIME_PATHS)):
-        yield f"{name}: unknown parameter group{nearest(name, groups, otherwise)}"
+    for name in sorted(set(parameters) - groups):
+        if line := _refused_name(loader, name, groups):
+            yield line
+    share = parameters["prompts"].get("eval_share") if isinstance(parameters.get("prompts"), dict) else None
+    if share is not None and "raw_eval_prompts" in loader.runtime_params:
+        yield f"raw_eval_prompts: prompts.eval_share={share} takes the prompts from raw_prompts: give one of both"
     lines: list[str] = []
     for group, model in sorted(TypeExtractor(pipelines).extract_types_from_pipelines().items()):
         if group not in parameters or not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -71,6 +75,40 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
             lines += [_option_line(group, model, fault) for fault in error.errors(include_url=False)]
     # The baseline copies the options of `train`: one line tells both.
     yield from (line for line in lines if line == (own := line.replace("train_dmd.", "train.", 1)) or own not in lines)
+
+
+def _refused_name(loader: Any, name: str, groups: set[str]) -> str | None:
+    """The line for a parameter outside the groups; None for a path that the catalog of this environment reads."""
+    is_given = name in loader.runtime_params  # on the command line
+    if is_given and _datasets_reading(loader, name, loader.env):
+        return _no_path(name, loader.runtime_params[name])
+    environments = sorted(path.name for path in Path(loader.conf_source).glob("*") if is_given and path.is_dir())
+    readers = {env: datasets for env in environments if (datasets := _datasets_reading(loader, name, env))}
+    if not readers:
+        otherwise = f"; the groups are {', '.join(sorted(groups))}"
+        return f"{name}: unknown parameter group{nearest(name, groups, otherwise)}"
+    env, dataset = loader.env or loader.base_env, next(iter(readers.values()))[0]
+    return f"{name}: environment {env} has its own {dataset}; {name} is for --env {', '.join(readers)}"
+
+
+def _no_path(name: str, value: Any) -> str | None:
+    """The line for a value that is not the text of a path."""
+    if isinstance(value, str) and value and not _NO_TEXT.search(value):
+        return None
+    hint = f"; a file of this name is ./{value}" if type(value) in (int, float) else ""
+    return f"{name} = {value!r}: must be a path{hint}"
+
+
+def _datasets_reading(loader: Any, name: str, env: str | None) -> list[str]:
+    """Datasets whose resolved entry holds a runtime parameter, in one environment's catalog."""
+    probe = type(loader)(
+        loader.conf_source,
+        env=env,
+        runtime_params={name: _PROBE},
+        base_env=loader.base_env,
+        default_run_env=loader.default_run_env,
+    )
+    return [dataset for dataset, entry in probe["catalog"].items() if _PROBE in repr(entry)]
 
 
 def _only_base(loader: Any) -> Any:

@@ -16,7 +16,7 @@ def refuse_prompts(pipeline: Any, catalog: Any, env: str | None = None) -> list[
     Training prompts count too: the embedded teacher has never seen other words, so it cannot draw them.
     """
     uses_prompts = USERS & {node.name for node in pipeline.nodes} and "params:evaluate" in catalog
-    if not uses_prompts or _option(catalog, "evaluate", "judge") != "shapes":
+    if not uses_prompts or option(catalog, "evaluate", "judge") != "shapes":
         return []
     try:
         line = foreign_line(_texts(pipeline, catalog))
@@ -55,12 +55,12 @@ def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
     if "prompts" not in pipeline.all_outputs():
         yield from (record["text"] for record in catalog.get("prompts").load())
         return
-    own_file = _option(catalog, "prompts", "eval_share") is None
+    own_file = option(catalog, "prompts", "eval_share") is None
     for name in ("raw_prompts", "raw_eval_prompts") if own_file else ("raw_prompts",):
         yield from (line.text for line in catalog.get(name).load().lines() if line.text.strip())
 
 
-def _option(catalog: Any, group: str, name: str) -> Any:
+def option(catalog: Any, group: str, name: str) -> Any:
     """One option of a stage; its group is a dict if the stage itself does not run."""
     options = catalog.get(f"params:{group}").load()
     return options.get(name) if isinstance(options, Mapping) else getattr(options, name)
