@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 from tests.exporting.conftest import CASES, SHIFTED, flow, vp
 
-from dpdmd_pipeline.exporting.card import MEASURE, CardFacts, DiffusersUse, Licence, write_card
+from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.dpdmd.noise import flow_sigmas, vp_schedule
+from dpdmd_pipeline.exporting.card import MEASURE, CardFacts, DiffusersUse, Licence, _stock_nodes, write_card
 
 OFFICIAL = flow("sd3", [1.0, 0.857692, 0.602151, 0.008929, 0.0])  # of the published student
 INTERVAL = {"value": 0.5, "low": 0.25, "high": 0.75}
@@ -122,3 +125,35 @@ def test_the_card_of_every_export_names_its_own_schedule(exports):
         levels = exported.case.header.timesteps or exported.case.header.sigmas
         assert f"| {', '.join(f'{level:.6g}' for level in levels)} |" in text
         assert json.dumps("text-to-image") in text
+
+
+def comfyui_simple(table, steps):
+    """ComfyUI's own rule for `simple`: every (len / steps)-th entry of the table, from its end and rounded down."""
+    return [*(float(table[-(1 + int(step * len(table) / steps))]) for step in range(steps)), 0.0]
+
+
+@pytest.mark.parametrize("steps", range(1, 17))
+def test_the_card_names_a_stock_scheduler_only_where_its_own_rule_gives_the_trained_levels(steps):
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = (1 - betas).cumprod(0)
+    table = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+    timesteps = vp_schedule(steps, alphas_cumprod.float()).timestep[:-1].tolist()
+    text = _stock_nodes(StudentHeader("sdxl", prediction="eps", timesteps=timesteps))
+    same = comfyui_simple(table, steps) == pytest.approx([*(float(table[t]) for t in timesteps), 0.0], abs=1e-6)
+    assert ("`simple`" in text) == same
+    for shift in (1.0, 3.0):
+        levels = flow_sigmas(steps, shift, "shifted").tolist()
+        unshifted = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        table_of_shift = shift * unshifted / (1 + (shift - 1) * unshifted)
+        text = _stock_nodes(StudentHeader("sd3", levels, shift=shift))
+        if "`simple`" in text:
+            assert comfyui_simple(table_of_shift, steps) == pytest.approx(levels, abs=1e-6)
+
+
+def test_a_card_that_asks_for_the_sigmas_lists_them():
+    text = card(StudentHeader("sdxl", prediction="eps", timesteps=[999, 700, 310, 50]))
+    assert "sigmas below" in text and "| sigmas | 14.6146, 3.33439, 0.862072, 0.225582, 0 (" in text
+
+
+def test_the_code_of_the_card_names_the_precision_as_diffusers_does():
+    assert "dtype=torch.bfloat16" in card() and "torch_dtype" not in card()

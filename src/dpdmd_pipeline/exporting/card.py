@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
-from dpdmd_pipeline.dpdmd.noise import flow_sigmas
+from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS, flow_sigmas, shift_sigma
 
 PAPER = "https://arxiv.org/abs/2602.03139"
 MEASURE = "kedro run --pipelines evaluate,export"
@@ -131,7 +131,7 @@ def _use_lora(facts: CardFacts) -> str:
 
 def _pipe(facts: CardFacts, path: str) -> str:
     more = _arguments(facts.diffusers.load)
-    return f'pipe = DiffusionPipeline.from_pretrained("{path}", torch_dtype=torch.{facts.dtype}{more and ", "}{more})'
+    return f'pipe = DiffusionPipeline.from_pretrained("{path}", dtype=torch.{facts.dtype}{more and ", "}{more})'
 
 
 def _draw(facts: CardFacts) -> str:
@@ -194,15 +194,31 @@ def _stock_nodes(header: StudentHeader) -> str:
 
 def _stock_scheduler(header: StudentHeader) -> str | None:
     """ComfyUI's name of the scheduler with the trained levels; None if there is none."""
+    # ComfyUI's `simple` takes every (1000 / N)-th entry of a table of 1000 levels, from its end and rounded down.
+    entries = [
+        NUM_TRAIN_TIMESTEPS - 1 - NUM_TRAIN_TIMESTEPS * step // header.num_steps for step in range(header.num_steps)
+    ]
     if header.prediction != "flow":
-        trailing = [round(1000 * count / header.num_steps) - 1 for count in range(header.num_steps, 0, -1)]
-        return "simple" if header.timesteps == trailing else None
-    for grid, name in (("diffusers", "normal"), ("shifted", "simple")):
-        if header.shift:
-            levels = flow_sigmas(header.num_steps, header.shift, grid)
-            if torch.allclose(levels, torch.tensor(header.sigmas), rtol=0, atol=1e-6):
+        return "simple" if header.timesteps == entries else None
+    if header.shift:
+        table = shift_sigma((torch.tensor(entries, dtype=torch.float64) + 1) / NUM_TRAIN_TIMESTEPS, header.shift)
+        normal = flow_sigmas(header.num_steps, header.shift, "diffusers")
+        for levels, name in ((normal.double(), "normal"), (torch.cat([table, table.new_zeros(1)]), "simple")):
+            if torch.allclose(levels, torch.tensor(header.sigmas).double(), rtol=0, atol=1e-6):
                 return name
     return None
+
+
+def _comfyui_sigmas(header: StudentHeader) -> str | None:
+    """Levels as ComfyUI takes them: sigma for flow, sigma / alpha for VP (of SDXL's table); None for other tables."""
+    if header.prediction == "flow":
+        return ", ".join(f"{sigma:.6g}" for sigma in header.sigmas)
+    if header.family != "sdxl":
+        return None
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
+    alphas_cumprod = (1 - betas).cumprod(0)[header.timesteps]
+    ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().tolist()
+    return f"{', '.join(f'{ratio:.6g}' for ratio in [*ratios, 0.0])} (sigma / alpha, for SDXL's table of noise levels)"
 
 
 def _use_here(facts: CardFacts) -> str:
@@ -224,7 +240,7 @@ def _schedule(header: StudentHeader) -> str:
         "steps": header.num_steps,
         "sampler": sampler,
         "prediction": header.prediction,
-        "sigmas": header.sigmas and ", ".join(f"{sigma:.6g}" for sigma in header.sigmas),
+        "sigmas": _comfyui_sigmas(header),
         "timesteps": header.timesteps and ", ".join(map(str, header.timesteps)),
         "shift": header.shift,
         "guidance": "none (1.0)",
