@@ -91,6 +91,8 @@ class Browser:
 
     def close(self) -> None:
         """Close the page, then the browser, so that it writes its storage even on a busy machine."""
+        self.call("Page.navigate", url="about:blank")
+        time.sleep(0.5)  # the page's last writes to its storage reach the browser's own process asynchronously
         self.session = None
         self.call("Target.closeTarget", targetId=self.target)
         os.write(self.to_browser, json.dumps({"id": 0, "method": "Browser.close"}).encode() + b"\0")
