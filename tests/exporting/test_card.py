@@ -24,7 +24,9 @@ def card(header=CASES["sd3_shifted"].header, **changes):
         "header": header,
         "dtype": "bfloat16",
         "files": {"diffusers": "diffusers", "comfyui": "comfyui/mine.safetensors"},
-        "diffusers": DiffusersUse({}, {"num_inference_steps": 4}, "FlowMatchEulerDiscreteScheduler", {}, False),
+        "diffusers": DiffusersUse(
+            {}, {"num_inference_steps": 4}, {"num_inference_steps": 28}, "FlowMatchEulerDiscreteScheduler", {}, False
+        ),
         "recipe": {"train": {"student": {"learning_rate": 0.1}}},
         "metrics": {},
     }
@@ -87,8 +89,19 @@ def test_a_student_without_anchored_steps_is_not_called_diverse():
 
 
 def test_the_card_says_which_levels_the_call_needs():
-    use = DiffusersUse({}, {"num_inference_steps": 3, "sigmas": [0.98, 0.9, 0.6]}, "X", {}, False)
-    assert "`sigmas`**" in card(diffusers=use) and "`sigmas`" not in card()
+    grid = [0.98, 0.9, 0.6]
+    header = flow("sd3", [*grid, 0.0])
+    for sigmas, is_shifted in ((grid, False), ([0.9, 0.8, 0.7], True)):
+        use = DiffusersUse({}, {"num_inference_steps": 3, "sigmas": sigmas}, {}, "X", {}, False)
+        text = card(header, diffusers=use)
+        assert "Without `sigmas`" in text and ("shifts these `sigmas` once" in text) == is_shifted
+    assert "`sigmas`" not in card()
+
+
+def test_the_card_says_what_diffusers_takes_for_arguments_that_are_left_out(exports):
+    assert "(`num_inference_steps=28`)" in card()
+    text = (exports["sdxl_eps"].folder / "README.md").read_text()
+    assert "`num_inference_steps=50`, `guidance_scale=5.0`" in text
 
 
 def test_the_card_lists_existing_files_only():

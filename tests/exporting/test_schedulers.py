@@ -23,10 +23,27 @@ def reloaded(schedule, folder):
 @pytest.mark.parametrize("grid", ["diffusers", "shifted"])
 def test_the_number_of_steps_alone_gives_every_named_grid(tmp_path, grid, shift, num_steps):
     sigmas = flow_sigmas(num_steps, shift, grid)
-    schedule = trained_schedule(StudentHeader("sd3", sigmas.tolist()), {"shift": shift})
-    assert schedule.arguments == {}
-    scheduler = reloaded(schedule, tmp_path)
+    scheduler = reloaded(trained_schedule(StudentHeader("sd3", sigmas.tolist()), {"shift": shift}), tmp_path)
     scheduler.set_timesteps(num_steps)
+    torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=2e-7)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * sigmas[:-1], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("shifts_end_points", ["as installed", "once", "twice"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 5.0])
+@pytest.mark.parametrize("grid", ["diffusers", "shifted"])
+def test_the_sigmas_of_the_call_give_the_levels_under_every_version_of_diffusers(
+    tmp_path, grid, shift, num_steps, shifts_end_points
+):
+    sigmas = flow_sigmas(num_steps, shift, grid)
+    schedule = trained_schedule(StudentHeader("sd3", sigmas.tolist()), {"shift": shift})
+    scheduler = reloaded(schedule, tmp_path)
+    if shifts_end_points != "as installed":  # once: both end points are those before the shift
+        scheduler.sigma_min, scheduler.sigma_max = 0.001, 1.0
+    if shifts_end_points == "twice":
+        scheduler.sigma_min = 0.001 * scheduler.shift / (1 + (scheduler.shift - 1) * 0.001)
+    scheduler.set_timesteps(**schedule.arguments)
     torch.testing.assert_close(scheduler.sigmas, sigmas, rtol=0, atol=2e-7)
     torch.testing.assert_close(scheduler.timesteps, 1000 * sigmas[:-1], rtol=0, atol=2e-4)
 

@@ -40,6 +40,7 @@ class DiffusersUse:
 
     load: Mapping[str, Any]  # further arguments of the pipeline's `from_pretrained`
     call: Mapping[str, Any]  # arguments of the pipeline's call, without prompts and generators
+    defaults: Mapping[str, Any]  # values that diffusers takes for those of them that are left out
     scheduler: str  # name of the scheduler's class
     settings: Mapping[str, Any]  # of the scheduler, without its defaults
     passes_generators: bool  # True if the pipeline's generators also make the noise between the sampling steps
@@ -149,17 +150,19 @@ def _arguments(values: Mapping[str, Any], between: str = " ") -> str:
 
 
 def _call_notes(facts: CardFacts) -> str:
-    noise = "Each picture has its own generator on the CPU, so that it depends on its prompt and seed alone."
+    notes = ["Each picture has its own generator on the CPU, so that it depends on its prompt and seed alone."]
     if facts.header.sampler == "renoise" and not facts.diffusers.passes_generators:
-        noise = "diffusers takes the noise between this pipeline's sampling steps from torch's global generator."
-    levels = "The folder's scheduler has the trained levels at this number of steps only."
-    for name in ("sigmas", "timesteps"):
-        if name in facts.diffusers.call:
-            levels = (
-                f"**Always give `{name}`**: no stock scheduler has these levels by default. With the number of steps "
-                "alone, diffusers draws at levels at which the student was not trained."
-            )
-    return f"{noise} {levels}"
+        notes = ["diffusers takes the noise between this pipeline's sampling steps from torch's global generator."]
+    own = ", ".join(f"`{name}={value!r}`" for name, value in facts.diffusers.defaults.items())
+    notes.append(f"**Give every argument**: diffusers stores none, and would take its own defaults ({own}).")
+    sigmas = facts.diffusers.call.get("sigmas")
+    if sigmas:
+        notes.append("Without `sigmas`, the levels depend on the version of diffusers.")
+    if sigmas and sigmas != facts.header.grid:
+        notes.append("The scheduler shifts these `sigmas` once, which gives the levels below.")
+    if "timesteps" in facts.diffusers.call:
+        notes.append("Without `timesteps`, diffusers draws at levels at which the student was not trained.")
+    return " ".join(notes)
 
 
 def _use_comfyui(facts: CardFacts) -> str:

@@ -96,9 +96,12 @@ def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
         "max_sequence_length": header.max_sequence_length,
         "use_resolution_binning": False,  # SANA's draws at another size and scales the picture
     }
+    defaults = {name: value.default for name, value in inspect.signature(pipeline.__call__).parameters.items()}
+    call = {name: value for name, value in facts.items() if name in defaults}
     return DiffusersUse(
         load=dict.fromkeys(sorted(absent - set(pipeline._optional_components))),
-        call={name: value for name, value in facts.items() if name in inspect.signature(pipeline.__call__).parameters},
+        call=call,
+        defaults={name: defaults[name] for name in call if defaults[name] not in (None, call[name])},
         scheduler=type(schedule.scheduler).__name__,
         settings=_settings(schedule.scheduler),
         passes_generators=hasattr(pipeline, "prepare_extra_step_kwargs"),

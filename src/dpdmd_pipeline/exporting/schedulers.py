@@ -26,7 +26,7 @@ class TrainedSchedule(NamedTuple):
     """A scheduler, and further arguments of the pipeline's call."""
 
     scheduler: SchedulerMixin  # of a stock class
-    arguments: dict[str, Any]  # {} if `num_inference_steps` is enough, else the levels themselves
+    arguments: dict[str, Any]  # `sigmas` before the scheduler's shift, or `timesteps`; {} if neither is needed
 
 
 def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
@@ -40,15 +40,19 @@ def trained_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> T
 
 
 def _flow_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> TrainedSchedule:
-    """Euler with the first candidate shift that gives the levels; if none does, the caller passes the levels."""
+    """Euler with the first candidate shift that gives the levels, or none, and the sigmas that it turns into them.
+
+    The number of steps alone is not enough: versions of diffusers differ in how often they shift the end points of the
+    schedule. Sigmas of the call are shifted once by all of them.
+    """
     trained = torch.tensor(header.sigmas)
     fixed = {"stochastic_sampling": header.sampler == "renoise"}
     for shift, shift_terminal in _shifts(header.sigmas, float(static_shift(teacher_config))):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal, **fixed)
         scheduler.set_timesteps(header.num_steps)
         if (scheduler.sigmas - trained).abs().max() <= _ROUNDING:
-            return TrainedSchedule(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {})
-    # shift 1 leaves the caller's levels unchanged
+            sigmas = [round(_shift(sigma, 1 / shift), 8) for sigma in header.sigmas[:-1]]
+            return TrainedSchedule(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {"sigmas": sigmas})
     return TrainedSchedule(FlowMatchEulerDiscreteScheduler(shift=1.0, **fixed), {"sigmas": header.sigmas[:-1]})
 
 
