@@ -2,11 +2,15 @@
 
 import json
 import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torchvision.transforms.functional import to_tensor
 
 from dpdmd_pipeline.shapes.models import (
     make_diffusion_scheduler,
@@ -17,10 +21,14 @@ from dpdmd_pipeline.shapes.models import (
     make_transformer,
     make_unet,
     make_vae,
+    save_half,
 )
+from dpdmd_pipeline.shapes.reader import read
 from dpdmd_pipeline.shapes.world import RESOLUTION, captions
 
 MAX_LENGTH = 12
+ROOT = Path(__file__).parents[2]
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +237,36 @@ def test_a_saved_sdxl_pipeline_draws_the_same_latents_and_is_small(sdxl_pipeline
     assert torch.equal(draw_sdxl(reloaded), draw_sdxl(sdxl_pipeline))
     in_half_precision = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) / 2
     assert in_half_precision < 12e6  # size in git
+
+
+@pytest.mark.parametrize("kind", ["sd3", "sdxl"])
+def test_a_teacher_in_half_precision_loads_in_float32_and_draws(kind, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    make = {"sd3": partial(make_pipeline, shift=1.0), "sdxl": make_sdxl_pipeline}[kind]
+    pipeline = make(max_length=MAX_LENGTH, seed=0)
+    save_half(pipeline, tmp_path)
+    stored = {value.dtype for path in tmp_path.rglob("*.safetensors") for value in load_file(path).values()}
+    assert stored - {torch.int64} == {torch.float16}
+    reloaded = DiffusionPipeline.from_pretrained(tmp_path, **({} if kind == "sdxl" else WITHOUT_T5))
+    assert {part.dtype for part in reloaded.components.values() if hasattr(part, "dtype")} == {torch.float32}
+    draw_sd3(reloaded) if kind == "sd3" else draw_sdxl(reloaded)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            values = getattr(reloaded, name).state_dict()
+            assert all(torch.equal(value.float(), values[key].float()) for key, value in part.state_dict().items())
+
+
+@pytest.mark.parametrize("teacher", ["shapes_teacher", "shapes_sdxl_teacher"])
+def test_the_pages_code_draws_with_the_embedded_teachers(teacher, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/embedded.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if f"/{teacher}" in block]
+    space = {}
+    torch.manual_seed(0)
+    exec(code, space)
+    picture = to_tensor(space["image"])[None]
+    assert read(picture).prompt.item() == captions().index("a red circle") and picture.shape[-1] == RESOLUTION
 
 
 def test_the_seed_determines_the_weights_of_sdxl(sdxl_pipeline):

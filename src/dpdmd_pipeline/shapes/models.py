@@ -6,12 +6,15 @@ and as many layers as heads, because ComfyUI recognises an SD3 network by these 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -191,3 +194,14 @@ def make_sdxl_pipeline(*, max_length: int, seed: int) -> StableDiffusionXLPipeli
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
         )
+
+
+def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write a pipeline in half precision whose parts all load in float32, unless a dtype is given.
+
+    diffusers loads its own networks so. It loads a text encoder in the precision of its config.
+    """
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for path in Path(folder).glob("text_encoder*/config.json"):
+        config = json.loads(path.read_text()) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

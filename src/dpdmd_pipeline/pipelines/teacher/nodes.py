@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ def train_embedded_teacher(
             f"backbone.family is {backbone.family!r}, but teacher.recipe trains a {options.recipe.family} teacher: "
             "choose the environment base or shapes_sdxl, where both agree"
         )
-    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from dpdmd_pipeline.shapes.models import save_half
     from dpdmd_pipeline.training.teacher import train_teacher
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
@@ -44,7 +45,7 @@ def train_embedded_teacher(
             log.info("%s: %s", name, "reused" if loss is None else f"trained, last loss {loss:.4f}")
 
         pipeline = train_teacher(options.recipe, state, follow)
-    return pipeline.to(dtype=torch.float16).save_pretrained
+    return partial(save_half, pipeline)
 
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:
