@@ -12,7 +12,7 @@ from torch import nn
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files, shapes_of
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_lora, load_weights, save_lora, save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
-from dpdmd_pipeline.backbones.tensor_files import save_weights
+from dpdmd_pipeline.backbones.tensor_files import CHECKSUM, check_content, save_weights
 from dpdmd_pipeline.errors import MissingInputError
 
 FLOW = StudentHeader("sd3", [1.0, 0.75, 0.0], shift=3.0)
@@ -193,6 +193,34 @@ def test_a_truncated_file_is_refused_by_its_path(tmp_path, network):
     (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
     with refuses(OSError, WEIGHTS):
         load_weights(tmp_path, network, "sd3")
+
+
+@pytest.mark.parametrize("part", ["header", "weights"])
+def test_a_damaged_student_is_refused_by_its_path(tmp_path, network, part):
+    save_student(tmp_path, network, FLOW)
+    load_weights(tmp_path, Network(), "sd3")
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    at = content.index(b"0.75") + 3 if part == "header" else len(content) - 1
+    content[at] ^= 1  # sigma 0.74 instead of 0.75, or one weight
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with refuses(OSError, str(tmp_path / WEIGHTS), "checksum", "copy it"):
+        load_weights(tmp_path, Network(), "sd3")
+
+
+def test_a_damaged_lora_is_refused_by_its_path(tmp_path):
+    save_lora(tmp_path, adapter(), LORA)
+    content = bytearray((tmp_path / ADAPTER).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / ADAPTER).write_bytes(content)
+    with refuses(OSError, str(tmp_path / ADAPTER), "checksum"):
+        load_lora(tmp_path)
+
+
+@pytest.mark.parametrize("checksum", ["", "0" * 64])
+def test_a_checksum_of_a_stranger_is_not_believed(tmp_path, checksum):
+    save_file({"0.weight": torch.zeros(2)}, tmp_path / WEIGHTS, metadata={CHECKSUM: checksum})
+    with refuses(OSError, "checksum"):
+        check_content(tmp_path / WEIGHTS)
 
 
 def test_a_folder_without_weights_names_the_stage_that_makes_them(tmp_path, network):

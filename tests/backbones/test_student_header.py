@@ -1,12 +1,16 @@
 """The header: its metadata keys, and the values that no sampler could follow."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.raising import refuses
 
-from dpdmd_pipeline.backbones.networks import WEIGHTS
+from comfy_nodes import limits as comfy_limits
+from dpdmd_pipeline.backbones import limits
+from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 
@@ -76,7 +80,7 @@ def refusal(header, changes):
         ({"lora_rank": 4}, ["kind lora"]),
         ({"kind": "lora", "lora_rank": 0, "lora_alpha": 1.0}, ["dpdmd.lora_rank is 0"]),
         ({"kind": "lora", "lora_rank": 4}, ["dpdmd.lora_alpha is None"]),
-        ({"resolution": 0}, ["at least 1"]),
+        ({"resolution": 0}, ["1 to 16384"]),
     ],
 )
 def test_values_that_no_flow_sampler_could_follow_are_refused(changes, facts):
@@ -113,6 +117,19 @@ def test_values_that_no_diffusion_sampler_could_follow_are_refused(changes, fact
         ({"dpdmd.family": None}, ["dpdmd.family", "missing"]),
         ({"dpdmd.sigmas": "[1.0, "}, ["dpdmd.sigmas is '[1.0, '"]),
         ({"dpdmd.sigmas": "[0.5, 1.0]"}, ["dpdmd.sigmas is [0.5, 1.0]", "fall strictly"]),
+        ({"dpdmd.family": "x" * 1_000_000}, ["dpdmd.family", "1000000 characters", "65536"]),
+        ({"dpdmd.format": "x" * 1_000_000}, ["dpdmd.format", "..."]),
+        ({"dpdmd.sigmas": "[" * 5000 + "]" * 5000}, ["dpdmd.sigmas", "5000 lists", "8"]),
+        ({"dpdmd.recipe": '{"a":' * 5000 + "1" + "}" * 5000}, ["dpdmd.recipe", "5000 lists and objects", "8"]),
+        ({"dpdmd.sigmas": f"[1, {10**400}, 0]"}, ["dpdmd.sigmas", "fall strictly"]),
+        ({"dpdmd.shift": str(10**400)}, ["dpdmd.shift", "positive number"]),
+        ({"dpdmd.shift": "1" + "0" * 5000}, ["dpdmd.shift", "5001"]),
+        ({"dpdmd.sigmas": json.dumps([1 - i / 20_000 for i in range(20_001)])}, ["dpdmd.sigmas", "65536"]),
+        ({"dpdmd.sigmas": json.dumps([round(1 - i / 5000, 4) for i in range(5001)])}, ["dpdmd.sigmas", "1001 numbers"]),
+        ({"dpdmd.sigmas": json.dumps([0] * 1_000_000)}, ["dpdmd.sigmas", "3000000 characters"]),
+        ({"dpdmd.resolution": "1000000000"}, ["dpdmd.resolution is 1000000000", "16384"]),
+        ({"dpdmd.kind": "lora", "dpdmd.lora_alpha": "4"}, ["dpdmd.lora_rank is None", "1 to 16384"]),
+        ({"dpdmd.kind": "lora", "dpdmd.lora_alpha": "4", "dpdmd.lora_rank": str(10**400)}, ["dpdmd.lora_rank"]),
     ],
 )
 def test_a_file_with_a_wrong_header_is_refused_by_its_path(tmp_path, changes, facts):
@@ -121,3 +138,26 @@ def test_a_file_with_a_wrong_header_is_refused_by_its_path(tmp_path, changes, fa
     with pytest.raises(ValueError) as error:
         load_header(tmp_path)
     assert all(fact in str(error.value) for fact in [str(tmp_path / WEIGHTS), *facts])
+    assert len(str(error.value)) < 1000
+
+
+def test_the_limits_are_those_of_the_node_pack():
+    ours, theirs = vars(limits), vars(comfy_limits)
+    shared = [name for name in theirs if name.startswith("MAX_")]
+    assert len(shared) == 4 and {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+@pytest.mark.parametrize(
+    "text, fact", [("[" * 5000, "5000 lists"), ("[1]", "[1]"), ("{", "cannot be read"), ('{"a": 1}', "no weight_map")]
+)
+def test_an_index_of_a_stranger_is_refused_by_its_path(tmp_path, text, fact):
+    (tmp_path / f"{WEIGHTS}.index.json").write_text(text)
+    with refuses(ValueError, str(tmp_path / f"{WEIGHTS}.index.json"), fact):
+        network_files(tmp_path)
+
+
+def test_a_long_name_of_a_tensor_is_shortened_in_the_message(tmp_path):
+    save_file({"x" * 1_000_000: torch.zeros(1)}, tmp_path / WEIGHTS)
+    with refuses(ValueError, "1 unknown (xxx", "...") as error:
+        check_keys([tmp_path / WEIGHTS], {})
+    assert len(str(error.value)) < 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.backbones.limits import read_json
 from dpdmd_pipeline.backbones.networks import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
@@ -207,7 +207,7 @@ def tokenizer_names(folder: Path) -> list[str]:
 
 def tokenizer_length(tokenizer: Path) -> int:
     """The most tokens that the text encoder takes, by the config in a tokenizer's folder; special ones included."""
-    return int(json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))["model_max_length"])
+    return int(read_json(tokenizer / "tokenizer_config.json")["model_max_length"])
 
 
 # ---- guidance

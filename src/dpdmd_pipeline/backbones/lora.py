@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.backbones.tensor_files import FEW
-from dpdmd_pipeline.wording import listed
+from dpdmd_pipeline.backbones.limits import first_names
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _KOHYA = "lora_unet_"
@@ -24,7 +23,7 @@ def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
     modules = {name.removesuffix(_A).removesuffix(_B) for name in state}
     unpaired = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
     if unpaired or not state:
-        keys = listed(unpaired, FEW) or "no keys"
+        keys = first_names(unpaired) or "no keys"
         raise ValueError(f"this is not a LoRA of pairs <module>{_A} and <module>{_B}: {keys}")
     for name in sorted(state):
         stored_rank = state[name].shape[0 if name.endswith(_A) else 1]  # A is [rank, in, ...], B [out, rank, ...]
@@ -32,20 +31,29 @@ def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
             raise ValueError(f"dpdmd.lora_rank is {rank}, but {name} has rank {stored_rank}")
 
 
+def modules_of(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the modules that an adapter with peft's keys changes."""
+    return sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
+
+
+def change_of(state: Mapping[str, Tensor], module: str) -> Tensor:
+    """B A of one module in float32, in the shape of its weight."""
+    down, up = state[module + _A].float(), state[module + _B].float()
+    return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
+
+
 @torch.no_grad()
 def add_lora(weights: MutableMapping[str, Tensor], state: Mapping[str, Tensor], scale: float) -> None:
     """Add scale (alpha / rank) times an adapter with peft's keys to weights, in place; sums are formed in float32."""
-    remedy = "give the teacher that it was trained on"
-    modules = sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
+    remedy, modules = "give the teacher that it was trained on", modules_of(state)
     if unknown := [name for name in modules if f"{name}.weight" not in weights]:
         count = f"{len(unknown)} of {len(modules)} modules"
-        raise ValueError(f"{count} of the LoRA are not in the network ({listed(unknown, FEW)}): {remedy}")
+        raise ValueError(f"{count} of the LoRA are not in the network ({first_names(unknown)}): {remedy}")
     for name in modules:
-        weight, down, up = weights[f"{name}.weight"], state[name + _A], state[name + _B]
-        shape = [up.shape[0], *down.shape[1:]]
-        if shape != list(weight.shape):
-            raise ValueError(f"{name} has shape {shape} in the LoRA, {list(weight.shape)} in the network: {remedy}")
-        change = (up.float().flatten(1) @ down.float().flatten(1)).view(weight.shape)
+        weight, change = weights[f"{name}.weight"], change_of(state, name)
+        if change.shape != weight.shape:
+            shapes = f"{list(change.shape)} in the LoRA, {list(weight.shape)} in the network"
+            raise ValueError(f"{name} has shape {shapes}: {remedy}")
         weight.copy_(weight.float() + scale * change.to(weight.device))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpdmd_pipeline.backbones.tensor_files import FEW, refuse_pickles, stored_shapes
-from dpdmd_pipeline.wording import listed
+from dpdmd_pipeline.backbones.limits import first_names, read_json
+from dpdmd_pipeline.backbones.tensor_files import check_content, refuse_pickles, stored_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's one weight file
-COMPONENTS = ("transformer", "unet")  # names of the denoising network in a pipeline's folder
 
 
 def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -25,11 +23,14 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: if the network is of another class, or keys or shapes differ.
-        OSError: if there is no config, or safetensors files are missing or incomplete.
+        OSError: if there is no config, or safetensors files are missing, incomplete or damaged.
     """
     config = network_config(kind, folder)
+    files = network_files(folder)
     with torch.device("meta"):
-        check_keys(network_files(folder), shapes_of(kind.from_config(config)))
+        check_keys(files, shapes_of(kind.from_config(config)))
+    for file in files:
+        check_content(file)
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
@@ -44,18 +45,20 @@ def network_config(kind: Any, folder: Path) -> dict[str, Any]:
     return config
 
 
-def network_files(folder: Path) -> list[Path]:
-    """List the safetensors files of a network's folder: the single one, or those of the index."""
-    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+def network_files(folder: Path, name: str = WEIGHTS) -> list[Path]:
+    """List the safetensors files of a network's folder: the single one of this name, or those of its index."""
+    single, index = folder / name, folder / f"{name}.index.json"
     if single.is_file() and index.is_file():
-        raise ValueError(f"{folder} has both {WEIGHTS} and an index of several files: delete the one you do not need")
+        raise ValueError(f"{folder} has both {name} and an index of several files: delete the one you do not need")
     if single.is_file():
         return [single]
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        if not isinstance(weight_map := read_json(index).get("weight_map"), dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map: copy it again")
+        return [folder / name for name in sorted(set(weight_map.values()))]
     refuse_pickles(sorted(folder.glob("*")))
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    only = f" (only {listed(others, FEW)})" if others else ""
+    only = f" (only {first_names(others)})" if others else ""
     raise FileNotFoundError(f"{single} does not exist{only}: save the network as safetensors")
 
 
@@ -73,6 +76,6 @@ def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> 
         "missing": sorted(shapes.keys() - stored.keys()),
         "resized": [f"{name} {list(stored[name])} instead of {list(shapes[name])}" for name in sorted(resized)],
     }
-    counts = [f"{len(keys)} {fault} ({listed(keys, FEW)})" for fault, keys in faults.items() if keys]
+    counts = [f"{len(keys)} {fault} ({first_names(keys)})" for fault, keys in faults.items() if keys]
     if counts:
         raise ValueError(f"{paths[0]} does not fit the network: keys {' and '.join(counts)}")

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dpdmd_pipeline.backbones import COMPONENTS
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
-from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, shapes_of
+from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, shapes_of
 from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
 from dpdmd_pipeline.backbones.tensor_files import (
+    check_content,
     check_finite,
     load_metadata,
     load_tensors,
@@ -140,7 +142,7 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
     Raises:
         ValueError: if the weights are of another family, have other keys or shapes than the network (the first three
             are named), are not finite, or are a pickle.
-        OSError: if the weight file is missing or incomplete.
+        OSError: if the weight file is missing, incomplete or damaged.
     """
     file = weight_file(path)
     if "dpdmd.format" in load_metadata(file):
@@ -148,8 +150,9 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
         check_family(file, header, family)
         if header.kind == "lora":
             state, _ = load_lora(file, [name for name, _ in model.named_modules()])
-            return add_lora(model.state_dict(), state, header.lora_alpha / header.lora_rank)
+            return add_lora(model.state_dict(), state, header.lora_scale)
     check_keys([file], shapes_of(model))
+    check_content(file)
     with open_tensors(file) as stored:
         for name, value in model.state_dict().items():
             tensor = stored.get_tensor(name)

@@ -7,13 +7,14 @@ nowhere else.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.backbones.limits import MAX_LEVELS, MAX_SHOWN, MAX_SIZE, check_length, parse_json
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS
+from dpdmd_pipeline.wording import short
 
 FORMAT = "1"
 KINDS = ("full", "lora")
@@ -21,6 +22,7 @@ PREDICTIONS = ("flow", "eps", "v")
 SAMPLERS = ("euler", "renoise")
 _CHOICES = {"family": FAMILIES, "kind": KINDS, "prediction": PREDICTIONS, "sampler": SAMPLERS}  # plain text, not JSON
 _REQUIRED = ("family", "guidance", "prediction", "sampler")
+_LARGEST = 3.4e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,8 @@ class StudentHeader:
         self._check_levels()
         self._check_lora()
         for key, least in (("resolution", 1), ("max_sequence_length", 0)):
-            value = getattr(self, key)
-            valid = value is None or (type(value) is int and value >= least)
-            self._require(key, valid, f"give an integer of at least {least}")
+            if getattr(self, key) is not None:
+                self._require_integer(key, least)
         recipe = {} if self.recipe is None else self.recipe
         valid = isinstance(recipe, dict) and all(isinstance(group, dict) for group in recipe.values())
         self._require("recipe", valid, "give an object of parameter groups")
@@ -65,7 +66,7 @@ class StudentHeader:
     def _check_levels(self) -> None:
         if self.prediction == "flow":
             self._require_none("timesteps", "belongs to eps and v, prediction flow has sigmas")
-            falling = "give at least two numbers that fall strictly from at most 1 to 0"
+            falling = f"give 2 to {MAX_LEVELS} numbers that fall strictly from at most 1 to 0"
             self._require("sigmas", _are_sigmas(self.sigmas), falling)
             self._require("shift", self.shift is None or _is_positive(self.shift), "give a positive number")
         else:
@@ -79,13 +80,16 @@ class StudentHeader:
             for key in ("lora_rank", "lora_alpha"):
                 self._require_none(key, "belongs to kind lora, this is full")
         else:
-            positive = type(self.lora_rank) is int and self.lora_rank > 0
-            self._require("lora_rank", positive, "give a positive integer")
+            self._require_integer("lora_rank", 1)
             self._require("lora_alpha", _is_positive(self.lora_alpha), "give a positive number")
 
     def _require(self, key: str, condition: bool, remedy: str) -> None:
         if not condition:
             raise header_error(key, getattr(self, key), remedy)
+
+    def _require_integer(self, key: str, least: int) -> None:
+        is_integer = type(value := getattr(self, key)) is int
+        self._require(key, is_integer and least <= value <= MAX_SIZE, f"give an integer of {least} to {MAX_SIZE}")
 
     def _require_none(self, key: str, reason: str) -> None:
         self._require(key, getattr(self, key) is None, reason)
@@ -94,6 +98,11 @@ class StudentHeader:
     def num_steps(self) -> int:
         """Network evaluations of one picture."""
         return len(self.sigmas) - 1 if self.prediction == "flow" else len(self.timesteps)
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor of an adapter's change."""
+        return self.lora_alpha / self.lora_rank
 
     @property
     def grid(self) -> list[float] | list[int]:
@@ -112,7 +121,7 @@ class StudentHeader:
     def from_metadata(cls, metadata: Mapping[str, str]) -> StudentHeader:
         """Convert from safetensors metadata; keys of other programs are ignored."""
         if metadata.get("dpdmd.format") != FORMAT:
-            raise ValueError(f"dpdmd.format is {metadata.get('dpdmd.format')!r}, this version reads {FORMAT!r}")
+            raise header_error("format", metadata.get("dpdmd.format"), f"this version reads {FORMAT!r}")
         for key in _REQUIRED:
             if f"dpdmd.{key}" not in metadata:
                 raise ValueError(f"dpdmd.{key} is missing in the header: export the student again")
@@ -122,20 +131,19 @@ class StudentHeader:
 
 def header_error(key: str, value: Any, remedy: str) -> ValueError:
     """Error about one value of a header."""
-    return ValueError(f"dpdmd.{key} is {value!r}: {remedy}")
+    return ValueError(f"dpdmd.{key} is {short(repr(value), MAX_SHOWN)}: {remedy}")
 
 
 def _parse(key: str, text: str) -> Any:
-    if key in _CHOICES or key == "identity":
-        return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise header_error(key, text, "it cannot be read; export the student again") from error
+        check_length(text)
+        return text if key in _CHOICES or key == "identity" else parse_json(text)
+    except ValueError as error:
+        raise header_error(key, text, f"{error}; export the student again") from error
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_positive(value: Any) -> bool:
@@ -143,7 +151,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _are_sigmas(values: Any) -> bool:
-    numbers = isinstance(values, list) and len(values) > 1 and all(map(_is_number, values))
+    numbers = isinstance(values, list) and 1 < len(values) <= MAX_LEVELS and all(map(_is_number, values))
     return numbers and values[0] <= 1 and values[-1] == 0 and _falls(values)
 
 

@@ -1,10 +1,12 @@
-"""Safetensors files: read and write tensors with their metadata; refuse pickles and incomplete files."""
+"""Safetensors files: read and write tensors with their metadata; refuse pickles, incomplete and damaged files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpdmd_pipeline.wording import listed
+from dpdmd_pipeline.backbones.limits import first_names
 
-FEW = 3  # names in an error message
+CHECKSUM = "sha256"  # key in the metadata: SHA-256 of the file, taken with zeros in its own place
+_BLANK = "0" * 64
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of finite weights: the same content gives the same bytes on every machine."""
+    """Write a safetensors file of finite weights, with a checksum: equal contents give equal bytes everywhere."""
     check_finite(path, weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(tensors, path, metadata=dict(metadata))
-    _sort_metadata(path)
+    save_file(tensors, path, metadata={**metadata, CHECKSUM: _BLANK})
+    _finish_header(path)
 
 
-def _sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file: the library's order differs from process to process."""
+def _finish_header(path: Path) -> None:
+    """Sort the metadata, whose order differs from process to process, and set the checksum."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -38,6 +41,33 @@ def _sort_metadata(path: Path) -> None:
             raise ValueError(f"{path}: the sorted header has {len(text)} bytes, {length} are reserved")
         file.seek(8)
         file.write(text.ljust(length))  # the format allows spaces at the end
+        file.flush()
+        file.seek(8)
+        file.write(text.replace(_BLANK.encode(), _sha256(path, _BLANK).encode(), 1))
+
+
+def check_content(path: Path) -> None:
+    """Hold a file against the checksum in its metadata; a file without one is taken as it is.
+
+    Each process reads a file once, unless it changes. An OSError if it is damaged.
+    """
+    status = path.stat()
+    if not _is_intact(path, status.st_ino, status.st_size, status.st_mtime_ns):
+        raise OSError(f"{path} does not match its checksum, it is damaged or changed: copy it or make it again")
+
+
+@cache
+def _is_intact(path: Path, *_: int) -> bool:
+    checksum = load_metadata(path).get(CHECKSUM)
+    return checksum is None or (len(checksum) == len(_BLANK) and _sha256(path, checksum) == checksum)
+
+
+def _sha256(path: Path, checksum: str) -> str:
+    """SHA-256 of a safetensors file with zeros in the place of its checksum, hexadecimal."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little")).replace(checksum.encode(), _BLANK.encode())
+        return hashlib.file_digest(file, lambda: hashlib.sha256(length + header)).hexdigest()
 
 
 def load_metadata(path: Path) -> dict[str, str]:
@@ -47,7 +77,8 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Load all tensors of a safetensors file to the CPU."""
+    """Load all tensors of a safetensors file, which must be intact, to the CPU."""
+    check_content(path)
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -91,4 +122,4 @@ def refuse_pickles(paths: Iterable[Path]) -> None:
 def check_finite(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a tensor that is read from `path`, or written to it, is not finite."""
     if names := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
-        raise ValueError(f"{path}: weights are not finite ({listed(names, FEW)}): train again, or choose a wider dtype")
+        raise ValueError(f"{path}: weights are not finite ({first_names(names)}): train again, or choose a wider dtype")

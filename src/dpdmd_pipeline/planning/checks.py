@@ -93,9 +93,9 @@ def check_anchors(
         StageError: if they were made with another option, teacher, prompts or embeddings; names it and both values.
         ValueError: if the recipe needs other anchors.
     """
+    from dpdmd_pipeline.backbones import network_folder
     from dpdmd_pipeline.datasets.model_folder import folder_hash
     from dpdmd_pipeline.datasets.sharded import fingerprint
-    from dpdmd_pipeline.planning.identity import network_folder
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest

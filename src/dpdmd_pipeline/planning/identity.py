@@ -22,14 +22,6 @@ _NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
 _NO_RESULT += ("training.checkpoint", "training.launch", "training.member")
 
 
-def network_folder(teacher: Path) -> Path:
-    """Folder of the denoising network in a diffusers pipeline folder; FileNotFoundError if it has none."""
-    for name in ("transformer", "unet"):
-        if (teacher / name).is_dir():
-            return teacher / name
-    raise FileNotFoundError(f"teacher {teacher} has no transformer/ and no unet/: give a diffusers pipeline folder")
-
-
 def texts_digest(prompts: Iterable[dict]) -> str:
     """SHA-256 of the prompts' texts in order, hexadecimal."""
     digest = hashlib.sha256()

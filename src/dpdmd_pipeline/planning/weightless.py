@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
-from dpdmd_pipeline.planning.identity import network_folder
 
 Storages = dict[int, Any]  # by identity; holding a storage keeps its identity from being reused
 

@@ -136,6 +136,16 @@ def test_a_published_student_that_is_not_this_runs_is_not_reused(train, tmp_path
     assert "reused" not in caplog.text
 
 
+def test_a_damaged_student_is_refused_by_its_path(train, tmp_path):
+    folder, _ = train()
+    pulled = shutil.copytree(folder, tmp_path / "pulled")
+    content = bytearray((pulled / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (pulled / WEIGHTS).write_bytes(content)
+    with refuses(OSError, str(pulled / WEIGHTS), "checksum"):
+        train(finished=pulled)
+
+
 def test_the_header_names_the_options_that_decided_the_student(train):
     recipe = load_header(train(diversity_weight=2.0)[0]).recipe
     assert recipe["train"]["diversity_weight"] == 2.0 and recipe["backbone"]["family"] == "sd3"

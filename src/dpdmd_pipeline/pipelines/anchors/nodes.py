@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
-from dpdmd_pipeline.planning.identity import check_embeddings, code_hash, network_folder
+from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe
 
 log = logging.getLogger(__name__)

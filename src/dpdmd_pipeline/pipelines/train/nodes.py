@@ -68,12 +68,14 @@ def train_student(
 
 
 def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | None:
-    """The published student, if it is this run's."""
-    from dpdmd_pipeline.backbones.student_file import load_finished
+    """The published student, if it is this run's; an OSError if its weights are damaged."""
+    from dpdmd_pipeline.backbones.student_file import load_finished, weight_file
+    from dpdmd_pipeline.backbones.tensor_files import check_content
 
     history = load_finished(finished_student, identity)
     if history is None:
         return None
+    check_content(weight_file(finished_student))
     log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
 

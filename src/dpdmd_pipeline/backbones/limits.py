@@ -1,0 +1,50 @@
+"""Limits for headers and JSON files of strangers; `comfy_nodes/limits.py`, which stands alone, has the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from dpdmd_pipeline.wording import listed, short
+
+MAX_DEPTH = 8  # lists or objects in each other
+MAX_CHARACTERS = 2**16  # of one value in a header
+MAX_FILE = 2**24  # characters of a JSON file; the index of a large network has 2**17
+MAX_LEVELS = 1001  # a model has 1000 timesteps, and the last level is 0
+MAX_SIZE = 2**14  # pixels of a side, tokens of a prompt, rank of an adapter
+MAX_SHOWN = 200  # characters of a value or a name in a message
+_FEW = 3  # names in a message
+
+
+def check_length(text: str, limit: int = MAX_CHARACTERS) -> str:
+    """Return a text of strangers; a ValueError if it is longer than any of ours."""
+    if len(text) > limit:
+        raise ValueError(f"it has {len(text)} characters, the limit is {limit}")
+    return text
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON of strangers; a ValueError if it is none, or deeper than any of ours."""
+    depth = max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0)
+    if depth > MAX_DEPTH:
+        raise ValueError(f"it has {depth} lists and objects in each other, the limit is {MAX_DEPTH}")
+    return json.loads(text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file with one JSON object; a ValueError with its path if it has none, or is beyond the limits."""
+    try:
+        content = parse_json(check_length(path.read_text(encoding="utf-8"), MAX_FILE))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has {short(repr(content), MAX_SHOWN)}, expected a JSON object: copy it again")
+    return content
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first few of many names, each shortened, for a message."""
+    return listed([short(name, MAX_SHOWN) for name in names], _FEW)
