@@ -20,6 +20,7 @@ from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.student_file import save_lora, save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
+from dpdmd_pipeline.exporting.card import Licence
 from dpdmd_pipeline.exporting.folder import Export
 from dpdmd_pipeline.exporting.formats import read_student
 
@@ -116,12 +117,10 @@ def export_options(**changes: Any) -> dict[str, Any]:
         "title": "tiny",
         "formats": ["diffusers", "comfyui", "lora"],
         "dtype": "float32",
-        "license": "apache-2.0",
-        "license_name": None,
-        "license_link": None,
+        "licence": Licence("apache-2.0", None, None),
         "base_model": None,
-        "recipe": {"train": {"grid": "shifted", "student": {"learning_rate": 0.1}}},
         "metrics": {},
+        "measure": "`kedro run`",
         **changes,
     }
 

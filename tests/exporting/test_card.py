@@ -9,7 +9,7 @@ from tests.exporting.conftest import CASES, SHIFTED, flow, vp
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas, vp_schedule
-from dpdmd_pipeline.exporting.card import MEASURE, CardFacts, DiffusersUse, Licence, _stock_nodes, write_card
+from dpdmd_pipeline.exporting.card import CardFacts, DiffusersUse, Licence, _stock_nodes, write_card
 
 OFFICIAL = flow("sd3", [1.0, 0.857692, 0.602151, 0.008929, 0.0])  # of the published student
 INTERVAL = {"value": 0.5, "low": 0.25, "high": 0.75}
@@ -27,8 +27,9 @@ def card(header=CASES["sd3_shifted"].header, **changes):
         "diffusers": DiffusersUse(
             {}, {"num_inference_steps": 4}, {"num_inference_steps": 28}, "FlowMatchEulerDiscreteScheduler", {}, False
         ),
-        "recipe": {"train": {"student": {"learning_rate": 0.1}}},
+        "losses": {},
         "metrics": {},
+        "measure": "`kedro run --env mine`",
     }
     return write_card(CardFacts(**facts | changes))
 
@@ -59,7 +60,7 @@ def test_the_card_says_that_a_licence_is_unknown_and_names_the_teacher_by_its_fo
 
 
 def test_levels_and_options_are_those_of_the_run():
-    text = card()
+    text = card(flow("sd3", SHIFTED, recipe={"train": {"student": {"learning_rate": 0.1}}}))
     assert "| sigmas | 1, 0.9, 0.75, 0.5, 0 |" in text and "| shift | 3.0 |" in text
     assert "| `train.student.learning_rate` | `0.1` |" in text
 
@@ -68,8 +69,8 @@ def test_measures_have_their_intervals_and_a_card_without_metrics_names_the_comm
     model = {"nfe": 4, "n": {"prompts": 12, "per_prompt": 64}, "quality": {"aligned": INTERVAL}, "diversity": {}}
     text = card(metrics={"teacher": model, "dp_dmd": model})
     assert "| aligned | 0.5 [0.25, 0.75] | 0.5 [0.25, 0.75] |" in text and "12 prompts, 64 pictures" in text
-    assert "## Measured" in text and MEASURE not in text
-    assert "## Measured" not in card() and f"`{MEASURE}`" in card()
+    assert "## Measured" in text and "`kedro run --env mine`" not in text
+    assert "## Measured" not in card() and "`kedro run --env mine`" in card()
 
 
 def test_any_metric_has_its_full_name_and_missing_ones_are_listed():
@@ -84,7 +85,7 @@ def test_any_metric_has_its_full_name_and_missing_ones_are_listed():
 
 
 def test_a_student_without_anchored_steps_is_not_called_diverse():
-    plain = card(recipe={"train": {"anchored_steps": 0}})
+    plain = card(flow("sd3", SHIFTED, recipe={"train": {"anchored_steps": 0}}))
     assert "DP-DMD]" not in plain and "DP-DMD](https://arxiv.org/abs/2602.03139)" in card()
 
 

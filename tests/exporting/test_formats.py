@@ -2,23 +2,28 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.exporting.conftest import ALPHA, CASES, RANK, RESOLUTION, export_options, train
 from tests.raising import refuses
+from transformers import CLIPTextModelWithProjection
 
+from dpdmd_pipeline.backbones.lora import add_lora
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
-from dpdmd_pipeline.exporting.folder import Export
+from dpdmd_pipeline.backbones.tensor_files import CHECKSUM
+from dpdmd_pipeline.exporting.folder import Export, diffusers_use
 from dpdmd_pipeline.exporting.formats import About, read_student, write_lora
 
 
 def metadata(path):
     with safe_open(path, framework="pt") as file:
-        return file.metadata()
+        return {key: value for key, value in file.metadata().items() if key != CHECKSUM}
 
 
 def network(folder):
@@ -101,6 +106,125 @@ def test_weights_are_written_in_the_requested_precision(trained, tmp_path, dtype
     files = write(read(folder, teacher), teacher, out, dtype=dtype).files
     for path in (network(out / "diffusers") / WEIGHTS, out / files["comfyui"], out / files["lora"]):
         assert {tensor.dtype for tensor in load_file(path).values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_eps", "sana_renoise"])
+def test_a_plain_call_draws_with_a_folder_of_any_precision(exports, request, tmp_path, name, dtype, stored):
+    exported = exports[name]
+    teacher = shutil.copytree(exported.teacher, tmp_path / "teacher")
+    for path in (path for path in teacher.glob("text_encoder*/*.safetensors") if stored == "float16"):
+        save_file({key: value.half() for key, value in load_file(path).items()}, path, metadata={"format": "pt"})
+        config = path.parent / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": stored, "torch_dtype": stored}))
+    folder = write(exported.export.student, teacher, tmp_path / "out", dtype=dtype).files["diffusers"]
+    for path in (tmp_path / "out" / folder).rglob("*.safetensors"):
+        floats = {value.dtype for value in load_file(path).values() if value.is_floating_point()}
+        assert floats == {getattr(torch, dtype)}, path
+    use = diffusers_use(exported.export.student.header, teacher)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / folder, **use.load)
+    assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {torch.float32}
+    assert pipe("a prompt", **use.call).images[0].size == (RESOLUTION, RESOLUTION)
+
+
+def test_text_encoders_in_several_files_keep_their_index(exports, tmp_path):
+    exported = exports["sd3_shifted"]
+    teacher = shutil.copytree(exported.teacher, tmp_path / "teacher")
+    folder = teacher / "text_encoder"
+    encoder = CLIPTextModelWithProjection.from_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")  # a variant is not copied
+    encoder.save_pretrained(folder, max_shard_size="30KB")
+    write(exported.export.student, teacher, tmp_path / "out", dtype="bfloat16")
+    copy = tmp_path / "out/diffusers/text_encoder"
+    files = {path.name for path in folder.glob("model-*.safetensors")}
+    assert len(files) > 1 and {path.name for path in copy.glob("*.safetensors")} == files
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(
+        value.nbytes for path in files for value in load_file(copy / path).values()
+    )
+    read_back = CLIPTextModelWithProjection.from_pretrained(copy, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(value.bfloat16(), read_back[name]) for name, value in encoder.state_dict().items())
+
+
+# ---- an adapter in half precision
+
+
+def with_adapter(student, factor):
+    """The student with its adapter's B times a factor, and the weights of that sum."""
+    adapter = {name: value * (factor if "lora_B" in name else 1) for name, value in student.adapter.items()}
+    weights = {name: value.clone() for name, value in student.weights.items()}
+    add_lora(weights, student.adapter, -student.header.lora_scale)
+    add_lora(weights, adapter, student.header.lora_scale)
+    return replace(student, adapter=adapter, weights=weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora"])
+def test_the_card_has_the_loss_of_an_adapter_by_its_precision(exports, tmp_path, name, dtype):
+    exported, precision = exports[name], getattr(torch, dtype)
+    student = with_adapter(exported.export.student, 0.01)
+    files = write(student, exported.teacher, tmp_path / "out", dtype=dtype).files
+    stored = load_file(tmp_path / "out" / files["comfyui"])
+    base = load_file(network(exported.teacher) / WEIGHTS)
+    modules = [key.removesuffix(".lora_A.weight") for key in student.adapter if "lora_A" in key]
+    shares = {}
+    for module in modules:
+        exact = student.weights[f"{module}.weight"]
+        lost = (stored[f"{module}.weight"].float() - exact).norm()
+        shares[module] = (float(lost / exact.norm()), float(lost / (exact - base[f"{module}.weight"]).norm()))
+    rows = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in card_rows(tmp_path / "out")}
+    for number, row in enumerate(("merged weights", "adapter's change, merged")):
+        worst = max(shares, key=lambda module: shares[module][number])
+        assert float(rows[row][2].removesuffix(" %")) == pytest.approx(100 * shares[worst][number], rel=0.06)
+        assert dtype == "float32" or worst in rows[row][3]
+    assert float(rows["adapter's change, LoRA"][1].removesuffix(" %")) <= 200 * torch.finfo(precision).eps
+
+
+def card_rows(folder):
+    text = (folder / "README.md").read_text()
+    return text[text.index("## Precision") : text.index("This student was not measured")].splitlines()
+
+
+def test_a_change_that_the_precision_rounds_away_is_warned_of(exports, tmp_path, caplog):
+    exported = exports["sd3_lora"]
+    write(exported.export.student, exported.teacher, tmp_path / "plain", dtype="bfloat16")
+    assert not caplog.records
+    write(with_adapter(exported.export.student, 1e-3), exported.teacher, tmp_path / "small", dtype="bfloat16")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "bfloat16" in line and "adapter's change, merged" in line and "export.dtype=float32" in line
+
+
+def test_factors_below_float16_are_warned_of_and_refused_when_they_vanish(exports, tmp_path, caplog):
+    exported = exports["sd3_lora"]
+    export = {"dtype": "float16", "formats": ["lora"]}
+    write(with_adapter(exported.export.student, 1e-4), exported.teacher, tmp_path / "small", **export)
+    assert any("below the normal numbers of float16" in record.getMessage() for record in caplog.records)
+    with refuses(ValueError, "lora_B.weight", "float16", "export.dtype"):
+        write(with_adapter(exported.export.student, 1e-9), exported.teacher, tmp_path / "zero", **export)
+    write(
+        with_adapter(exported.export.student, 1e-9),
+        exported.teacher,
+        tmp_path / "kept",
+        dtype="bfloat16",
+        formats=["lora"],
+    )
+
+
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora"])
+def test_the_strength_of_an_exported_lora_is_linear(exports, name):
+    exported = exports[name]
+    use = diffusers_use(exported.export.student.header, exported.teacher)
+    base, student = load_file(network(exported.teacher) / WEIGHTS), exported.export.student
+    for strength in (0.5, 1.0, -2.0):
+        pipe = DiffusionPipeline.from_pretrained(exported.teacher, **use.load)
+        pipe.load_lora_weights(str(exported.file("lora")))
+        pipe.fuse_lora(lora_scale=strength)
+        pipe.unload_lora_weights()
+        fused = getattr(pipe, network(exported.teacher).name).state_dict()
+        for key, value in base.items():
+            expected = value + strength * (student.weights[key] - value)
+            torch.testing.assert_close(fused[key], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_kohyas_alphas_are_exact_in_every_precision(exports, tmp_path):

@@ -1,5 +1,6 @@
 """Our sampler against diffusers alone, on every form of every export."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,29 @@ def test_a_missing_path_is_reported_first(exports, tmp_path):
         sample(tmp_path / "export", ["a red circle"], [0], device="cpu")
     with refuses(FileNotFoundError, str(tmp_path / "teacher")):
         sample(exports["sd3_lora"].file("lora"), ["a red circle"], [0], teacher=tmp_path / "teacher", device="cpu")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_a_damaged_part_of_an_export_is_refused_by_its_path(exports, tmp_path, part):
+    folder = shutil.copytree(exports["sd3_shifted"].file("diffusers"), tmp_path / "export")
+    (path,) = (folder / part).glob("*.safetensors")
+    damage(path)
+    with refuses(OSError, str(path), "checksum"):
+        sample(folder, PROMPTS, SEEDS, device="cpu")
+
+
+def test_a_damaged_file_is_refused_by_its_path(exports, tmp_path):
+    exported = exports["sd3_lora"]
+    path = shutil.copyfile(exported.file("lora"), tmp_path / "lora.safetensors")
+    damage(path)
+    with refuses(OSError, str(path), "checksum"):
+        sample(path, PROMPTS, SEEDS, teacher=exported.teacher, device="cpu")
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
 
 
 def test_weights_need_a_teacher_and_a_pipeline_takes_none(exports):

@@ -11,18 +11,15 @@ import torch
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS, flow_sigmas, shift_sigma
+from dpdmd_pipeline.exporting.rounding import Loss
 
 PAPER = "https://arxiv.org/abs/2602.03139"
-MEASURE = "kedro run --pipelines evaluate,export"
 FORMS = ("diffusers", "comfyui", "lora")
 _COMFYUI_FAMILIES = ("sd3", "sdxl")  # tested: ComfyUI loads their diffusers keys
 _COMFYUI_SHIFT = 3.0  # ComfyUI's default for an SD3 file
 _CLIP_TOKENS = 77
 _NO_LICENCE = "Licence: unknown. The licence of the teacher applies."
 _NO_RECIPE = "The options of this student's training are unknown: its file does not name them."
-_NOT_MEASURED = (
-    f"This student was not measured. To measure it, run `{MEASURE}` with the `--env` and `--params` of its training."
-)
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,9 @@ class CardFacts:
     dtype: str  # of the exported weights
     files: Mapping[str, str]  # path below the card of every form that was written
     diffusers: DiffusersUse
-    recipe: Mapping[str, Mapping[str, Any]]  # parameter group to the options that decided the student; {} if unknown
+    losses: Mapping[str, Loss]  # by storing a LoRA, alone and merged; {} for a full student
     metrics: Mapping[str, Any]  # of this student, as the evaluate stage writes them; {} without measurements
+    measure: str  # command that measures it and exports it again, for this environment
 
 
 def write_card(facts: CardFacts) -> str:
@@ -75,8 +73,9 @@ def write_card(facts: CardFacts) -> str:
         _use_here(facts),
         "## Schedule",
         _schedule(facts.header),
-        *(["## Measured", _measured(facts.metrics)] if facts.metrics else [_NOT_MEASURED]),
-        *(["## Options of the training", _options(facts.recipe)] if facts.recipe else [_NO_RECIPE]),
+        *(["## Precision", _precision(facts)] if facts.losses else []),
+        *(["## Measured", _measured(facts.metrics)] if facts.metrics else [_not_measured(facts)]),
+        *(["## Options of the training", _options(recipe)] if (recipe := facts.header.recipe) else [_NO_RECIPE]),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -85,7 +84,7 @@ def _summary(facts: CardFacts) -> str:
     steps, base = facts.header.num_steps, facts.base_model or facts.teacher_folder
     kind = "LoRA" if facts.header.kind == "lora" else "student"
     method = f"[DP-DMD]({PAPER}). Its first step is trained to give every seed its own picture"
-    if facts.recipe.get("train", {}).get("anchored_steps") == 0:
+    if (facts.header.recipe or {}).get("train", {}).get("anchored_steps") == 0:
         method = "DMD, without the anchored steps that preserve diversity"
     return (
         f"A {steps}-step {kind} of `{base}`, distilled with {method}. A picture costs {steps} evaluations of the "
@@ -252,6 +251,19 @@ def _schedule(header: StudentHeader) -> str:
         "LoRA alpha": header.lora_alpha,
     }
     return _table(["", ""], [[name, str(value)] for name, value in rows.items() if value is not None])
+
+
+def _precision(facts: CardFacts) -> str:
+    rows = [
+        [name, f"{100 * loss.overall:.2g} %", f"{100 * loss.worst:.2g} %", f"`{loss.weight}`"]
+        for name, loss in facts.losses.items()
+    ]
+    text = f"Difference between the weights in {facts.dtype} and in float32, as a share of their norm:"
+    return "\n\n".join([text, _table(["", "all weights", "worst weight", ""], rows)])
+
+
+def _not_measured(facts: CardFacts) -> str:
+    return f"This student was not measured. To measure it, run {facts.measure} with the `--params` of its training."
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:

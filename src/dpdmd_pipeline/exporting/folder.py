@@ -12,17 +12,19 @@ from typing import Any
 import diffusers
 import torch
 
+from dpdmd_pipeline.backbones import network_folder
+from dpdmd_pipeline.backbones.limits import read_json
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.exporting.card import FORMS, CardFacts, DiffusersUse, Licence, write_card
 from dpdmd_pipeline.exporting.formats import (
     About,
     Student,
-    component,
     teacher_scheduler,
     write_comfyui,
     write_diffusers,
     write_lora,
 )
+from dpdmd_pipeline.exporting.rounding import check_losses, merge_losses
 from dpdmd_pipeline.exporting.schedulers import trained_schedule
 
 
@@ -34,13 +36,11 @@ class Export:
     teacher: Path  # its diffusers pipeline directory
     title: str
     formats: Sequence[str]  # requested forms; see `FORMS`
-    dtype: str  # of the weights, a name in torch
-    license: str | None
-    license_name: str | None
-    license_link: str | None
+    dtype: str  # of all weights in it, a name in torch
+    licence: Licence
     base_model: str | None
-    recipe: Mapping[str, Mapping[str, Any]]
     metrics: Mapping[str, Any]
+    measure: str
 
     @property
     def files(self) -> dict[str, str]:
@@ -57,34 +57,39 @@ class Export:
         """Write all forms, an index and the model card into an empty folder; refuse weights not finite in the dtype."""
         if not self.files:
             raise ValueError("export.formats=['lora'], but the student is of kind full: add diffusers or comfyui")
-        about = About(self.title, self.license_name or self.license, getattr(torch, self.dtype))
+        student, dtype, losses = self.student, getattr(torch, self.dtype), {}
+        about = About(self.title, self.licence.license_name or self.licence.license, dtype)
         if "diffusers" in self.files:
-            write_diffusers(folder / self.files["diffusers"], self.student, self.teacher, about)
+            write_diffusers(folder / self.files["diffusers"], student, self.teacher, about)
         if "comfyui" in self.files:
-            write_comfyui(folder / self.files["comfyui"], self.student, about)
+            write_comfyui(folder / self.files["comfyui"], student, about)
+        if student.adapter and self.files.keys() - {"lora"}:
+            losses |= merge_losses(student.weights, student.adapter, student.header.lora_scale, dtype)
         if "lora" in self.files:
-            write_lora(folder / self.files["lora"], self.student, component(self.teacher), about)
+            losses |= write_lora(folder / self.files["lora"], student, network_folder(self.teacher).name, about)
+        check_losses(losses, dtype)
         # a model folder has a config.json; this one is an index of the forms
-        index = {"title": self.title, "dtype": self.dtype, "files": self.files, **self.student.header.metadata()}
+        index = {"title": self.title, "dtype": self.dtype, "files": self.files, **student.header.metadata()}
         (folder / "config.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         facts = CardFacts(
             title=self.title,
-            licence=Licence(self.license, self.license_name, self.license_link),
+            licence=self.licence,
             base_model=self.base_model,
             teacher_folder=self.teacher.name,
-            header=self.student.header,
+            header=student.header,
             dtype=self.dtype,
             files=self.files,
-            diffusers=diffusers_use(self.student.header, self.teacher),
-            recipe=self.recipe,
+            diffusers=diffusers_use(student.header, self.teacher),
+            losses=losses,
             metrics=self.metrics,
+            measure=self.measure,
         )
         (folder / "README.md").write_text(write_card(facts), encoding="utf-8")
 
 
 def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
     """Arguments for diffusers, from the signatures of the teacher's pipeline and of the scheduler."""
-    index = json.loads((teacher / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(teacher / "model_index.json")
     pipeline, schedule = getattr(diffusers, index["_class_name"]), trained_schedule(header, teacher_scheduler(teacher))
     absent = {name for name, value in index.items() if value == [None, None]}
     facts = {

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import static_shift
-from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, transformer_from_peft
-from dpdmd_pipeline.backbones.networks import COMPONENTS, WEIGHTS, check_keys, network_files
+from dpdmd_pipeline.backbones.limits import read_json
+from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, peft_from_file, transformer_from_peft
+from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
 from dpdmd_pipeline.backbones.student_header import StudentHeader
-from dpdmd_pipeline.backbones.tensor_files import load_tensors, refuse_pickles, save_weights, stored_shapes
+from dpdmd_pipeline.backbones.tensor_files import load_metadata, load_tensors, save_weights, stored_shapes
+from dpdmd_pipeline.exporting.rounding import Loss, check_underflow, lora_loss
 from dpdmd_pipeline.exporting.schedulers import trained_schedule
 
-_COPIED = {".json", ".model", ".safetensors", ".txt"}
+_COPIED = {".json", ".model", ".txt"}
+_WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component
 # names of the ModelSpec convention and of the trainers that write it
 _ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}
 _MODELSPEC_PREDICTION = {"eps": "epsilon", "v": "v"}
@@ -46,7 +50,7 @@ def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_
     """
     path, header = weight_file(folder), load_header(folder)
     check_family(path, header, family)
-    network = network_files(teacher / component(teacher))
+    network = network_files(network_folder(teacher))
     header = replace(header, resolution=resolution, max_sequence_length=max_sequence_length)
     if header.prediction == "flow" and header.shift is None:  # students of older versions
         header = replace(header, shift=float(static_shift(teacher_scheduler(teacher), teacher)))
@@ -55,19 +59,8 @@ def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_
         return Student(header, load_tensors(path), None)
     adapter, _ = load_lora(path)
     weights = {name: tensor.float() for file in network for name, tensor in load_tensors(file).items()}
-    add_lora(weights, adapter, header.lora_alpha / header.lora_rank)
+    add_lora(weights, adapter, header.lora_scale)
     return Student(header, weights, adapter)
-
-
-def component(pipeline: Path) -> str:
-    """Name of the denoising network in a pipeline's folder."""
-    index = _model_index(pipeline)
-    for name in COMPONENTS:
-        if name in index:
-            return name
-    raise ValueError(
-        f"{pipeline / 'model_index.json'} names no {' or '.join(COMPONENTS)}: give a text-to-image pipeline"
-    )
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
 
 def teacher_scheduler(teacher: Path) -> dict[str, Any]:
     """The config of the teacher's own scheduler."""
-    return _json(teacher / "scheduler" / "scheduler_config.json")
+    return read_json(teacher / "scheduler" / "scheduler_config.json")
 
 
 # ---- writing
@@ -104,16 +97,14 @@ def teacher_scheduler(teacher: Path) -> dict[str, Any]:
 
 def write_diffusers(folder: Path, student: Student, teacher: Path, about: About) -> None:
     """Write a whole pipeline into a new folder: the teacher's, with the student's network and schedule."""
-    network, index = component(teacher), _model_index(teacher)
-    folder.mkdir(parents=True)
-    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
-        if name not in ("scheduler", network):
-            _copy_component(teacher / name, folder / name)
+    network, index = network_folder(teacher), read_json(teacher / "model_index.json")
+    for name, value in sorted(index.items()):
+        if isinstance(value, list) and value[0] and name not in ("scheduler", network.name):
+            _copy_component(teacher / name, folder / name, value[0], about.dtype)
     scheduler = trained_schedule(student.header, teacher_scheduler(teacher)).scheduler
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / network).mkdir()
-    _write_json(folder / network / "config.json", _json(teacher / network / "config.json"))
-    _save(folder / network / WEIGHTS, student.weights, _as_full(student.header), about)
+    _save(folder / network.name / WEIGHTS, student.weights, _as_full(student.header), about)
+    _write_json(folder / network.name / "config.json", read_json(network / "config.json"))
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     _write_json(folder / "model_index.json", index)
 
@@ -126,8 +117,8 @@ def write_comfyui(path: Path, student: Student, about: About) -> None:
     _save(path, student.weights, _as_full(student.header), about)
 
 
-def write_lora(path: Path, student: Student, network: str, about: About) -> None:
-    """Write a LoRA that diffusers and ComfyUI load with the right scale.
+def write_lora(path: Path, student: Student, network: str, about: About) -> dict[str, Loss]:
+    """Write a LoRA that diffusers and ComfyUI load with the right scale; returns the loss by its precision.
 
     A ``transformer`` gets a prefix, and the scale in B; a ``unet`` gets kohya's keys, with alpha.
     """
@@ -135,9 +126,13 @@ def write_lora(path: Path, student: Student, network: str, about: About) -> None
     if network == "unet":
         tensors = kohya_from_peft(student.adapter, header.lora_alpha)
     else:
-        tensors = transformer_from_peft(student.adapter, header.lora_alpha / header.lora_rank)
+        tensors = transformer_from_peft(student.adapter, header.lora_scale)
         header = replace(header, lora_alpha=float(header.lora_rank))
+    check_underflow(tensors, about.dtype)
     _save(path, tensors, header, about)
+    modules = [name.removesuffix(".weight") for name in student.weights]
+    stored = peft_from_file(load_tensors(path), modules)
+    return lora_loss(student.adapter, stored, student.header.lora_scale / header.lora_scale)
 
 
 def _as_full(header: StudentHeader) -> StudentHeader:
@@ -152,6 +147,11 @@ def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, abou
     save_weights(path, cast, header.metadata() | modelspec(header, about))
 
 
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 # ---- files of a teacher
 
 
@@ -163,29 +163,27 @@ def hub_id(teacher: Path) -> str | None:
     return "/".join(owner_and_name) if kind == "models" and len(owner_and_name) == 2 else None
 
 
-def _copy_component(source: Path, target: Path) -> None:
-    """Copy one component of a pipeline without its pickles; it must have other weights."""
-    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
-    if not any(path.suffix == ".safetensors" for path in files):
-        refuse_pickles(files)
-    for path in files:
+def _copy_component(source: Path, target: Path, library: str, dtype: torch.dtype) -> None:
+    """Copy one component of a pipeline, with its weights in another precision, and without pickles and variants."""
+    for path in sorted(source.rglob("*")):
         if path.suffix in _COPIED:
             copy = target / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-
-
-def _model_index(pipeline: Path) -> dict[str, Any]:
-    path = pipeline / "model_index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the folder of a diffusers pipeline")
-    return _json(path)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if library not in _WEIGHT_NAMES or not (source / "config.json").is_file():
+        return  # a tokenizer
+    if library == "transformers":
+        # Without an argument, diffusers loads its networks in float32, and a text encoder as its config says.
+        config = read_json(source / "config.json") | {"dtype": "float32"}
+        config.pop("torch_dtype", None)  # the name in older versions
+        _write_json(target / "config.json", config)
+    total = 0
+    for path in network_files(source, _WEIGHT_NAMES[library]):
+        tensors = {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in load_tensors(path).items()
+        }
+        save_weights(target / path.name, tensors, load_metadata(path) | {"format": "pt"})
+        total += sum(value.nbytes for value in tensors.values())
+    index = target / f"{_WEIGHT_NAMES[library]}.index.json"
+    if index.is_file():
+        _write_json(index, read_json(index) | {"metadata": {"total_size": total}})

@@ -14,6 +14,7 @@ from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, l
 from dpdmd_pipeline.backbones.options import Device, resolve_device
 from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
 from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.backbones.tensor_files import check_content
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError
@@ -48,7 +49,7 @@ def sample(
     Raises:
         ValueError: if prompts and seeds differ in number, a seed is out of range, the weights do not fit, or the
             file's header is incomplete.
-        OSError: if a file is missing or incomplete.
+        OSError: if a file is missing, incomplete or damaged.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt, and at least one")
@@ -127,6 +128,8 @@ def _pipeline(path: Path, teacher: Path | None) -> Path:
 
 def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
     pipeline, header = _pipeline(path, teacher), load_header(path)
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        check_content(file)
     for key in ("resolution", "max_sequence_length"):
         if getattr(header, key) is None:
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")

@@ -16,7 +16,6 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
-from dpdmd_pipeline.exporting.card import MEASURE
 from dpdmd_pipeline.pipelines.export import create_pipeline
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -40,6 +39,7 @@ KNOWN = {
     "license_name": "community",
     "license_link": "https://example.org/licence",
 }
+MEASURE = "`kedro run --pipelines evaluate,export`"
 UNKNOWN = {"license": None, "teacher": KNOWN, "formats": ["comfyui"]}
 
 
@@ -56,7 +56,7 @@ def student(tiny_teacher, tmp_path_factory):
 
 
 def test_the_catalog_gets_a_folder_with_every_form_that_the_student_has(student, tiny_teacher, tmp_path):
-    write = export_student(student, tiny_teacher, {}, backbone_options(), ExportOptions(**OPTIONS))
+    write = export_student(student, tiny_teacher, {}, backbone_options(), ExportOptions(**OPTIONS), "base")
     dataset = ModelFolderDataset(filepath=str(tmp_path / "export"))
     dataset.save(write)
     files = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
@@ -73,7 +73,7 @@ def measured(model):
 
 def card_with(metrics, student, teacher, folder):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(student, teacher, metrics, backbone_options(), options)(folder)
+    export_student(student, teacher, metrics, backbone_options(), options, "base")(folder)
     return (folder / "README.md").read_text()
 
 
@@ -92,7 +92,7 @@ def test_measurements_of_another_student_are_left_out_with_a_warning(
 ):
     card = card_with(measured(model), student, tiny_teacher, tmp_path)
     assert "## Measured" not in card and "aligned" not in card
-    assert f"`{MEASURE}`" in card
+    assert MEASURE in card
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert fact in line and "evaluate" in line and "kedro run" not in line
 
@@ -105,19 +105,31 @@ def test_every_environment_exports_without_metrics(environment):
 
 def test_a_student_without_measurements_is_exported_with_a_warning(student, tiny_teacher, tmp_path, caplog):
     groups = {"backbone": backbone_options(), "export": ExportOptions(**OPTIONS)}
-    inputs = {"student": student, "teacher": tiny_teacher, **{f"params:{name}": groups[name] for name in groups}}
+    inputs = {
+        "student": student,
+        "teacher": tiny_teacher,
+        "environment": "base",
+        **{f"params:{name}": groups[name] for name in groups},
+    }
     catalog = DataCatalog({name: MemoryDataset(value) for name, value in inputs.items()})
     catalog["metrics"] = OptionalJSONDataset(filepath=str(tmp_path / "metrics.json"))
     assert catalog.get("metrics").optional and not catalog.exists("metrics")  # a run without it is not refused
     SequentialRunner().run(create_pipeline(), catalog)["export"].load()(tmp_path / "export")
-    assert f"`{MEASURE}`" in (tmp_path / "export" / "README.md").read_text()
+    assert MEASURE in (tmp_path / "export" / "README.md").read_text()
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "not measured" in line and "evaluate" in line
 
 
+def test_the_command_on_the_card_names_the_environment_whose_results_it_replaces(student, tiny_teacher, tmp_path):
+    options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
+    export_student(student, tiny_teacher, {}, backbone_options(), options, "my sd35")(tmp_path)
+    command = "`kedro run --env 'my sd35' --pipelines evaluate,export`"
+    assert command in (tmp_path / "README.md").read_text()
+
+
 def test_the_card_lists_the_options_in_the_students_header(student, tiny_teacher, tmp_path):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(student, tiny_teacher, {}, backbone_options(), options)(tmp_path)
+    export_student(student, tiny_teacher, {}, backbone_options(), options, "base")(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| `train.diversity_weight` | `7.0` |" in card and "| `backbone.resolution` | `32` |" in card
     assert front_matter(card)["license"] == "apache-2.0"
@@ -129,7 +141,7 @@ def test_a_student_without_a_recipe_is_exported_with_a_warning(student, tiny_tea
     foreign.mkdir()
     save_student(foreign, network, StudentHeader("sd3", [1.0, 0.5, 0.0]))
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(foreign, tiny_teacher, {}, backbone_options(), options)(tmp_path / "export")
+    export_student(foreign, tiny_teacher, {}, backbone_options(), options, "base")(tmp_path / "export")
     assert "`train." not in (tmp_path / "export" / "README.md").read_text()
     assert any("recipe" in record.getMessage() and str(foreign) in record.getMessage() for record in caplog.records)
 
@@ -141,7 +153,7 @@ def front_matter(card):
 def exported(student, teacher, folder, **changes):
     """Card of an export, and header of its weights."""
     options = ExportOptions(**OPTIONS | UNKNOWN | changes)
-    export_student(student, teacher, {}, backbone_options(), options)(folder)
+    export_student(student, teacher, {}, backbone_options(), options, "base")(folder)
     return (folder / "README.md").read_text(), load_metadata(folder / "comfyui" / "tiny-student.safetensors")
 
 

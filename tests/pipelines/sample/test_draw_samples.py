@@ -9,6 +9,7 @@ import dpdmd_pipeline
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
+from dpdmd_pipeline.exporting.card import Licence
 from dpdmd_pipeline.exporting.folder import Export
 from dpdmd_pipeline.exporting.formats import read_student
 from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
@@ -37,11 +38,9 @@ def export(tiny_teacher, tmp_path_factory):
         title="tiny",
         formats=["diffusers", "comfyui"],
         dtype="float32",
-        license="apache-2.0",
-        license_name=None,
-        license_link=None,
+        licence=Licence("apache-2.0", None, None),
         base_model=None,
-        recipe={},
+        measure="`kedro run`",
         metrics={},
     ).write(folder)
     return folder

@@ -3,15 +3,22 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
+from dpdmd_pipeline.planning.messages import stage_command
 
 log = logging.getLogger(__name__)
 
 
 def export_student(
-    student: Path, teacher: Path, metrics: dict, backbone: BackboneOptions, options: ExportOptions
+    student: Path,
+    teacher: Path,
+    metrics: dict,
+    backbone: BackboneOptions,
+    options: ExportOptions,
+    environment: str,
 ) -> Callable[[Path], None]:
     """Check the student against the teacher; returns a function that writes every form and the card into a folder."""
     from dpdmd_pipeline.exporting.folder import Export
@@ -23,8 +30,8 @@ def export_student(
     export = Export(
         student=loaded,
         teacher=teacher,
-        recipe=loaded.header.recipe or {},
         metrics=_own_metrics(metrics, student),
+        measure=stage_command("evaluate,export", environment),
         **options.model_dump(include={"title", "formats", "dtype"}),
         **_origin(teacher, options),
     )
@@ -33,8 +40,9 @@ def export_student(
     return export.write
 
 
-def _origin(teacher: Path, options: ExportOptions) -> dict[str, str | None]:
+def _origin(teacher: Path, options: ExportOptions) -> dict[str, Any]:
     """Base model and licence for the card: from the options, or from the environment's own teacher."""
+    from dpdmd_pipeline.exporting.card import Licence
     from dpdmd_pipeline.exporting.formats import hub_id
 
     model = hub_id(teacher)
@@ -46,8 +54,8 @@ def _origin(teacher: Path, options: ExportOptions) -> dict[str, str | None]:
             "export.base_model",
             model or teacher,
         )
-    licence = {name: getattr(source, name) for name in ("license", "license_name", "license_link")}
-    return {"base_model": options.base_model or model, **licence}
+    licence = Licence(source.license, source.license_name, source.license_link)
+    return {"base_model": options.base_model or model, "licence": licence}
 
 
 def _own_metrics(metrics: dict, student: Path) -> dict:

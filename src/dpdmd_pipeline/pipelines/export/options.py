@@ -40,6 +40,6 @@ class ExportOptions(Licensed):
 
     title: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # of the model, and name of its files
     formats: Annotated[list[Literal["diffusers", "comfyui", "lora"]], Field(min_length=1)]
-    dtype: Literal["float32", "bfloat16", "float16"]  # of the exported weights
+    dtype: Literal["float32", "bfloat16", "float16"]  # of all exported weights: network, text encoders and autoencoder
     base_model: str | None  # hub id of the teacher; null: the id it was fetched with, or the name of its folder
     teacher: KnownTeacher | None  # the environment's own teacher; a run may use another one
