@@ -20,9 +20,7 @@ from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.student_file import save_lora, save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas
-from dpdmd_pipeline.exporting.card import Licence
-from dpdmd_pipeline.exporting.folder import Export
-from dpdmd_pipeline.exporting.formats import read_student
+from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 
 PROMPTS = ["a prompt", "another"]  # of the card's code
 SEEDS = [0, 1]

@@ -1,6 +1,8 @@
 """Facts of the card; test_sample runs its code."""
 
 import json
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -9,29 +11,27 @@ from tests.exporting.conftest import CASES, SHIFTED, flow, vp
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import flow_sigmas, vp_schedule
-from dpdmd_pipeline.exporting.card import CardFacts, DiffusersUse, Licence, _stock_nodes, write_card
+from dpdmd_pipeline.exporting.card import _stock_nodes, write_card
+from dpdmd_pipeline.exporting.formats import Export, Licence, Student
+from dpdmd_pipeline.exporting.rounding import Loss
+from dpdmd_pipeline.exporting.schedulers import DiffusersUse
 
 OFFICIAL = flow("sd3", [1.0, 0.857692, 0.602151, 0.008929, 0.0])  # of the published student
+USE = DiffusersUse({}, {"num_inference_steps": 4}, {"num_inference_steps": 28}, "Scheduler", {}, False)
 INTERVAL = {"value": 0.5, "low": 0.25, "high": 0.75}
 
 
-def card(header=CASES["sd3_shifted"].header, **changes):
+def card(header=CASES["sd3_shifted"].header, use=USE, losses=MappingProxyType({}), **changes):
     facts = {
         "title": "mine",
+        "formats": ["diffusers", "comfyui"],
+        "dtype": "bfloat16",
         "licence": Licence("apache-2.0", None, None),
         "base_model": None,
-        "teacher_folder": "its_folder",
-        "header": header,
-        "dtype": "bfloat16",
-        "files": {"diffusers": "diffusers", "comfyui": "comfyui/mine.safetensors"},
-        "diffusers": DiffusersUse(
-            {}, {"num_inference_steps": 4}, {"num_inference_steps": 28}, "FlowMatchEulerDiscreteScheduler", {}, False
-        ),
-        "losses": {},
         "metrics": {},
         "measure": "`kedro run --env mine`",
     }
-    return write_card(CardFacts(**facts | changes))
+    return write_card(Export(Student(header, {}, None), Path("its_folder"), **facts | changes), use, losses)
 
 
 def front_matter(text):
@@ -47,7 +47,7 @@ def test_the_front_matter_has_the_fields_of_a_hub():
     }
     licence = Licence("other", "community: 'x'", "https://example.org/licence")
     fields = front_matter(card(CASES["sd3_lora"].header, licence=licence, base_model="them/theirs"))
-    assert {name: fields[name] for name in vars(licence)} == vars(licence)
+    assert {name: fields[name] for name in licence._fields} == licence._asdict()
     assert (fields["base_model"], fields["base_model_relation"]) == ("them/theirs", "adapter")
     assert fields["tags"][-1] == "lora"
 
@@ -94,7 +94,7 @@ def test_the_card_says_which_levels_the_call_needs():
     header = flow("sd3", [*grid, 0.0])
     for sigmas, is_shifted in ((grid, False), ([0.9, 0.8, 0.7], True)):
         use = DiffusersUse({}, {"num_inference_steps": 3, "sigmas": sigmas}, {}, "X", {}, False)
-        text = card(header, diffusers=use)
+        text = card(header, use)
         assert "Without `sigmas`" in text and ("shifts these `sigmas` once" in text) == is_shifted
     assert "`sigmas`" not in card()
 
@@ -105,8 +105,13 @@ def test_the_card_says_what_diffusers_takes_for_arguments_that_are_left_out(expo
     assert "`num_inference_steps=50`, `guidance_scale=5.0`" in text
 
 
+def test_the_card_lists_losses_by_precision():
+    text = card(losses={"merged weights": Loss(0.00123, 0.5, "blocks.0")})
+    assert "| merged weights | 0.12 % | 50 % | `blocks.0` |" in text and "## Precision" not in card()
+
+
 def test_the_card_lists_existing_files_only():
-    text = card(files={"comfyui": "comfyui/mine.safetensors"})
+    text = card(formats=["comfyui"])
     assert "### diffusers" not in text and "### LoRA" not in text
     assert 'sample("comfyui/mine.safetensors"' in text and 'teacher="path/to/teacher"' in text
 

@@ -17,8 +17,8 @@ from dpdmd_pipeline.backbones.lora import add_lora
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, load_header
 from dpdmd_pipeline.backbones.tensor_files import CHECKSUM
-from dpdmd_pipeline.exporting.folder import Export, diffusers_use
-from dpdmd_pipeline.exporting.formats import About, read_student, write_lora
+from dpdmd_pipeline.exporting.formats import Export, read_student
+from dpdmd_pipeline.exporting.schedulers import diffusers_use
 
 
 def metadata(path):
@@ -228,9 +228,11 @@ def test_the_strength_of_an_exported_lora_is_linear(exports, name):
 
 
 def test_kohyas_alphas_are_exact_in_every_precision(exports, tmp_path):
-    path, student = tmp_path / "lora.safetensors", exports["sdxl_v_lora"].export.student
-    write_lora(path, student, "unet", About("tiny", "apache-2.0", torch.bfloat16))
-    dtypes = {name.endswith(".alpha"): tensor.dtype for name, tensor in load_file(path).items()}
+    student, teacher = exports["sdxl_v_lora"].export.student, exports["sdxl_v_lora"].teacher
+    files = write(student, teacher, tmp_path / "out", dtype="bfloat16", formats=["lora"]).files
+    dtypes = {
+        name.endswith(".alpha"): tensor.dtype for name, tensor in load_file(tmp_path / "out" / files["lora"]).items()
+    }
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 

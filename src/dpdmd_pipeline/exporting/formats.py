@@ -1,13 +1,13 @@
-"""One student in three forms: a diffusers pipeline's folder, a ComfyUI file, a LoRA file."""
+"""One student in three forms (a diffusers pipeline's folder, a ComfyUI file, a LoRA file) with a model card."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata, load_tensors, save_weights, stored_shapes
-from dpdmd_pipeline.exporting.rounding import Loss, check_underflow, lora_loss
-from dpdmd_pipeline.exporting.schedulers import trained_schedule
+from dpdmd_pipeline.exporting.card import write_card
+from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflow, lora_loss, merge_losses
+from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
 
 _COPIED = {".json", ".model", ".txt"}
 _WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component
@@ -37,6 +38,11 @@ class Student:
     header: StudentHeader  # with every fact that an exported file needs on its own
     weights: dict[str, Tensor]  # of the whole network; a LoRA is already added
     adapter: dict[str, Tensor] | None  # the LoRA itself, with peft's keys; None for a full student
+
+    @property
+    def merged_header(self) -> StudentHeader:
+        """Header of the whole network's weights."""
+        return replace(self.header, kind="full", lora_rank=None, lora_alpha=None)
 
 
 def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
@@ -63,93 +69,110 @@ def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_
     return Student(header, weights, adapter)
 
 
+class Licence(NamedTuple):
+    """Fields of a hub's front matter, None if unknown; name and link belong to the licence `other`."""
+
+    license: str | None
+    license_name: str | None
+    license_link: str | None
+
+
 @dataclass(frozen=True)
-class About:
-    """Facts that every weight file of an export shares."""
+class Export:
+    """Everything that an export depends on."""
 
-    title: str  # of the model
-    licence: str | None  # of its weights; None if it is unknown
-    dtype: torch.dtype  # of its weights
+    student: Student
+    teacher: Path  # its diffusers pipeline directory
+    title: str  # of the model, and name of its files
+    formats: Sequence[str]  # requested forms: diffusers, comfyui, lora
+    dtype: str  # of all weights in it, a name in torch
+    licence: Licence
+    base_model: str | None  # hub id of the teacher; None if unknown
+    metrics: Mapping[str, Any]  # of this student, as the evaluate stage writes them; {} without measurements
+    measure: str  # command that measures it and exports it again, for this environment
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Path below the folder of every form that is written."""
+        paths = {"diffusers": "diffusers"} | {form: f"{form}/{self.title}.safetensors" for form in ("comfyui", "lora")}
+        return {form: paths[form] for form in paths if form in self.formats and form not in self.left_out}
 
-def modelspec(header: StudentHeader, about: About) -> dict[str, str]:
-    """Metadata that other programs display (the ModelSpec convention of Stability AI)."""
-    architecture = _ARCHITECTURES.get(header.family, header.family)
-    fields = {
-        "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/lora" if header.kind == "lora" else architecture,
-        "implementation": "diffusers",
-        "title": about.title,
-        "license": about.licence,
-        "prediction_type": _MODELSPEC_PREDICTION.get(header.prediction),
-        "resolution": header.resolution and f"{header.resolution}x{header.resolution}",
-    }
-    return {f"modelspec.{key}": value for key, value in fields.items() if value}
+    @property
+    def left_out(self) -> list[str]:
+        """Requested forms that this student cannot have."""
+        return ["lora"] if "lora" in self.formats and self.student.adapter is None else []
 
+    def write(self, folder: Path) -> None:
+        """Write all forms, an index and the model card into an empty folder; refuse weights not finite in the dtype."""
+        if not self.files:
+            raise ValueError("export.formats=['lora'], but the student is of kind full: add diffusers or comfyui")
+        paths, student, losses = {form: folder / name for form, name in self.files.items()}, self.student, {}
+        if "diffusers" in paths:
+            self._write_diffusers(paths["diffusers"])
+        if "comfyui" in paths:  # diffusers' own keys: a prefix such as `transformer.` would make ComfyUI's loader fail
+            self._save(paths["comfyui"], student.weights, student.merged_header)
+        if student.adapter and paths.keys() - {"lora"}:
+            losses |= merge_losses(student.weights, student.adapter, student.header.lora_scale, self._dtype)
+        if "lora" in paths:
+            losses |= self._write_lora(paths["lora"])
+        check_losses(losses, self._dtype)
+        # a model folder has a config.json; this one is an index of the forms
+        index = {"title": self.title, "dtype": self.dtype, "files": self.files, **student.header.metadata()}
+        (folder / "config.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        card = write_card(self, diffusers_use(student.header, self.teacher), losses)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
-def teacher_scheduler(teacher: Path) -> dict[str, Any]:
-    """The config of the teacher's own scheduler."""
-    return read_json(teacher / "scheduler" / "scheduler_config.json")
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
+    def _write_diffusers(self, folder: Path) -> None:
+        """Write a whole pipeline into a new folder: the teacher's, with the student's network and schedule."""
+        network, index = network_folder(self.teacher), read_json(self.teacher / "model_index.json")
+        for name, value in sorted(index.items()):
+            if isinstance(value, list) and value[0] and name not in ("scheduler", network.name):
+                _copy_component(self.teacher / name, folder / name, value[0], self._dtype)
+        scheduler = trained_schedule(self.student.header, teacher_scheduler(self.teacher)).scheduler
+        scheduler.save_pretrained(folder / "scheduler")
+        self._save(folder / network.name / WEIGHTS, self.student.weights, self.student.merged_header)
+        _write_json(folder / network.name / "config.json", read_json(network / "config.json"))
+        _write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", type(scheduler).__name__]})
 
-# ---- writing
+    def _write_lora(self, path: Path) -> dict[str, Loss]:
+        """Write a LoRA that diffusers and ComfyUI load with the right scale; returns the loss by its precision.
 
+        A ``transformer`` gets a prefix, and the scale in B; a ``unet`` gets kohya's keys, with alpha.
+        """
+        adapter, header = self.student.adapter, self.student.header
+        if network_folder(self.teacher).name == "unet":
+            tensors = kohya_from_peft(adapter, header.lora_alpha)
+        else:
+            tensors = transformer_from_peft(adapter, header.lora_scale)
+            header = replace(header, lora_alpha=float(header.lora_rank))
+        check_underflow(tensors, self._dtype)
+        self._save(path, tensors, header)
+        stored = peft_from_file(load_tensors(path), [name.removesuffix(".weight") for name in self.student.weights])
+        return lora_loss(adapter, stored, self.student.header.lora_scale / header.lora_scale)
 
-def write_diffusers(folder: Path, student: Student, teacher: Path, about: About) -> None:
-    """Write a whole pipeline into a new folder: the teacher's, with the student's network and schedule."""
-    network, index = network_folder(teacher), read_json(teacher / "model_index.json")
-    for name, value in sorted(index.items()):
-        if isinstance(value, list) and value[0] and name not in ("scheduler", network.name):
-            _copy_component(teacher / name, folder / name, value[0], about.dtype)
-    scheduler = trained_schedule(student.header, teacher_scheduler(teacher)).scheduler
-    scheduler.save_pretrained(folder / "scheduler")
-    _save(folder / network.name / WEIGHTS, student.weights, _as_full(student.header), about)
-    _write_json(folder / network.name / "config.json", read_json(network / "config.json"))
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    _write_json(folder / "model_index.json", index)
+    def _save(self, path: Path, weights: Mapping[str, Tensor], header: StudentHeader) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # kohya's alphas are scalars: half precision would change the scale
+        cast = {name: value if name.endswith(".alpha") else value.to(self._dtype) for name, value in weights.items()}
+        save_weights(path, cast, header.metadata() | self._modelspec(header))
 
-
-def write_comfyui(path: Path, student: Student, about: About) -> None:
-    """Write one file with diffusers' own keys, which ComfyUI loads from `models/diffusion_models`.
-
-    A prefix such as ``transformer.`` would make ComfyUI's loader fail.
-    """
-    _save(path, student.weights, _as_full(student.header), about)
-
-
-def write_lora(path: Path, student: Student, network: str, about: About) -> dict[str, Loss]:
-    """Write a LoRA that diffusers and ComfyUI load with the right scale; returns the loss by its precision.
-
-    A ``transformer`` gets a prefix, and the scale in B; a ``unet`` gets kohya's keys, with alpha.
-    """
-    header = student.header
-    if network == "unet":
-        tensors = kohya_from_peft(student.adapter, header.lora_alpha)
-    else:
-        tensors = transformer_from_peft(student.adapter, header.lora_scale)
-        header = replace(header, lora_alpha=float(header.lora_rank))
-    check_underflow(tensors, about.dtype)
-    _save(path, tensors, header, about)
-    modules = [name.removesuffix(".weight") for name in student.weights]
-    stored = peft_from_file(load_tensors(path), modules)
-    return lora_loss(student.adapter, stored, student.header.lora_scale / header.lora_scale)
-
-
-def _as_full(header: StudentHeader) -> StudentHeader:
-    """Header of weights after a LoRA was added to them."""
-    return replace(header, kind="full", lora_rank=None, lora_alpha=None)
-
-
-def _save(path: Path, weights: Mapping[str, Tensor], header: StudentHeader, about: About) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # kohya's alphas are scalars: half precision would change the scale
-    cast = {name: value if name.endswith(".alpha") else value.to(about.dtype) for name, value in weights.items()}
-    save_weights(path, cast, header.metadata() | modelspec(header, about))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    def _modelspec(self, header: StudentHeader) -> dict[str, str]:
+        """Metadata that other programs display (the ModelSpec convention of Stability AI)."""
+        architecture = _ARCHITECTURES.get(header.family, header.family)
+        fields = {
+            "sai_model_spec": "1.0.0",
+            "architecture": f"{architecture}/lora" if header.kind == "lora" else architecture,
+            "implementation": "diffusers",
+            "title": self.title,
+            "license": self.licence.license_name or self.licence.license,
+            "prediction_type": _MODELSPEC_PREDICTION.get(header.prediction),
+            "resolution": header.resolution and f"{header.resolution}x{header.resolution}",
+        }
+        return {f"modelspec.{key}": value for key, value in fields.items() if value}
 
 
 # ---- files of a teacher
@@ -187,3 +210,8 @@ def _copy_component(source: Path, target: Path, library: str, dtype: torch.dtype
     index = target / f"{_WEIGHT_NAMES[library]}.index.json"
     if index.is_file():
         _write_json(index, read_json(index) | {"metadata": {"total_size": total}})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,10 +1,13 @@
-"""Stock diffusers schedulers that give exactly the levels that a student was trained at."""
+"""Stock diffusers schedulers that give exactly the levels that a student was trained at, and how they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -15,11 +18,60 @@ from diffusers import (
 )
 
 from dpdmd_pipeline.backbones.base import static_shift
+from dpdmd_pipeline.backbones.limits import read_json
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 
 _ROUNDING = 2e-7  # of levels up to 1 in float32
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 _DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+
+
+class DiffusersUse(NamedTuple):
+    """Arguments with which diffusers draws with a student."""
+
+    load: Mapping[str, Any]  # further arguments of the pipeline's `from_pretrained`
+    call: Mapping[str, Any]  # arguments of the pipeline's call, without prompts and generators
+    defaults: Mapping[str, Any]  # values that diffusers takes for those of them that are left out
+    scheduler: str  # name of the scheduler's class
+    settings: Mapping[str, Any]  # of the scheduler, without its defaults
+    passes_generators: bool  # True if the pipeline's generators also make the noise between the sampling steps
+
+
+def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
+    """Arguments for diffusers, from the signatures of the teacher's pipeline and of the scheduler."""
+    index = read_json(teacher / "model_index.json")
+    pipeline, schedule = getattr(diffusers, index["_class_name"]), trained_schedule(header, teacher_scheduler(teacher))
+    absent = {name for name, value in index.items() if value == [None, None]}
+    facts = {
+        "num_inference_steps": header.num_steps,
+        "guidance_scale": header.guidance,
+        **schedule.arguments,
+        "height": header.resolution,
+        "width": header.resolution,
+        "max_sequence_length": header.max_sequence_length,
+        "use_resolution_binning": False,  # SANA's draws at another size and scales the picture
+    }
+    defaults = {name: value.default for name, value in inspect.signature(pipeline.__call__).parameters.items()}
+    call = {name: value for name, value in facts.items() if name in defaults}
+    return DiffusersUse(
+        load=dict.fromkeys(sorted(absent - set(pipeline._optional_components))),
+        call=call,
+        defaults={name: defaults[name] for name in call if defaults[name] not in (None, call[name])},
+        scheduler=type(schedule.scheduler).__name__,
+        settings=_settings(schedule.scheduler),
+        passes_generators=hasattr(pipeline, "prepare_extra_step_kwargs"),
+    )
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """Values of a scheduler's config that are not its class's defaults."""
+    defaults = {name: value.default for name, value in inspect.signature(type(scheduler)).parameters.items()}
+    return {name: value for name, value in scheduler.config.items() if name in defaults and value != defaults[name]}
+
+
+def teacher_scheduler(teacher: Path) -> dict[str, Any]:
+    """The config of the teacher's own scheduler."""
+    return read_json(teacher / "scheduler" / "scheduler_config.json")
 
 
 class TrainedSchedule(NamedTuple):

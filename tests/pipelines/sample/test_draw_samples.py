@@ -9,9 +9,7 @@ import dpdmd_pipeline
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
-from dpdmd_pipeline.exporting.card import Licence
-from dpdmd_pipeline.exporting.folder import Export
-from dpdmd_pipeline.exporting.formats import read_student
+from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
 from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 from dpdmd_pipeline.scoring.folders import find_pictures

@@ -21,8 +21,7 @@ def export_student(
     environment: str,
 ) -> Callable[[Path], None]:
     """Check the student against the teacher; returns a function that writes every form and the card into a folder."""
-    from dpdmd_pipeline.exporting.folder import Export
-    from dpdmd_pipeline.exporting.formats import read_student
+    from dpdmd_pipeline.exporting.formats import Export, read_student
 
     loaded = read_student(student, teacher, backbone.family, backbone.resolution, backbone.max_sequence_length)
     if loaded.header.recipe is None:
@@ -42,8 +41,7 @@ def export_student(
 
 def _origin(teacher: Path, options: ExportOptions) -> dict[str, Any]:
     """Base model and licence for the card: from the options, or from the environment's own teacher."""
-    from dpdmd_pipeline.exporting.card import Licence
-    from dpdmd_pipeline.exporting.formats import hub_id
+    from dpdmd_pipeline.exporting.formats import Licence, hub_id
 
     model = hub_id(teacher)
     own_teacher = options.teacher is not None and options.teacher.model == model
