@@ -17,8 +17,7 @@ from typing import Any
 
 import timing
 import workload
-from dpdmd_pipeline.training.launch import launched
-from dpdmd_pipeline.training.member import Launch, Member
+from dpdmd_pipeline.training.launch import Launch, Member, launched
 from record import record
 from timing import Duration
 from workload import Workload, same_batch

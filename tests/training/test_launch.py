@@ -15,8 +15,7 @@ from functools import cache
 import pytest
 from tests.raising import refuses
 
-from dpdmd_pipeline.training.launch import launched
-from dpdmd_pipeline.training.member import Launch, OtherMachineError, _join
+from dpdmd_pipeline.training.launch import Launch, OtherMachineError, _join, launched
 
 TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
 BEST = {"every": 1, "prompts": 2, "images_per_prompt": 2, "level": 0.4, "keep": "best", "diversity_floor": 0.9}

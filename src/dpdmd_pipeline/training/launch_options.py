@@ -46,8 +46,7 @@ class LaunchOptions(StrictModel):
         """
         if self.total == 1:
             return None
-        from dpdmd_pipeline.training.launch import launched
-        from dpdmd_pipeline.training.member import Launch
+        from dpdmd_pipeline.training.launch import Launch, launched
 
         cuda = resolve_device(device).type == "cuda"
         launch = Launch(self.processes, self.machines, self.rendezvous, run, cuda, share_cores=False)

@@ -39,7 +39,7 @@ _VISIBLE_WITHIN = 60  # seconds; a shared file system may show late what another
 
 _ALONE = SimpleNamespace(rank=0, size=1, gather=lambda value: [value])  # like the `Member` of several processes
 
-# (work, job that can be pickled) -> reports of rank 0, while every process runs work(job, `training.member.Member`)
+# (work, job that can be pickled) -> reports of rank 0, while every process runs work(job, `training.launch.Member`)
 Launch = Callable[[Callable[[Any, Any], bool], Any], Iterator[dict[str, Any]]]
 
 

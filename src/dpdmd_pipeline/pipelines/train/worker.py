@@ -5,8 +5,7 @@ from contextlib import closing, nullcontext
 
 from dpdmd_pipeline.backbones.options import resolve_device
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.training.launch import launched
-from dpdmd_pipeline.training.member import Launch, Member
+from dpdmd_pipeline.training.launch import Launch, Member, launched
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
