@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tests.raising import refuses
 
 import dpdmd_pipeline.backbones
+from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone, token_limits
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
 from dpdmd_pipeline.dpdmd.sampling import rollout
-from dpdmd_pipeline.planning.identity import network_folder
 
 PROMPTS = ["a red circle", "a blue square", "one green triangle"]
 RESOLUTION = 32

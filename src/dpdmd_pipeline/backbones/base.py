@@ -113,6 +113,7 @@ class PipelineBackbone:
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
         self.resolution, self.max_sequence_length, self.level_range = resolution, max_sequence_length, level_range
         self._config = network_config(self.network_class, self.folder / self.component)
+        self.latent_shape = self._latent_shape()
 
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
@@ -130,6 +131,17 @@ class PipelineBackbone:
         if self.resolution % multiple:
             raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {multiple}")
         return self._config["in_channels"], self.resolution // pixels, self.resolution // pixels
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self._vae.config
+        raw = latents / config.scaling_factor
+        if config.get("latents_mean") and config.get("latents_std"):  # in some models derived from SDXL
+            mean, std = (raw.new_tensor(value).view(1, -1, 1, 1) for value in (config.latents_mean, config.latents_std))
+            raw = raw * std + mean
+        if config.get("shift_factor"):
+            raw = raw + config.shift_factor
+        return (self._vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
     def _vae(self) -> nn.Module:
@@ -150,7 +162,10 @@ class FlowBackbone(PipelineBackbone):
     """Levels of a flow model with a static shift."""
 
     prediction = "flow"
-    shift: float  # of the teacher's schedule; set by the family
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.shift = static_shift(read_json(self.folder / "scheduler" / "scheduler_config.json"), self.folder)
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return self.student_schedule("diffusers", num_steps)
@@ -244,10 +259,18 @@ def guided(
     if scale == 1:
         return conditioned(backbone, model, cond)
     uncond = {name: uncond[name].expand_as(value) for name, value in cond.items()}
-    predict = {"joint": _in_one_batch, "apart": _in_two_batches}[batch](backbone, model, cond, uncond)
+    both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()} if batch == "joint" else {}
 
     def denoise(latents: Tensor, level: NoiseLevel) -> Tensor:
-        cond_x0, uncond_x0 = predict(latents, level)
+        if batch == "joint":
+            levels = level
+            if level.sigma.ndim > 0:  # one level per sample
+                levels = NoiseLevel(
+                    *(torch.cat([value, value]) for value in (level.alpha, level.sigma, level.timestep))
+                )
+            cond_x0, uncond_x0 = backbone.denoise(model, torch.cat([latents, latents]), levels, both).chunk(2)
+        else:
+            cond_x0, uncond_x0 = (backbone.denoise(model, latents, level, half) for half in (cond, uncond))
         x0 = backbone.guide(cond_x0, uncond_x0, scale)
         if interval == EVERY_LEVEL:
             return x0
@@ -255,21 +278,3 @@ def guided(
         return torch.where((interval[0] <= share) & (share <= interval[1]), x0, cond_x0)
 
     return denoise
-
-
-_Halves = Callable[[Tensor, NoiseLevel], tuple[Tensor, Tensor]]  # x0 with the prompts and without, each [B, C, H, W]
-
-
-def _in_one_batch(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning) -> _Halves:
-    both = {name: torch.cat([value, uncond[name]]) for name, value in cond.items()}
-
-    def predict(latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        if level.sigma.ndim > 0:  # one level per sample
-            level = NoiseLevel(*(torch.cat([value, value]) for value in (level.alpha, level.sigma, level.timestep)))
-        return backbone.denoise(model, torch.cat([latents, latents]), level, both).chunk(2)
-
-    return predict
-
-
-def _in_two_batches(backbone: Backbone, model: nn.Module, cond: Conditioning, uncond: Conditioning) -> _Halves:
-    return lambda latents, level: tuple(backbone.denoise(model, latents, level, half) for half in (cond, uncond))

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, FlowMatchEulerDiscreteScheduler, SanaPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, count_tokens, static_shift
+from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, count_tokens
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 
 
@@ -33,9 +33,6 @@ class Sana(FlowBackbone):
         if self._config.get("guidance_embeds"):
             raise ValueError(f"{folder}: the transformer has guidance_embeds: SANA-Sprint is already a student")
         self._timestep_scale = self._config.get("timestep_scale", 1.0)  # diffusers' own default
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
-        self.shift = static_shift(scheduler, self.folder)
-        self.latent_shape = self._latent_shape()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -70,10 +67,6 @@ class Sana(FlowBackbone):
         ).sample
         velocity = velocity[:, : latents.shape[1]]  # some networks also return a learned variance
         return x0_from_velocity(latents, velocity.float(), level)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        return (self._vae.decode(latents / self._vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
     def _text(self) -> SanaPipeline:

@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import (
-    Conditioning,
-    FlowBackbone,
-    TokenLimit,
-    static_shift,
-    tokenizer_length,
-    tokenizer_names,
-)
+from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 
 
@@ -30,12 +22,6 @@ class SD3(FlowBackbone):
     component = "transformer"
     network_class = SD3Transformer2DModel
     autoencoder_class = AutoencoderKL
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(folder, **options)
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler")
-        self.shift = static_shift(scheduler, self.folder)
-        self.latent_shape = self._latent_shape()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -64,11 +50,6 @@ class SD3(FlowBackbone):
             pooled_projections=cond["pooled_embeds"].to(self.dtype),
         ).sample
         return x0_from_velocity(latents, velocity.float(), level)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        raw = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
-        return (self._vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
     def _text(self) -> StableDiffusion3Pipeline:

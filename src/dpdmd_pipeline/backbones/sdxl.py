@@ -56,7 +56,6 @@ class SDXL(PipelineBackbone):
                 f"to {unet['out_channels']} channels: give a text-to-image network of SDXL (text_time, 4 to 4)"
             )
         self.prediction, self._to_x0, self.alphas_cumprod = _read_scheduler(self.folder)
-        self.latent_shape = self._latent_shape()
         index = StableDiffusionXLPipeline.load_config(folder)
         self._zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)  # diffusers' own default
 
@@ -107,15 +106,6 @@ class SDXL(PipelineBackbone):
             },
         ).sample
         return self._to_x0(latents, output.float(), level)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        config = self._vae.config
-        raw = latents / config.scaling_factor
-        if config.latents_mean is not None and config.latents_std is not None:  # in some models derived from SDXL
-            mean, std = (raw.new_tensor(value).view(1, -1, 1, 1) for value in (config.latents_mean, config.latents_std))
-            raw = raw * std + mean
-        return (self._vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
 
     @cached_property
     def _text(self) -> StableDiffusionXLPipeline:
