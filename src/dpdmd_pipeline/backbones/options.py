@@ -18,7 +18,7 @@ class BackboneOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    family: str  # name of a file in `backbones/`
+    family: Literal[FAMILIES]  # name of a file in `backbones/`
     resolution: PositiveInt  # of the pictures, in pixels
     max_sequence_length: NonNegativeInt  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
     num_steps: PositiveInt  # of the teacher's sampling
@@ -26,13 +26,6 @@ class BackboneOptions(BaseModel):
     # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks; everything outside them is float32
-
-    @field_validator("family")
-    @classmethod
-    def _check_family(cls, family: str) -> str:
-        if family not in FAMILIES:
-            raise ValueError(f"choose one of {', '.join(FAMILIES)}")
-        return family
 
     @field_validator("level_range")
     @classmethod

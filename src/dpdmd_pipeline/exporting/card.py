@@ -41,8 +41,8 @@ def write_card(export: Export, use: DiffusersUse, losses: Mapping[str, Loss]) ->
         losses=losses,
         stock_nodes=_stock_nodes(header),
         schedule=_schedule(header),
-        measured=_measured(export.metrics) if export.metrics else "",
-        options=_options(recipe),
+        measured=_table(_measured(export.metrics)),
+        options=_table([["option", "value"], *_flat("", recipe)]),
     )
 
 
@@ -106,27 +106,20 @@ def _schedule(header: StudentHeader) -> str:
         "LoRA rank": header.lora_rank,
         "LoRA alpha": header.lora_alpha,
     }
-    return _table(["", ""], [[name, str(value)] for name, value in rows.items() if value is not None])
+    return _table([["", ""], *([name, str(value)] for name, value in rows.items() if value is not None)])
 
 
-def _measured(metrics: Mapping[str, Any]) -> str:
-    """Table of all figures with their intervals: a row per measure, a column per model."""
+def _measured(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of all figures with their intervals: a row per measure, a column per model."""
     titles = {"teacher": "teacher", "dmd": "DMD", "dp_dmd": "DP-DMD (this)"}
     models = {title: metrics[model] for model, title in titles.items() if model in metrics}
-    rows = [["evaluations per picture", *(str(model.get("nfe", "")) for model in models.values())]]
+    rows = [["", *models], ["evaluations per picture", *(str(model.get("nfe", "")) for model in models.values())]]
     for group in ("quality", "diversity", "figures"):
         columns = [model.get(group, {}) for model in models.values()]
         for measure in dict.fromkeys(name for column in columns for name in column):
             name = f"`{measure}`" if group == "figures" else measure.replace("_", " ")
             rows.append([name, *(_interval(column.get(measure)) for column in columns)])
-    paragraphs = [_table(["", *models], rows)]
-    if counts := next(iter(models.values())).get("n", {}):
-        paragraphs.append(
-            f"{counts['prompts']} prompts, {counts['per_prompt']} pictures each; 95 % intervals in brackets."
-        )
-    if missing := sorted({name for model in models.values() for name in model.get("missing", {})}):
-        paragraphs.append(f"Requested but not measured: {', '.join(f'`{name}`' for name in missing)}.")
-    return "\n\n".join(paragraphs)
+    return rows
 
 
 def _interval(figure: Mapping[str, float | None] | None) -> str:
@@ -137,19 +130,17 @@ def _interval(figure: Mapping[str, float | None] | None) -> str:
     return f"{figure['value']:.4g}{spread}"
 
 
-def _options(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [[f"`{name}`", f"`{value}`"] for group, options in groups.items() for name, value in _flat(group, options)]
-    return _table(["option", "value"], rows)
-
-
-def _flat(name: str, value: Any) -> Iterable[tuple[str, str]]:
+def _flat(name: str, value: Any) -> Iterable[list[str]]:
+    """Rows of an option's path and value."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(f"{name}.{key}", inner)
+            yield from _flat(f"{name}.{key}" if name else key, inner)
     else:
-        yield name, json.dumps(value)
+        yield [f"`{name}`", f"`{json.dumps(value)}`"]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(rows: Iterable[list[str]]) -> str:
+    """A table in Markdown; the first row is its head."""
+    head, *rows = rows
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

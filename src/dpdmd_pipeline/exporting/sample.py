@@ -113,8 +113,8 @@ def draw_latents(student: OpenStudent, cond: Conditioning, seeds: Sequence[int])
     return rollout(conditioned(student.backbone, student.network, cond), start, student.levels, fresh)
 
 
-def _pipeline(path: Path, teacher: Path | None) -> Path:
-    """The pipeline folder with text encoders and autoencoder: the export itself, or its teacher."""
+def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
+    """Adapter over the pipeline with text encoders and autoencoder: the export itself, or its teacher."""
     for folder in (path, teacher):
         if folder is not None and not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist")
@@ -123,11 +123,7 @@ def _pipeline(path: Path, teacher: Path | None) -> Path:
         raise ValueError(f"{path} is a complete pipeline: leave out teacher={teacher}")
     if not is_pipeline and teacher is None:
         raise ValueError(f"{path} holds only weights: give teacher=, the pipeline folder it was distilled from")
-    return path if is_pipeline else teacher
-
-
-def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
-    pipeline, header = _pipeline(path, teacher), load_header(path)
+    header = load_header(path)
     for file in [path] if path.is_file() else path.rglob("*.safetensors"):
         check_content(file)
     for key in ("resolution", "max_sequence_length"):
@@ -135,7 +131,7 @@ def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")
     return load_backbone(
         header.family,
-        pipeline,
+        path if is_pipeline else teacher,
         resolution=header.resolution,
         max_sequence_length=header.max_sequence_length,
         level_range=(0.02, 0.98),  # of training; not used here

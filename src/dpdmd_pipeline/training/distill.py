@@ -163,7 +163,18 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
     """One update of the student by L_DMD + lambda L_div; returns losses and norms, and the prompts' rows."""
     sums: dict[str, Tensor] = {}
     prompts: list[int] = []
-    for part in _student_micro_batches(run, cycle):
+    for indices in micro_batches(run.batch_indices, run.execution.student_micro_batch):
+        anchors = run.data.draw_anchors(cycle, indices)
+        first = indices[0] == run.batch_indices[0]
+        part = MicroBatch(
+            draws=run.draws.batch("student", cycle, indices),
+            anchors=anchors,
+            cond=run.cond(anchors.prompts),
+            share=len(indices) / len(run.batch_indices),
+            last=indices[-1] == run.batch_indices[-1],
+            compare_gradients=first and cycle % run.execution.ratio_every == 0,
+            graded_step=graded_step(run.recipe, cycle),
+        )
         # First steps: go where the teacher goes from this noise. L_div is back-propagated at once; with stop-gradient
         # the latents then carry no graph, so L_DMD does not reach these steps.
         diversity, latents, diversity_norm = backward_diversity(run, part)
@@ -179,22 +190,6 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
         group["lr"] = run.recipe.student.learning_rate * learning_rate_share(run.recipe, cycle)
     sums["student_grad_norm"] = run.student.update()
     return sums, prompts
-
-
-def _student_micro_batches(run: Run, cycle: int) -> Iterator[MicroBatch]:
-    step = graded_step(run.recipe, cycle)
-    for indices in micro_batches(run.batch_indices, run.execution.student_micro_batch):
-        anchors = run.data.draw_anchors(cycle, indices)
-        first = indices[0] == run.batch_indices[0]
-        yield MicroBatch(
-            draws=run.draws.batch("student", cycle, indices),
-            anchors=anchors,
-            cond=run.cond(anchors.prompts),
-            share=len(indices) / len(run.batch_indices),
-            last=indices[-1] == run.batch_indices[-1],
-            compare_gradients=first and cycle % run.execution.ratio_every == 0,
-            graded_step=step,
-        )
 
 
 def backward_diversity(run: Run, part: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -36,16 +36,10 @@ class Roles:
 
 
 def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
-    """Load the networks of a recipe; `sharded` over the processes, which must have joined a group.
-
-    Raises:
-        ValueError: if adapters would be sharded, or `lora.targets` match no layer of the network.
-    """
+    """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group."""
     if recipe.roles == "full":
         shard_in = recipe.precision if sharded else None
         return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in)
-    if sharded:
-        raise ValueError("roles=lora cannot be sharded, its adapters are small: set train.launch.sharding=none")
     return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
 
 

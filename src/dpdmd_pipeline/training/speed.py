@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -59,28 +60,22 @@ def refuse_channels_last(network: type[nn.Module]) -> None:
 
 def refuse_missing_compiler(device: torch.device) -> None:
     """Raise a ValueError if torch.compile has no compiler for the code that it writes."""
-    on_gpu = device.type == "cuda"
-    if not (_can_compile_for_cuda() if on_gpu else _can_compile_for_cpu()):
-        tools = "triton and a C compiler" if on_gpu else "a C++ compiler"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        tools, usable = "triton and a C compiler", has_triton()
+        usable = usable and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        tools, usable = "a C++ compiler", False
+        with suppress(InvalidCxxCompiler):
+            usable = bool(get_cpp_compiler())
+    if not usable:
         raise ValueError(
             f"train.compile needs {tools} on {device.type}, torch finds none: install one (g++), or set compile=none"
         )
-
-
-def _can_compile_for_cuda() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton() and any(map(shutil.which, (os.environ.get("CC", "gcc"), "clang")))
-
-
-def _can_compile_for_cpu() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
 
 
 def onto(device: torch.device, tensor: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ class State:
     def of(cls, run: Run) -> State:
         """State before the first cycle."""
         recipe, student = run.recipe, run.accelerator.unwrap_model(run.student.network)
+        average = None
+        if recipe.ema:  # of the trained weights alone: a view of a shared base would be copied with all of the base
+            weights = nn.ParameterList(trainable(student))
+            average = AveragedModel(weights, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         parts = {
             "student": student,
             "fake_score": run.accelerator.unwrap_model(run.fake_score.network),
@@ -41,7 +45,7 @@ class State:
         }
         return cls(
             parts=parts,
-            average=_moving_average(student, recipe.ema) if recipe.ema else None,
+            average=average,
             best=copy_weights(student) if recipe.watch.keep == "best" else None,
             watch=Watch.of(recipe, run.data.prompts) if recipe.watch.every else None,
         )
@@ -93,8 +97,3 @@ def _set_final_weights(state: State) -> None:
 def copy_weights(student: nn.Module) -> nn.ParameterList:
     """A copy of the trained weights; each process copies its shards."""
     return nn.ParameterList(weight.detach().clone() for weight in trainable(student))
-
-
-def _moving_average(student: nn.Module, decay: float) -> AveragedModel:
-    """Average the trained weights alone: a view of a shared base would be copied with all of the base."""
-    return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))

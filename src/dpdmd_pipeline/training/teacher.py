@@ -25,7 +25,7 @@ from dpdmd_pipeline.training.sharding import load_whole_state
 from dpdmd_pipeline.training.teacher_recipe import DecoderRecipe, FitRecipe, TeacherRecipe
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -269,14 +269,15 @@ def train_teacher(recipe: TeacherRecipe, state: Path, follow: Follow) -> Diffusi
     else:
         pipeline = make_sdxl_pipeline(max_length=recipe.max_length, seed=recipe.seed)
     train_encoders(pipeline, recipe, train)
+    data = encode_data(pipeline)
     if recipe.transformer:
-        name, network, network_recipe = "transformer", pipeline.transformer, recipe.transformer
-        loss = partial(transformer_loss, network, sd3_data(pipeline))
+        name, network_recipe = "transformer", recipe.transformer
+        loss = partial(transformer_loss, pipeline.transformer, data)
     else:
-        name, network, network_recipe = "unet", pipeline.unet, recipe.unet
-        loss = partial(unet_loss, network, pipeline.scheduler.alphas_cumprod, sdxl_data(pipeline))
+        name, network_recipe = "unet", recipe.unet
+        loss = partial(unet_loss, pipeline.unet, pipeline.scheduler.alphas_cumprod, data)
     loss = partial(loss, batch_size=network_recipe.batch_size, dropout=recipe.prompt_dropout)
-    train(name, network, loss, network_recipe)
+    train(name, getattr(pipeline, name), loss, network_recipe)
     return pipeline
 
 
@@ -296,19 +297,17 @@ def train_encoders(pipeline: DiffusionPipeline, recipe: TeacherRecipe, train: Tr
 
 
 @torch.no_grad()
-def sd3_data(pipeline: StableDiffusion3Pipeline) -> DenoisingData:
-    """Encode the gallery and all captions; sets the VAE's shift and scaling factors."""
-    pictures = encode_gallery(pipeline.vae)
-    embeds, _, pooled, _ = pipeline.encode_prompt(
-        [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
-    )
-    return DenoisingData(pictures, embeds, pooled)
+def encode_data(pipeline: DiffusionPipeline) -> DenoisingData:
+    """Encode the gallery and all captions; sets the VAE's scaling factor, and its shift if it has one.
 
-
-@torch.no_grad()
-def sdxl_data(pipeline: StableDiffusionXLPipeline) -> DenoisingData:
-    """Encode the gallery and all captions, the empty prompt as zeros; sets the VAE's scaling factor."""
+    The empty prompt of SDXL is zeros.
+    """
     pictures = encode_gallery(pipeline.vae)
-    embeds, _, pooled, _ = pipeline.encode_prompt(captions(), do_classifier_free_guidance=False)
-    embeds, pooled = (torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (embeds, pooled))
+    if hasattr(pipeline, "transformer"):
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            [*captions(), ""], None, None, do_classifier_free_guidance=False, max_sequence_length=0
+        )
+    else:
+        embeds, _, pooled, _ = pipeline.encode_prompt(captions(), do_classifier_free_guidance=False)
+        embeds, pooled = (torch.cat([rows, torch.zeros_like(rows[:1])]) for rows in (embeds, pooled))
     return DenoisingData(pictures, embeds, pooled)
