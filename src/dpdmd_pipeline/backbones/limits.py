@@ -1,4 +1,4 @@
-"""Limits for headers and JSON files of strangers; `comfy_nodes/limits.py`, which stands alone, has the same numbers."""
+"""JSON and names in files of strangers, within limits; `comfy_nodes/limits.py`, which stands alone, has the same."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} has {short(repr(content), MAX_SHOWN)}, expected a JSON object: copy it again")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a config, without the path on this machine that diffusers and transformers add to it."""
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import COMPONENTS
+from dpdmd_pipeline.backbones.limits import read_json, write_json
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, shapes_of
 from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
@@ -35,9 +36,7 @@ def save_student(folder: Path, model: nn.Module, header: StudentHeader) -> None:
     """Write a diffusers model folder: `from_pretrained` loads it, and the weight file carries the header."""
     model.save_config(folder)
     config_file = Path(folder) / "config.json"
-    config = json.loads(config_file.read_text())
-    config.pop("_name_or_path", None)  # the teacher's path on this machine
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(config_file, read_json(config_file))
     save_weights(Path(folder) / WEIGHTS, model.state_dict(), header.metadata())
 
 
@@ -54,7 +53,7 @@ def save_lora(folder: Path, state: Mapping[str, Tensor], header: StudentHeader) 
     check_lora(state, header.lora_rank)
     # A model folder has a config.json; this one repeats facts of the header.
     config = {"family": header.family, "kind": "lora", "lora_alpha": header.lora_alpha, "lora_rank": header.lora_rank}
-    (Path(folder) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(Path(folder) / "config.json", config)
     save_weights(Path(folder) / ADAPTER, state, header.metadata())
 
 

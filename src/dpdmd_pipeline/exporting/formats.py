@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import static_shift
-from dpdmd_pipeline.backbones.limits import read_json
+from dpdmd_pipeline.backbones.limits import read_json, write_json
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, peft_from_file, transformer_from_peft
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
@@ -135,8 +135,8 @@ class Export:
         scheduler = trained_schedule(self.student.header, teacher_scheduler(self.teacher)).scheduler
         scheduler.save_pretrained(folder / "scheduler")
         self._save(folder / network.name / WEIGHTS, self.student.weights, self.student.merged_header)
-        _write_json(folder / network.name / "config.json", read_json(network / "config.json"))
-        _write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", type(scheduler).__name__]})
+        write_json(folder / network.name / "config.json", read_json(network / "config.json"))
+        write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", type(scheduler).__name__]})
 
     def _write_lora(self, path: Path) -> dict[str, Loss]:
         """Write a LoRA that diffusers and ComfyUI load with the right scale; returns the loss by its precision.
@@ -199,7 +199,7 @@ def _copy_component(source: Path, target: Path, library: str, dtype: torch.dtype
         # Without an argument, diffusers loads its networks in float32, and a text encoder as its config says.
         config = read_json(source / "config.json") | {"dtype": "float32"}
         config.pop("torch_dtype", None)  # the name in older versions
-        _write_json(target / "config.json", config)
+        write_json(target / "config.json", config)
     total = 0
     for path in network_files(source, _WEIGHT_NAMES[library]):
         tensors = {
@@ -209,9 +209,4 @@ def _copy_component(source: Path, target: Path, library: str, dtype: torch.dtype
         total += sum(value.nbytes for value in tensors.values())
     index = target / f"{_WEIGHT_NAMES[library]}.index.json"
     if index.is_file():
-        _write_json(index, read_json(index) | {"metadata": {"total_size": total}})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    content = {key: value for key, value in content.items() if key != "_name_or_path"}  # a path on this machine
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(index, read_json(index) | {"metadata": {"total_size": total}})

@@ -22,6 +22,7 @@ from dpdmd_pipeline.backbones.limits import read_json
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 
 _ROUNDING = 2e-7  # of levels up to 1 in float32
+_LEAST = 1e-3  # level of the last training timestep, before the shift
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr")
 _DIFFUSERS_PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 
@@ -120,22 +121,16 @@ def _shifts(sigmas: list[float], teacher_shift: float) -> Iterator[tuple[float, 
 
 
 def _fitted_shift(ratio: float, num_steps: int) -> float:
-    """Find, by bisection, the shift at which (1 - second level) / (1 - last level) is `ratio`.
+    """Shift at which (1 - second level) / (1 - last level) is `ratio`.
 
     FlowMatchEulerDiscreteScheduler shifts N even levels from 1 to its own (shifted) end point and stretches the
-    result to `shift_terminal`, which preserves this ratio. The ratio falls as the shift grows. All grids that were
-    shifted once have this form, for example linspace(1, 1/N, N) at shift 3.
+    result to `shift_terminal`, which preserves this ratio. All grids that were shifted once have this form, for
+    example linspace(1, 1/N, N) at shift 3.
     """
-    low, high = 1e-3, 1e3
-    for _ in range(200):
-        middle = (low * high) ** 0.5
-        smallest = _shift(1e-3, middle)
-        second = 1 - (1 - smallest) / (num_steps - 1)
-        if (1 - _shift(second, middle)) / (1 - _shift(smallest, middle)) > ratio:
-            low = middle
-        else:
-            high = middle
-    return middle
+    # With end point e(s), the ratio decides q = (1 - 1 / s) (1 - e(s)): a quadratic equation in s.
+    q = (1 - ratio * (num_steps - 1)) / (1 - ratio)
+    half, least = (1 - q) * (1 - _LEAST) / 2, _LEAST * (1 - _LEAST)
+    return (1 - _LEAST) / (half + max(0.0, half**2 - q * least) ** 0.5)
 
 
 def _shift(sigma: float, shift: float) -> float:

@@ -203,5 +203,6 @@ def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
     """
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     for path in Path(folder).glob("text_encoder*/config.json"):
-        config = json.loads(path.read_text()) | {"dtype": "float32"}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n"
+        )
