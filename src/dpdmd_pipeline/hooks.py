@@ -60,9 +60,7 @@ class ConfigHooks:
             raise click.ClickException(str(error)) from error
         _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
         from dpdmd_pipeline.planning.checks import refuse_run
-        from dpdmd_pipeline.planning.prompts import refuse_prompts
 
-        _refuse(refuse_prompts(pipeline, catalog, env))
         _refuse(refuse_run(pipeline, catalog, env))
 
 

@@ -18,7 +18,7 @@ from dpdmd_pipeline.training.recipe import Recipe
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = "dpdmd_pipeline"
 # Modules that store, check, word or start processes: no number that a run computes comes from them.
-_NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
+_NO_RESULT = ("bounds", "datasets", "planning", "errors", "publishing", "wording")
 _NO_RESULT += ("training.checkpoint", "training.launch", "training.member")
 
 
