@@ -206,6 +206,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:

@@ -5,7 +5,7 @@ Each `check_` function raises a ValueError that names the options, their values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dpdmd_pipeline.planning.parts import unreadable_parts
 from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import one_line, short
+from dpdmd_pipeline.wording import differences, listed, one_line
 
 
 def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
@@ -99,32 +99,22 @@ def check_anchors(
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest
-    backbone_options = manifest.get("backbone", {})
-    recorded = manifest | _named("anchors", manifest["options"]) | _named("backbone", backbone_options)
     current = {
-        **_named("anchors", options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)),
-        **_named("backbone", {name: getattr(backbone, name) for name in backbone_options}),
+        "anchors": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "backbone": {name: getattr(backbone, name) for name in manifest["backbone"]},
         "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(list(rows)),
     }
-    for name, value in current.items():
-        if value != recorded.get(name):
-            before, now = short(repr(recorded.get(name)), 60), short(repr(value), 60)
-            raise StageError(
-                f"the anchors were made with {name}={before}, this run has {now}; set it back or make them again",
-                stage="anchors",
-            )
+    recorded = {**manifest, "anchors": manifest["options"]}
+    if changes := [*differences({name: recorded.get(name) for name in current}, current)]:
+        fact = f"the anchors were made with {listed(changes, 3, '; ')}; set that back or make them again"
+        raise StageError(fact, stage="anchors")
     check_recipe(options, recipe)
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
         _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
-
-
-def _named(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names on the command line, such as `anchors.seed`."""
-    return {f"{group}.{name}": value for name, value in options.items()}
 
 
 def _check_start(start: float, anchor: float) -> None:

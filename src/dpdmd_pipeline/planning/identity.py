@@ -81,11 +81,6 @@ def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, ro
     return fingerprint(*options, anchors.fingerprint, rows, code)
 
 
-def state_folder(train_state: Path, identity: str) -> Path:
-    """Folder of the checkpoints of one student, among those of all."""
-    return train_state / identity[:16]
-
-
 # ---- code
 
 

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, state_folder, student_identity
+from dpdmd_pipeline.planning.identity import check_embeddings, student_identity
+from dpdmd_pipeline.planning.states import open_state
+from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
+from dpdmd_pipeline.wording import differences, unused
 
 log = logging.getLogger(__name__)
 
@@ -47,32 +50,45 @@ def train_student(
     check_guidance(backbone, options)
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
-    if finished_student and (trained := _reuse(finished_student, identity, recipe)):
+    groups = _options(backbone, anchor_options, recipe)
+    if finished_student and (trained := _reuse(finished_student, identity, recipe, groups)):
         return trained
     check_speed(teacher, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)
+    decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
+    folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
+    checkpoints = Checkpoints(folder, options.keep_last)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
     with _out_of_memory_explained(teacher, backbone, options):
         model, student, history = _train(job, recipe)
-    groups = {
-        "backbone": backbone.model_dump(mode="json"),
-        "anchors": anchor_options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "train": recipe.model_dump(mode="json"),
-    }
     header = _make_header(model, backbone, recipe, identity, groups)
     keys = dict.fromkeys(key for row in history for key in row)
     history = [{**keys, **row} for row in history]  # None for values that were not measured in that cycle
     return partial(_write_student, student=student, header=header, history=history), history
 
 
-def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | None:
-    """The published student, if it is this run's."""
-    from dpdmd_pipeline.backbones.student_file import load_finished
+def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Options that decide a student, by parameter group."""
+    return {
+        "backbone": backbone.model_dump(mode="json"),
+        "anchors": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "train": recipe.model_dump(mode="json"),
+    }
+
+
+def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[str, dict[str, Any]]) -> Trained | None:
+    """The published student if it is this run's; else None, and a warning that tells how it differs."""
+    from dpdmd_pipeline.backbones.student_file import load_finished, load_header
 
     history = load_finished(finished_student, identity)
     if history is None:
+        with suppress(OSError, ValueError):  # damaged: there is nothing to compare
+            before = load_header(finished_student).recipe or {}
+            cycles = before.get("train", {}).get("max_steps", "unknown")
+            state = f"the student in {finished_student} (max_steps {cycles})"
+            line = unused(state, folder_size(finished_student), [*differences(before, groups)], "anchors or code")
+            log.warning("%s: %s", method_name(recipe), line)
         return None
     log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
