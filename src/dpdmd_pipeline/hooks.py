@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from logging import FileHandler
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class ConfigHooks:
-    """Refuse a run that cannot succeed before anything is loaded."""
+    """Refuse a run that cannot succeed before anything is loaded, and a downloaded teacher that cannot be read."""
+
+    _check_download: Callable[[], list[str]] = list  # no lines
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
@@ -60,8 +63,16 @@ class ConfigHooks:
             raise click.ClickException(str(error)) from error
         _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
         from dpdmd_pipeline.planning.checks import refuse_run
+        from dpdmd_pipeline.planning.teacher import unreadable_teacher
 
         _refuse(refuse_run(pipeline, catalog, env))
+        self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
+
+    @hook_impl
+    def after_dataset_loaded(self, dataset_name) -> None:
+        if dataset_name == "teacher":  # a node's first load has downloaded the weights
+            _refuse(self._check_download())
+            self._check_download = list
 
 
 class IncompleteError(click.ClickException):

@@ -14,8 +14,8 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.planning.judging import unjudgeable
 from dpdmd_pipeline.planning.messages import describe
-from dpdmd_pipeline.planning.parts import unreadable_parts
 from dpdmd_pipeline.planning.plan import Plan, make_plan
+from dpdmd_pipeline.planning.teacher import unreadable_teacher
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 from dpdmd_pipeline.wording import differences, listed, one_line
@@ -30,7 +30,7 @@ def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
         return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
     try:
-        if lines := [*unreadable_parts(pipeline, catalog), *unjudgeable(pipeline, catalog)]:
+        if lines := [*unreadable_teacher(pipeline, catalog), *unjudgeable(pipeline, catalog)]:
             return lines
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
