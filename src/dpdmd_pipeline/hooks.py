@@ -59,9 +59,9 @@ class ConfigHooks:
         only_missing = run_params.get("only_missing_outputs")
         try:
             missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, env)]
-        except ValueError as error:
+            _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
+        except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
-        _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
         from dpdmd_pipeline.planning.checks import refuse_run
         from dpdmd_pipeline.planning.teacher import unreadable_teacher
 

@@ -36,8 +36,18 @@ class Folders(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Folders:
-        path = path.resolve()  # a link to a bigger disk stays a link: the siblings lie beside its target
+        path = link_target(path)  # a link to a bigger disk stays a link: the siblings lie beside its target
         return cls(path, *(path.with_name(f".{path.name}.{field}") for field in cls._fields[1:]))
+
+
+def link_target(path: Path) -> Path:
+    """The path without links; an OSError names a link that leads to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path} is a link that leads to itself: remove it") from error
+    return Path(os.path.realpath(path))
 
 
 # ---- errors of the disk
@@ -138,7 +148,7 @@ def write_text(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
         return
     if not path.exists() or path.stat().st_mode & 0o222:
-        path = path.resolve()
+        path = link_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), temporary)
 

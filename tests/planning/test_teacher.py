@@ -12,6 +12,7 @@ import torch
 import transformers.utils
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from safetensors.torch import load_file, save_file
+from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v  # noqa: F401
 from tests.pipelines.conftest import backbone_options
 from tests.raising import refuses
 
@@ -45,6 +46,18 @@ def faults(teacher: Path, **options) -> list[str]:
 
 def test_a_whole_teacher_has_no_fault(world_teacher):
     assert faults(world_teacher) == []
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("tiny_sdxl", {"family": "sdxl", "max_sequence_length": 0}),
+        ("tiny_sdxl_v", {"family": "sdxl", "max_sequence_length": 0}),
+        ("tiny_sana", {"family": "sana", "max_sequence_length": 16}),
+    ],
+)
+def test_a_whole_teacher_of_another_family_has_no_fault(request, name, options):
+    assert [*faulty_parts(request.getfixturevalue(name), backbone_options(**options))] == []
 
 
 # ---- damages, as functions of the folder

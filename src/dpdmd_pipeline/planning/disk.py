@@ -13,7 +13,7 @@ from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.planning.weightless import conditioning_like
-from dpdmd_pipeline.publishing import Folders, folder_size
+from dpdmd_pipeline.publishing import Folders, folder_size, link_target
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.options import TrainOptions
 
@@ -113,5 +113,5 @@ def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
 
 def _nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    folder = folder.resolve()
+    folder = link_target(folder)
     return next(path for path in (folder, *folder.parents) if path.exists())
