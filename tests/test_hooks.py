@@ -276,7 +276,7 @@ def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):
 def test_an_input_that_a_stage_can_do_without_may_be_missing(toy):
     (toy / "data/words.json").unlink()
     catalog = toy / "conf/base/catalog.yml"
-    kind = "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
+    kind = "dpdmd_pipeline.datasets.whole_file.OptionalJSONDataset"
     catalog.write_text(catalog.read_text().replace("words: {type: json.JSONDataset", f"words: {{type: {kind}"))
     result = kedro(toy, "--pipelines", "train")
     assert result.code == 0, result.output

@@ -103,7 +103,7 @@ class ErrorHooks:
 
     @hook_impl
     def before_node_run(self, node) -> None:
-        self._node = node.name
+        self._node, self._dataset = node.name, ""  # its inputs are loaded
 
     @hook_impl
     def before_dataset_loaded(self, dataset_name) -> None:
@@ -112,14 +112,6 @@ class ErrorHooks:
     @hook_impl
     def before_dataset_saved(self, dataset_name) -> None:
         self._dataset = dataset_name
-
-    @hook_impl
-    def after_dataset_loaded(self) -> None:
-        self._dataset = ""
-
-    @hook_impl
-    def after_dataset_saved(self) -> None:
-        self._dataset = ""
 
     @hook_impl
     def on_pipeline_error(self, error, run_params, catalog) -> None:

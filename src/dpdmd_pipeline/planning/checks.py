@@ -17,7 +17,7 @@ from dpdmd_pipeline.planning.messages import describe
 from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.planning.teacher import unreadable_teacher
 from dpdmd_pipeline.training.options import TrainOptions
-from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe, Recipe
 from dpdmd_pipeline.wording import differences, listed, one_line
 
 
@@ -57,11 +57,11 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
 
 def _refused_options(plan: Plan) -> Iterator[str]:
     """Options that the teacher's config does not allow."""
-    model, steps = plan.model, plan.backbone.num_steps
-    for level in plan.anchors.anchor_levels:
-        if level.steps is not None and level.steps >= steps:
-            yield f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={steps}"
-    first = plan.anchors.anchor_levels[0].steps
+    model, steps, first = plan.model, plan.backbone.num_steps, None
+    try:
+        first = anchor_steps(plan.anchors, model, steps)[0]
+    except ValueError as error:
+        yield one_line(error)
     for group, options in plan.trained.items():
         try:
             if group not in plan.finished:  # a published student is reused on any machine
@@ -72,10 +72,43 @@ def _refused_options(plan: Plan) -> Iterator[str]:
             check_guidance(plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
-            if options.anchored_steps and first is not None and first < steps:
+            if options.anchored_steps and first is not None:
                 _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
         except ValueError as error:
             yield f"{group}: {one_line(error)}"
+
+
+def anchor_steps(options: AnchorRecipe, model: Any, num_steps: int) -> list[int]:
+    """Numbers K of teacher steps that reach the anchor levels."""
+    steps = [_teacher_steps(level, model, num_steps) for level in options.anchor_levels]
+    if steps != sorted(set(steps)):
+        raise ValueError(
+            f"anchors.anchor_levels give teacher steps {steps}: order them from noisy to clean, without repetition"
+        )
+    return steps
+
+
+def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
+    if level.steps is not None:
+        if level.steps >= num_steps:
+            raise ValueError(
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={num_steps}"
+            )
+        return level.steps
+    if num_steps < 2:
+        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: set at least 2")
+    sigmas, sigma = _family_sigmas(model.schedule(num_steps), model.prediction), level.sigma
+    if level.first_step is not None:
+        student = model.student_schedule(level.first_step.grid, level.first_step.num_steps)
+        sigma = _family_sigmas(student, model.prediction)[1]
+    if not 0 < sigma < sigmas[0]:
+        raise ValueError(f"anchors.anchor_levels sigma={sigma:g} must lie below the teacher's start, {sigmas[0]:g}")
+    return min(range(1, num_steps), key=lambda step: abs(sigmas[step] - sigma))
+
+
+def _family_sigmas(levels: Any, prediction: str) -> list[float]:
+    """Noise levels in the units of a family: flow's sigma, or sigma / alpha of a diffusion model."""
+    return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
 def check_anchors(

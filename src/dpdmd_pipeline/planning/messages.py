@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import traceback
 from pathlib import Path
@@ -13,14 +14,18 @@ from dpdmd_pipeline.wording import one_line
 PACKAGE = Path(__file__).parents[1]
 AGAIN = "then run the same command again: finished work is kept"
 DEFAULT_ENVIRONMENTS = {None, "base", "local"}  # commands do not name these
-# Errors of torch.save and safetensors carry the system's reason in their text only.
-DISK_TEXTS = {
-    "No space left on device": errno.ENOSPC,
-    "PytorchStreamWriter failed writing": errno.ENOSPC,
-    "unexpected pos": errno.ENOSPC,
-    "Read-only file system": errno.EROFS,
-    "Permission denied": errno.EACCES,
+_FULL = "the disk is full: {name} could not be written; free some space"
+_CLOSED = "no permission for {name}; change its owner or mode"
+_DISK = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: "{name} is on a read-only file system; make it writable",
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
 }
+# Errors of torch.save and safetensors carry the system's reason in their text only.
+_TEXTS = {os.strerror(number): line for number, line in _DISK.items()}
+_TEXTS |= {"PytorchStreamWriter failed writing": _FULL, "unexpected pos": _FULL}
 
 
 def stage_command(stages: str, env: str | None = None) -> str:
@@ -66,17 +71,11 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
 
 def _disk_line(error: BaseException, dataset: str) -> str | None:
     """The line for a full or closed disk."""
-    number = error.errno if isinstance(error, OSError) else None
-    name = getattr(error, "filename", None) or dataset or "a file"
+    line = _DISK.get(getattr(error, "errno", None))
     if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-        number = next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {name} could not be written; free some space, {AGAIN}"
-    if number == errno.EROFS:
-        return f"{name} is on a read-only file system; make it writable, {AGAIN}"
-    if number in (errno.EACCES, errno.EPERM):
-        return f"no permission for {name}; change its owner or mode, {AGAIN}"
-    return None
+        line = next((line for text, line in _TEXTS.items() if text in str(error)), None)
+    name = getattr(error, "filename", None) or dataset or "a file"
+    return f"{line.format(name=name)}, {AGAIN}" if line else None
 
 
 def _is_ours(error: BaseException) -> bool:
