@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpdmd_pipeline.planning.states import open_state
+from dpdmd_pipeline.planning.identity import open_state
 
 OPTIONS = {"vae": {"steps": 100, "learning_rate": 0.1}}
 

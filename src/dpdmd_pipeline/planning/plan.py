@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.planning.identity import student_identity, texts_digest
-from dpdmd_pipeline.planning.states import state_folder
+from dpdmd_pipeline.planning.identity import state_folder, student_identity, texts_digest
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 

@@ -81,9 +81,10 @@ def _fault(folder: Path, kind: type, is_complete: bool) -> str | None:
             config = kind.load_config(folder)
             _check_integers(config)
             kind.from_config(config)
+        elif folder.name.startswith("tokenizer"):
+            _check_tokenizer(folder, kind)
         else:
-            _check_sentencepiece(folder)
-            _check_vocabulary(folder, kind.from_pretrained(folder, local_files_only=True))
+            kind.from_pretrained(folder, local_files_only=True)
     return lines[0] if lines else None
 
 
@@ -155,32 +156,27 @@ def _check_links(folder: Path, classes: Mapping[str, type]) -> None:
 # ---- parts
 
 
-def _check_sentencepiece(folder: Path) -> None:
-    """Check that transformers can convert a tokenizer that only has its SentencePiece model."""
+def _check_tokenizer(folder: Path, kind: Any) -> None:
+    """Check that transformers can load a tokenizer, and that it fits its text encoder."""
     from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
     models = sorted(path.name for path in folder.glob("*.model"))
-    if not models or (folder / "tokenizer.json").is_file():
-        return
-    if not (is_sentencepiece_available() and is_protobuf_available()):
+    can_convert = is_sentencepiece_available() and is_protobuf_available()
+    if models and not can_convert and not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"{folder} has {models[0]} alone: `pip install sentencepiece protobuf`, or save it as tokenizer.json"
         )
-
-
-def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    """Hold a tokenizer against its text encoder: transformers makes an empty one from some damaged files."""
+    tokens = len(kind.from_pretrained(folder, local_files_only=True))
     encoder = folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json"
-    if folder.name.startswith("tokenizer") and encoder.is_file():
-        tokens, size = len(tokenizer), read_object(encoder).get("vocab_size")
-        if size and not size / 2 <= tokens <= size:
-            raise ValueError(f"{folder} has {tokens} tokens, {encoder.parent.name} has {size}: copy both again")
+    size = read_object(encoder).get("vocab_size") if encoder.is_file() else None
+    if size and not size / 2 <= tokens <= size:  # transformers makes an empty tokenizer from some damaged files
+        raise ValueError(f"{folder} has {tokens} tokens, {encoder.parent.name} has {size}: copy both again")
 
 
 def _check_network(folder: Path, kind: Any, is_complete: bool) -> None:
     """Hold a network's config against its class and its weights; no weight is loaded."""
     config, of_diffusers = read_object(folder / "config.json"), hasattr(kind, "load_config")
-    _check_config(folder, config, of_diffusers)
+    _check_config(folder / "config.json", config, of_diffusers)
     try:
         files = weight_files(folder, "diffusers" if of_diffusers else "transformers")
     except FileNotFoundError:
@@ -199,21 +195,19 @@ def _check_network(folder: Path, kind: Any, is_complete: bool) -> None:
         check_keys(files, shapes)
 
 
-def _check_config(folder: Path, config: Mapping[str, Any], of_diffusers: bool) -> None:
-    path = folder / "config.json"
+def _check_config(path: Path, config: Mapping[str, Any], of_diffusers: bool) -> None:
     if quantization := config.get("quantization_config"):
         method = str(quantization["quant_method"])
         if of_diffusers or find_spec(method) is None:
-            library = "" if of_diffusers else f", and the library {method} is not installed"
-            raise ValueError(f"{path}: the weights are quantised ({method}){library}: give them in float16 or wider")
+            reason = "the network is trained" if of_diffusers else f"the library {method} is not installed"
+            raise ValueError(f"{path}: the weights are quantised ({method}), and {reason}: give them in float16")
     _check_integers(config)
-    if (config.get("pos_embed_max_size") or 0) > POSITIONS:
-        raise ValueError(f"{path}: pos_embed_max_size = {config['pos_embed_max_size']}, expected at most {POSITIONS}")
-    for name in ("scaling_factor", "shift_factor"):
+    if (side := config.get("pos_embed_max_size") or 0) > POSITIONS:
+        raise ValueError(f"{path}: pos_embed_max_size = {side}, expected at most {POSITIONS}")
+    for name, least in (("scaling_factor", 0), ("shift_factor", -math.inf)):
         value = config.get(name)
-        is_number = isinstance(value, int | float) and math.isfinite(value)
-        if name in config and not (is_number and (value > 0 or name == "shift_factor") or (value is None)):
-            raise ValueError(f"{path}: {name} = {value!r:.80}, expected a finite number: copy the file again")
+        if value is not None and not (isinstance(value, int | float) and least < value < math.inf):
+            raise ValueError(f"{path}: {name} = {value!r:.80}, expected a finite number above {least}")
 
 
 def _check_integers(value: Any, name: str = "") -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.clip.options import ClipOptions
-from dpdmd_pipeline.planning.identity import code_hash
-from dpdmd_pipeline.planning.states import open_state
+from dpdmd_pipeline.planning.identity import code_hash, open_state
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.teacher.options import TeacherOptions
-from dpdmd_pipeline.planning.identity import code_hash
-from dpdmd_pipeline.planning.states import open_state
+from dpdmd_pipeline.planning.identity import code_hash, open_state
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, student_identity
-from dpdmd_pipeline.planning.states import open_state
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
