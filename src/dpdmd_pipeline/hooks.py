@@ -159,10 +159,8 @@ def _gaps(metrics: dict[str, Any]) -> str:
     models = [entry for entry in metrics.values() if isinstance(entry, dict)]
     missing = sorted({name for entry in models for name in entry.get("missing", {})})
     faults = sum(count for entry in models for count in entry.get("faults", {}).values())
-    lines = [f"not measured: {', '.join(missing)}"] if missing else []
-    if faults:
-        lines.append(f"{faults} pictures or prompts left out of figures")
-    return "; ".join(lines)
+    gaps = {f"not measured: {', '.join(missing)}": missing, f"{faults} pictures or prompts left out of figures": faults}
+    return "; ".join(text for text, count in gaps.items() if count)
 
 
 def _lower_level_of_mendable(record: logging.LogRecord) -> bool:

@@ -49,10 +49,9 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
     from dpdmd_pipeline.planning.gpu import students_too_large
 
     try:
-        lines = [*_refused_options(plan)]
+        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
-    return lines or [*students_too_large(plan, device_memory), *full_disks(plan)]
 
 
 def _refused_options(plan: Plan) -> Iterator[str]:
@@ -68,8 +67,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 resolve_device(options.device)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
-            check_precision(plan.backbone, options)
-            check_guidance(plan.backbone, options)
+            check_backbone(plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
             if options.anchored_steps and first is not None:
@@ -179,17 +177,13 @@ def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
         raise ValueError("train.target=tangent needs the teacher's x0 at the anchor: set anchors.with_denoised=true")
 
 
-def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that teacher and trained networks compute in one precision."""
+def check_backbone(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that teacher and trained networks compute in one precision, and that a guidance interval has guidance."""
     if backbone.dtype != recipe.precision:
         raise ValueError(
             f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
             "the teacher and the networks it trains work in one precision, float32 or bfloat16"
         )
-
-
-def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that a guidance interval comes with guidance."""
     if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
         raise ValueError(
             f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "

@@ -3,15 +3,15 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
+from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
 from dpdmd_pipeline.planning.identity import check_embeddings, open_state, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
@@ -45,8 +45,7 @@ def train_student(
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     check_embeddings(embeddings, prompts, teacher)
     check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, options)
-    check_precision(backbone, options)
-    check_guidance(backbone, options)
+    check_backbone(backbone, options)
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
     groups = _options(backbone, anchor_options, recipe)
@@ -83,11 +82,12 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[s
     history = load_finished(finished_student, identity)
     if history is None:
         with suppress(OSError, ValueError):  # damaged: there is nothing to compare
-            before = load_header(finished_student).recipe or {}
-            cycles = before.get("train", {}).get("max_steps", "unknown")
-            state = f"the student in {finished_student} (max_steps {cycles})"
-            line = unused(state, folder_size(finished_student), [*differences(before, groups)], "anchors or code")
-            log.warning("%s: %s", method_name(recipe), line)
+            header = load_header(finished_student)
+            if header.identity != identity:
+                changes = [*differences(header.recipe or {}, groups)]
+                state = f"the finished student in {finished_student}"
+                line = unused(state, folder_size(finished_student), changes, "anchors or code")
+                log.warning("%s: %s", method_name(recipe), line)
         return None
     log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
@@ -164,8 +164,6 @@ def _write_student(folder: Path, student: Any, header: Any, history: list[dict])
 
 def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
     """Continue in other processes; returns the finished state that they leave."""
-    from dpdmd_pipeline.pipelines.train.worker import train_in_processes
-
     follow(train_in_processes(job), finished_cycles, job.options.recipe(), job.options.log_every)
     if resumed := job.checkpoints.load_latest():
         return resumed
@@ -173,6 +171,34 @@ def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
         f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its disk "
         "faulty? Run the same command again"
     )
+
+
+def train_in_processes(job: Job) -> Iterator[dict]:
+    """Train in other processes; yields the new cycles' records. The student is in the last checkpoint."""
+    from dpdmd_pipeline.training.launch import launched
+    from dpdmd_pipeline.training.member import Launch
+
+    options = job.options.launch
+    cuda = resolve_device(job.options.device).type == "cuda"
+    launch = Launch(options.processes, options.machines, options.rendezvous, job.checkpoints.folder.name, cuda)
+    return launched(train_share, job, launch)
+
+
+def train_share(job: Job, member: Any) -> bool:
+    """Run the loop in one process; returns True if it came to its end."""
+    # The writing process holds the lock: it outlives a killed parent until its cycle is done.
+    with job.checkpoints.locked() if member.rank == 0 else nullcontext():
+        member.wait_for_all()
+        resumed = job.checkpoints.load_latest()
+        *_, records = start(job, resumed)
+        with closing(records):  # saves if the loop stops early
+            if member.asked_to_stop():
+                return False
+            for record in records:
+                member.report(record)
+                if member.asked_to_stop():
+                    return record["step"] == job.options.max_steps
+    return True
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
