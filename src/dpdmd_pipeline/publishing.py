@@ -54,7 +54,7 @@ def link_target(path: Path) -> Path:
 
 _FREE_SPACE = "free some space and run the same command again: finished work is kept"
 _MAKE_WRITABLE = "make the folder writable and run the same command again"
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
     errno.EFBIG: "raise the file size limit and run the same command again: finished work is kept",
@@ -77,7 +77,7 @@ def writing(path: Path) -> Iterator[None]:
                 raise
             number = int(match[1])
         reason = os.strerror(number) if number else str(error)
-        remedy = _REMEDIES.get(number, "fix the cause and run the same command again")
+        remedy = REMEDIES.get(number, "fix the cause and run the same command again")
         raise OSError(number, f"{reason} ({remedy})", str(getattr(error, "filename", None) or path)) from error
 
 

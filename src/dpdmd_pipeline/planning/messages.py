@@ -9,23 +9,15 @@ import traceback
 from pathlib import Path
 
 from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.publishing import REMEDIES
 from dpdmd_pipeline.wording import one_line
 
 PACKAGE = Path(__file__).parents[1]
 AGAIN = "then run the same command again: finished work is kept"
 DEFAULT_ENVIRONMENTS = {None, "base", "local"}  # commands do not name these
-_FULL = "the disk is full: {name} could not be written; free some space"
-_CLOSED = "no permission for {name}; change its owner or mode"
-_DISK = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EROFS: "{name} is on a read-only file system; make it writable",
-    errno.EACCES: _CLOSED,
-    errno.EPERM: _CLOSED,
-}
 # Errors of torch.save and safetensors carry the system's reason in their text only.
-_TEXTS = {os.strerror(number): line for number, line in _DISK.items()}
-_TEXTS |= {"PytorchStreamWriter failed writing": _FULL, "unexpected pos": _FULL}
+_TEXTS = {os.strerror(number): number for number in REMEDIES}
+_TEXTS |= {"PytorchStreamWriter failed writing": errno.ENOSPC, "unexpected pos": errno.ENOSPC}
 
 
 def stage_command(stages: str, env: str | None = None) -> str:
@@ -71,11 +63,11 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
 
 def _disk_line(error: BaseException, dataset: str) -> str | None:
     """The line for a full or closed disk."""
-    line = _DISK.get(getattr(error, "errno", None))
+    number = getattr(error, "errno", None)
     if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-        line = next((line for text, line in _TEXTS.items() if text in str(error)), None)
+        number = next((number for text, number in _TEXTS.items() if text in str(error)), None)
     name = getattr(error, "filename", None) or dataset or "a file"
-    return f"{line.format(name=name)}, {AGAIN}" if line else None
+    return f"{name}: {os.strerror(number)} ({REMEDIES[number]})" if number in REMEDIES else None
 
 
 def _is_ours(error: BaseException) -> bool:
