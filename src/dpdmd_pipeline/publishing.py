@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,6 +225,14 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over the names below a folder and the contents of some files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=Path.as_posix):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _settle(folder: Path) -> None:

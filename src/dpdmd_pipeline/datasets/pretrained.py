@@ -53,7 +53,13 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         if not folder.is_dir():
             folder = self._download(with_weights)
             remedy = f"run again with a network and without HF_HUB_OFFLINE, or delete {folder} first"
-        _check_pipeline(folder, remedy, with_weights)
+        for component, (library, _) in components(folder).items():
+            if not any((folder / component).glob("*.json")):
+                raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
+            try:
+                _ = weight_files(folder / component, library) if with_weights else []
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}: {remedy}") from None
         return folder
 
     def _download(self, with_weights: bool) -> Path:
@@ -77,18 +83,6 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 
 
 # ---- a pipeline's folder
-
-
-def _check_pipeline(folder: Path, remedy: str, with_weights: bool) -> None:
-    """Check a folder against its index: each component with its config and, if it is a network, all its weights."""
-    for component, (library, _) in components(folder).items():
-        if not any((folder / component).glob("*.json")):
-            raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
-        if with_weights:
-            try:
-                weight_files(folder / component, library)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error}: {remedy}") from None
 
 
 def components(folder: Path) -> dict[str, tuple[str, str]]:

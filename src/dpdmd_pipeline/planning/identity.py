@@ -16,7 +16,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.publishing import folder_size, sha256, write_atomically
+from dpdmd_pipeline.publishing import files_hash, folder_size, write_atomically
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.wording import differences, unused
 
@@ -53,19 +53,16 @@ def text_side_hash(teacher: Path) -> str:
     Raises:
         MissingInputError: if the folder has no text encoder or no tokenizer.
     """
-    paths = sorted(
+    paths = [
         path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*") if path.is_file()
-    )
+    ]
     if not {"text_encoder", "tokenizer"} <= {path.relative_to(teacher).parts[0] for path in paths}:
         raise MissingInputError(
             f"teacher {teacher} has no text_encoder/ or no tokenizer/: give a diffusers pipeline folder", "teacher"
         )
     # A missing T5 becomes zeros; the transformer's config has their width.
     paths += [path for path in [teacher / "transformer" / "config.json"] if path.is_file()]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(teacher).as_posix()}\0{sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_hash(teacher, paths)
 
 
 def check_embeddings(embeddings: Any, prompts: Iterable[dict], teacher: Path) -> None:

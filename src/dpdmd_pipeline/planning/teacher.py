@@ -52,7 +52,7 @@ def unreadable_teacher(pipeline: Any, catalog: Any, *, is_downloaded: bool = Fal
 def faulty_parts(folder: Path, backbone: BackboneOptions, *, is_complete: bool = True) -> Iterator[str]:
     """One line for each part of a pipeline's folder that cannot be read; without `is_complete` weights may be missing.
 
-    It takes 1 s for the embedded teacher, most of it for importing the libraries.
+    It takes 0.1 s for the embedded teacher once diffusers and transformers are imported.
     """
     try:
         classes = _classes(folder, backbone.family)
