@@ -276,7 +276,7 @@ def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):
 def test_an_input_that_a_stage_can_do_without_may_be_missing(toy):
     (toy / "data/words.json").unlink()
     catalog = toy / "conf/base/catalog.yml"
-    kind = "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
+    kind = "dpdmd_pipeline.datasets.whole_file.OptionalJSONDataset"
     catalog.write_text(catalog.read_text().replace("words: {type: json.JSONDataset", f"words: {{type: {kind}"))
     result = kedro(toy, "--pipelines", "train")
     assert result.code == 0, result.output
@@ -298,14 +298,14 @@ def test_a_damaged_input_is_named(toy):
 def test_a_full_disk_is_one_line_with_the_remedy(toy):
     (toy / "data/history.json").symlink_to("/dev/full")  # not the device itself: a writer that renames would replace it
     message = refusal(kedro(toy, "--pipelines", "train"))
-    assert "disk is full" in message and "history (data/history.json)" in message
+    assert "No space left" in message and "free some space" in message and "history (data/history.json)" in message
 
 
 @pytest.mark.parametrize(
     "text, reason",
     [
-        ("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "disk is full"),
-        ("[enforce fail at inline_container.cc:747] . open file failed: Permission denied", "no permission"),
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534", "No space left"),
+        ("[enforce fail at inline_container.cc:747] . open file failed: Permission denied", "Permission denied"),
         ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", None),
     ],
 )

@@ -86,6 +86,14 @@ def test_a_text_replaces_a_link_into_a_cache_of_read_only_files(tmp_path, link):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "file", "object"]
 
 
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "a"), Folders.of], ids=["text", "folder"])
+@pytest.mark.parametrize("name", ["loop", "loop/file"])
+def test_a_link_that_leads_to_itself_is_refused(tmp_path, write, name):
+    (tmp_path / "loop").symlink_to("loop")
+    with refuses(OSError, str(tmp_path / name), "leads to itself"):
+        write(tmp_path / name)
+
+
 def test_files_and_folders_of_a_folder_have_the_modes_of_any_new_ones(tmp_path, modes):
     (tmp_path / "elsewhere").write_text("not ours")
     (tmp_path / "elsewhere").chmod(0o640)

@@ -1,12 +1,12 @@
 """Run the package as `dpdmd-pipeline` and `python -m dpdmd_pipeline`."""
 
-import difflib
 import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.commands import COMMANDS
+from dpdmd_pipeline.planning.options import nearest
 from dpdmd_pipeline.wording import printable
 
 
@@ -34,9 +34,7 @@ def main(*args, **kwargs) -> Any:
 
 def _unknown(name: str) -> str:
     """Error message for a first word that is not a command; `run` takes only options."""
-    similar = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {similar[0]!r}? " if similar else ""
-    return f"Error: no command {name!r}: {hint}use {', '.join(COMMANDS)}, or only options, for `kedro run`"
+    return f"Error: no command {name!r}{nearest(name, COMMANDS)}; use {', '.join(COMMANDS)}, or options for `kedro run`"
 
 
 def _commands_help() -> str:

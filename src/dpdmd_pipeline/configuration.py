@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from kedro.config import OmegaConfigLoader
+from omegaconf import OmegaConf
 
 from dpdmd_pipeline.planning.conf_files import refused_files
 from dpdmd_pipeline.wording import one_line
@@ -46,13 +47,6 @@ def with_baseline(parameters: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(train, dict) or not isinstance(baseline, dict):
         return parameters
     shared = {key: value for key, value in train.items() if key not in BASELINE_KEYS}
-    return {**parameters, "train_dmd": _merged(shared, baseline)} if shared else parameters
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merged(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return {**below, **above, **both}
+    if not shared:
+        return parameters
+    return {**parameters, "train_dmd": OmegaConf.to_container(OmegaConf.merge(shared, baseline))}

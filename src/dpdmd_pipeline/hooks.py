@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from logging import FileHandler
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class ConfigHooks:
-    """Refuse a run that cannot succeed before anything is loaded."""
+    """Refuse a run that cannot succeed before anything is loaded, and a downloaded teacher that cannot be read."""
+
+    _check_download: Callable[[], list[str]] = list  # no lines
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
@@ -56,14 +59,20 @@ class ConfigHooks:
         only_missing = run_params.get("only_missing_outputs")
         try:
             missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, env)]
-        except ValueError as error:
+            _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
+        except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
-        _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
         from dpdmd_pipeline.planning.checks import refuse_run
-        from dpdmd_pipeline.planning.prompts import refuse_prompts
+        from dpdmd_pipeline.planning.teacher import unreadable_teacher
 
-        _refuse(refuse_prompts(pipeline, catalog, env))
         _refuse(refuse_run(pipeline, catalog, env))
+        self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
+
+    @hook_impl
+    def after_dataset_loaded(self, dataset_name) -> None:
+        if dataset_name == "teacher":  # a node's first load has downloaded the weights
+            _refuse(self._check_download())
+            self._check_download = list
 
 
 class IncompleteError(click.ClickException):
@@ -94,7 +103,7 @@ class ErrorHooks:
 
     @hook_impl
     def before_node_run(self, node) -> None:
-        self._node = node.name
+        self._node, self._dataset = node.name, ""  # its inputs are loaded
 
     @hook_impl
     def before_dataset_loaded(self, dataset_name) -> None:
@@ -103,14 +112,6 @@ class ErrorHooks:
     @hook_impl
     def before_dataset_saved(self, dataset_name) -> None:
         self._dataset = dataset_name
-
-    @hook_impl
-    def after_dataset_loaded(self) -> None:
-        self._dataset = ""
-
-    @hook_impl
-    def after_dataset_saved(self) -> None:
-        self._dataset = ""
 
     @hook_impl
     def on_pipeline_error(self, error, run_params, catalog) -> None:
@@ -158,10 +159,8 @@ def _gaps(metrics: dict[str, Any]) -> str:
     models = [entry for entry in metrics.values() if isinstance(entry, dict)]
     missing = sorted({name for entry in models for name in entry.get("missing", {})})
     faults = sum(count for entry in models for count in entry.get("faults", {}).values())
-    lines = [f"not measured: {', '.join(missing)}"] if missing else []
-    if faults:
-        lines.append(f"{faults} pictures or prompts left out of figures")
-    return "; ".join(lines)
+    gaps = {f"not measured: {', '.join(missing)}": missing, f"{faults} pictures or prompts left out of figures": faults}
+    return "; ".join(text for text, count in gaps.items() if count)
 
 
 def _lower_level_of_mendable(record: logging.LogRecord) -> bool:

@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,15 +36,25 @@ class Folders(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Folders:
-        path = path.resolve()  # a link to a bigger disk stays a link: the siblings lie beside its target
+        path = link_target(path)  # a link to a bigger disk stays a link: the siblings lie beside its target
         return cls(path, *(path.with_name(f".{path.name}.{field}") for field in cls._fields[1:]))
+
+
+def link_target(path: Path) -> Path:
+    """The path without links; an OSError names a link that leads to itself."""
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{path} is a link that leads to itself: remove it") from error
+    return Path(os.path.realpath(path))
 
 
 # ---- errors of the disk
 
 _FREE_SPACE = "free some space and run the same command again: finished work is kept"
 _MAKE_WRITABLE = "make the folder writable and run the same command again"
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
     errno.EFBIG: "raise the file size limit and run the same command again: finished work is kept",
@@ -67,7 +77,7 @@ def writing(path: Path) -> Iterator[None]:
                 raise
             number = int(match[1])
         reason = os.strerror(number) if number else str(error)
-        remedy = _REMEDIES.get(number, "fix the cause and run the same command again")
+        remedy = REMEDIES.get(number, "fix the cause and run the same command again")
         raise OSError(number, f"{reason} ({remedy})", str(getattr(error, "filename", None) or path)) from error
 
 
@@ -138,7 +148,7 @@ def write_text(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
         return
     if not path.exists() or path.stat().st_mode & 0o222:
-        path = path.resolve()
+        path = link_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), temporary)
 
@@ -206,10 +216,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder; 0 if it does not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(folder: Path, paths: Iterable[Path]) -> str:
+    """SHA-256 over the names below a folder and the contents of some files, hexadecimal."""
+    digest = hashlib.sha256()
+    for path in sorted(paths, key=Path.as_posix):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _settle(folder: Path) -> None:

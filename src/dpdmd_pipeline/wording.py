@@ -1,6 +1,6 @@
-"""Errors, counts and lists as text."""
+"""Errors, counts, lists and differences as text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -24,7 +24,28 @@ def counted(number: int, one: str, more: str = "") -> str:
     return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 
-def listed(names: Sequence[str], few: int) -> str:
+def listed(names: Sequence[str], few: int, separator: str = ", ") -> str:
     """The first few of many names, such as `a, b, c and 4 more`."""
     more = f" and {len(names) - few} more" if len(names) > few else ""
-    return f"{', '.join(names[:few])}{more}"
+    return f"{separator.join(names[:few])}{more}"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Values of two nested mappings that differ, such as `train.decay=0.1, now 0.2`."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}={short(repr(old), 40)}, now {short(repr(new), 40)}"
+
+
+def unused(state: str, size: int, changes: Sequence[str], otherwise: str = "code") -> str:
+    """The line on finished work that does not belong to this run.
+
+    Args:
+        state: what is there, and how far it is.
+        size: bytes on the disk.
+        changes: differences from this run; if there are none, `otherwise` differs.
+    """
+    return f"work begins anew: {state} ({size / 2**20:.1f} MiB) differs in {listed(changes, 3, '; ') or otherwise}"

@@ -6,7 +6,7 @@ import logging
 import pytest
 from kedro.io import DatasetError
 
-from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
+from dpdmd_pipeline.datasets.whole_file import OptionalJSONDataset
 
 
 def test_a_missing_file_is_read_as_empty_and_logged(tmp_path, caplog):

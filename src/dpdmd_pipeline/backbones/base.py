@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,6 +76,11 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
     return module.load(folder, **options)
 
 
+def pipeline_class(family: str) -> Any:
+    """diffusers' pipeline of a family."""
+    return _module(family).load.pipeline_class
+
+
 def _module(family: str) -> Any:
     if family not in FAMILIES:
         raise ValueError(f"backbone.family is {family!r}: choose one of {', '.join(FAMILIES)}")
@@ -90,12 +96,31 @@ def _hide_progress_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+@contextmanager
+def load_quietly() -> Iterator[None]:
+    """Silence warnings and progress bars of diffusers and transformers."""
+    import diffusers
+    import transformers
+
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [library.get_verbosity() for library in libraries]
+    _hide_progress_bars()
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+
+
 # ---- shared by families
 
 
 class PipelineBackbone:
     """Options, components and guidance of a backbone over a diffusers pipeline directory; see `BackboneOptions`."""
 
+    pipeline_class: Any  # of diffusers; its signature names the components and their classes
     component: str  # folder of the denoising network
     network_class: Any  # of diffusers
     autoencoder_class: Any  # of diffusers
@@ -149,9 +174,9 @@ class PipelineBackbone:
         vae = self.autoencoder_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
         return vae.to(self.device).requires_grad_(False)
 
-    def _load_text(self, pipeline_class: Any, **components: Any) -> Any:
+    def _load_text(self, **components: Any) -> Any:
         """Load the pipeline with frozen text encoders, without the autoencoder and with these other components."""
-        pipeline = pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
+        pipeline = self.pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
         for name, component in pipeline.components.items():
             if name.startswith("text_encoder") and component is not None:
                 component.to(self.device).requires_grad_(False)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.bounds import CountOrZero, Few, Size, StrictModel
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import Backbone
@@ -13,16 +14,14 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 
 
-class BackboneOptions(BaseModel):
+class BackboneOptions(StrictModel):
     """Options of the teacher that every stage shares."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     family: Literal[FAMILIES]  # name of a file in `backbones/`
-    resolution: PositiveInt  # of the pictures, in pixels
-    max_sequence_length: NonNegativeInt  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
-    num_steps: PositiveInt  # of the teacher's sampling
-    guidance_scale: float = Field(ge=1, allow_inf_nan=False)  # in the sense of the teacher's own pipeline; 1 is none
+    resolution: Size  # of the pictures, in pixels
+    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
+    num_steps: Few  # of the teacher's sampling
+    guidance_scale: float = Field(ge=1)  # in the sense of the teacher's own pipeline; 1 is none
     # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks; everything outside them is float32

@@ -22,6 +22,7 @@ from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 class Sana(FlowBackbone):
     """Backbone over a SanaPipeline directory."""
 
+    pipeline_class = SanaPipeline
     component = "transformer"
     network_class = SanaTransformer2DModel
     autoencoder_class = AutoencoderDC
@@ -70,7 +71,7 @@ class Sana(FlowBackbone):
 
     @cached_property
     def _text(self) -> SanaPipeline:
-        return self._load_text(SanaPipeline, transformer=None)
+        return self._load_text(transformer=None)
 
 
 def _instruction() -> list[str]:

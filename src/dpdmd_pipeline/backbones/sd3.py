@@ -19,6 +19,7 @@ from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 class SD3(FlowBackbone):
     """Backbone over a StableDiffusion3Pipeline directory."""
 
+    pipeline_class = StableDiffusion3Pipeline
     component = "transformer"
     network_class = SD3Transformer2DModel
     autoencoder_class = AutoencoderKL
@@ -56,7 +57,7 @@ class SD3(FlowBackbone):
         with torch.device("meta"):  # without weights: `encode_prompt` reads the config
             transformer = SD3Transformer2DModel.from_config(self._config)
         without_t5 = {} if (self.folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-        return self._load_text(StableDiffusion3Pipeline, transformer=transformer, **without_t5)
+        return self._load_text(transformer=transformer, **without_t5)
 
 
 def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:

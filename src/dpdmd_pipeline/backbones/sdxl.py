@@ -39,6 +39,7 @@ _BETAS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 class SDXL(PipelineBackbone):
     """Backbone over a StableDiffusionXLPipeline directory."""
 
+    pipeline_class = StableDiffusionXLPipeline
     component = "unet"
     network_class = UNet2DConditionModel
     autoencoder_class = AutoencoderKL
@@ -109,7 +110,7 @@ class SDXL(PipelineBackbone):
 
     @cached_property
     def _text(self) -> StableDiffusionXLPipeline:
-        return self._load_text(StableDiffusionXLPipeline, unet=None, add_watermarker=False)
+        return self._load_text(unet=None, add_watermarker=False)
 
 
 def _read_scheduler(folder: Path) -> tuple[str, Callable[[Tensor, Tensor, NoiseLevel], Tensor], Tensor]:

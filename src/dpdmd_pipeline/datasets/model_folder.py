@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.datasets.folder import FolderDataset
-from dpdmd_pipeline.publishing import replacing, sha256, writing
+from dpdmd_pipeline.publishing import files_hash, replacing, writing
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +22,7 @@ def folder_hash(folder: Path) -> str:
     paths = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no *.safetensors and no *.json")
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=Path.as_posix):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_hash(folder, paths)
 
 
 class ModelFolderDataset(FolderDataset):

@@ -17,6 +17,7 @@ TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model i
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
+MAX_JSON = 2**26  # bytes of one file; Gemma's tokenizer has 34 million
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -52,7 +53,13 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         if not folder.is_dir():
             folder = self._download(with_weights)
             remedy = f"run again with a network and without HF_HUB_OFFLINE, or delete {folder} first"
-        _check_pipeline(folder, remedy, with_weights)
+        for component, (library, _) in components(folder).items():
+            if not any((folder / component).glob("*.json")):
+                raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
+            try:
+                _ = weight_files(folder / component, library) if with_weights else []
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{error}: {remedy}") from None
         return folder
 
     def _download(self, with_weights: bool) -> Path:
@@ -78,30 +85,44 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 # ---- a pipeline's folder
 
 
-def _check_pipeline(folder: Path, remedy: str, with_weights: bool) -> None:
-    """Check a folder against its index: each component with its config and, if it is a network, all its weights."""
-    for component, library in components(folder).items():
-        if not any((folder / component).glob("*.json")):
-            raise FileNotFoundError(f"{folder / component} has no config: {remedy}")
-        if with_weights:
-            try:
-                weight_files(folder / component, library)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error}: {remedy}") from None
-
-
-def components(folder: Path) -> dict[str, str]:
-    """Components of a pipeline that have a folder, and the library that each is loaded with."""
+def components(folder: Path) -> dict[str, tuple[str, str]]:
+    """Components of a pipeline that have a folder; library and class that each is loaded with."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_object(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: give a diffusers pipeline (a folder with that file)") from None
-    except ValueError as error:
+    entries = {name: entry for name, entry in index.items() if isinstance(entry, list | dict)}
+    for name, entry in entries.items():
+        is_pair = isinstance(entry, list) and len(entry) == 2 and {type(word) for word in entry} <= {str, type(None)}
+        if not (is_pair and name.isidentifier()):
+            raise OSError(f"{path}: {name!r:.80} is {entry!r:.80}, expected [library, class] or [null, null]")
+    return {name: (library, kind) for name, (library, kind) in entries.items() if library and kind}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of foreign origin.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        OSError: if it is too large, is not JSON, nested too deeply, not an object, or holds NaN.
+    """
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise OSError(f"{path} has {size} bytes, expected at most {MAX_JSON}: download it again")
+    try:
+        value = json.loads(path.read_bytes(), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is not JSON ({error}): download it again") from error
-    # An absent component is [null, null]; options of the pipeline are not lists of two names.
-    entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    return {name: library for name, (library, kind) in entries.items() if library and kind}
+    if not isinstance(value, dict):
+        raise OSError(f"{path} holds {value!r:.80}, expected an object of names and values: download it again")
+    return value
+
+
+def _constant(name: str) -> float:
+    """Infinity is the default of some schedulers, NaN of nothing."""
+    if name == "NaN":
+        raise ValueError("NaN")
+    return float(name)
 
 
 def weight_files(folder: Path, library: str) -> list[Path]:
@@ -116,12 +137,20 @@ def weight_files(folder: Path, library: str) -> list[Path]:
     index = folder / f"{name}.index.json"
     names = {name}
     if index.is_file() and not (folder / name).is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(_weight_map(index).values())
     for name in sorted(names):
         if not (folder / name).is_file():  # an interrupted download leaves dangling links in the cache
             others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
             raise FileNotFoundError(f"{folder} has no {name}" + (f", only {', '.join(others[:3])}" if others else ""))
     return [folder / name for name in sorted(names)]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Weight name -> file in the folder of an index."""
+    weights = read_object(index).get("weight_map")
+    if not isinstance(weights, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weights.values()):
+        raise OSError(f"{index} has no weight_map of names and files beside it: download it again")
+    return weights
 
 
 # ---- errors of the hub

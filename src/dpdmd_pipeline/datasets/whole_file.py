@@ -6,6 +6,7 @@ that DVC makes with `cache.type symlink` or `hardlink`.
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from kedro_datasets import json, pillow, text
 
 from dpdmd_pipeline.publishing import write_atomically, writing
+
+log = logging.getLogger(__name__)
 
 
 class WholeFile:
@@ -34,6 +37,18 @@ class WholeFile:
 
 class JSONDataset(WholeFile, json.JSONDataset):
     """A value as JSON."""
+
+
+class OptionalJSONDataset(JSONDataset):
+    """A JSON object that is {} while its file is missing; `exists` reports the file's real state."""
+
+    optional = True  # read by the hook that refuses missing inputs
+
+    def load(self) -> Any:
+        if self.exists():
+            return super().load()
+        log.info("%s does not exist: read as empty", self._filepath)
+        return {}
 
 
 class TextDataset(WholeFile, text.TextDataset):

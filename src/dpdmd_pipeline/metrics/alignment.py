@@ -109,7 +109,7 @@ class PickScore:
         from transformers import AutoModel, AutoProcessor
 
         self.model = embedders.load_pretrained(AutoModel, folder, dtype=torch.float32).to(passes.device)
-        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.passes = passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:

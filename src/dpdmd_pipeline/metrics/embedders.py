@@ -28,7 +28,8 @@ def load_pretrained(model_class: Any, folder: Path, **options: Any) -> nn.Module
     Raises:
         ValueError: if the file lacks some of the model's weights, which would otherwise be random.
     """
-    model, loaded = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    options |= {"local_files_only": True, "trust_remote_code": False}
+    model, loaded = model_class.from_pretrained(folder, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"]) + sorted(str(key) for key in loaded["mismatched_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]}")
@@ -76,7 +77,7 @@ class TransformersVision:
         is_clip = json.loads((Path(folder) / "config.json").read_text()).get("model_type", "").startswith("clip")
         model = load_pretrained(CLIPVisionModel if is_clip else AutoModel, folder, dtype=torch.float32)
         self.model = model.to(passes.device)
-        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.tokens, self.passes = tokens, passes
 
     def __call__(self, images: Sequence[Image]) -> Tensor:

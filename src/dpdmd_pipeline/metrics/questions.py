@@ -40,7 +40,7 @@ class VisionLanguage:
 
         dtype = torch.float32 if passes.device == "cpu" else torch.bfloat16
         self.model = load_pretrained(AutoModelForImageTextToText, folder, dtype=dtype).to(passes.device)
-        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # One picture at a time on a GPU too: lengths differ, and padding would change bits.
         self.passes = Passes(passes.device, 1)
 

@@ -5,20 +5,20 @@ Each `check_` function raises a ValueError that names the options, their values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.planning.late import late_refusals
+from dpdmd_pipeline.planning.judging import unjudgeable
 from dpdmd_pipeline.planning.messages import describe
-from dpdmd_pipeline.planning.parts import unreadable_parts
 from dpdmd_pipeline.planning.plan import Plan, make_plan
+from dpdmd_pipeline.planning.teacher import unreadable_teacher
 from dpdmd_pipeline.training.options import TrainOptions
-from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import one_line, short
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe, Recipe
+from dpdmd_pipeline.wording import differences, listed, one_line
 
 
 def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
@@ -30,7 +30,7 @@ def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
         return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
     try:
-        if lines := [*unreadable_parts(pipeline, catalog), *late_refusals(pipeline, catalog)]:
+        if lines := [*unreadable_teacher(pipeline, catalog), *unjudgeable(pipeline, catalog)]:
             return lines
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
@@ -49,33 +49,64 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
     from dpdmd_pipeline.planning.gpu import students_too_large
 
     try:
-        lines = [*_refused_options(plan)]
+        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
-    return lines or [*students_too_large(plan, device_memory), *full_disks(plan)]
 
 
 def _refused_options(plan: Plan) -> Iterator[str]:
     """Options that the teacher's config does not allow."""
-    model, steps = plan.model, plan.backbone.num_steps
-    for level in plan.anchors.anchor_levels:
-        if level.steps is not None and level.steps >= steps:
-            yield f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={steps}"
-    first = plan.anchors.anchor_levels[0].steps
+    model, steps, first = plan.model, plan.backbone.num_steps, None
+    try:
+        first = anchor_steps(plan.anchors, model, steps)[0]
+    except ValueError as error:
+        yield one_line(error)
     for group, options in plan.trained.items():
         try:
             if group not in plan.finished:  # a published student is reused on any machine
                 resolve_device(options.device)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
-            check_precision(plan.backbone, options)
-            check_guidance(plan.backbone, options)
+            check_backbone(plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
-            if options.anchored_steps and first is not None and first < steps:
+            if options.anchored_steps and first is not None:
                 _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
         except ValueError as error:
             yield f"{group}: {one_line(error)}"
+
+
+def anchor_steps(options: AnchorRecipe, model: Any, num_steps: int) -> list[int]:
+    """Numbers K of teacher steps that reach the anchor levels."""
+    steps = [_teacher_steps(level, model, num_steps) for level in options.anchor_levels]
+    if steps != sorted(set(steps)):
+        raise ValueError(
+            f"anchors.anchor_levels give teacher steps {steps}: order them from noisy to clean, without repetition"
+        )
+    return steps
+
+
+def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
+    if level.steps is not None:
+        if level.steps >= num_steps:
+            raise ValueError(
+                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={num_steps}"
+            )
+        return level.steps
+    if num_steps < 2:
+        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: set at least 2")
+    sigmas, sigma = _family_sigmas(model.schedule(num_steps), model.prediction), level.sigma
+    if level.first_step is not None:
+        student = model.student_schedule(level.first_step.grid, level.first_step.num_steps)
+        sigma = _family_sigmas(student, model.prediction)[1]
+    if not 0 < sigma < sigmas[0]:
+        raise ValueError(f"anchors.anchor_levels sigma={sigma:g} must lie below the teacher's start, {sigmas[0]:g}")
+    return min(range(1, num_steps), key=lambda step: abs(sigmas[step] - sigma))
+
+
+def _family_sigmas(levels: Any, prediction: str) -> list[float]:
+    """Noise levels in the units of a family: flow's sigma, or sigma / alpha of a diffusion model."""
+    return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
 def check_anchors(
@@ -99,32 +130,22 @@ def check_anchors(
 
     model = backbone.load(teacher, "cpu")
     manifest = anchors.manifest
-    backbone_options = manifest.get("backbone", {})
-    recorded = manifest | _named("anchors", manifest["options"]) | _named("backbone", backbone_options)
     current = {
-        **_named("anchors", options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)),
-        **_named("backbone", {name: getattr(backbone, name) for name in backbone_options}),
+        "anchors": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "backbone": {name: getattr(backbone, name) for name in manifest["backbone"]},
         "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(list(rows)),
     }
-    for name, value in current.items():
-        if value != recorded.get(name):
-            before, now = short(repr(recorded.get(name)), 60), short(repr(value), 60)
-            raise StageError(
-                f"the anchors were made with {name}={before}, this run has {now}; set it back or make them again",
-                stage="anchors",
-            )
+    recorded = {**manifest, "anchors": manifest["options"]}
+    if changes := [*differences({name: recorded.get(name) for name in current}, current)]:
+        fact = f"the anchors were made with {listed(changes, 3, '; ')}; set that back or make them again"
+        raise StageError(fact, stage="anchors")
     check_recipe(options, recipe)
     if recipe.anchored_steps:
         levels = model.student_schedule(recipe.grid, recipe.num_steps)
         _check_start(levels.sigma[0].item(), manifest["anchor_sigmas"][0])
-
-
-def _named(group: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their names on the command line, such as `anchors.seed`."""
-    return {f"{group}.{name}": value for name, value in options.items()}
 
 
 def _check_start(start: float, anchor: float) -> None:
@@ -156,17 +177,13 @@ def check_recipe(options: AnchorRecipe, recipe: Recipe) -> None:
         raise ValueError("train.target=tangent needs the teacher's x0 at the anchor: set anchors.with_denoised=true")
 
 
-def check_precision(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that teacher and trained networks compute in one precision."""
+def check_backbone(backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that teacher and trained networks compute in one precision, and that a guidance interval has guidance."""
     if backbone.dtype != recipe.precision:
         raise ValueError(
             f"backbone.dtype={backbone.dtype} and train.precision={recipe.precision} differ: "
             "the teacher and the networks it trains work in one precision, float32 or bfloat16"
         )
-
-
-def check_guidance(backbone: BackboneOptions, recipe: Recipe) -> None:
-    """Check that a guidance interval comes with guidance."""
     if backbone.guidance_scale == 1 and recipe.guidance_interval != (0.0, 1.0):
         raise ValueError(
             f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "

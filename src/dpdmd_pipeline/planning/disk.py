@@ -13,7 +13,7 @@ from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.planning.weightless import conditioning_like
-from dpdmd_pipeline.publishing import Folders
+from dpdmd_pipeline.publishing import Folders, folder_size, link_target
 from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.options import TrainOptions
 
@@ -86,19 +86,14 @@ def _missing_bytes(plan: Plan, name: str, size: int) -> int:
     if name in plan.reused:
         return 0
     # An unfinished cache is continued, or deleted before the first shard is written.
-    return max(0, size - _folder_size(Folders.of(plan.folders[name]).partial))
+    return max(0, size - folder_size(Folders.of(plan.folders[name]).partial))
 
 
 def _missing_checkpoint_bytes(plan: Plan, group: str, options: TrainOptions) -> int:
     folder = plan.states.get(group)
     if group in plan.finished or (folder and Checkpoints(folder).holds(options.max_steps)):
         return 0
-    return max(0, _checkpoint_bytes(plan, options) - (_folder_size(folder) if folder else 0))
-
-
-def _folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder; 0 if it does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(0, _checkpoint_bytes(plan, options) - (folder_size(folder) if folder else 0))
 
 
 def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
@@ -118,5 +113,5 @@ def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
 
 def _nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    folder = folder.resolve()
+    folder = link_target(folder)
     return next(path for path in (folder, *folder.parents) if path.exists())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.planning.messages import AGAIN, error_line, stage_command
+from dpdmd_pipeline.publishing import link_target
 
 RAW_FILES = ("raw_prompts", "raw_eval_prompts")  # the prompts stage knows which of them it needs
 
@@ -50,9 +51,11 @@ def _stages_by_output() -> dict[str, str]:
 
 
 def unwritable_folders(pipeline: Any, catalog: Any, project: Path) -> Iterator[str]:
-    """One line for each folder in which an output cannot be written."""
-    paths = [path for name in pipeline.all_outputs() if (path := _filepath(name, catalog))]
-    for folder in sorted({next(folder for folder in path.parents if folder.exists()) for path in paths}):
+    """One line for each folder in which an output cannot be written; OSError for a link that leads to itself."""
+    paths = {name: path for name in pipeline.all_outputs() if (path := _filepath(name, catalog))}
+    # A folder is written where its link leads; a file replaces its link.
+    paths |= {name: link_target(path) for name, path in paths.items() if hasattr(catalog.get(name), "_folders")}
+    for folder in sorted({next(folder for folder in path.parents if folder.exists()) for path in paths.values()}):
         if not os.access(folder, os.W_OK):
             yield f"{_relative(folder, project)} is not writable: change its permissions or its disk, {AGAIN}"
 

@@ -12,7 +12,7 @@ import torch
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-from dpdmd_pipeline.planning.memory import GIB, MemoryModel, memory_model
+from dpdmd_pipeline.planning.memory import GIB, Memory, MemoryModel, memory_model
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.training.options import Execution, TrainOptions
 from dpdmd_pipeline.training.recipe import Recipe
@@ -34,21 +34,16 @@ def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
     for group, options in plan.trained.items():
         if group in plan.finished:
             continue
-        on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
         try:
-            estimates = plan.estimates if on_gpu else None
-            for line in _describe_costs(plan, options, estimates):
-                log.info("%s", line)
-            if estimates is None:
-                continue
-            recipe, execution = options.recipe(), options.execution()
-            needed = estimates.estimate(recipe, execution)
-            free = torch.cuda.mem_get_info()[0] if device_memory is None else device_memory
-            if needed.total > free:
-                helpful = describe_remedies(remedies(estimates, recipe, execution))
-                yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
+            on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
+            needed = _log_costs(plan, options, plan.estimates if on_gpu else None)
         except ValueError as error:  # such as adapters that match no layer
             yield f"{group}: {one_line(error)}"
+            continue
+        free = torch.cuda.mem_get_info()[0] if on_gpu and device_memory is None else device_memory
+        if needed and needed.total > free:
+            helpful = describe_remedies(remedies(plan.estimates, options.recipe(), options.execution()))
+            yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
 
 
 def explain_out_of_memory(error: BaseException, teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> str:
@@ -62,8 +57,8 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
     )
 
 
-def _describe_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | None) -> list[str]:
-    """Lines for the log before a student is trained: network passes and, with estimates, FLOP and memory."""
+def _log_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | None) -> Memory | None:
+    """Log network passes of a student's training and, with estimates, FLOP and memory; returns the memory."""
     recipe, execution = options.recipe(), options.execution()
     steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
     online, steps_are_set = plan.anchors.mode == "online", None not in steps
@@ -76,9 +71,10 @@ def _describe_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | 
     lines = describe_cost(recipe, execution, teacher, estimates.forward_flops(recipe) if estimates else None)
     if online and not steps_are_set:
         lines.append("plus the anchor passes, which the anchors stage counts")
-    if estimates:
-        lines.append(f"estimated GPU memory: {estimates.estimate(recipe, execution)}")
-    return lines
+    needed = estimates.estimate(recipe, execution) if estimates else None
+    for line in [*lines, f"estimated GPU memory: {needed}"] if needed else lines:
+        log.info("%s", line)
+    return needed
 
 
 # ---- options that save memory

@@ -1,10 +1,14 @@
-"""Identity of inputs, students and code: digests of prompts, teachers and source files, and their comparison."""
+"""Identity of inputs, students and code, and the folders of checkpoints, each of which belongs to one identity."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,18 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.publishing import sha256
+from dpdmd_pipeline.publishing import files_hash, folder_size, write_atomically
 from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.wording import differences, unused
+
+log = logging.getLogger(__name__)
+
+RECORD = "options.json"  # the options that decide a state's identity
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGE = "dpdmd_pipeline"
 # Modules that store, check, word or start processes: no number that a run computes comes from them.
-_NO_RESULT = ("datasets", "planning", "errors", "publishing", "wording")
+_NO_RESULT = ("bounds", "datasets", "planning", "errors", "publishing", "wording")
 _NO_RESULT += ("training.checkpoint", "training.launch")
 
 
@@ -36,19 +45,16 @@ def text_side_hash(teacher: Path) -> str:
     Raises:
         MissingInputError: if the folder has no text encoder or no tokenizer.
     """
-    paths = sorted(
+    paths = [
         path for kind in ("text_encoder*", "tokenizer*") for path in teacher.glob(f"{kind}/**/*") if path.is_file()
-    )
+    ]
     if not {"text_encoder", "tokenizer"} <= {path.relative_to(teacher).parts[0] for path in paths}:
         raise MissingInputError(
             f"teacher {teacher} has no text_encoder/ or no tokenizer/: give a diffusers pipeline folder", "teacher"
         )
     # A missing T5 becomes zeros; the transformer's config has their width.
     paths += [path for path in [teacher / "transformer" / "config.json"] if path.is_file()]
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.relative_to(teacher).as_posix()}\0{sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return files_hash(teacher, paths)
 
 
 def check_embeddings(embeddings: Any, prompts: Iterable[dict], teacher: Path) -> None:
@@ -73,9 +79,49 @@ def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, ro
     return fingerprint(*options, anchors.fingerprint, rows, code)
 
 
-def state_folder(train_state: Path, identity: str) -> Path:
-    """Folder of the checkpoints of one student, among those of all."""
-    return train_state / identity[:16]
+# ---- folders of checkpoints
+
+
+def state_folder(states: Path, identity: str) -> Path:
+    """Folder of the checkpoints of one identity, among those of all."""
+    return states / identity[:16]
+
+
+def open_state(states: Path, identity: str, name: str, options: Mapping[str, Any], last: int | None = None) -> Path:
+    """Make a run's folder of checkpoints; if it is new, warn of an unfinished one with other options or code.
+
+    Args:
+        states: folder of all states.
+        identity: of the run.
+        name: of what is trained; states of other names are other work.
+        options: nested and JSON-able, all that decides the identity but the code.
+        last: step after which the work is finished; None if it has several parts.
+    """
+    folder = state_folder(states, identity)
+    if (folder / RECORD).is_file():
+        return folder
+    if not folder.exists() and (unfinished := _unfinished(states, name)):
+        other, progress, record = unfinished[-1]
+        changes = [*differences(record["options"], options)]
+        log.warning("%s: %s", name, unused(f"{other} after {progress}", folder_size(other), changes))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"name": name, "last": last, "options": options})
+    temporary = folder / f"{RECORD}.{os.getpid()}.tmp"  # several machines may write it
+    write_atomically(folder / RECORD, lambda path: path.write_text(text), temporary)
+    return folder
+
+
+def _unfinished(states: Path, name: str) -> list[tuple[Path, str, dict[str, Any]]]:
+    """Folder, progress and record of each unfinished state of a name, the newest last."""
+    unfinished = []
+    for path in sorted(states.glob(f"*/{RECORD}"), key=lambda path: path.stat().st_mtime):
+        with suppress(ValueError, OSError, KeyError, TypeError):  # a damaged record tells nothing
+            record = json.loads(path.read_text())
+            step = max((int(file.stem[5:]) for file in path.parent.rglob("step_*.json")), default=0)
+            if record["name"] == name and step and step != record["last"]:
+                of = f" of {record['last']}" if record["last"] else ""
+                unfinished.append((path.parent, f"step {step}{of}", record))
+    return unfinished
 
 
 # ---- code

@@ -41,11 +41,11 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.cost import calls_of
 from dpdmd_pipeline.planning.weightless import (
     PassMemory,
-    WeightlessBackbone,
     bytes_of,
     conditioning_like,
     count_pass,
     move_to_fake_cpu,
+    weightless,
 )
 from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import Recipe
@@ -87,7 +87,7 @@ class MemoryModel:
     """
 
     def __init__(self, backbone: Backbone, teacher: Path, cond: Conditioning, guidance_scale: float) -> None:
-        self.backbone, self.cond, self.calls = WeightlessBackbone(backbone, teacher), cond, calls_of(guidance_scale)
+        self.backbone, self.cond, self.calls = weightless(backbone, teacher), cond, calls_of(guidance_scale)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roles: dict[str, Roles] = {}
         self._passes: dict[tuple[str, str, int], PassMemory] = {}

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import traceback
 from pathlib import Path
 
 from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.publishing import REMEDIES
 from dpdmd_pipeline.wording import one_line
 
 PACKAGE = Path(__file__).parents[1]
 AGAIN = "then run the same command again: finished work is kept"
 DEFAULT_ENVIRONMENTS = {None, "base", "local"}  # commands do not name these
 # Errors of torch.save and safetensors carry the system's reason in their text only.
-DISK_TEXTS = {
-    "No space left on device": errno.ENOSPC,
-    "PytorchStreamWriter failed writing": errno.ENOSPC,
-    "unexpected pos": errno.ENOSPC,
-    "Read-only file system": errno.EROFS,
-    "Permission denied": errno.EACCES,
-}
+_TEXTS = {os.strerror(number): number for number in REMEDIES}
+_TEXTS |= {"PytorchStreamWriter failed writing": errno.ENOSPC, "unexpected pos": errno.ENOSPC}
 
 
 def stage_command(stages: str, env: str | None = None) -> str:
@@ -66,17 +63,11 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
 
 def _disk_line(error: BaseException, dataset: str) -> str | None:
     """The line for a full or closed disk."""
-    number = error.errno if isinstance(error, OSError) else None
-    name = getattr(error, "filename", None) or dataset or "a file"
+    number = getattr(error, "errno", None)
     if "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-        number = next((number for text, number in DISK_TEXTS.items() if text in str(error)), None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {name} could not be written; free some space, {AGAIN}"
-    if number == errno.EROFS:
-        return f"{name} is on a read-only file system; make it writable, {AGAIN}"
-    if number in (errno.EACCES, errno.EPERM):
-        return f"no permission for {name}; change its owner or mode, {AGAIN}"
-    return None
+        number = next((number for text, number in _TEXTS.items() if text in str(error)), None)
+    name = getattr(error, "filename", None) or dataset or "a file"
+    return f"{name}: {os.strerror(number)} ({REMEDIES[number]})" if number in REMEDIES else None
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,17 +63,19 @@ def make_plan(pipeline: Any, catalog: Any) -> Plan | None:
     groups = [group for node, group in STUDENTS.items() if node in nodes]
     if not (groups or "make_anchors" in nodes) or "teacher" not in catalog:
         return None
-    teacher = catalog.get("teacher")
+    teacher, outputs = catalog.get("teacher"), pipeline.all_outputs()
     from_hub = hasattr(teacher, "load_configs")  # its weights need not be downloaded yet
-    folder = teacher.load_configs() if from_hub else teacher.load()
+    written = {"embeddings", "anchors"} & outputs
+    if from_hub and outputs & {"student", "student_dmd"}:  # checkpoints of embedded students are small
+        written.add("train_state")
     prompts = _written_prompts(pipeline, catalog)
     plan = Plan(
-        teacher=folder,
+        teacher=teacher.load_configs() if from_hub else teacher.load(),
         backbone=BackboneOptions.model_validate(catalog.get("params:backbone").load()),
         anchors=AnchorRecipe.model_validate(catalog.get("params:anchors").load()),
         trained={group: TrainOptions.model_validate(catalog.get(f"params:{group}").load()) for group in groups},
-        prompts=_count_prompts(pipeline, catalog, prompts),
-        folders=_output_folders(pipeline, catalog, with_states=from_hub),
+        prompts=(prompts.total, len(prompts.rows)) if prompts else _most_prompts(pipeline, catalog),
+        folders={name: Path(catalog.get(name)._filepath) for name in sorted(written)},
     )
     return plan if prompts is None else _with_reused(plan, catalog, prompts)
 
@@ -82,49 +84,29 @@ def _written_prompts(pipeline: Any, catalog: Any) -> WrittenPrompts | None:
     """The cleaned prompts on the disk; None if this run writes others, because a raw file is newer."""
     if not catalog.exists("prompts"):
         return None
-    prompts = catalog.get("prompts").load()
-    if "prompts" not in pipeline.all_outputs():
-        return _read_prompts(prompts)
-    sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
-    written = prompts.path.stat().st_mtime
-    if any(path.is_file() and path.stat().st_mtime > written for path in sources):
-        return None
+    prompts, is_input = catalog.get("prompts").load(), "prompts" not in pipeline.all_outputs()
+    if not is_input:
+        sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
+        written = prompts.path.stat().st_mtime
+        if any(path.is_file() and path.stat().st_mtime > written for path in sources):
+            return None
     try:
-        return _read_prompts(prompts)
-    except (ValueError, OSError):  # this run writes it anew
+        is_trained = [record["train"] for record in prompts]
+        rows = [row for row, trained in enumerate(is_trained) if trained]
+        return WrittenPrompts(len(is_trained), rows, texts_digest(prompts))
+    except (ValueError, OSError):
+        if is_input:
+            raise
+        return None  # this run writes it anew
+
+
+def _most_prompts(pipeline: Any, catalog: Any) -> tuple[int, int] | None:
+    """Upper bounds of all prompts and of training prompts if the run cleans the raw files."""
+    if "prompts" not in pipeline.all_outputs():
         return None
-
-
-def _read_prompts(prompts: Iterable[dict]) -> WrittenPrompts:
-    """Count and hash the prompts; reads them twice."""
-    is_trained = [record["train"] for record in prompts]
-    rows = [row for row, trained in enumerate(is_trained) if trained]
-    return WrittenPrompts(len(is_trained), rows, texts_digest(prompts))
-
-
-def _reusable_caches(
-    caches: Mapping[str, Any], prompts: WrittenPrompts, backbone: BackboneOptions, anchors: AnchorRecipe
-) -> dict[str, Any]:
-    """The published caches that belong to the run, of `embeddings` and `anchors`; None stands for a missing one."""
-    settings = backbone.model_dump(mode="json")
-    embeddings, cache = caches["embeddings"], caches["anchors"]
-    facts = {name: settings[name] for name in ("family", "max_sequence_length", "dtype")}
-    if embeddings is None or not _records(embeddings, facts | {"texts": prompts.texts}):
-        return {}
-    if cache is None:
-        return {"embeddings": embeddings}
-    facts = {
-        "options": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "rows": fingerprint(prompts.rows),
-        "embeddings": embeddings.fingerprint,
-        "backbone": {name: settings[name] for name in cache.manifest.get("backbone", {}) if name in settings},
-    }
-    return {"embeddings": embeddings} | ({"anchors": cache} if _records(cache, facts) else {})
-
-
-def _records(cache: Any, facts: Mapping[str, Any]) -> bool:
-    """True if the manifest of a cache holds these facts."""
-    return all(cache.manifest.get(name) == value for name, value in facts.items())
+    trained, evaluated = (catalog.get(name).load() for name in ("raw_prompts", "raw_eval_prompts"))
+    count = sum(bool(line.text.strip()) for line in trained.lines())
+    return count + (sum(1 for _ in evaluated.lines()) if evaluated.path.is_file() else 0), count
 
 
 def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
@@ -134,46 +116,35 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
     """
     from dpdmd_pipeline.backbones.student_file import load_finished
 
-    caches = {name: _load_cache(catalog, name) for name in ("embeddings", "anchors")}
-    reused = _reusable_caches(caches, prompts, plan.backbone, plan.anchors)
+    settings = plan.backbone.model_dump(mode="json")
+    facts = {name: settings[name] for name in ("family", "max_sequence_length", "dtype")} | {"texts": prompts.texts}
+    if not (embeddings := _load_cache(catalog, "embeddings", facts)):
+        return plan
+    facts = {
+        "options": plan.anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "rows": fingerprint(prompts.rows),
+        "embeddings": embeddings.fingerprint,
+    }
+    anchors = _load_cache(catalog, "anchors", facts)
+    if not anchors or any(settings[name] != value for name, value in anchors.manifest["backbone"].items()):
+        return replace(plan, reused=frozenset({"embeddings"}))
     states, finished = {}, set()
-    for group, options in plan.trained.items() if "anchors" in reused else ():
-        identity = student_identity(options.recipe(), plan.backbone, reused["anchors"], prompts.rows)
+    for group, options in plan.trained.items():
+        identity = student_identity(options.recipe(), plan.backbone, anchors, prompts.rows)
         if "train_state" in plan.folders:
             states[group] = state_folder(plan.folders["train_state"], identity)
         folder = catalog.get(PUBLISHED[group]).load() if PUBLISHED[group] in catalog else None
         if folder and load_finished(folder, identity) is not None:
             finished.add(group)
-    return replace(plan, reused=frozenset(reused), states=states, finished=frozenset(finished))
+    return replace(plan, reused=frozenset({"embeddings", "anchors"}), states=states, finished=frozenset(finished))
 
 
-def _load_cache(catalog: Any, name: str) -> Any | None:
-    """A published cache; None if it is missing or damaged (the stage that writes it reports the damage)."""
+def _load_cache(catalog: Any, name: str, facts: Mapping[str, Any]) -> Any | None:
+    """A published cache whose manifest has these facts; None if there is none (its stage reports any damage)."""
     from kedro.io import DatasetError
 
     try:
-        return catalog.get(name).load() if catalog.exists(name) else None
+        cache = catalog.get(name).load() if catalog.exists(name) else None
     except DatasetError:
         return None
-
-
-def _count_prompts(pipeline: Any, catalog: Any, prompts: WrittenPrompts | None) -> tuple[int, int] | None:
-    """Number of all prompts and of training prompts; an upper bound if the run cleans the raw files."""
-    if "prompts" not in pipeline.all_outputs():
-        return None if prompts is None else (prompts.total, len(prompts.rows))
-    trained = _count_lines(catalog.get("raw_prompts").load())
-    evaluated = catalog.get("raw_eval_prompts").load()
-    return trained + (_count_lines(evaluated) if evaluated.path.is_file() else 0), trained
-
-
-def _count_lines(prompts: Any) -> int:
-    return sum(bool(line.text.strip()) for line in prompts.lines())
-
-
-def _output_folders(pipeline: Any, catalog: Any, *, with_states: bool) -> dict[str, Path]:
-    """Folders of large outputs; checkpoints of embedded students are small."""
-    outputs = pipeline.all_outputs()
-    names = [name for name in ("embeddings", "anchors") if name in outputs]
-    if with_states and outputs & {"student", "student_dmd"}:
-        names.append("train_state")
-    return {name: Path(catalog.get(name)._filepath) for name in names}
+    return cache if cache and all(cache.manifest.get(name) == value for name, value in facts.items()) else None

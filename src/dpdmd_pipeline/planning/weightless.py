@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,23 +29,19 @@ _ATTENTION = {
 }
 
 
-class WeightlessBackbone:
-    """A backbone whose networks are on the meta device: they have shapes and no weights."""
+def weightless(backbone: Backbone, teacher: Path) -> Backbone:
+    """A copy of a backbone whose networks are on the meta device: they have shapes and no weights."""
 
-    def __init__(self, backbone: Backbone, teacher: Path) -> None:
-        self._backbone, self._teacher = backbone, teacher
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backbone, name)
-
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        """The denoising network on the meta device."""
-        kind = network_class(self._teacher)
-        config = kind.load_config(network_folder(self._teacher))
+    def load_model(folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+        kind = network_class(teacher)
         with torch.device("meta"):
-            network = kind.from_config(config)
+            network = kind.from_config(kind.load_config(network_folder(teacher)))
         # diffusers' own `to` warns of trained weights
-        return nn.Module.to(network, torch.float32 if float32 else self._backbone.dtype)
+        return nn.Module.to(network, torch.float32 if float32 else backbone.dtype)
+
+    shaped = copy(backbone)
+    shaped.load_model = load_model
+    return shaped
 
 
 def network_class(teacher: Path) -> Any:

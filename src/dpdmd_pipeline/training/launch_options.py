@@ -6,15 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from dpdmd_pipeline.backbones.options import Device, resolve_device
-
-
-class StrictModel(BaseModel):
-    """Options without unknown names, converted types, or numbers that are not finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from dpdmd_pipeline.bounds import Few, StrictModel
 
 
 class LaunchOptions(StrictModel):
@@ -23,9 +18,9 @@ class LaunchOptions(StrictModel):
     A student is the same but for rounding; a cache is the same to the bit on a CPU.
     """
 
-    processes: PositiveInt  # on each machine; with CUDA, one per GPU
-    machines: PositiveInt  # the same command on each, at the same time, over one shared file system
-    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d+$")  # host:port of one machine; null if there is only one
+    processes: Few  # on each machine; with CUDA, one per GPU
+    machines: Few  # the same command on each, at the same time, over one shared file system
+    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d{1,5}$")  # host:port of one machine; null if there is only one
 
     @property
     def total(self) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 
-from dpdmd_pipeline.training.launch_options import LaunchOptions, StrictModel
+from dpdmd_pipeline.bounds import Count, Few, Size, StrictModel
+from dpdmd_pipeline.training.launch_options import LaunchOptions
 from dpdmd_pipeline.training.recipe import Recipe
 
 
@@ -30,24 +31,24 @@ class Execution(StrictModel):
 
     # Memory
     gradient_checkpointing: bool  # less memory, one more forward pass per graded one
-    student_micro_batch: PositiveInt  # samples that one backward pass of the student sees; gradients add up
-    fake_score_micro_batch: PositiveInt  # the same for the fake score
+    student_micro_batch: Size  # samples that one backward pass of the student sees; gradients add up
+    fake_score_micro_batch: Size  # the same for the fake score
     # Samples that the student draws at once for the fake score. Its weights are fixed during all fake-score updates of
     # a cycle, so this may be more than one batch.
-    rollout_micro_batch: PositiveInt
+    rollout_micro_batch: Size
     guidance_batch: Literal["joint", "apart"]  # both halves of a guided call in one batch, or one after the other
 
     # Speed
     compile: Literal["none", "blocks", "whole"]  # torch.compile of a network's repeated blocks, or of all of it
     channels_last: bool  # memory format of a UNet's convolutions; refused for transformers
     fused: bool  # AdamW's update in one kernel
-    fetch_every: PositiveInt  # cycles between fetches of the losses; each fetch waits for the device
+    fetch_every: Count  # cycles between fetches of the losses; each fetch waits for the device
 
     # Checkpoints and records
-    checkpoint_every: PositiveInt  # cycles between checkpoints
-    keep_last: PositiveInt  # checkpoints on the disk while training; a damaged one is skipped for the one before
-    ratio_every: PositiveInt  # cycles between comparisons of both losses' gradient norms, two more backward passes
-    log_every: PositiveInt  # cycles between lines in the log
+    checkpoint_every: Count  # cycles between checkpoints
+    keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
+    ratio_every: Count  # cycles between comparisons of both losses' gradient norms, two more backward passes
+    log_every: Count  # cycles between lines in the log
 
     @property
     def sharded(self) -> bool:

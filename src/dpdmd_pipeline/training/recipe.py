@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from dpdmd_pipeline.training.launch_options import LaunchOptions, StrictModel
+from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Pairs, Seed, Size, StrictModel
+from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 Precision = Literal["float32", "bfloat16"]
 Grid = Literal["diffusers", "shifted", "trailing"]  # flow models have the first two, diffusion (VP) models the third
@@ -17,7 +18,7 @@ class StudentGrid(StrictModel):
     """Schedule of a student."""
 
     grid: Grid | list[float]  # as in Recipe
-    num_steps: PositiveInt  # as in Recipe
+    num_steps: Few  # as in Recipe
 
 
 class AnchorLevel(StrictModel):
@@ -26,7 +27,7 @@ class AnchorLevel(StrictModel):
     A sigma is in the model's own terms: below 1 for flow models; sigma / alpha for diffusion models (SDXL: up to 14.6).
     """
 
-    steps: PositiveInt | None = None  # K, sampling steps of the teacher
+    steps: Few | None = None  # K, sampling steps of the teacher
     sigma: PositiveFloat | None = None  # the teacher's level nearest to this noise level
     first_step: StudentGrid | None = None  # the teacher's level nearest to the end of this student's first step
 
@@ -43,10 +44,10 @@ class AnchorRecipe(StrictModel):
     mode: Literal["cached", "online"]  # computed once and stored, or in each student update
     anchor_levels: list[AnchorLevel] = Field(min_length=1)  # in falling order of noise
     with_denoised: bool  # also store the teacher's x0 at each anchor, which train.target=tangent needs
-    seed: NonNegativeInt  # of the noise
-    seeds_per_prompt: PositiveInt  # anchors of each prompt in the cache
-    batch_size: PositiveInt  # samples that the teacher denoises at once
-    shard_size: PositiveInt  # samples in one file of the cache
+    seed: Seed  # of the noise
+    seeds_per_prompt: Size  # anchors of each prompt in the cache
+    batch_size: Size  # samples that the teacher denoises at once
+    shard_size: Size  # samples in one file of the cache
     dtype: Literal["float32", "float16"]  # of the stored latents
     device: Literal["auto", "cpu", "cuda"]  # auto: CUDA if there is a GPU
     launch: LaunchOptions  # processes that share the shards
@@ -69,8 +70,8 @@ class OptimizerRecipe(StrictModel):
 class LoraRecipe(StrictModel):
     """Low-rank adapters of the student and the fake score on one frozen base."""
 
-    student_rank: PositiveInt  # of the student's low-rank products
-    fake_score_rank: PositiveInt  # of the fake score's
+    student_rank: Size  # of the student's low-rank products
+    fake_score_rank: Size  # of the fake score's
     alpha_per_rank: PositiveFloat  # scale of an adapter's low-rank product, independent of its rank
     targets: list[str] = Field(min_length=1)  # adapted layers, by the endings of their names
 
@@ -78,9 +79,9 @@ class LoraRecipe(StrictModel):
 class WatchRecipe(StrictModel):
     """Measurements of the student while it trains, and the choice of the final weights; see `training.watch`."""
 
-    every: NonNegativeInt  # cycles between measurements; 0: none
-    prompts: PositiveInt  # training prompts to measure, at most
-    images_per_prompt: Annotated[int, Field(ge=2)]  # samples of each; diversity needs a pair
+    every: CountOrZero  # cycles between measurements; 0: none
+    prompts: Count  # training prompts to measure, at most
+    images_per_prompt: Pairs  # samples of each
     level: Share  # noise level of the teacher's correction: 0 the lowest of training, 1 the highest
     keep: Literal["last", "best"]  # the student of the last cycle, or of the best measured one
     diversity_floor: Share  # the best cycle must have this share of the teacher's latent diversity
@@ -101,20 +102,20 @@ class Recipe(StrictModel):
     precision: Precision  # of the trained networks' arithmetic; their weights are float32
 
     # Length of the run, and the student's optimization
-    seed: NonNegativeInt  # of all random draws
-    max_steps: PositiveInt  # cycles: student updates, each after its fake-score updates
-    warmup: NonNegativeInt  # first cycles, in which the student's learning rate rises to its full value
+    seed: Seed  # of all random draws
+    max_steps: Count  # cycles: student updates, each after its fake-score updates
+    warmup: CountOrZero  # first cycles, in which the student's learning rate rises to its full value
     decay: float = Field(ge=0, le=1)  # last share of the cycles, in which the student's learning rate falls towards 0
     ema: float = Field(ge=0, lt=1)  # the final weights average about 1 / (1 - ema) cycles; 0: those of the last cycle
-    batch_size: PositiveInt  # samples of one update, of the student and of the fake score, over all processes
+    batch_size: Size  # samples of one update, of the student and of the fake score, over all processes
 
     # The student's sampler
-    num_steps: PositiveInt  # N, network evaluations of the student
+    num_steps: Few  # N, network evaluations of the student
     grid: Grid | list[float]  # a named schedule, or N falling levels: sigmas (flow) or timesteps (diffusion models)
     between_steps: Literal["ode", "renoise"]  # keep the noise that a prediction implies, or add fresh noise
 
     # Diversity: the first steps, which follow the teacher
-    anchored_steps: NonNegativeInt  # number of first steps trained with L_div; 1 in the paper
+    anchored_steps: CountOrZero  # number of first steps trained with L_div; 1 in the paper
     diversity_weight: NonNegativeFloat  # lambda of eq. 8
     stop_gradient: bool  # block the gradient of L_DMD from the anchored steps
     target: Literal["secant", "tangent"]  # x0 that leads to the anchor in one step, or the teacher's x0 at the anchor
@@ -127,8 +128,8 @@ class Recipe(StrictModel):
     graded_steps: Literal["all", "last", "random"]  # remaining steps that L_DMD trains in one update
 
     # The fake score
-    fake_score_turns: PositiveInt  # fake-score updates per cycle
-    fake_score_warmup: NonNegativeInt  # further fake-score updates before the first cycle
+    fake_score_turns: Few  # fake-score updates per cycle
+    fake_score_warmup: CountOrZero  # further fake-score updates before the first cycle
     fake_rollout: Literal["fresh", "shared"]  # student samples for each of these updates, or once per cycle for all
 
     # Optimizers and measurements

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from dpdmd_pipeline.training.launch_options import StrictModel
+from dpdmd_pipeline.bounds import Count, Seed, Size, StrictModel
 
 
 class FitRecipe(StrictModel):
     """Training of one network of the embedded teacher: AdamW on a one-cycle schedule."""
 
-    steps: PositiveInt  # optimizer steps
+    steps: Count  # optimizer steps
     learning_rate: PositiveFloat  # peak
 
 
 class BatchFitRecipe(FitRecipe):
     """Training on sampled batches."""
 
-    batch_size: PositiveInt  # samples of one step
+    batch_size: Size  # samples of one step
 
 
 class DecoderRecipe(BatchFitRecipe):
@@ -34,8 +34,8 @@ class DecoderRecipe(BatchFitRecipe):
 class TeacherRecipe(StrictModel):
     """An embedded teacher, trained from scratch; the network that is given decides its family."""
 
-    seed: NonNegativeInt  # of initial weights and all draws
-    max_length: PositiveInt  # tokens per prompt, start and end included
+    seed: Seed  # of initial weights and all draws
+    max_length: Size  # tokens per prompt, start and end included
     shift: PositiveFloat | None  # of the flow-matching schedule; null with a unet, which has the noise levels of SDXL
     prompt_dropout: float = Field(ge=0, lt=1)  # share of empty prompts, for guidance
     text_encoders: FitRecipe  # every step sees all captions
@@ -43,7 +43,7 @@ class TeacherRecipe(StrictModel):
     decoder: DecoderRecipe  # trained after the vae
     transformer: BatchFitRecipe | None = None  # of an SD3 teacher
     unet: BatchFitRecipe | None = None  # of an SDXL teacher
-    checkpoint_every: PositiveInt  # steps between checkpoints
+    checkpoint_every: Count  # steps between checkpoints
 
     @property
     def family(self) -> Literal["sd3", "sdxl"]:
@@ -62,6 +62,6 @@ class TeacherRecipe(StrictModel):
 class ClipRecipe(BatchFitRecipe):
     """The embedded CLIP, trained from scratch."""
 
-    seed: NonNegativeInt  # of initial weights and all draws
+    seed: Seed  # of initial weights and all draws
     noise: float = Field(ge=0, lt=1)  # largest standard deviation added to an image: models draw imperfect ones
-    checkpoint_every: PositiveInt  # steps between checkpoints
+    checkpoint_every: Count  # steps between checkpoints

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,37 @@ def test_another_fingerprint_or_other_shards_replace_the_cache_and_leave_nothing
     assert dataset.load().manifest == {"seed": other.get("seed", 0)}
     assert names_beside(folder) == [".anchors.lock", "anchors"]
     assert len(list(folder.iterdir())) == NUM_SHARDS + 1
+
+
+def test_a_replaced_cache_is_named_with_its_shards_its_size_and_both_values(dataset, folder, caplog):
+    dataset.save(lazy_shards())
+    caplog.clear()
+    save_counted(dataset, seed=1)
+    line = caplog.messages[0]
+    assert all(fact in line for fact in (str(folder), f"{NUM_SHARDS} shards", "MiB", "seed=0, now 1"))
+    caplog.clear()
+    dataset.save(replace(lazy_shards(1), fingerprint="other code"))
+    assert str(folder) in caplog.messages[0] and caplog.messages[0].endswith("code")
+
+
+def test_an_unfinished_cache_that_is_not_continued_is_named(dataset, folder, caplog):
+    interrupted = lazy_shards()
+    interrupted.shards["00002"] = fail
+    with pytest.raises(DatasetError):
+        dataset.save(interrupted)
+    caplog.clear()
+    save_counted(dataset)
+    assert not any("seed" in line for line in caplog.messages)
+    shutil.rmtree(folder)
+    with pytest.raises(DatasetError):
+        dataset.save(interrupted)
+    caplog.clear()
+    save_counted(dataset, seed=1)
+    assert all(fact in caplog.messages[0] for fact in (".anchors.partial", "2 shards", "seed=0, now 1"))
+
+
+def fail() -> None:
+    raise ValueError("a thunk failed")
 
 
 def test_a_link_to_another_disk_stays_a_link(tmp_path):
@@ -262,4 +294,4 @@ def test_a_file_too_big_for_the_disk_names_path_and_remedy_and_keeps_finished_sh
     assert kind == "OSError"
     assert "File too large" in text and "file size limit" in text
     assert str(Folders.of(folder).partial / "b.safetensors") in text
-    assert [path.name for path in Folders.of(folder).partial.iterdir()] == ["a.safetensors"]
+    assert {path.name for path in Folders.of(folder).partial.iterdir()} == {"a.safetensors", "manifest.json"}

@@ -6,7 +6,7 @@ from tests.pipelines.conftest import EVALUATE, evaluate_options
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.pipelines import anchors, distill, evaluate, export, prompts, report, study, train
-from dpdmd_pipeline.planning.prompts import refuse_prompts
+from dpdmd_pipeline.planning.checks import refuse_run
 
 WORLD = "a red circle\n\nblue square\n"
 FOREIGN = "a fox\na red circle\na dog\na red and blue square\n" + "a house " * 20 + "\n"
@@ -39,38 +39,38 @@ def make_catalog(tmp_path):
 
 
 def test_prompts_of_the_world_are_accepted(make_catalog):
-    assert refuse_prompts(distill.create_pipeline(), make_catalog()) == []
+    assert refuse_run(distill.create_pipeline(), make_catalog()) == []
 
 
 @pytest.mark.parametrize("which", ["train", "judged"])
 def test_foreign_prompts_are_counted_and_some_named_with_the_remedy(make_catalog, which):
-    assert_foreign(refuse_prompts(distill.create_pipeline(), make_catalog(**{which: FOREIGN})))
+    assert_foreign(refuse_run(distill.create_pipeline(), make_catalog(**{which: FOREIGN})))
 
 
 @pytest.mark.parametrize("stage", [anchors, train, evaluate, study])
 def test_every_stage_that_uses_prompts_checks_clean_ones_too(make_catalog, stage):
-    assert_foreign(refuse_prompts(stage.create_pipeline(), make_catalog(cleaned=FOREIGN.replace("\n\n", "\n"))))
+    assert_foreign(refuse_run(stage.create_pipeline(), make_catalog(cleaned=FOREIGN.replace("\n\n", "\n"))))
 
 
 @pytest.mark.parametrize("stage", [prompts, report, export])
 def test_stages_that_do_not_use_clean_prompts_accept_any(make_catalog, stage):
-    assert refuse_prompts(stage.create_pipeline(), make_catalog(FOREIGN, cleaned=FOREIGN)) == []
+    assert refuse_run(stage.create_pipeline(), make_catalog(FOREIGN, cleaned=FOREIGN)) == []
 
 
 def test_without_the_exact_reader_any_prompt_is_accepted(make_catalog):
-    assert refuse_prompts(distill.create_pipeline(), make_catalog(FOREIGN, judge=None)) == []
+    assert refuse_run(distill.create_pipeline(), make_catalog(FOREIGN, judge=None)) == []
 
 
 def test_options_may_be_a_dict_or_the_stages_own_class(make_catalog):
     catalog = make_catalog(FOREIGN)
     catalog["params:evaluate"] = MemoryDataset(evaluate_options())
-    assert_foreign(refuse_prompts(distill.create_pipeline(), catalog))
+    assert_foreign(refuse_run(distill.create_pipeline(), catalog))
 
 
 def test_a_file_that_the_run_does_not_read_is_not_checked(make_catalog):
-    assert refuse_prompts(distill.create_pipeline(), make_catalog(judged=FOREIGN, eval_share=0.5)) == []
+    assert refuse_run(distill.create_pipeline(), make_catalog(judged=FOREIGN, eval_share=0.5)) == []
 
 
 def test_a_missing_file_is_reported(make_catalog):
-    (line,) = refuse_prompts(distill.create_pipeline(), make_catalog(judged=None))
+    (line,) = refuse_run(distill.create_pipeline(), make_catalog(judged=None))
     assert "raw_eval_prompts.txt" in line

@@ -15,7 +15,7 @@ from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
-from dpdmd_pipeline.datasets.optional_json import OptionalJSONDataset
+from dpdmd_pipeline.datasets.whole_file import OptionalJSONDataset
 from dpdmd_pipeline.pipelines.export import create_pipeline
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
@@ -100,7 +100,7 @@ def test_measurements_of_another_student_are_left_out_with_a_warning(
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_every_environment_exports_without_metrics(environment):
     entry = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]["metrics"]
-    assert entry["type"] == "dpdmd_pipeline.datasets.optional_json.OptionalJSONDataset"
+    assert entry["type"] == "dpdmd_pipeline.datasets.whole_file.OptionalJSONDataset"
 
 
 def test_a_student_without_measurements_is_exported_with_a_warning(student, tiny_teacher, tmp_path, caplog):

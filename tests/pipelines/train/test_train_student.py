@@ -144,6 +144,39 @@ def test_a_damaged_student_is_refused_by_its_path(train, tmp_path):
     (pulled / WEIGHTS).write_bytes(content)
     with refuses(OSError, str(pulled / WEIGHTS), "checksum"):
         train(finished=pulled)
+def test_a_published_student_that_is_not_reused_is_named_with_both_values_and_its_size(train, tmp_path, caplog):
+    pulled = shutil.copytree(train()[0], tmp_path / "pulled")
+    caplog.clear()
+    train(finished=pulled, decay=0.5)
+    (line,) = (line for line in caplog.messages if str(pulled) in line)
+    assert all(fact in line for fact in ("train.decay=0.0, now 0.5", "finished", "MiB")) and "\n" not in line
+
+
+def test_an_unfinished_state_that_is_not_resumed_is_named_with_its_cycle_size_and_both_values(train, tmp_path, caplog):
+    train()
+    (state,) = (path for path in (tmp_path / "state").iterdir() if path.is_dir())
+    (checkpoint,) = state.glob("step_*.json")
+    for path in (checkpoint, checkpoint.with_suffix(".pt")):
+        path.rename(path.with_stem("step_0000001"))
+    caplog.clear()
+    train(decay=0.5)
+    (line,) = (line for line in caplog.messages if str(state) in line)
+    assert all(fact in line for fact in ("step 1 of 2", "train.decay=0.0, now 0.5", "MiB")) and "\n" not in line
+    caplog.clear()
+    train(**DMD)  # another method's work
+    assert str(state) not in caplog.text
+
+
+def test_an_unfinished_state_of_other_code_says_so(train, tmp_path, caplog):
+    train()
+    (state,) = (path for path in (tmp_path / "state").iterdir() if path.is_dir())
+    (checkpoint,) = state.glob("step_*.json")
+    checkpoint.rename(checkpoint.with_stem("step_0000001"))
+    other = state.rename(state.with_name("0" * 16))
+    caplog.clear()
+    train()
+    (line,) = (line for line in caplog.messages if str(other) in line)
+    assert line.endswith("code")
 
 
 def test_the_header_names_the_options_that_decided_the_student(train):

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from tests.pipelines.conftest import ONE, OPTIMIZER, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
 from dpdmd_pipeline.backbones.student_file import load_header
-from dpdmd_pipeline.pipelines.train import worker
+from dpdmd_pipeline.pipelines.train import nodes
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 
 ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
@@ -26,7 +26,7 @@ def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_
 
 
 def test_a_missing_state_after_the_processes_end_is_refused(tiny_teacher, embeddings, anchors, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "train_in_processes", lambda job: (record for record in ()))  # leaves nothing
+    monkeypatch.setattr(nodes, "train_in_processes", lambda job: (record for record in ()))  # leaves nothing
     inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", None, backbone_options(), anchor_options()
     with pytest.raises(ValueError, match=r"state/[0-9a-f]{16}"):
         train_student(*inputs, train_options(launch=SHARED))

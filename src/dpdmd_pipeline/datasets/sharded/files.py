@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 from dpdmd_pipeline.publishing import sha256, write_atomically
 
@@ -63,23 +64,17 @@ def shard_path(folder: Path, name: str) -> Path:
 def read_header(path: Path) -> ShardHeader | None:
     """Read the header of a shard; None if the file is missing, truncated or not a shard."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                return None
-            header = json.loads(file.read(length))
-        cache = header.pop("__metadata__")["cache"]
-        if size != 8 + length + max(entry["data_offsets"][1] for entry in header.values()):
-            return None
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in sorted(file.keys())}
+            cache = file.metadata()["cache"]
+        (rows,) = {tensor.get_shape()[0] for tensor in slices.values()}
         tensors = {
-            name: {"dtype": _DTYPES[entry["dtype"]], "shape": entry["shape"][1:]}
-            for name, entry in sorted(header.items())
+            name: {"dtype": _DTYPES[tensor.get_dtype()], "shape": tensor.get_shape()[1:]}
+            for name, tensor in slices.items()
         }
-        (rows,) = {entry["shape"][0] for entry in header.values()}
-    except (FileNotFoundError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError):
         return None
-    return ShardHeader(cache, rows, size, tensors)
+    return ShardHeader(cache, rows, path.stat().st_size, tensors)
 
 
 def write_shard(path: Path, tensors: Tensors, cache: str) -> None:

@@ -31,7 +31,8 @@ from dpdmd_pipeline.datasets.sharded.files import (
     write_manifest,
     write_shard,
 )
-from dpdmd_pipeline.publishing import Folders, locked, publish, recover, sha256, writing
+from dpdmd_pipeline.publishing import Folders, folder_size, locked, publish, recover, sha256, writing
+from dpdmd_pipeline.wording import counted, differences, unused
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ def write_cache(data: LazyShards, folders: Folders) -> None:
     """
     _check(data)
     if data.launch is not None and data.shards:
-        if not _is_published(data, folders.published):
+        if not _is_published(data, folders):
             with closing(data.launch(_write_share, (replace(data, launch=None), folders))) as reports:
                 _log_shards(data, folders, reports)
         return
     with locked(folders):
         recover(folders)
-        if not _is_published(data, folders.published):
+        if not _is_published(data, folders):
             _log_shards(data, folders, _write_missing(data, folders, _ALONE))
 
 
@@ -148,17 +149,27 @@ def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[
             entries[entry["name"]] = entry
             yield {"name": entry["name"], "action": action, "rows": entry["rows"]}
     if member.rank == 0:
-        shards = [entries[name] for name in data.shards]
-        record = {"fingerprint": data.fingerprint, "shards": shards, "tensors": tensors, "manifest": data.manifest}
-        write_manifest(folders.partial, record)
+        _write_record(data, folders, [entries[name] for name in data.shards], tensors)
         publish(folders)
 
 
-def _is_published(data: LazyShards, folder: Path) -> bool:
-    """True if the published cache is this one and whole; logs that it is reused, or its damage.
+def _write_record(data: LazyShards, folders: Folders, shards: list[dict[str, Any]], tensors: dict[str, Any]) -> None:
+    record = {"fingerprint": data.fingerprint, "shards": shards, "tensors": tensors, "manifest": data.manifest}
+    write_manifest(folders.partial, record)
+
+
+def _is_published(data: LazyShards, folders: Folders) -> bool:
+    """True if the published cache is this one and whole; logs that it is reused, its damage, or how it differs.
 
     A folder that another version wrote, or that is no cache at all, is refused: it would be deleted.
     """
+    folder, names = folders.published, list(data.shards)
+    for other in (folder, folders.partial):
+        record = read_manifest(other)
+        if record and record["fingerprint"] != data.fingerprint:
+            shards = counted(len([*other.glob("*.safetensors")]), "shard")
+            changes = [*differences(record["manifest"], data.manifest)]
+            log.warning("%s: %s", folder.name, unused(f"{other} with {shards}", folder_size(other), changes))
     if not folder.exists():
         return False
     record = read_manifest(folder)
@@ -168,7 +179,7 @@ def _is_published(data: LazyShards, folder: Path) -> bool:
             raise ValueError(f"{folder} is not a cache (no {MANIFEST}, but {foreign[0]!r}): move it away and run again")
         log.warning("%s: %s is missing or unreadable, repairing", folder.name, MANIFEST)
         return False
-    if record["fingerprint"] != data.fingerprint or [shard["name"] for shard in record["shards"]] != list(data.shards):
+    if record["fingerprint"] != data.fingerprint or [shard["name"] for shard in record["shards"]] != names:
         return False
     if damage := find_damage(folder, record, rows=True):
         log.warning("%s: %s; repairing", folder.name, damage)
@@ -196,6 +207,7 @@ def _reuse_shards(data: LazyShards, folders: Folders, identity: str) -> list[str
             for path in sorted(folders.published.iterdir()):
                 if is_reusable(path) and is_intact(path, entries.get(path, {})):
                     os.replace(path, folders.partial / path.name)
+    _write_record(data, folders, [], {})  # a later run with other options can tell what it deletes
     return sorted(data.shards, key=lambda name: not shard_path(folders.partial, name).exists())
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
+from dpdmd_pipeline.planning.checks import anchor_steps
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
-from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe
+from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,8 @@ def make_manifest(
 
     model = backbone.load(teacher, "cpu")
     sigmas = model.schedule(backbone.num_steps).sigma.tolist()
-    steps = [_teacher_steps(level, model, backbone.num_steps) for level in options.anchor_levels]
-    if steps != sorted(set(steps)):
-        raise ValueError(
-            f"anchors.anchor_levels give teacher steps {steps}: order them from noisy to clean, without repetition"
-        )
+    steps = anchor_steps(options, model, backbone.num_steps)
+    log.info("anchors: after %s of the teacher's steps", ", ".join(map(str, steps)))
     return {
         "options": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
         "teacher": folder_hash(network_folder(teacher)),
@@ -57,33 +55,6 @@ def make_manifest(
         "anchor_steps": steps,
         "anchor_sigmas": [sigmas[step] for step in steps],
     }
-
-
-def _teacher_steps(level: AnchorLevel, model: Any, num_steps: int) -> int:
-    """Number K of teacher steps that reach an anchor level."""
-    if level.steps is not None:
-        if level.steps >= num_steps:
-            raise ValueError(
-                f"anchors.anchor_levels steps={level.steps} must be below the teacher's backbone.num_steps={num_steps}"
-            )
-        return level.steps
-    if num_steps < 2:
-        raise ValueError(f"backbone.num_steps={num_steps} leaves no level for an anchor: set at least 2")
-    sigmas = _family_sigmas(model.schedule(num_steps), model.prediction)
-    sigma = level.sigma
-    if level.first_step is not None:
-        student = model.student_schedule(level.first_step.grid, level.first_step.num_steps)
-        sigma = _family_sigmas(student, model.prediction)[1]
-    if not 0 < sigma < sigmas[0]:
-        raise ValueError(f"anchors.anchor_levels sigma={sigma:g} must lie below the teacher's start, {sigmas[0]:g}")
-    nearest = min(range(1, num_steps), key=lambda step: abs(sigmas[step] - sigma))
-    log.info("anchors: the teacher's level nearest to sigma %.4f is %.4f (K = %d)", sigma, sigmas[nearest], nearest)
-    return nearest
-
-
-def _family_sigmas(levels: Any, prediction: str) -> list[float]:
-    """Noise levels in the units of a family: flow's sigma, or sigma / alpha of a diffusion model."""
-    return (levels.sigma if prediction == "flow" else levels.sigma / levels.alpha).tolist()
 
 
 def _shards(load: LastLoaded, rows: list[int], options: AnchorRecipe) -> dict[str, Any]:

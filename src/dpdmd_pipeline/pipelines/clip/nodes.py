@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.clip.options import ClipOptions
-from dpdmd_pipeline.planning.identity import code_hash
+from dpdmd_pipeline.planning.identity import code_hash, open_state
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,8 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
     from dpdmd_pipeline.training.clip import train_clip
 
     recipe = options.recipe
-    state = clip_state / fingerprint(SCHEMA, recipe.model_dump(mode="json"), code_hash("training.clip"))[:16]
+    facts = recipe.model_dump(mode="json")
+    state = open_state(clip_state, fingerprint(SCHEMA, facts, code_hash("training.clip")), "clip", facts, recipe.steps)
 
     def follow(total: int, records: Iterator[tuple[int, float]]) -> None:
         loss = None

@@ -1,13 +1,10 @@
 """Options of the clip stage."""
 
-from pydantic import BaseModel, ConfigDict
-
+from dpdmd_pipeline.bounds import StrictModel
 from dpdmd_pipeline.training.teacher_recipe import ClipRecipe
 
 
-class ClipOptions(BaseModel):
+class ClipOptions(StrictModel):
     """Recipe of the training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     recipe: ClipRecipe

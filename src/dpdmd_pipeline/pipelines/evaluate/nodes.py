@@ -8,7 +8,7 @@ from typing import Any
 
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, cache_rows, draw_grid, picture_sets, pictures_by_seed
-from dpdmd_pipeline.planning.prompts import foreign_line
+from dpdmd_pipeline.planning.judging import foreign_line
 
 log = logging.getLogger(__name__)
 

@@ -1,30 +1,29 @@
 """Options of the evaluate stage."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import model_validator
 
+from dpdmd_pipeline.bounds import Few, Pairs, Seed, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 
-class EvaluateOptions(BaseModel):
+class EvaluateOptions(StrictModel):
     """Number of pictures, and metrics that score them.
 
     The batch sizes hold on a GPU. A CPU always draws 16 pictures at once and scores one, so that no result changes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     judge: Literal["shapes"] | None  # the exact reader of the embedded world; null for prompts outside that world
     by: list[str]  # further metrics, or axes for their default metrics: names of scoring/presets.py
-    seed: NonNegativeInt  # of the pictures and of the bootstrap
-    images_per_prompt: Annotated[int, Field(ge=2)]
-    batch_size: PositiveInt  # pictures drawn at once, 64 at most
-    metric_batch_size: PositiveInt  # pictures per batch of a metric's network
-    metric_processes: PositiveInt  # processes that share the prompts while scoring
-    grid_prompts: PositiveInt  # rows of the grids: the first evaluation prompts
-    grid_columns: PositiveInt  # pictures of each prompt in the grids
-    grid_tile: PositiveInt  # largest side of a picture in the grids, in pixels
+    seed: Seed  # of the pictures and of the bootstrap
+    images_per_prompt: Pairs
+    batch_size: Size  # pictures drawn at once, 64 at most
+    metric_batch_size: Size  # pictures per batch of a metric's network
+    metric_processes: Few  # processes that share the prompts while scoring
+    grid_prompts: Size  # rows of the grids: the first evaluation prompts
+    grid_columns: Size  # pictures of each prompt in the grids
+    grid_tile: Size  # largest side of a picture in the grids, in pixels
     save_pictures: bool  # also write every picture as a file, for `score`, `arena` and your own eyes
     device: Literal["auto", "cpu", "cuda"]  # of models and metrics
     launch: LaunchOptions  # processes that share the drawing

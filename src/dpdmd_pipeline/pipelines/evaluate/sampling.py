@@ -42,6 +42,10 @@ def sample_images(
             **{name: header.num_steps for name, header in headers.items()},
         },
         "images_per_prompt": options.images_per_prompt,
+        "seed": options.seed,
+        "prompts": fingerprint([[row, text] for row, text in chosen.items()]),
+        "embeddings": embeddings.fingerprint,
+        "backbone": backbone.model_dump(mode="json"),
     }
     samples = _samples(chosen, options)
     load = LastLoaded(partial(_load_model, embeddings, teacher, backbone, options))
@@ -50,10 +54,7 @@ def sample_images(
         for number, name in enumerate(MODELS)
         for start in range(0, len(samples), SHARD)
     }
-    settings = options.model_dump(mode="json", include={"seed", "images_per_prompt"})
-    rows = [[row, text] for row, text in chosen.items()]
-    parts = (manifest, rows, settings, backbone.model_dump(mode="json"), embeddings.fingerprint)
-    identity = fingerprint(*parts, code_hash("pipelines.evaluate.sampling", f"backbones.{backbone.family}"))
+    identity = fingerprint(manifest, code_hash("pipelines.evaluate.sampling", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
 
 

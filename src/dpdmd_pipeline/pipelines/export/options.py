@@ -2,15 +2,15 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dpdmd_pipeline.bounds import StrictModel
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Licensed(BaseModel):
+class Licensed(StrictModel):
     """A licence, under the hub's name of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     license: Text | None  # such as apache-2.0; `other` needs name and link; null if unknown
     license_name: str | None  # of the licence `other`, else null

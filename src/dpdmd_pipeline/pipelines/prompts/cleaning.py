@@ -89,55 +89,40 @@ def survey(file: PromptFile) -> Survey:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Lines of a survey to turn into records; its arrays are bool [n]."""
-
-    survey: Survey
-    is_kept: np.ndarray
-    train: np.ndarray
-    evaluate: np.ndarray
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        flags = zip(self.is_kept.tolist(), self.train.tolist(), self.evaluate.tolist(), strict=True)
-        for text, (is_kept, train, evaluate) in zip(self.survey.texts(), flags, strict=True):
-            if is_kept:
-                yield {"text": text, "train": train, "eval": evaluate}
-
-
-@dataclass(frozen=True)
 class CleanPrompts:
-    """Records {"text": unique, "train": bool, "eval": bool}, streamed from the files in each iteration."""
+    """Records {"text": unique, "train": bool, "eval": bool}, streamed from the files in each iteration.
 
-    selections: list[Selection]
+    Attributes:
+        selections: for each file its survey, and for its n texts [3, n] bool: is kept, trains, evaluates.
+    """
+
+    selections: list[tuple[Survey, np.ndarray]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for selection in self.selections:
-            yield from selection.records()
+        for survey, flags in self.selections:
+            for text, is_kept, train, evaluate in zip(survey.texts(), *flags.tolist(), strict=True):
+                if is_kept:
+                    yield {"text": text, "train": train, "eval": evaluate}
 
     def count(self) -> dict[str, int]:
         """Count unique prompts: all, per use, and with both uses."""
-        train = np.concatenate([selection.train[selection.is_kept] for selection in self.selections])
-        evaluate = np.concatenate([selection.evaluate[selection.is_kept] for selection in self.selections])
-        uses = {"train": train, "eval": evaluate, "both": train & evaluate}
-        return {"prompts": len(train), **{name: int(use.sum()) for name, use in uses.items()}}
+        kept, train, evaluate = np.concatenate([flags[:, flags[0]] for _, flags in self.selections], axis=1)
+        uses = {"prompts": kept, "train": train, "eval": evaluate, "both": train & evaluate}
+        return {name: int(use.sum()) for name, use in uses.items()}
 
 
 def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
     """Take training prompts, then the other evaluation prompts; a text in both files has both uses."""
     shared = np.isin(train.hashes, evaluation.hashes)
     new = evaluation.is_first & ~np.isin(evaluation.hashes, train.hashes)
-    return CleanPrompts(
-        [
-            Selection(train, train.is_first, np.ones_like(shared), shared),
-            Selection(evaluation, new, np.zeros_like(new), np.ones_like(new)),
-        ]
-    )
+    trained = np.stack([train.is_first, np.ones_like(shared), shared])
+    return CleanPrompts([(train, trained), (evaluation, np.stack([new, np.zeros_like(new), np.ones_like(new)]))])
 
 
 def split_by_hash(train: Survey, share: float) -> CleanPrompts:
     """Assign about `share` of the prompts to evaluation, the others to training; a text's use never changes."""
     evaluate = train.hashes < np.uint64(share * 2**64)
-    prompts = CleanPrompts([Selection(train, train.is_first, ~evaluate, evaluate)])
+    prompts = CleanPrompts([(train, np.stack([train.is_first, ~evaluate, evaluate]))])
     counts = prompts.count()
     for use in ("train", "eval"):
         if not counts[use]:

@@ -1,7 +1,6 @@
 """Rows of the embeddings: their texts, their truncation by tokenizers, and their encoding."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -54,31 +53,16 @@ def truncated_rows(rows: Rows, teacher: Path, limits: Mapping[str, Any]) -> Iter
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def encode_rows(rows: Rows, start: int, stop: int, load_backbone: Callable[[], Any], batch_size: int) -> dict[str, Any]:
     """Encode rows start <= i < stop; returns embeddings on the CPU, named as by `Backbone.encode`."""
     import torch
 
+    from dpdmd_pipeline.backbones.base import load_quietly
+
     texts, backbone = rows.texts(start, stop), load_backbone()
-    with _quiet():
+    with load_quietly():  # `truncated_rows` has reported what is cut
         batches = [backbone.encode(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' truncation warnings: `truncated_rows` has reported them already."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-        yield
-    finally:
-        for library, verbosity in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)

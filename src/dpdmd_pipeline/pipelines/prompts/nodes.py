@@ -83,6 +83,7 @@ def encode_prompts(
         "prompts": rows.num_prompts,
         "texts": digest,
         **settings,
+        "shard_size": options.shard_size,
         "token_limits": {name: limit.tokens for name, limit in limits.items()},
         "truncated": _list_truncated(rows, teacher, limits),
     }

@@ -2,19 +2,19 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
-Seeds = Annotated[list[NonNegativeInt], Field(min_length=1)]
+from dpdmd_pipeline.bounds import Seed, StrictModel
+
+Seeds = Annotated[list[Seed], Field(min_length=1)]
 
 
-class RunOptions(BaseModel):
+class RunOptions(StrictModel):
     """One recipe, as changes to the options; seeds and baseline of None are the study's.
 
     Own anchors are not in the cache, so the teacher draws them in every cycle. A baseline is trained for as many cycles
     as the run.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     train: dict[str, Any] = {}  # changes in the group `train`
     anchors: dict[str, Any] = {}  # changes in the group `anchors`
@@ -22,10 +22,8 @@ class RunOptions(BaseModel):
     baseline: str | None = None  # run whose lost diversity is this run's gap
 
 
-class StudyOptions(BaseModel):
+class StudyOptions(StrictModel):
     """Recipes to compare, by name; seeds and baseline are for the runs without their own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     seeds: Seeds
     baseline: str

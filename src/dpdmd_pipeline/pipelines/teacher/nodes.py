@@ -9,7 +9,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.teacher.options import TeacherOptions
-from dpdmd_pipeline.planning.identity import code_hash
+from dpdmd_pipeline.planning.identity import code_hash, open_state
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ def train_embedded_teacher(
     from dpdmd_pipeline.training.teacher import train_teacher
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
-    state = teacher_state / fingerprint(SCHEMA, recipe, code_hash("training.teacher"))[:16]
+    identity = fingerprint(SCHEMA, recipe, code_hash("training.teacher"))
+    state = open_state(teacher_state, identity, "teacher", recipe)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
     with Progress(TextColumn("{task.description}"), *columns) as progress:
 

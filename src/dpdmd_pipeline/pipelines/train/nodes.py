@@ -3,18 +3,20 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.checks import check_anchors, check_guidance, check_precision, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, state_folder, student_identity
+from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, student_identity
+from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
+from dpdmd_pipeline.wording import differences, unused
 
 log = logging.getLogger(__name__)
 
@@ -43,37 +45,54 @@ def train_student(
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     check_embeddings(embeddings, prompts, teacher)
     check_anchors(anchors, rows, embeddings, teacher, backbone, anchor_options, options)
-    check_precision(backbone, options)
-    check_guidance(backbone, options)
+    check_backbone(backbone, options)
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
-    if finished_student and (trained := _reuse(finished_student, identity, recipe)):
+    groups = _options(backbone, anchor_options, recipe)
+    if finished_student and (trained := _reuse(finished_student, identity, recipe, groups)):
         return trained
     check_speed(teacher, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
-    checkpoints = Checkpoints(state_folder(train_state, identity), options.keep_last)
+    decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
+    folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
+    checkpoints = Checkpoints(folder, options.keep_last)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
     with _out_of_memory_explained(teacher, backbone, options):
         model, student, history = _train(job, recipe)
-    groups = {
-        "backbone": backbone.model_dump(mode="json"),
-        "anchors": anchor_options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "train": recipe.model_dump(mode="json"),
-    }
     header = _make_header(model, backbone, recipe, identity, groups)
     keys = dict.fromkeys(key for row in history for key in row)
     history = [{**keys, **row} for row in history]  # None for values that were not measured in that cycle
     return partial(_write_student, student=student, header=header, history=history), history
 
 
-def _reuse(finished_student: Path, identity: str, recipe: Recipe) -> Trained | None:
-    """The published student, if it is this run's; an OSError if its weights are damaged."""
-    from dpdmd_pipeline.backbones.student_file import load_finished, weight_file
+def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Options that decide a student, by parameter group."""
+    return {
+        "backbone": backbone.model_dump(mode="json"),
+        "anchors": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
+        "train": recipe.model_dump(mode="json"),
+    }
+
+
+def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[str, dict[str, Any]]) -> Trained | None:
+    """The published student if it is this run's; else None, and a warning that tells how it differs.
+
+    Raises:
+        OSError: if its weights are damaged.
+    """
+    from dpdmd_pipeline.backbones.student_file import load_finished, load_header, weight_file
     from dpdmd_pipeline.backbones.tensor_files import check_content
 
     history = load_finished(finished_student, identity)
     if history is None:
+        with suppress(OSError, ValueError):  # damaged: there is nothing to compare
+            header = load_header(finished_student)
+            if header.identity != identity:
+                changes = [*differences(header.recipe or {}, groups)]
+                state = f"the finished student in {finished_student}"
+                line = unused(state, folder_size(finished_student), changes, "anchors or code")
+                log.warning("%s: %s", method_name(recipe), line)
         return None
     check_content(weight_file(finished_student))
     log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
@@ -151,8 +170,6 @@ def _write_student(folder: Path, student: Any, header: Any, history: list[dict])
 
 def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
     """Continue in other processes; returns the finished state that they leave."""
-    from dpdmd_pipeline.pipelines.train.worker import train_in_processes
-
     follow(train_in_processes(job), finished_cycles, job.options.recipe(), job.options.log_every)
     if resumed := job.checkpoints.load_latest():
         return resumed
@@ -160,6 +177,33 @@ def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
         f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its disk "
         "faulty? Run the same command again"
     )
+
+
+def train_in_processes(job: Job) -> Iterator[dict]:
+    """Train in other processes; yields the new cycles' records. The student is in the last checkpoint."""
+    from dpdmd_pipeline.training.launch import Launch, launched
+
+    options = job.options.launch
+    cuda = resolve_device(job.options.device).type == "cuda"
+    launch = Launch(options.processes, options.machines, options.rendezvous, job.checkpoints.folder.name, cuda)
+    return launched(train_share, job, launch)
+
+
+def train_share(job: Job, member: Any) -> bool:
+    """Run the loop in one process; returns True if it came to its end."""
+    # The writing process holds the lock: it outlives a killed parent until its cycle is done.
+    with job.checkpoints.locked() if member.rank == 0 else nullcontext():
+        member.wait_for_all()
+        resumed = job.checkpoints.load_latest()
+        *_, records = start(job, resumed)
+        with closing(records):  # saves if the loop stops early
+            if member.asked_to_stop():
+                return False
+            for record in records:
+                member.report(record)
+                if member.asked_to_stop():
+                    return record["step"] == job.options.max_steps
+    return True
 
 
 def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
