@@ -31,7 +31,7 @@ class Answer(BaseModel):
 class Result(BaseModel):
     """One person's answers, as the page saves them."""
 
-    format: Literal[FORMAT]
+    format: int = Field(strict=True, ge=FORMAT, le=FORMAT)
     arena: str  # identity of the page
     a: str
     b: str
