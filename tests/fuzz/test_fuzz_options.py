@@ -51,18 +51,18 @@ def leaves(value: Any, path: str = "") -> list[str]:
 OPTIONS = leaves(ConfigLoader(str(PROJECT / "conf"), "ci", **CONFIG_LOADER_ARGS)["parameters"])
 
 
-def read(given: str) -> Any:
+def read(params: str) -> Any:
     """The parameters of a run with `--params`, checked by the hook that Kedro calls first."""
-    options = command.make_context("run", ["--env", "ci", "--params", given]).params["params"]
+    options = command.make_context("run", ["--env", "ci", "--params", params]).params["params"]
     loader = ConfigLoader(str(PROJECT / "conf"), "ci", options, **CONFIG_LOADER_ARGS)
     ConfigHooks().after_context_created(SimpleNamespace(config_loader=loader, env="ci", params=None))
     return loader["parameters"]
 
 
-def accepted(given: str) -> tuple[Any, str]:
+def accepted(params: str) -> tuple[Any, str]:
     """The parameters if they are accepted, and the refusal."""
     result: list[Any] = []
-    line = refusal(KIND, lambda: result.append(read(given)))
+    line = refusal(KIND, lambda: result.append(read(params)))
     return (result[0] if result else None), line
 
 

@@ -1,4 +1,4 @@
-"""Verdicts of the fuzz: every input is accepted, or refused in one line by an error of this project, in 10 s of work."""
+"""Verdicts of the fuzz: an input is accepted, or refused in one line by an error of this project, in 10 s of work."""
 
 from __future__ import annotations
 
