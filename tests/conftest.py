@@ -1,7 +1,30 @@
-"""Fixtures that many tests share."""
+"""Fixtures that many tests share, and the numbers of the fuzz at the end."""
+
+import sys
+from collections import Counter
 
 import pytest
 import torch
+
+_FUZZ = Counter()  # inputs of all processes, by kind and verdict
+
+
+def pytest_sessionfinish(session):
+    if "tests.fuzz.verdicts" in sys.modules:
+        _FUZZ.update(sys.modules["tests.fuzz.verdicts"].COUNTS)
+    if hasattr(session.config, "workeroutput"):  # a process of xdist
+        session.config.workeroutput["fuzz"] = dict(_FUZZ)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _FUZZ.update(getattr(node, "workeroutput", {}).get("fuzz", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _FUZZ:
+        numbers = "; ".join(f"{name} {count}" for name, count in sorted(_FUZZ.items()))
+        terminalreporter.write_line(f"fuzz, {_FUZZ.total()} inputs: {numbers}")
 
 
 @pytest.fixture(scope="session")

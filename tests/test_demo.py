@@ -166,6 +166,22 @@ def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
     assert not changed
 
 
+GAPS = ("diversity.clip_shapes", "alignment.clip_shapes")
+
+
+def test_a_metric_without_weights_is_named_and_the_run_ends_well_unless_it_is_strict(without):
+    project = without()
+    (project / "data/06_models/shapes_clip/open_clip_model.safetensors").unlink()
+    *_, last = run(project, "--pipelines", "evaluate,report").strip().splitlines()
+    assert all(name in last for name in GAPS) and "metrics.json" in last
+    page = (project / "data/08_reporting/ci/report.md").read_text().replace("\\", "")
+    assert all(name in page[page.index("### Not measured") :] for name in GAPS)
+    strict = Run(project, "--pipelines", "evaluate,report", "--params", "evaluate.strict=true")
+    output = strict.end()
+    assert strict.process.returncode == 3 and "Traceback" not in output
+    assert [all(name in line for name in GAPS) for line in output.splitlines() if "Error:" in line] == [True]
+
+
 # ---- broken off
 
 

@@ -1,7 +1,16 @@
-"""Errors, counts, lists and differences as text."""
+"""Errors, counts, lists and differences as text, and the characters that texts of strangers may have."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+# Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
+_REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+# Anything but white space and zero-width characters (Unicode's Default_Ignorable_Code_Point).
+_VISIBLE = re.compile(
+    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 def one_line(message: Any) -> str:
@@ -49,3 +58,38 @@ def unused(state: str, size: int, changes: Sequence[str], otherwise: str = "code
         changes: differences from this run; if there are none, `otherwise` differs.
     """
     return f"work begins anew: {state} ({size / 2**20:.1f} MiB) differs in {listed(changes, 3, '; ') or otherwise}"
+
+
+def validation_faults(error: Any) -> str:
+    """Faults of a pydantic error, such as `format: Input should be 1, got 2; include.0.count: Field required`."""
+    lines = []
+    for fault in error.errors():
+        path, value = ".".join(map(str, fault["loc"])), fault["input"]
+        got = f", got {short(repr(value), 40)}" if isinstance(value, str | int | float) else ""
+        lines.append(f"{path}: "[: len(path) * 2] + fault["msg"].removeprefix("Value error, ") + got)
+    return "; ".join(lines)
+
+
+# ---- characters
+
+
+def is_blank(text: str) -> bool:
+    """True for a text of white space and zero-width characters only."""
+    return not _VISIBLE.search(text)
+
+
+def refused_character(text: str) -> tuple[str, int] | None:
+    """Name and index of the first character that no tokenizer should see; None if there is none."""
+    match = _REFUSED.search(text)
+    if not match:
+        return None
+    if match[0] == "\0":
+        return "NUL", match.start()
+    kind = "half a surrogate pair" if match[0] >= "\ud800" else "control character"
+    return f"{kind} U+{ord(match[0]):04X}", match.start()
+
+
+def is_utf16(raw: bytes) -> bool:
+    """True if about every second byte is NUL, as in UTF-16 text of Latin letters."""
+    even, odd = raw[::2].count(0), raw[1::2].count(0)
+    return min(even, odd) == 0 and max(even, odd) > max(1, len(raw) // 4)

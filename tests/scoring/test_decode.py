@@ -1,3 +1,4 @@
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def test_a_picture_is_decoded_as_a_viewer_shows_it(tmp_path):
     assert read_picture(tmp_path / "turned.jpg").size == (2, 4)
     turned.save(tmp_path / "odd.jpg", exif=b"Exif\0\0rubbish")  # unreadable EXIF is ignored
     assert read_picture(tmp_path / "odd.jpg").size == (4, 2)
+
+
+def test_exif_that_pillow_cannot_write_again_is_no_fault(tmp_path, recwarn):
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")  # text in place of a fraction
+    tags = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + orientation + resolution + bytes(4)
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "odd.jpg", exif=tags)
+    assert read_picture(tmp_path / "odd.jpg").size == (4, 2) and not recwarn.list
 
 
 def test_an_opaque_alpha_channel_changes_no_pixel(tmp_path):

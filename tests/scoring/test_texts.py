@@ -92,3 +92,26 @@ def test_a_field_of_a_manifest_that_is_no_text_is_refused_with_its_record(tmp_pa
         return
     with refuses(ValueError, f"{tmp_path}/manifest.jsonl, ", " 1 ", fact):
         find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ("id,text,text\n0,a dog,a cat\n", ["2 columns 'text'"]),
+        ("id,text\n0,a dog, and a cat\n", ["line 2", "more fields"]),
+        ('id,text\n0,"a dog\n', ["CSV"]),
+        ("id,text\n0,a \x1b[2Jdog\n", ["control character U+001B"]),
+        ("id,text\n0,a dog\n".encode("utf-16-le").decode(), ["NUL", "UTF-16"]),
+        ("id,text\n0,\u200b\u2060\n", ["record 1", "text"]),
+    ],
+    ids=["two columns", "comma", "quote", "terminal command", "UTF-16", "nothing to see"],
+)
+def test_texts_that_would_be_read_as_others_are_refused(tmp_path, content, facts):
+    (tmp_path / "p.csv").write_text(content)
+    with refuses(ValueError, "p.csv", *facts):
+        read_texts(tmp_path / "p.csv")
+
+
+def test_lines_of_a_text_file_end_as_in_the_prompt_files_of_a_run(tmp_path):
+    (tmp_path / "p.txt").write_bytes("a dog\ra \u2028cat\r\n\u200b\na\x0ccow\n".encode())
+    assert read_texts(tmp_path / "p.txt") == {"0": "a dog", "1": "a \u2028cat", "3": "a\x0ccow"}

@@ -16,19 +16,13 @@ from kedro.io import AbstractDataset
 
 from dpdmd_pipeline.errors import MissingInputError
 from dpdmd_pipeline.publishing import write_atomically, writing
+from dpdmd_pipeline.wording import is_blank, is_utf16, refused_character
 
 KEYS = ("text", "prompt", "caption")  # of a column or a JSON object; the first that exists is read
 MAX_LINE = 1 << 20  # bytes; a longer line is no prompt and would need unbounded memory
 
 _BOM = b"\xef\xbb\xbf"
-# Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
-_REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 _NUMBERED = re.compile(r"\s*([0-9]{1,18})[.)](?:\s+|$)")
-# Anything but white space and zero-width characters (Unicode's Default_Ignorable_Code_Point).
-_VISIBLE = re.compile(
-    "[^\\s\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
 
 
 class Line(NamedTuple):
@@ -62,7 +56,7 @@ class PromptFile:
             remedy = "create it, or set raw_prompts=FILE (raw_eval_prompts=FILE for evaluation)"
             raise FileNotFoundError(f"prompt file {self.path} does not exist: {remedy}")
         self._refuse_other_than_files()
-        return (line._replace(text="") if _is_blank(line.text) else line for line in readers[suffix.lower()]())
+        return (line._replace(text="") if is_blank(line.text) else line for line in readers[suffix.lower()]())
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
         """Read records start <= i < stop of a .jsonl file that this project wrote, with all their keys."""
@@ -81,7 +75,7 @@ class PromptFile:
         if self.path.suffix.lower() != ".txt":
             return False
         last = None
-        for text in (line.text for line in self._text_lines() if not _is_blank(line.text)):
+        for text in (line.text for line in self._text_lines() if not is_blank(line.text)):
             match = _NUMBERED.match(text)
             if not match:
                 return False
@@ -108,13 +102,13 @@ class PromptFile:
 
     def _jsonl(self) -> Iterator[Line]:
         for line in self._text_lines():
-            value = "" if _is_blank(line.text) else line.json()
+            value = "" if is_blank(line.text) else line.json()
             if isinstance(value, dict):
                 value = value[_key(value, f"{self.path}, line {line.number}")]
             if not isinstance(value, str):
                 raise line.error(f"expected a string, got {value!r:.60}")
-            if match := _REFUSED.search(value):  # spelt as an escape
-                raise line.error(f"{_character(match[0])} in a prompt; remove it")
+            if fault := refused_character(value):  # spelt as an escape
+                raise line.error(f"{fault[0]} in a prompt; remove it")
             yield Line(line.number, value)
 
     def _csv(self) -> Iterator[Line]:
@@ -122,7 +116,7 @@ class PromptFile:
         start, header, column = 1, None, 0
         try:
             for row in reader:
-                if len(row) < 2 and _is_blank("".join(row)):
+                if len(row) < 2 and is_blank("".join(row)):
                     yield Line(start, "")
                 elif header is None:
                     header, column = row, row.index(_key(row, f"the header of {self.path}"))
@@ -160,12 +154,12 @@ class PromptFile:
                 if len(raw) > MAX_LINE:
                     what = f"more than {MAX_LINE} bytes; is this a file of prompts?"
                     raise _TextLine(self.path, number, offset, "").error(what)
-                if b"\0" in raw and _is_utf16(raw):
+                if b"\0" in raw and is_utf16(raw):
                     raise _TextLine(self.path, number, offset, "").error("looks like UTF-16; save the file as UTF-8")
                 skipped = len(_BOM) if number == 1 and raw.startswith(_BOM) else 0
                 line = _TextLine.decode(self.path, number, offset + skipped, raw[skipped:])
-                if match := _REFUSED.search(line.text):
-                    raise line.error(f"{_character(match[0])} in a prompt; remove it", match.start())
+                if fault := refused_character(line.text):
+                    raise line.error(f"{fault[0]} in a prompt; remove it", fault[1])
                 yield line
                 offset += len(raw)
 
@@ -245,9 +239,9 @@ def _parquet_text(position: str, scalar: Any) -> str:
         return ""
     if not isinstance(text, str):
         raise ValueError(f"{position}: expected a string, got {text!r:.60}")
-    if match := _REFUSED.search(text):
-        byte = len(text[: match.start()].encode())
-        raise ValueError(f"{position}, byte {byte} of the text: {_character(match[0])} in a prompt; remove it")
+    if fault := refused_character(text):
+        byte = len(text[: fault[1]].encode())
+        raise ValueError(f"{position}, byte {byte} of the text: {fault[0]} in a prompt; remove it")
     return text
 
 
@@ -259,21 +253,3 @@ def _key(names: Iterable[str], source: str) -> str:
             return key
     available = ", ".join(repr(name) for name in names) or "nothing"
     raise ValueError(f"{source} names none of {', '.join(KEYS)}; it has {available:.200}")
-
-
-def _is_blank(text: str) -> bool:
-    return not _VISIBLE.search(text)
-
-
-def _is_utf16(raw: bytes) -> bool:
-    """True if about every second byte is NUL, as in UTF-16 text of Latin letters."""
-    even, odd = raw[::2].count(0), raw[1::2].count(0)
-    return min(even, odd) == 0 and max(even, odd) > max(1, len(raw) // 4)
-
-
-def _character(character: str) -> str:
-    """Name of a refused character."""
-    if character == "\0":
-        return "NUL"
-    kind = "half a surrogate pair" if character >= "\ud800" else "control character"
-    return f"{kind} U+{ord(character):04X}"

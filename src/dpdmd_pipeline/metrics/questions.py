@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import load_pretrained
 from dpdmd_pipeline.metrics.errors import UnfitError
 from dpdmd_pipeline.metrics.passes import Passes
+from dpdmd_pipeline.wording import validation_faults
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,7 +108,7 @@ class _Part(BaseModel):
     """An object that a picture must or must not show; `position` is a relation and the index of another part."""
 
     name: str = Field(alias="class", min_length=1)
-    count: PositiveInt
+    count: int = Field(ge=1, le=1000)
     color: str | None = None
     position: tuple[str, NonNegativeInt] | None = None
 
@@ -150,7 +151,7 @@ def part_questions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     try:
         parts = _Record.model_validate(record)
     except ValidationError as error:
-        raise ValueError("; ".join(map(_reason, error.errors()))) from error
+        raise ValueError(validation_faults(error)) from error
     questions = []
     for part in parts.include:
         questions.append((part.presence(), "Yes"))
@@ -160,10 +161,3 @@ def part_questions(record: Mapping[str, Any]) -> list[tuple[str, str]]:
             relation, other = part.position
             questions.append((part.relation(relation, parts.include[other].name), "Yes"))
     return [*questions, *((part.presence(), "No") for part in parts.exclude)]
-
-
-def _reason(fault: Mapping[str, Any]) -> str:
-    """Text such as `include.0.count: Field required`."""
-    path = ".".join(map(str, fault["loc"]))
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}" if path else message

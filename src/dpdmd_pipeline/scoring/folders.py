@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from dpdmd_pipeline.scoring.sets import MAY_NOT_READ, FileSet
-from dpdmd_pipeline.scoring.texts import SURROGATE, field_as_text, read_records, read_text, read_texts
-from dpdmd_pipeline.wording import listed
+from dpdmd_pipeline.scoring.texts import field_as_text, read_records, read_text, read_texts
+from dpdmd_pipeline.wording import is_blank, listed, refused_character, short
 
 _MANIFESTS = ("manifest.csv", "manifest.jsonl")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -21,9 +20,9 @@ _ID_AND_SEED = re.compile(r"(.+)_(\d+)_?")
 _MAX_SEEDS = 100  # for one prompt alone, where the folder may also hold real pictures
 _NO_TEXT = "prompt without a text"
 _NAME_IS_AN_ID = f"{_NO_TEXT} (its name is an id: give --prompts FILE, or a prompt.txt in a folder of its own)"
-_NAME_IS_NO_TEXT = f"{_NO_TEXT} (its name is not UTF-8: rename it, or give a prompt.txt in a folder of its own)"
+_NAME_IS_NO_TEXT = f"{_NO_TEXT} (its name is no text in UTF-8: rename it, or give a prompt.txt in a folder of its own)"
 _EMPTY_NOTE = f"{_NO_TEXT} (its prompt.txt is empty: write the text there)"
-_FEW = 5  # names in a message
+_FEW, _LONGEST = 5, 80  # names in a message, and characters of a text
 # In lower case; macOS, Synology and Windows make them.
 _SYSTEM_NAMES = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 
@@ -56,7 +55,7 @@ def find_pictures(folder: Path, prompts: Path | None = None, any_name: bool = Fa
 def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
     if not folder.is_dir():
         raise OSError(f"{folder} is not a folder of pictures")
-    text_of = _texts_from_file(Path(prompts)) if prompts else _text_from_name
+    text_of = _texts(prompts)
     manifests = [folder / name for name in _MANIFESTS if (folder / name).is_file()]
     if len(manifests) > 1:
         raise ValueError(f"{folder} has {' and '.join(_MANIFESTS)}: delete one of them")
@@ -173,22 +172,26 @@ def _names_tell_prompts(files: Sequence[Path]) -> bool:
 # ---- texts of prompts
 
 
+def _texts(prompts: Path | None) -> _TextOf:
+    """Function that takes names as texts, or looks up every id in a file, also one that could be a text."""
+    if prompts is None:
+        return _text_from_name
+    texts = read_texts(prompts)
+
+    def look_up(name: str, can_be_text: bool) -> tuple[str, str]:
+        if name not in texts:
+            ids = _described(list(texts))
+            raise ValueError(f"id {name!r} is not in {prompts}, which has {ids}: use the same ids in both")
+        return texts[name], ""
+
+    return look_up
+
+
 def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
     """The name as text, or as an id together with the reason why it is not a text."""
-    if SURROGATE.search(name):  # no tokenizer reads it
+    if refused_character(name):  # no tokenizer reads it
         return name, _NAME_IS_NO_TEXT
     return name, "" if can_be_text else _NAME_IS_AN_ID
-
-
-def _texts_from_file(file: Path) -> _TextOf:
-    """Function that looks up prompt ids in a file; it requires every id, also one that could be a text."""
-    return partial(_look_up, file, read_texts(file))
-
-
-def _look_up(file: Path, texts: dict[str, str], name: str, can_be_text: bool) -> tuple[str, str]:
-    if name not in texts:
-        raise ValueError(f"id {name!r} is not in {file}, which has {_described(list(texts))}: use the same ids in both")
-    return texts[name], ""
 
 
 def _described(ids: list[str]) -> str:
@@ -217,7 +220,7 @@ def _text_of_folder(folder: Path, text_of: _TextOf) -> tuple[str, str]:
     note = folder / "prompt.txt"
     if note.is_file():
         text = read_text(note).strip()
-        return (text, "") if text else (folder.name, _EMPTY_NOTE)
+        return (folder.name, _EMPTY_NOTE) if is_blank(text) else (text, "")
     if (folder / _GENEVAL).is_file():
         return _prompt_of_record(folder / _GENEVAL), ""
     return text_of(folder.name, " " in folder.name or not re.search(r"\d", folder.name))
@@ -267,20 +270,20 @@ def _from_manifest(manifest: Path) -> list[FileSet]:
     groups: dict[str, tuple[str, list[Path]]] = {}
     records_of_files: dict[str, int] = {}
     for line, record in enumerate(read_records(manifest), start=1):
-        source, keys = f"{manifest}, record {line}", ("file", "prompt", "id")
-        fields = {key: field_as_text(record, key, source, is_path=key == "file") for key in keys}
-        absent = [key for key in ("file", "prompt") if not fields[key]]
+        source = f"{manifest}, record {line}"
+        name, text, file = (field_as_text(record, key, source, key == "file") for key in ("id", "prompt", "file"))
+        absent = [key for key, value in {"file": file, "prompt": text}.items() if not value]
         if absent:
-            raise ValueError(f"{manifest}, record {line} has no {' and no '.join(absent)}: give both")
-        text, file = fields["prompt"], manifest.parent / fields["file"]
-        name = fields["id"] or text
-        first = records_of_files.setdefault(os.path.normpath(file), line)
+            raise ValueError(f"{source} has no {' and no '.join(absent)}: give both")
+        path, name = manifest.parent / file, name or text
+        first = records_of_files.setdefault(os.path.normpath(path), line)
         if first != line:
-            raise ValueError(f"{manifest}, record {line} repeats file {fields['file']} of record {first}: name it once")
+            raise ValueError(f"{source} repeats file {short(file, _LONGEST)} of record {first}: name it once")
         group_text, files = groups.setdefault(name, (text, []))
         if group_text != text:
-            raise ValueError(f"{manifest}, record {line}: id {name} has two prompts, {group_text!r} and {text!r}")
-        files.append(file)
+            both = " and ".join(short(repr(one), _LONGEST) for one in (group_text, text))
+            raise ValueError(f"{source}: id {short(name, _LONGEST)} has two prompts, {both}")
+        files.append(path)
     if not groups:
         raise ValueError(f"{manifest} is empty: name one picture per record")
     return [FileSet(name, text, tuple(files)) for name, (text, files) in groups.items()]

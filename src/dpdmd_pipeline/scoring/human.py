@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.scoring.arena import FORMAT
-from dpdmd_pipeline.wording import counted, printable
+from dpdmd_pipeline.scoring.texts import read_json, read_text
+from dpdmd_pipeline.wording import counted, one_line, printable, short, validation_faults
 
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
-_RESULT = {"arena": str, "a": str, "b": str, "participant": str, "questions": int, "answers": list}
-_ANSWER = {"question": str, "prompt": str}
-_NO_RESULT = "is not a result of an arena page"
-_REMEDY = "give the files that the page's button saves"
+_REMEDY = "give the files that the page's button saves, unchanged"
+_LONGEST = 200  # characters of the faults in a message
 _Z = 1.959964  # 97.5 % point of the normal distribution
+
+
+class Answer(BaseModel):
+    """One person's answer to one question of a page."""
+
+    question: str  # its kind
+    prompt: str
+    choice: Literal["a", "b", "tie"]
+
+
+class Result(BaseModel):
+    """One person's answers, as the page saves them."""
+
+    format: int = Field(strict=True, ge=FORMAT, le=FORMAT)
+    arena: str  # identity of the page
+    a: str
+    b: str
+    participant: str
+    questions: int = Field(strict=True, ge=0)  # number of questions on the page
+    answers: list[Answer]
 
 
 def wilson(wins: int, total: int) -> tuple[float, float]:
@@ -29,55 +48,36 @@ def wilson(wins: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def load_results(files: Sequence[Path]) -> list[dict[str, Any]]:
+def load_results(files: Sequence[Path]) -> list[Result]:
     """Load the results that one page has saved, one file per person."""
     results = [_load(Path(file)) for file in files]
     file_of: dict[str, Path] = {}
     for file, result in zip(files, results, strict=True):
-        if result["arena"] != results[0]["arena"]:
+        if result.arena != results[0].arena:
             raise ValueError(f"{file} and {files[0]} are from different pages: summarise each page separately")
-        participant = result["participant"]
-        if participant in file_of:
-            raise ValueError(f"{file} and {file_of[participant]} are both from {participant!r}: keep the later one")
-        file_of[participant] = file
+        first = file_of.setdefault(result.participant, file)
+        if first is not file:
+            raise ValueError(f"{file} and {first} are both from {result.participant!r}: keep the later one")
     return results
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> Result:
     """Load and check one person's results."""
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = Result.model_validate(read_json(read_text(file), str(file)))
     except OSError as error:
-        raise OSError(f"{file} cannot be read ({error.strerror}): {_REMEDY}") from error
-    except (ValueError, RecursionError) as error:  # not JSON, or not text
-        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}") from error
-    if not isinstance(result, dict) or "format" not in result:
-        raise ValueError(f"{file} {_NO_RESULT}: {_REMEDY}")
-    if result["format"] != FORMAT:
-        raise ValueError(f"{file} has format {result['format']}, not {FORMAT}: make a new page with this version")
-    if wrong := _wrong_keys(result, _RESULT):  # `score --json` writes files of format 1 too
-        raise ValueError(f"{file} {_NO_RESULT} (no {wrong}): {_REMEDY}")
-    for number, answer in enumerate(result["answers"]):
-        _check_answer(f"{file}, answer {number}", answer)
+        raise OSError(f"{error}: {_REMEDY}") from error
+    except ValidationError as error:
+        faults = short(one_line(validation_faults(error)), _LONGEST)
+        raise ValueError(f"{file} is not a result of an arena page ({faults}): {_REMEDY}") from error
+    except ValueError as error:
+        raise ValueError(f"{error}: {_REMEDY}") from error
+    if len(result.answers) > result.questions:
+        raise ValueError(f"{file} has {len(result.answers)} answers to {result.questions} questions: {_REMEDY}")
     return result
 
 
-def _check_answer(name: str, answer: Any) -> None:
-    if not isinstance(answer, dict):
-        raise ValueError(f"{name} is not a JSON object: {_REMEDY}, unchanged")
-    choice = answer.get("choice")
-    if not isinstance(choice, str) or choice not in CHOICES:
-        raise ValueError(f"{name} has the choice {choice!r}, not one of {', '.join(CHOICES)}: {_REMEDY}, unchanged")
-    if wrong := _wrong_keys(answer, _ANSWER):
-        raise ValueError(f"{name} has no {wrong}: {_REMEDY}, unchanged")
-
-
-def _wrong_keys(record: dict[str, Any], kinds: dict[str, type]) -> str:
-    """Names of missing keys and keys of another type, such as `arena and no answers`."""
-    return " and no ".join(name for name, kind in kinds.items() if not isinstance(record.get(name), kind))
-
-
-def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
+def summarise(results: Sequence[Result], seed: int) -> dict[str, Any]:
     """Share of answers for A, for each kind of question.
 
     Args:
@@ -89,28 +89,27 @@ def summarise(results: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
         the share for A (a tie counts half) with its bootstrap interval, and the share among decided answers with its
         Wilson interval.
     """
-    answers = [answer for result in results for answer in result["answers"]]
+    answers = [answer for result in results for answer in result.answers]
     if not answers:
         raise ValueError("these results have no answer: let someone answer questions of the page first")
-    by_kind: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[Answer]] = {}
     for answer in answers:
-        by_kind.setdefault(answer["question"], []).append(answer)
+        by_kind.setdefault(answer.question, []).append(answer)
     questions = {kind: _question(by_kind[kind], seed) for kind in sorted(by_kind)}
-    sides = {"a": results[0]["a"], "b": results[0]["b"]}
-    return sides | {"people": len(results), "unfinished": _unfinished(results), "questions": questions}
+    unfinished = {  # participants who left some questions unanswered
+        one.participant: {"answers": len(one.answers), "questions": one.questions}
+        for one in results
+        if len(one.answers) < one.questions
+    }
+    first = results[0]
+    return {"a": first.a, "b": first.b, "people": len(results), "unfinished": unfinished, "questions": questions}
 
 
-def _unfinished(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Numbers of answers and questions of the participants who left some unanswered."""
-    numbers = {one["participant"]: {"answers": len(one["answers"]), "questions": one["questions"]} for one in results}
-    return {name: one for name, one in numbers.items() if one["answers"] < one["questions"]}
-
-
-def _question(answers: Sequence[dict[str, Any]], seed: int) -> dict[str, Any]:
-    prompts = sorted({answer["prompt"] for answer in answers})
-    owners = torch.tensor([prompts.index(answer["prompt"]) for answer in answers])
-    marks = torch.tensor([CHOICES[answer["choice"]] for answer in answers])
-    counts = {choice: sum(answer["choice"] == choice for answer in answers) for choice in CHOICES}
+def _question(answers: Sequence[Answer], seed: int) -> dict[str, Any]:
+    prompts = sorted({answer.prompt for answer in answers})
+    owners = torch.tensor([prompts.index(answer.prompt) for answer in answers])
+    marks = torch.tensor([CHOICES[answer.choice] for answer in answers])
+    counts = {choice: sum(answer.choice == choice for answer in answers) for choice in CHOICES}
     decided = counts["a"] + counts["b"]
     share, low, high = (counts["a"] / decided, *wilson(counts["a"], decided)) if decided else (None, None, None)
     return {

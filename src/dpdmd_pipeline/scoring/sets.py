@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,8 +171,9 @@ def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
     try:
-        return ImageOps.exif_transpose(image)
-    except (ValueError, SyntaxError, EOFError, struct.error):
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, with lines of its code
+            return ImageOps.exif_transpose(image)
+    except Exception:  # also TypeError, for a tag of another type
         return image
 
 

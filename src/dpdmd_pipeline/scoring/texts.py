@@ -5,59 +5,92 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair: in a path, a byte outside UTF-8
+from dpdmd_pipeline.wording import is_blank, is_utf16, one_line, refused_character, short
+
+_LONGEST = 80  # characters of a value in a message
 
 
 def read_text(path: Path) -> str:
-    """Read a user's text file."""
+    """Read a user's text file; its lines end in \\n.
+
+    Raises:
+        OSError: if it is no file; a pipe would block for ever.
+        ValueError: if it is not UTF-8, or has a character that no tokenizer should see.
+    """
     if not path.is_file():
-        raise OSError(f"{path} does not exist")
+        raise OSError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(f"{path} is not UTF-8 (byte {byte:#04x} at {error.start}): save it as UTF-8") from error
+    if fault := refused_character(text):
+        remedy = "it looks like UTF-16, save it as UTF-8" if is_utf16(text.encode()) else "remove it"
+        raise ValueError(f"{path} has {fault[0]} at character {fault[1]}: {remedy}")
+    return text
+
+
+def read_json(text: str, source: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: with the source, for anything that is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} cannot be read as JSON: {error}") from error
 
 
 def read_records(path: Path) -> Iterator[dict]:
     """Yield the records of a .csv or .jsonl file."""
-    file = io.StringIO(read_text(path), newline="")
+    text = read_text(path)
     if path.suffix == ".csv":
         try:
-            yield from csv.DictReader(file)
+            yield from _csv_records(path, text)
         except csv.Error as error:
             raise ValueError(f"{path} is not valid CSV: {error}") from error
         return
-    for number, line in enumerate(file, start=1):
-        try:
-            record = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} cannot be read as JSON: {error}") from error
-        if isinstance(record, dict):
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            record = read_json(line, f"{path}, line {number}")
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} is not a JSON object")
             yield record
-        elif record is not None:
-            raise ValueError(f"{path}, line {number} is not a JSON object")
+
+
+def _csv_records(path: Path, text: str) -> Iterator[dict]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    names = rows.fieldnames or []
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} columns {name!r}: rename all but one")
+    for record in rows:
+        if None in record:  # the fields beyond the header
+            raise ValueError(f"{path}, line {rows.line_num} has more fields than the header: put commas in quotes")
+        yield record
 
 
 def field_as_text(record: Mapping[str, Any], key: str, source: str, is_path: bool = False) -> str:
-    """Text or whole number of a record's field, as text; empty if there is none.
+    """Text or whole number of a record's field, as text; empty if there is none, or nothing to see.
 
     Raises:
-        ValueError: if it is of another type, or has half a surrogate pair, which JSON can spell; in a path, such a half
-            stands for a byte outside UTF-8.
+        ValueError: if it is of another type, or has a character that no tokenizer should see. In a path, half a
+            surrogate pair stands for a byte outside UTF-8.
     """
     value = record.get(key)
     if value is None:
         return ""
     if type(value) not in (str, int):
         raise ValueError(f"{source} has a {type(value).__name__} as {key}: give a text")
-    if not is_path and (half := SURROGATE.search(str(value))):
-        raise ValueError(f"{source} has half a surrogate pair (U+{ord(half[0]):04X}) in {key}: remove it")
+    if is_blank(str(value)):
+        return ""
+    if not is_path and (fault := refused_character(str(value))):
+        raise ValueError(f"{source} has {fault[0]} in {key}: remove it")
     return str(value)
 
 
@@ -65,8 +98,8 @@ def read_texts(path: Path) -> dict[str, str]:
     """Prompt ids and their texts."""
     path = Path(path)
     if path.suffix == ".txt":
-        lines = read_text(path).splitlines()
-        return {str(number): line.strip() for number, line in enumerate(lines) if line.strip()}
+        lines = read_text(path).split("\n")
+        return {str(number): line.strip() for number, line in enumerate(lines) if not is_blank(line)}
     if path.suffix not in {".csv", ".jsonl"}:
         raise ValueError(f"{path}: prompts are read from .txt, .csv or .jsonl")
     texts = {}
@@ -75,7 +108,8 @@ def read_texts(path: Path) -> dict[str, str]:
         if not name or not text:
             raise ValueError(f"{path}, record {line} lacks id or text: give both")
         if texts.setdefault(name, text) != text:
-            raise ValueError(f"{path}, record {line}: id {name} has two texts, {texts[name]!r} and {text!r}")
+            both = " and ".join(short(repr(one), _LONGEST) for one in (texts[name], text))
+            raise ValueError(f"{path}, record {line}: id {short(name, _LONGEST)} has two texts, {both}")
     return texts
 
 
@@ -91,6 +125,6 @@ def read_parts(path: Path) -> dict[str, dict]:
         try:
             part_questions(record)
         except ValueError as error:
-            raise ValueError(f"{path}, record {line} ({text}): {error}") from error
+            raise ValueError(f"{path}, record {line} ({short(text, _LONGEST)}): {one_line(error)}") from error
         records[text] = record
     return records

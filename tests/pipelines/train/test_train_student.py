@@ -144,6 +144,8 @@ def test_a_damaged_student_is_refused_by_its_path(train, tmp_path):
     (pulled / WEIGHTS).write_bytes(content)
     with refuses(OSError, str(pulled / WEIGHTS), "checksum"):
         train(finished=pulled)
+
+
 def test_a_published_student_that_is_not_reused_is_named_with_both_values_and_its_size(train, tmp_path, caplog):
     pulled = shutil.copytree(train()[0], tmp_path / "pulled")
     caplog.clear()

@@ -25,6 +25,7 @@ class EvaluateOptions(StrictModel):
     grid_columns: Size  # pictures of each prompt in the grids
     grid_tile: Size  # largest side of a picture in the grids, in pixels
     save_pictures: bool  # also write every picture as a file, for `score`, `arena` and your own eyes
+    strict: bool  # end with exit code 3 if a metric or a picture could not be measured; DVC takes that for a failure
     device: Literal["auto", "cpu", "cuda"]  # of models and metrics
     launch: LaunchOptions  # processes that share the drawing
 
