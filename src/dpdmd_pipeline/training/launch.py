@@ -74,6 +74,8 @@ def launched(work: Work, job: Any, launch: Launch) -> Iterator[dict[str, Any]]:
         SystemExit: with 0 on a machine without rank 0, when its part is done.
         ValueError: if there are fewer GPUs than processes, or the machines do not meet.
     """
+    if launch.cuda:
+        torch.cuda.empty_cache()  # what finished stages left in this process, such as T5's memory
     before = set(multiprocessing.active_children())
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the error is raised here, in one line

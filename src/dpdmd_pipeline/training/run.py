@@ -81,8 +81,11 @@ class Run:
         return self.cond([len(self.data.embeddings) - 1])
 
     def denoiser(self, role: Trained, cond: Conditioning) -> Denoise:
-        """Student or fake score."""
-        return conditioned(self.backbone, role.network, cond)
+        """Student or fake score, in the recipe's arithmetic."""
+        # Not accelerate's autocast: its patched `forward` is a cycle, which keeps a network after the run
+        bfloat16 = self.recipe.precision == "bfloat16"
+        autocast = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=bfloat16)
+        return autocast(conditioned(self.backbone, role.network, cond))
 
     def guided_teacher(self, cond: Conditioning, interval: tuple[float, float] = EVERY_LEVEL) -> Denoise:
         """The teacher with classifier-free guidance; see `guided`."""
@@ -113,7 +116,7 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     Raises:
         ValueError: if the options do not fit the networks or the number of processes.
     """
-    accelerator = _accelerator(backbone.device, recipe)
+    accelerator = _accelerator(backbone.device)
     batch_indices = process_share(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
     levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
     if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:
@@ -134,17 +137,14 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     )
 
 
-def _accelerator(device: torch.device, recipe: Recipe) -> Accelerator:
+def _accelerator(device: torch.device) -> Accelerator:
     """This process among the others, if any; they exchange gradients, nothing else."""
-    precision = {"float32": "no", "bfloat16": "bf16"}[recipe.precision]
     exchange = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[exchange])
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[exchange])
 
 
 def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: OptimizerRecipe, fused: bool) -> Trained:
     optimizer = make_optimizer(trainable(network), recipe, fused=fused)
-    if is_sharded(network):  # exchanges gradients by itself: accelerate only sets the precision
-        network = accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)
-    else:
+    if not is_sharded(network):  # a sharded network exchanges gradients by itself
         network, optimizer = accelerator.prepare(network, optimizer)
     return Trained(network, optimizer, recipe.max_grad_norm)

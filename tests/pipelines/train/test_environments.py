@@ -1,5 +1,6 @@
 """The environments of real teachers on tiny teachers of the same classes: from prompt files to report and export."""
 
+import gc
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kedro.framework.hooks import hook_impl
+from kedro.framework.hooks.manager import _create_hook_manager
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from safetensors.torch import load_file
@@ -41,12 +44,11 @@ MODELS = {
 }
 # Sizes for a tiny teacher on a CPU; the mathematics stay those of the environment.
 TINY = {
-    "backbone": {"resolution": 32, "num_steps": 6, "dtype": "float32"},
+    "backbone": {"resolution": 32, "num_steps": 6},
     "prompts": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
     "anchors": {"batch_size": 2, "shard_size": 4, "device": "cpu"},
     **{
         group: {
-            "precision": "float32",
             "max_steps": 2,
             "batch_size": 2,
             "fake_score_turns": 1,
@@ -122,10 +124,34 @@ def raw_files(folder: Path) -> dict[str, str]:
 
 
 def run_line(datasets: DataCatalog) -> None:
-    """Run the whole line, after the checks of the hooks."""
+    """Run the whole line, after the checks of the hooks; no network outlives its node, in float32 or bfloat16."""
     line = distill.create_pipeline()
     assert refuse_run(line, datasets) == []
-    SequentialRunner().run(line, datasets)
+    hooks = _create_hook_manager()
+    hooks.register(networks := Networks())
+    gc.disable()  # a network in a cycle would stay on a GPU until Python happens to collect it
+    try:
+        SequentialRunner().run(line, datasets, hooks)
+        assert networks.alive() == 0
+    finally:
+        gc.enable()
+
+
+class Networks:
+    """Hook that counts the weights in memory before each node, without those that were there before the line."""
+
+    def __init__(self) -> None:
+        self.before = {id(weight): weight for weight in self._weights()}
+
+    @hook_impl
+    def before_node_run(self, node) -> None:
+        assert self.alive() == 0, f"before {node.name}"
+
+    def alive(self) -> int:
+        return sum(id(weight) not in self.before for weight in self._weights())
+
+    def _weights(self) -> list[torch.nn.Parameter]:
+        return [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
 
 
 T5 = {"backbone": {"max_sequence_length": 9}}

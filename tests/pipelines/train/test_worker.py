@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 from tests.pipelines.conftest import ONE, OPTIMIZER, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
+from dpdmd_pipeline.backbones.base import PipelineBackbone
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.pipelines.train import nodes
 from dpdmd_pipeline.pipelines.train.nodes import train_student
@@ -12,8 +13,12 @@ ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
 
 
 def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_a_single_process_and_reused_by_it(
-    tiny_teacher, embeddings, anchors, tmp_path, caplog
+    tiny_teacher, embeddings, anchors, tmp_path, caplog, monkeypatch
 ):
+    def refuse(*_):
+        raise AssertionError("this process starts others or writes a finished student: it needs no network")
+
+    monkeypatch.setattr(PipelineBackbone, "load_model", refuse)  # in this process, not in those that it starts
     inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", None, backbone_options(), anchor_options()
     write, history = train_student(*inputs, train_options(launch={**SHARED, "sharding": "fsdp2"}))
     (tmp_path / "student").mkdir()

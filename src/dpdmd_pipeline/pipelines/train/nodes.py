@@ -59,11 +59,11 @@ def train_student(
     checkpoints = Checkpoints(folder, options.keep_last)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
     with _out_of_memory_explained(teacher, backbone, options):
-        model, student, history = _train(job, recipe)
-    header = _make_header(model, backbone, recipe, identity, groups)
-    keys = dict.fromkeys(key for row in history for key in row)
-    history = [{**keys, **row} for row in history]  # None for values that were not measured in that cycle
-    return partial(_write_student, student=student, header=header, history=history), history
+        state = _train(job, recipe)
+    header = _make_header(backbone.load(teacher, "cpu"), backbone, recipe, identity, groups)
+    keys = dict.fromkeys(key for row in state["history"] for key in row)
+    history = [{**keys, **row} for row in state["history"]]  # None for values that were not measured in that cycle
+    return partial(_write_student, job=job, weights=state["student"], header=header, history=history), history
 
 
 def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -99,23 +99,29 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[s
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
 
 
-def _train(job: Job, recipe: Recipe) -> tuple[Any, Any, list[dict]]:
-    """Train to the end, from the newest checkpoint if there is one: the family's adapter, the student, its history."""
-    name, folder = method_name(recipe), job.checkpoints.folder
+def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """Train to the end, from the newest checkpoint if there is one; returns the finished state, mapped from its file.
+
+    No network outlives the training, and a process that only starts others loads none.
+    """
+    name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
-    with nullcontext() if several else job.checkpoints.locked():
-        cycles, state = job.checkpoints.load_latest() or (0, None)
+    with nullcontext() if several else checkpoints.locked():
+        resumed = checkpoints.load_latest()
+        cycles = resumed[0] if resumed else 0
         if cycles == recipe.max_steps:
-            log.info("%s: finished student reused from %s", name, folder)
-        elif cycles:
-            log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, folder)
-        if several and cycles < recipe.max_steps:
-            cycles, state = _train_in_processes(job, cycles)
-        model, roles, records = start(job, (cycles, state) if state else None)
-        # Iterating also loads the weights of a finished student, which has no records left.
-        new = follow(records, cycles, recipe, job.options.log_every) if cycles < recipe.max_steps else list(records)
-        history = [*(state["history"] if state else []), *new]
-    return model, roles.student, history
+            log.info("%s: finished student reused from %s", name, checkpoints.folder)
+            return resumed[1]
+        if cycles:
+            log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
+        records = train_in_processes(job) if several else start(job, resumed)
+        follow(records, cycles, recipe, job.options.log_every)
+        if finished := checkpoints.load_latest():
+            return finished[1]
+    raise ValueError(
+        f"training has ended, but {checkpoints.folder} has no complete state: was it deleted, or is its disk faulty? "
+        "Run the same command again"
+    )
 
 
 @contextmanager
@@ -157,26 +163,23 @@ def _make_header(
     return StudentHeader(**facts)
 
 
-def _write_student(folder: Path, student: Any, header: Any, history: list[dict]) -> None:
-    """Write the student into a folder, whole or as its adapter, with its history."""
-    from dpdmd_pipeline.backbones.student_file import save_history, save_lora, save_student
+def _write_student(folder: Path, job: Job, weights: dict[str, Any], header: Any, history: list[dict[str, Any]]) -> None:
+    """Write a finished state's student into a folder, whole or as its adapter, with its history."""
+    import torch
 
+    from dpdmd_pipeline.backbones.student_file import save_history, save_lora, save_student
+    from dpdmd_pipeline.planning.weightless import WeightlessBackbone
+    from dpdmd_pipeline.training.roles import make_roles
+
+    backbone = WeightlessBackbone(job.backbone.load(job.teacher, "cpu"), job.teacher)
+    with torch.device("meta"):
+        student = make_roles(backbone, job.options.recipe(), gradient_checkpointing=False, sharded=False).student
+    student.load_state_dict(weights, assign=True)
     if header.kind == "lora":
         save_lora(folder, student.adapter_state(), header)
     else:
         save_student(folder, student, header)
     save_history(folder, history)
-
-
-def _train_in_processes(job: Job, finished_cycles: int) -> tuple[int, dict]:
-    """Continue in other processes; returns the finished state that they leave."""
-    follow(train_in_processes(job), finished_cycles, job.options.recipe(), job.options.log_every)
-    if resumed := job.checkpoints.load_latest():
-        return resumed
-    raise ValueError(
-        f"the processes have ended, but {job.checkpoints.folder} has no complete state: was it deleted, or is its disk "
-        "faulty? Run the same command again"
-    )
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
@@ -194,9 +197,7 @@ def train_share(job: Job, member: Any) -> bool:
     # The writing process holds the lock: it outlives a killed parent until its cycle is done.
     with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
-        resumed = job.checkpoints.load_latest()
-        *_, records = start(job, resumed)
-        with closing(records):  # saves if the loop stops early
+        with closing(start(job, job.checkpoints.load_latest())) as records:  # saves if the loop stops early
             if member.asked_to_stop():
                 return False
             for record in records:

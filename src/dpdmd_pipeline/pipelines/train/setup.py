@@ -30,19 +30,16 @@ class Job:
     checkpoints: Checkpoints
 
 
-def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Any, Iterator[dict]]:
-    """Backbone, roles, and the records of the new cycles; training happens while these are consumed."""
-    from torch.distributed import is_initialized
-
+def start(job: Job, resumed: tuple[int, dict] | None) -> Iterator[dict]:
+    """Load the networks; yields the records of the new cycles. Training happens while these are consumed."""
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
     from dpdmd_pipeline.training.run import TrainingData
 
     backbone, options = job.backbone, job.options
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
-    # The process that starts the others is in no group: it only loads the whole student that they leave.
-    sharded = options.sharded and is_initialized()
-    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=sharded)
+    checkpointing = options.gradient_checkpointing
+    roles = make_roles(model, recipe, gradient_checkpointing=checkpointing, sharded=options.sharded)
     levels = model.schedule(backbone.num_steps)
     data = TrainingData(
         embeddings=job.embeddings,
@@ -52,7 +49,7 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Any, Iterato
         teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
     )
-    return model, roles, distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
+    return distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
