@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, resolve_device
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
@@ -15,6 +15,7 @@ SHARD = 64  # pictures per file; a multiple of ON_CPU
 ON_CPU = 16  # pictures per batch on a CPU: another batch size may change the order of sums in a matrix product
 
 Sample = tuple[int, int]  # row of the embeddings, seed
+StartOptions = TeacherStart | PromptNoise
 
 
 def sample_images(
@@ -38,7 +39,7 @@ def sample_images(
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
         "students": {name: header.identity for name, header in headers.items()},
         "nfe": {
-            "teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2),
+            "teacher": backbone.evaluations,
             **{name: header.num_steps for name, header in headers.items()},
         },
         "images_per_prompt": options.images_per_prompt,
@@ -83,20 +84,27 @@ def sample_model(
     teacher: Path,
     backbone: BackboneOptions,
     options: EvaluateOptions,
+    start: StartOptions | None = None,
 ) -> dict[str, Any]:
     """Draw all pictures of a student's folder, or of the teacher, as 8-bit images with their prompt and seed."""
-    return _load_model(embeddings, teacher, backbone, options, folder)(_samples(chosen, options))
+    return _load_model(embeddings, teacher, backbone, options, folder, start)(_samples(chosen, options))
 
 
 def _load_model(
-    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: EvaluateOptions, folder: Path | None
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: EvaluateOptions,
+    folder: Path | None,
+    start: StartOptions | None = None,
 ) -> Callable[[list[Sample]], dict[str, Any]]:
     """Load the teacher, or a student from its folder, as a function that draws samples."""
     model = backbone.load(teacher, options.device)
+    uncond = {name: value.to(model.device) for name, value in embeddings.rows([len(embeddings) - 1]).items()}
     if folder is None:
-        sampler = _teacher_sampler(model, embeddings, backbone)
+        sampler = _teacher_sampler(model, uncond, backbone)
     else:
-        sampler = _student_sampler(model, folder, backbone)
+        sampler = _student_sampler(model, folder, backbone, uncond, start)
     return partial(_draw, model, sampler, embeddings, options)
 
 
@@ -121,14 +129,12 @@ def _draw(
     return {"prompt": torch.tensor(rows), "seed": torch.tensor(seeds), "image": torch.cat(images)}
 
 
-def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:
+def _teacher_sampler(model: Any, uncond: dict[str, Any], backbone: BackboneOptions) -> Callable:
     """Function from conditioning and seeds to clean latents, at the teacher's own settings."""
     from dpdmd_pipeline.backbones.base import guided
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
     network = model.load_model().requires_grad_(False).eval()
-    empty = embeddings.rows([len(embeddings) - 1])
-    uncond = {name: value.to(model.device) for name, value in empty.items()}
     levels = model.schedule(backbone.num_steps)
 
     def draw(cond: dict[str, Any], seeds: Sequence[int]) -> Any:
@@ -138,14 +144,23 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
     return draw
 
 
-def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
+def _student_sampler(
+    model: Any, folder: Path, backbone: BackboneOptions, uncond: dict[str, Any], options: StartOptions | None
+) -> Callable:
     """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
     from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
+    from dpdmd_pipeline.exporting.starts import noise_the_prompt, start_with_teacher
 
     header = load_header(folder)
     check_prediction(folder, header, model.prediction, model.folder)
     network = model.load_model().requires_grad_(False).eval()
     load_weights(folder, network, backbone.family)
-    levels = model.student_schedule(header.grid, header.num_steps)
-    return partial(draw_latents, OpenStudent(header, model, network, levels))
+    student = OpenStudent(header, model, network, model.student_schedule(header.grid, header.num_steps))
+    start = None
+    if isinstance(options, PromptNoise):
+        start = noise_the_prompt(model, network, student.levels, options)
+    elif options:
+        teacher = model.load_model().requires_grad_(False).eval()
+        start = start_with_teacher(model, teacher, uncond, student.levels, options, backbone.guidance_scale)
+    return partial(draw_latents, student, start=start)
