@@ -17,7 +17,7 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.exporting.starts import Start, start_with_teacher
+from dpdmd_pipeline.exporting.starts import Start, check_landing, start_with_teacher
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -57,16 +57,16 @@ def sample(
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt, and at least one")
     path, teacher = Path(path), Path(teacher) if teacher else None
-    if teacher_start and teacher is None:
-        raise ValueError("teacher_start needs teacher=, the pipeline folder whose network takes the first steps")
+    if teacher_start:
+        _check_start(path, teacher, teacher_start)
     # a complete pipeline needs the teacher for its start only
     source = None if teacher_start and (path / "model_index.json").is_file() else teacher
     cond = encode(path, source, prompts, batch_size, device, dtype)
     student = open_student(path, source, device, dtype)
     start = _open_start(path, teacher, student, teacher_start) if teacher_start else None
     images = []
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, start + batch_size)
+    for first in range(0, len(seeds), batch_size):
+        rows = slice(first, first + batch_size)
         latents = draw_latents(student, {name: value[rows] for name, value in cond.items()}, seeds[rows], start)
         images.append(student.backbone.decode(latents).cpu())
     return torch.cat(images)
@@ -126,16 +126,30 @@ def draw_latents(student: OpenStudent, cond: Conditioning, seeds: Sequence[int],
     return rollout(denoise, latents, student.levels[first:], fresh, first)
 
 
+def _check_start(path: Path, teacher: Path | None, options: TeacherStart) -> None:
+    """Refuse a start that cannot work, before anything is loaded."""
+    if teacher is None:
+        raise ValueError("teacher_start needs teacher=, the pipeline folder whose network takes the first steps")
+    header = load_header(path)
+    check_landing(options, header.num_steps)
+    if options.guidance_scale is None and _teacher_guidance(header) is None:
+        raise ValueError(f"{path} has no recipe with the teacher's guidance: give teacher_start a guidance_scale")
+
+
+def _teacher_guidance(header: StudentHeader) -> float | None:
+    """Guidance of the teacher in the student's recipe."""
+    return (header.recipe or {}).get("backbone", {}).get("guidance_scale")
+
+
 def _open_start(path: Path, teacher: Path, student: OpenStudent, options: TeacherStart) -> Start:
     """Load the teacher's network and its embedding of the empty prompt."""
     header = student.header
-    scale = (header.recipe or {}).get("backbone", {}).get("guidance_scale")
-    if options.guidance_scale is None and scale is None:
-        raise ValueError(f"{path} has no recipe with the teacher's guidance: give teacher_start a guidance_scale")
     backbone = _load(header, teacher, student.backbone.device.type, student.backbone.dtype)
     check_prediction(path, header, backbone.prediction, teacher)
     network = backbone.load_model().requires_grad_(False).eval()
-    return start_with_teacher(backbone, network, backbone.encode([""]), student.levels, options, scale)
+    return start_with_teacher(
+        backbone, network, backbone.encode([""]), student.levels, options, _teacher_guidance(header)
+    )
 
 
 def _pipeline(path: Path, teacher: Path | None) -> Path:

@@ -29,22 +29,19 @@ def start_with_teacher(
     uncond: Conditioning,
     levels: NoiseLevel,
     options: TeacherStart,
-    scale: float,
+    scale: float | None,
 ) -> Start:
     """Let the teacher walk from pure noise to one of the student's levels, with steps of its own.
 
     Args:
         uncond: embeddings of the empty prompt, a batch of 1.
         levels: the student's schedule, [N + 1].
-        scale: of the guidance, if the options name none.
+        scale: the teacher's own guidance, for options that name none.
 
     Raises:
         ValueError: if no step is left to the student, or the levels between are too close for the teacher's steps.
     """
-    last = len(levels) - 2
-    if options.landing > last:
-        remedy = f"give 1 to {last}" if last else "a student of one step cannot finish a picture"
-        raise ValueError(f"teacher_start.landing is {options.landing}, the student has {last + 1} steps: {remedy}")
+    check_landing(options, len(levels) - 1)
     between = levels_between(backbone, levels[0], levels[options.landing], options.steps)
     if options.guidance_scale is not None:
         scale = options.guidance_scale
@@ -53,6 +50,13 @@ def start_with_teacher(
         return rollout(guided(backbone, teacher, cond, uncond, scale), noise, between)
 
     return Start(options.landing, begin)
+
+
+def check_landing(options: TeacherStart, num_steps: int) -> None:
+    """Raise a ValueError if no step is left to the student."""
+    if options.landing >= num_steps:
+        remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
+        raise ValueError(f"teacher_start.landing is {options.landing}, the student has {num_steps} steps: {remedy}")
 
 
 def levels_between(backbone: Backbone, start: NoiseLevel, end: NoiseLevel, steps: int) -> NoiseLevel:

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
+from dpdmd_pipeline.backbones.options import TeacherStart
+
 
 class SampleOptions(BaseModel):
     """Pictures to draw, and the form of the export to draw them from.
@@ -20,3 +22,4 @@ class SampleOptions(BaseModel):
     batch_size: PositiveInt  # pictures drawn at once; does not change the pictures
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks
     device: Literal["auto", "cpu", "cuda"]  # of the networks
+    teacher_start: TeacherStart | None = None  # let the teacher take the first steps, for more variety
