@@ -78,6 +78,7 @@ EVALUATE = {
     "grid_prompts": 12,
     "grid_columns": 2,
     "grid_tile": 32,
+    "teacher_start": None,
     "save_pictures": False,
     "device": "cpu",
     "launch": ONE,

@@ -89,6 +89,21 @@ def test_captions_show_the_cost():
         assert "DMD, 4" in page and "DP-DMD, 4" in page
 
 
+def test_a_teacher_start_is_one_more_column_of_the_numbers_and_no_more_pictures(capsys):
+    metrics = made_metrics()
+    started = {**copy.deepcopy(metrics["dmd"]), "nfe": 9, "faults": {"torn": 2}}
+    started["diversity"]["effective_modes"] = measured(41.5, 1.0)
+    inputs = made_inputs(metrics={**metrics, "dmd_start": started})
+    for page in make_report(**inputs):
+        assert "DMD + teacher start" in page and "41.5" in page and "2 x torn" in page
+    assert "DMD + teacher start" not in "".join(make_report(**made_inputs()))
+    images = [attrs for tag, attrs in Tags(make_report(**inputs)[0]).tags if tag == "img"]
+    assert len(images) == 9
+    show_result(inputs["metrics"], "", "")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("DMD + teacher start")] == ["9"]
+
+
 def test_prompts_with_markup_stay_text():
     html, md = make_report(**made_inputs())
     parsed = Tags(html)

@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from dpdmd_pipeline.backbones.options import TeacherStart
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
 
@@ -25,6 +26,7 @@ class EvaluateOptions(BaseModel):
     grid_prompts: PositiveInt  # rows of the grids: the first evaluation prompts
     grid_columns: PositiveInt  # pictures of each prompt in the grids
     grid_tile: PositiveInt  # largest side of a picture in the grids, in pixels
+    teacher_start: TeacherStart | None  # one more model: the DMD student, started by the teacher; null leaves it out
     save_pictures: bool  # also write every picture as a file, for `score`, `arena` and your own eyes
     device: Literal["auto", "cpu", "cuda"]  # of models and metrics
     launch: LaunchOptions  # processes that share the drawing

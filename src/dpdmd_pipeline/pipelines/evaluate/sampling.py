@@ -1,4 +1,4 @@
-"""Draw pictures with all three models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
+"""Draw pictures with all models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, resolve_device
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
+from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, STARTED
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 
 SHARD = 64  # pictures per file; a multiple of ON_CPU
@@ -28,30 +28,34 @@ def sample_images(
     backbone: BackboneOptions,
     options: EvaluateOptions,
 ) -> LazyShards:
-    """Shards with the pictures of every evaluation prompt, from the same seeds for all three models."""
+    """Shards with the pictures of every evaluation prompt, from the same seeds for all models."""
     from dpdmd_pipeline.backbones.student_file import load_header
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
     check_embeddings(embeddings, prompts, teacher)
-    folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
+    folders = dict(zip(MODELS, (None, student_dmd, student), strict=True))
+    start = options.teacher_start
+    if start:
+        folders[STARTED] = student_dmd
     headers = {name: load_header(folder) for name, folder in folders.items() if folder}
+    evaluations = {"teacher": backbone.evaluations, **{name: header.num_steps for name, header in headers.items()}}
+    if start:
+        evaluations[STARTED] += start.evaluations(backbone.guidance_scale) - start.landing
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
         "students": {name: header.identity for name, header in headers.items()},
-        "nfe": {
-            "teacher": backbone.evaluations,
-            **{name: header.num_steps for name, header in headers.items()},
-        },
+        "nfe": evaluations,
         "images_per_prompt": options.images_per_prompt,
     }
     samples = _samples(chosen, options)
     load = LastLoaded(partial(_load_model, embeddings, teacher, backbone, options))
+    models = {name: (folder, start if name == STARTED else None) for name, folder in folders.items()}
     shards = {
-        f"{name}-{start // SHARD:05d}": partial(_shard, number, load, folders[name], samples[start : start + SHARD])
-        for number, name in enumerate(MODELS)
-        for start in range(0, len(samples), SHARD)
+        f"{name}-{first // SHARD:05d}": partial(_shard, number, load, model, samples[first : first + SHARD])
+        for number, (name, model) in enumerate(models.items())
+        for first in range(0, len(samples), SHARD)
     }
-    settings = options.model_dump(mode="json", include={"seed", "images_per_prompt"})
+    settings = options.model_dump(mode="json", include={"seed", "images_per_prompt", "teacher_start"})
     rows = [[row, text] for row, text in chosen.items()]
     parts = (manifest, rows, settings, backbone.model_dump(mode="json"), embeddings.fingerprint)
     identity = fingerprint(*parts, code_hash("pipelines.evaluate.sampling", f"backbones.{backbone.family}"))
@@ -70,11 +74,13 @@ def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
     return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
 
 
-def _shard(number: int, load: LastLoaded, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
-    """One shard: some pictures of one model."""
+def _shard(
+    number: int, load: LastLoaded, model: tuple[Path | None, StartOptions | None], samples: list[Sample]
+) -> dict[str, Any]:
+    """One shard: some pictures of one model, given by its folder and its start."""
     import torch
 
-    return {"model": torch.full((len(samples),), number), **load(folder)(samples)}
+    return {"model": torch.full((len(samples),), number), **load(*model)(samples)}
 
 
 def sample_model(
