@@ -61,9 +61,13 @@ def sample(
         _check_start(path, teacher, teacher_start)
     # a complete pipeline needs the teacher for its start only
     source = None if teacher_start and (path / "model_index.json").is_file() else teacher
-    cond = encode(path, source, prompts, batch_size, device, dtype)
+    cond = encode(path, source, [*prompts, *([""] if teacher_start else [])], batch_size, device, dtype)
     student = open_student(path, source, device, dtype)
-    start = _open_start(path, teacher, student, teacher_start) if teacher_start else None
+    start = None
+    if teacher_start:
+        uncond = {name: value[-1:] for name, value in cond.items()}  # of the empty prompt
+        cond = {name: value[:-1] for name, value in cond.items()}
+        start = _open_start(path, teacher, student, teacher_start, uncond)
     images = []
     for first in range(0, len(seeds), batch_size):
         rows = slice(first, first + batch_size)
@@ -141,14 +145,16 @@ def _teacher_guidance(header: StudentHeader) -> float | None:
     return (header.recipe or {}).get("backbone", {}).get("guidance_scale")
 
 
-def _open_start(path: Path, teacher: Path, student: OpenStudent, options: TeacherStart) -> Start:
-    """Load the teacher's network and its embedding of the empty prompt."""
+def _open_start(
+    path: Path, teacher: Path, student: OpenStudent, options: TeacherStart, uncond: Conditioning
+) -> Start:
+    """Load the teacher's network, with its text encoders' embedding of the empty prompt."""
     header = student.header
     backbone = _load(header, teacher, student.backbone.device.type, student.backbone.dtype)
     check_prediction(path, header, backbone.prediction, teacher)
     network = backbone.load_model().requires_grad_(False).eval()
     return start_with_teacher(
-        backbone, network, backbone.encode([""]), student.levels, options, _teacher_guidance(header)
+        backbone, network, uncond, student.levels, options, _teacher_guidance(header)
     )
 
 
