@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from kedro.io import CatalogConfigResolver
 from kedro.pipeline import Pipeline
 
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
@@ -17,7 +18,8 @@ from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
 PROJECT = Path(__file__).parents[1]
 CONF = PROJECT / "conf"
 STAGES = ["prompts", "anchors", "train", "evaluate", "report", "export", "sample"]
-BY_NAME = {"teacher", "clip", "study", "beyond"}  # stages of data/dvc.yaml, whose results git holds
+STUDIES = ["study", "beyond", "variety"]
+BY_NAME = {"teacher", "clip", *STUDIES}  # pipelines of data/dvc.yaml, whose results git holds
 ENVIRONMENTS = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
 EMBEDDED = ("base", "ci", "shapes_sdxl")
 SHIPPED = [("data/06_models/shapes_clip", "shapes_clip")]
@@ -38,7 +40,7 @@ def stages(environment: str, file: str = "dvc.yaml") -> dict[str, Any]:
     variables = {"env": environment, **load(f"conf/{environment}/globals.yml")}
     text = (PROJECT / file).read_text()
     for name, value in variables.items():
-        text = text.replace(f"${{{name}}}", str(value)).replace("${item}", environment)
+        text = text.replace(f"${{{name}}}", str(value)).replace("${item.environment}", environment)
     return yaml.safe_load(text)["stages"]
 
 
@@ -52,14 +54,14 @@ def paths(stage: dict[str, Any], *kinds: str) -> dict[str, dict[str, Any]]:
 
 
 @cache
-def catalog(environment: str) -> dict[str, Any]:
-    return CONFIG_LOADER_CLASS(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]
+def catalog(environment: str) -> CatalogConfigResolver:
+    return CatalogConfigResolver(CONFIG_LOADER_CLASS(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"])
 
 
 def files(datasets: set[str], environment: str) -> set[str]:
     """Paths of datasets that DVC tracks: neither options, nor checkpoints, nor the earlier student beside a new one."""
-    entries = {name: catalog(environment)[name] for name in datasets if name in catalog(environment)}
-    tracked = [entry for entry in entries.values() if not entry["type"].endswith(NOT_TRACKED)]
+    entries = [entry for name in datasets if (entry := catalog(environment).resolve_pattern(name))]
+    tracked = [entry for entry in entries if not entry["type"].endswith(NOT_TRACKED)]
     return {posixpath.normpath(entry["filepath"]) for entry in tracked if "filepath" in entry}
 
 
@@ -69,7 +71,9 @@ def files(datasets: set[str], environment: str) -> set[str]:
 def test_there_is_a_stage_for_each_pipeline_and_distill_is_their_sum_without_sample():
     pipelines = {path.parent.name for path in (PROJECT / "src/dpdmd_pipeline/pipelines").glob("*/pipeline.py")}
     assert set(stages("base")) == set(STAGES)
-    assert {name.partition("_shapes")[0] for name in stages("base", "data/dvc.yaml")} == BY_NAME
+    by_name = stages("base", "data/dvc.yaml")
+    assert by_name.keys() == {"teacher", "teacher_shapes_sdxl", "clip", "studies"}
+    assert by_name["studies"]["matrix"] == {"study": STUDIES, "environment": ["base", "shapes_sdxl"]}
     assert pipelines == {*STAGES, *BY_NAME, "distill"}
     nodes = {node.name for stage in STAGES if stage != "sample" for node in pipeline(stage).nodes}
     assert nodes == {node.name for node in pipeline("distill").nodes}
@@ -108,8 +112,7 @@ def test_caches_and_students_are_kept_while_their_stage_runs():
 
 
 def test_a_stage_whose_result_git_holds_is_never_deleted_and_depends_on_no_code():
-    for name, entry in stages("base", "data/dvc.yaml").items():
-        stage = entry.get("do", entry)
+    for name, stage in stages("base", "data/dvc.yaml").items():
         outputs = [o for kind in ("outs", "metrics", "plots") for o in stage.get(kind, [])]
         assert outputs and all(list(o.values()) == [{"cache": False, "persist": True}] for o in outputs), name
         assert not any("src" in dep for dep in stage.get("deps", [])) and not stage.get("frozen")
@@ -119,7 +122,7 @@ def test_a_stage_whose_result_git_holds_is_never_deleted_and_depends_on_no_code(
 def test_a_stage_by_name_makes_its_inputs_itself(environment):
     tracked = subprocess.check_output(["git", "ls-files", "data"], cwd=PROJECT, text=True).splitlines()
     for entry in stages(environment, "data/dvc.yaml").values():
-        command = entry.get("do", entry)["cmd"]
+        command = entry["cmd"].replace("${item.study}", ",".join(STUDIES))
         names = command.split("--pipelines ")[1].split(",")
         inputs = files(sum((pipeline(name) for name in names), Pipeline([])).inputs(), environment)
         missing = [path for path in inputs if not any(f"{file}/".startswith(f"{path}/") for file in tracked)]

@@ -79,6 +79,7 @@ EVALUATE = {
     "grid_columns": 2,
     "grid_tile": 32,
     "strict": False,
+    "teacher_start": None,
     "save_pictures": False,
     "device": "cpu",
     "launch": ONE,

@@ -14,6 +14,32 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 
 
+class TeacherStart(StrictModel):
+    """Sampling by two models: the teacher takes the first steps of a picture, a few-step student the others.
+
+    DP-DMD's anchor, used at inference; related: arXiv:2503.10637.
+    """
+
+    steps: Few  # of the teacher, at equal distances of the network's timestep
+    landing: Few = 1  # first steps of the student that they replace; at least one must remain
+    guidance_scale: float | None = Field(None, ge=1)  # of the teacher; null: its own, 1: none
+
+    def evaluations(self, scale: float) -> int:
+        """Evaluations of the teacher's network for one picture; `scale` is its own guidance."""
+        scale = scale if self.guidance_scale is None else self.guidance_scale
+        return self.steps * (1 if scale == 1 else 2)
+
+
+class PromptNoise(StrictModel):
+    """Uniform noise in some values of the prompt's embeddings during a student's first step, as people add for variety.
+
+    The baseline that a teacher start is compared with; ComfyUI users know it as seed variance.
+    """
+
+    strength: float = Field(gt=0)  # the noise lies between -strength and strength
+    share: float = Field(0.5, gt=0, le=1)  # of the values
+
+
 class BackboneOptions(StrictModel):
     """Options of the teacher that every stage shares."""
 
@@ -32,6 +58,11 @@ class BackboneOptions(StrictModel):
         if not 0 < level_range[0] < level_range[1] <= 1:
             raise ValueError("give 0 < low < high <= 1")
         return level_range
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the teacher's network for one of its pictures; guidance takes two for each step."""
+        return self.num_steps * (1 if self.guidance_scale == 1 else 2)
 
     def load(self, folder: Path, device: Device) -> "Backbone":
         """Load the adapter for a teacher's folder, as in `load_backbone`."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
-from dpdmd_pipeline.backbones.options import Device, resolve_device
+from dpdmd_pipeline.backbones.options import Device, TeacherStart, resolve_device
 from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import check_content
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.exporting.starts import Start, check_landing, start_with_teacher
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -31,6 +32,7 @@ def sample(
     batch_size: int = 8,
     device: Device = "auto",
     dtype: Precision = "float32",
+    teacher_start: TeacherStart | None = None,
 ) -> Tensor:
     """Draw pictures with an exported student; picture i is `prompts[i]` from `seeds[i]`.
 
@@ -42,6 +44,8 @@ def sample(
         batch_size: pictures drawn at once.
         device: auto, cpu or cuda.
         dtype: of the networks; everything outside them is float32.
+        teacher_start: let the teacher take the first steps, for a student whose seeds look alike; needs `teacher` with
+            every export. Without a guidance scale it takes that of the student's recipe.
 
     Returns:
         Images in [0, 1], [B, 3, H, W] in float32 on the CPU.
@@ -54,12 +58,21 @@ def sample(
     if len(prompts) != len(seeds) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed per prompt, and at least one")
     path, teacher = Path(path), Path(teacher) if teacher else None
-    cond = encode(path, teacher, prompts, batch_size, device, dtype)
-    student = open_student(path, teacher, device, dtype)
+    if teacher_start:
+        _check_start(path, teacher, teacher_start)
+    # a complete pipeline needs the teacher for its start only
+    source = None if teacher_start and (path / "model_index.json").is_file() else teacher
+    cond = encode(path, source, [*prompts, *([""] if teacher_start else [])], batch_size, device, dtype)
+    student = open_student(path, source, device, dtype)
+    start = None
+    if teacher_start:
+        uncond = {name: value[-1:] for name, value in cond.items()}  # of the empty prompt
+        cond = {name: value[:-1] for name, value in cond.items()}
+        start = _open_start(path, teacher, student, teacher_start, uncond)
     images = []
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, start + batch_size)
-        latents = draw_latents(student, {name: value[rows] for name, value in cond.items()}, seeds[rows])
+    for first in range(0, len(seeds), batch_size):
+        rows = slice(first, first + batch_size)
+        latents = draw_latents(student, {name: value[rows] for name, value in cond.items()}, seeds[rows], start)
         images.append(student.backbone.decode(latents).cpu())
     return torch.cat(images)
 
@@ -100,17 +113,46 @@ def encode(
 
 
 @torch.no_grad()
-def draw_latents(student: OpenStudent, cond: Conditioning, seeds: Sequence[int]) -> Tensor:
+def draw_latents(student: OpenStudent, cond: Conditioning, seeds: Sequence[int], start: Start | None = None) -> Tensor:
     """Draw clean latents, [B, C, H, W] in float32; every picture has its own noise stream.
 
     The first draw is the initial noise; a re-noising student uses the next ones after sampling steps 1, 2, ...
+    With a start, the student takes its remaining steps only.
     """
     renoises = student.header.sampler == "renoise"
     draws = noises_from_seeds(seeds, student.backbone.latent_shape, student.header.num_steps if renoises else 1)
-    start, *later = [draw.to(student.backbone.device) for draw in draws]
+    latents, *later = [draw.to(student.backbone.device) for draw in draws]
     # noise after the last sampling step is multiplied by sigma 0
-    fresh = [*later, torch.zeros_like(start)].__getitem__ if renoises else None
-    return rollout(conditioned(student.backbone, student.network, cond), start, student.levels, fresh)
+    fresh = [*later, torch.zeros_like(latents)].__getitem__ if renoises else None
+    first = start.landing if start else 0
+    if start:
+        latents = start.begin(cond, latents, seeds)
+    denoise = conditioned(student.backbone, student.network, cond)
+    return rollout(denoise, latents, student.levels[first:], fresh, first)
+
+
+def _check_start(path: Path, teacher: Path | None, options: TeacherStart) -> None:
+    """Refuse a start that cannot work, before anything is loaded."""
+    if teacher is None:
+        raise ValueError("teacher_start needs teacher=, the pipeline folder whose network takes the first steps")
+    header = load_header(path)
+    check_landing(options, header.num_steps)
+    if options.guidance_scale is None and _teacher_guidance(header) is None:
+        raise ValueError(f"{path} has no recipe with the teacher's guidance: give teacher_start a guidance_scale")
+
+
+def _teacher_guidance(header: StudentHeader) -> float | None:
+    """Guidance of the teacher in the student's recipe."""
+    return (header.recipe or {}).get("backbone", {}).get("guidance_scale")
+
+
+def _open_start(path: Path, teacher: Path, student: OpenStudent, options: TeacherStart, uncond: Conditioning) -> Start:
+    """Load the teacher's network, with its text encoders' embedding of the empty prompt."""
+    header = student.header
+    backbone = _load(header, teacher, student.backbone.device.type, student.backbone.dtype)
+    check_prediction(path, header, backbone.prediction, teacher)
+    network = backbone.load_model().requires_grad_(False).eval()
+    return start_with_teacher(backbone, network, uncond, student.levels, options, _teacher_guidance(header))
 
 
 def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
@@ -129,12 +171,16 @@ def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision
     for key in ("resolution", "max_sequence_length"):
         if getattr(header, key) is None:
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")
+    return _load(header, pipeline, device, getattr(torch, dtype))
+
+
+def _load(header: StudentHeader, pipeline: Path, device: Device, dtype: torch.dtype) -> Backbone:
     return load_backbone(
         header.family,
         path if is_pipeline else teacher,
         resolution=header.resolution,
         max_sequence_length=header.max_sequence_length,
         level_range=(0.02, 0.98),  # of training; not used here
-        dtype=getattr(torch, dtype),
+        dtype=dtype,
         device=resolve_device(device),
     )

@@ -68,6 +68,21 @@ def test_all_models_draw_the_evaluation_prompts_from_the_same_seeds(sample):
         assert torch.equal(shard["seed"], teacher["seed"]) and torch.equal(shard["prompt"], teacher["prompt"])
 
 
+def test_a_teacher_start_is_one_more_model_and_changes_no_other(sample, tmp_path):
+    alone = sample()
+    without = [shard["image"] for shard in by_model(alone)]
+    shutil.rmtree(tmp_path / "images")
+    images = sample(teacher_start={"steps": 2})
+    *others, started = by_model(images)
+    assert all(torch.equal(now["image"], before) for now, before in zip(others, without, strict=True))
+    assert started["model"].tolist() == [3] * 6 and torch.equal(started["seed"], others[0]["seed"])
+    assert not torch.equal(started["image"], others[1]["image"])
+    guided = 2 if backbone_options().guidance_scale > 1 else 1
+    assert images.manifest["nfe"]["dmd_start"] == 2 * guided + 3
+    assert images.manifest["models"]["dmd_start"] == images.manifest["models"]["dmd"]
+    assert images.fingerprint != alone.fingerprint
+
+
 def test_on_a_cpu_batch_size_and_processes_do_not_change_a_bit_of_the_pictures(sample, tmp_path):
     whole = contents(sample())
     for changes in ({"batch_size": 1}, {"batch_size": 4}, {"launch": TWO}):

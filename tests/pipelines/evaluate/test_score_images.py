@@ -107,6 +107,19 @@ def test_the_exact_figures_are_those_of_the_reader_s_own_function(score, images)
         assert not metrics[name]["figures"] and not metrics[name]["missing"]
 
 
+def test_a_started_student_is_scored_like_the_others_and_recovers_no_gap(tmp_path, score, images):
+    manifest = {"nfe": {**images.manifest["nfe"], "dmd_start": 9}, "models": {**HASHES, "dmd_start": HASHES["dmd"]}}
+    shards = {
+        f"{number}": lambda n=number: {**shard(n % 3, [0, 1, 2]), "model": torch.full((18,), n)} for number in range(4)
+    }
+    four = cached(tmp_path / "four", LazyShards(shards, "four", manifest))
+    three, metrics = (make_metrics(drawn, score(drawn), evaluate_options()) for drawn in (images, four))
+    started = metrics.pop("dmd_start")
+    assert metrics == three and "gap_recovered" not in started
+    assert started == {**three["teacher"], "nfe": 9, "model": three["dmd"]["model"]}  # made of the teacher's pictures
+    assert make_summary({**metrics, "dmd_start": started}) == make_summary(three)
+
+
 def test_the_metrics_hold_the_hash_of_each_model(score, images):
     metrics = make_metrics(images, score(), evaluate_options())
     assert all(metrics[name]["model"] and HASHES[name].startswith(metrics[name]["model"]) for name in HASHES)

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
+from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.text import TextDataset
@@ -34,6 +34,7 @@ from dpdmd_pipeline.pipelines.report import create_pipeline
 from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.wording import make_verdict
+from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
 
 class Tags(HTMLParser):
@@ -89,6 +90,21 @@ def test_captions_show_the_cost():
         assert "DMD, 4" in page and "DP-DMD, 4" in page
 
 
+def test_a_teacher_start_is_one_more_column_of_the_numbers_and_no_more_pictures(capsys):
+    metrics = made_metrics()
+    started = {**copy.deepcopy(metrics["dmd"]), "nfe": 9, "faults": {"torn": 2}}
+    started["diversity"]["effective_modes"] = measured(41.5, 1.0)
+    inputs = made_inputs(metrics={**metrics, "dmd_start": started})
+    for page in make_report(**inputs):
+        assert "DMD + teacher start" in page and "41.5" in page and "2 x torn" in page
+    assert "DMD + teacher start" not in "".join(make_report(**made_inputs()))
+    images = [attrs for tag, attrs in Tags(make_report(**inputs)[0]).tags if tag == "img"]
+    assert len(images) == 9
+    show_result(inputs["metrics"], "", "")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("DMD + teacher start")] == ["9"]
+
+
 def test_prompts_with_markup_stay_text():
     html, md = make_report(**made_inputs())
     parsed = Tags(html)
@@ -101,11 +117,11 @@ def test_prompts_with_markup_stay_text():
 
 def test_the_markdown_shows_the_pictures_of_the_catalog_in_its_own_folder():
     _, md = make_report(**made_inputs())
-    catalog = yaml.safe_load((ROOT / "conf" / "base" / "catalog.yml").read_text())
-    folder = Path(catalog["report_md"]["filepath"]).parent
-    linked = {folder / name for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", md)}
-    entries = ("grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve")
-    assert linked == {Path(catalog[entry]["filepath"]) for entry in entries}
+    config = OmegaConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
+    catalog = DataCatalog.from_config(config)
+    names = ("report_md", "grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve")
+    page, *pictures = (Path(catalog.get(name)._filepath) for name in names)
+    assert {page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", md)} == set(pictures)
 
 
 def test_every_table_of_the_markdown_has_as_many_cells_in_each_row():

@@ -85,3 +85,11 @@ def test_every_form_gives_the_same_pictures(export, tiny_teacher):
 def test_a_form_that_was_not_exported_is_refused_with_the_exported_ones(export, tiny_teacher):
     with refuses(ValueError, "sample.form=lora:", "diffusers, comfyui"):
         draw(export, tiny_teacher, form="lora")
+
+
+def test_the_teacher_of_the_run_can_start_every_form(export, tiny_teacher):
+    start = {"teacher_start": {"steps": 2, "guidance_scale": 2.0}}
+    alone = np.asarray(draw(export, tiny_teacher)[1])
+    started = [np.asarray(draw(export, tiny_teacher, form=form, **start)[1]) for form in ("diffusers", "comfyui")]
+    assert not np.array_equal(started[0], alone)
+    assert np.abs(started[0].astype(int) - started[1]).max() <= 1

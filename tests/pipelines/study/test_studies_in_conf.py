@@ -1,5 +1,6 @@
 """The studies in conf have valid recipes, with anchors on the teacher's schedule."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ def configured(environment):
     return OmegaConfigLoader(str(PROJECT / "conf"), env=environment, **CONFIG_LOADER_ARGS)
 
 
-@pytest.mark.parametrize("group", ["study", "beyond"])
+@pytest.mark.parametrize("group", ["study", "beyond", "variety"])
 @pytest.mark.parametrize("environment", ["base", "ci", "shapes_sdxl"])
 def test_every_run_is_a_recipe_with_anchors_on_the_teachers_schedule(environment, group):
     conf = configured(environment)
@@ -40,8 +41,9 @@ def test_every_run_is_a_recipe_with_anchors_on_the_teachers_schedule(environment
 
 def test_in_the_ci_environment_a_study_takes_minutes():
     parameters = configured("ci")["parameters"]
-    for group in ("study", "beyond"):
+    default = parameters["train"]["max_steps"]
+    for group in ("study", "beyond", "variety"):
         study = StudyOptions(**parameters[group])
-        default = parameters["train"]["max_steps"]
-        cycles = [study.active_runs[name].train.get("max_steps", default) for _, name in study.students]
+        students = {json.dumps([seed, study.active_runs[name].train]) for seed, name in study.students}
+        cycles = [json.loads(student)[1].get("max_steps", default) for student in students]
         assert len(cycles) < 15 and max(cycles) < 10

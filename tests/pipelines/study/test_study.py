@@ -21,7 +21,7 @@ from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, wr
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
 
 REPORTING = Path(__file__).parents[3] / "data/08_reporting"
-COMMITTED = sorted(path for path in REPORTING.rglob("*.json") if path.stem in ("study", "beyond"))
+COMMITTED = sorted(path for path in REPORTING.rglob("*.json") if path.stem in ("study", "beyond", "variety"))
 DMD = {"train": {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}}
 
 
@@ -54,6 +54,25 @@ def test_every_run_is_trained_once_per_seed_and_finished_ones_are_reused(study, 
         ("dmd", 0), ("dp_dmd", 0), ("dmd", 1), ("dp_dmd", 1)
     ]  # fmt: skip
     assert study(options(dp_dmd={}), tmp_path) == first and {path.name for path in tmp_path.iterdir()} == states
+
+
+def test_runs_that_differ_in_their_start_share_the_trained_student(study, tmp_path):
+    starts = {"start": {**DMD, "teacher_start": {"steps": 2}}, "noise": {**DMD, "prompt_noise": {"strength": 30.0}}}
+    result = study(options(**starts), tmp_path)
+    states = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(states) == 2  # one per seed
+    rows = {(row["run"], row["seed"]): row for row in result["rows"]}
+    assert rows["start", 0]["last"] == rows["dmd", 0]["last"] == rows["noise", 0]["last"]
+    assert len({json.dumps(rows[run, 0]["diversity"]) for run in ("dmd", "start", "noise")}) == 3
+    alone, started = (result["runs"][run]["evaluations"] for run in ("dmd", "start"))
+    guided = backbone_options().guidance_scale != 1
+    assert started == alone - 1 + 2 * (1 + guided)
+    assert f'`teacher_start={{"steps": 2, "landing": 1}}`, {started} evaluations' in write_study(result)
+
+
+def test_a_run_has_one_start():
+    with refuses(ValueError, "teacher_start", "prompt_noise"):
+        options(both={**DMD, "teacher_start": {"steps": 2}, "prompt_noise": {"strength": 1.0}})
 
 
 def test_a_run_may_have_other_seeds_and_the_table_shows_them(study):

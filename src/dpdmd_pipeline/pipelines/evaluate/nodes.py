@@ -49,7 +49,7 @@ def score_images(
     shapes_clip: Path,
     options: EvaluateOptions,
 ) -> dict[str, Any]:
-    """Score the pictures of the three models, also prompt by prompt, and list what was not measured."""
+    """Score the pictures of all models, also prompt by prompt, and list what was not measured."""
     from dpdmd_pipeline.metrics.correlation import rank_correlations
     from dpdmd_pipeline.metrics.shapes import attribute_counts, mode_counts
     from dpdmd_pipeline.pipelines.evaluate.scoring import ScoreCache, make_settings, requested_presets, score_models
@@ -62,8 +62,8 @@ def score_images(
     models = [scores[name] for name in MODELS]
     attributes = {}  # counts of the values that no prompt names, over the correct pictures
     if options.judge == "shapes":
-        for name, pictures in sets.items():
-            counts = [mode_counts(images.rows(one.rows)["image"] / 255, one.text) for one in pictures]
+        for name in MODELS:
+            counts = [mode_counts(images.rows(one.rows)["image"] / 255, one.text) for one in sets[name]]
             attributes[name] = attribute_counts(sum(counts))
     return {
         "prompts": {str(row): text for row, text in chosen.items()},
@@ -81,7 +81,7 @@ def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) 
     `model` is the start of each folder's hash, `student` the identity in a student's header: export and report compare
     them with the student that they get.
     """
-    metrics = {name: _model_metrics(name, images.manifest, scores, options) for name in MODELS}
+    metrics = {name: _model_metrics(name, images.manifest, scores, options) for name in images.manifest["models"]}
     gaps = dict(scores["gaps"])
     recovered = _pop(gaps, _exact_names(options)["diversity"])
     metrics["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
@@ -169,5 +169,5 @@ def lay_out_pictures(images: Any, chosen: dict[int, str], options: EvaluateOptio
     rows = cache_rows(images)
     return {
         name: {text: partial(pictures_by_seed, images, rows[number, row]) for row, text in chosen.items()}
-        for number, name in enumerate(MODELS)
+        for number, name in enumerate(images.manifest["models"])
     }

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from dpdmd_pipeline.backbones.options import TeacherStart
 from dpdmd_pipeline.bounds import Few, Pairs, Seed, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
@@ -24,6 +25,7 @@ class EvaluateOptions(StrictModel):
     grid_prompts: Size  # rows of the grids: the first evaluation prompts
     grid_columns: Size  # pictures of each prompt in the grids
     grid_tile: Size  # largest side of a picture in the grids, in pixels
+    teacher_start: TeacherStart | None  # one more model: the DMD student, started by the teacher; null leaves it out
     save_pictures: bool  # also write every picture as a file, for `score`, `arena` and your own eyes
     strict: bool  # end with exit code 3 if a metric or a picture could not be measured; DVC takes that for a failure
     device: Literal["auto", "cpu", "cuda"]  # of models and metrics

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 MODELS = ("teacher", "dmd", "dp_dmd")
+STARTED = "dmd_start"  # the DMD student with evaluate.teacher_start
 
 
 def cache_rows(images: Any) -> dict[tuple[int, int], list[int]]:
@@ -26,7 +27,7 @@ def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
     read = partial(_read, images)
     return {
         name: [StoredSet(str(prompt), text, tuple(rows[number, prompt]), read) for prompt, text in chosen.items()]
-        for number, name in enumerate(MODELS)
+        for number, name in enumerate(images.manifest["models"])
     }
 
 

@@ -1,20 +1,21 @@
-"""Draw pictures with all three models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
+"""Draw pictures with all models: the same prompts and seeds, and on a CPU the same bits for any batch size."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, resolve_device
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS
+from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, STARTED
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 
 SHARD = 64  # pictures per file; a multiple of ON_CPU
 ON_CPU = 16  # pictures per batch on a CPU: another batch size may change the order of sums in a matrix product
 
 Sample = tuple[int, int]  # row of the embeddings, seed
+StartOptions = TeacherStart | PromptNoise
 
 
 def sample_images(
@@ -27,32 +28,37 @@ def sample_images(
     backbone: BackboneOptions,
     options: EvaluateOptions,
 ) -> LazyShards:
-    """Shards with the pictures of every evaluation prompt, from the same seeds for all three models."""
+    """Shards with the pictures of every evaluation prompt, from the same seeds for all models."""
     from dpdmd_pipeline.backbones.student_file import load_header
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
     check_embeddings(embeddings, prompts, teacher)
-    folders = {"teacher": None, "dmd": student_dmd, "dp_dmd": student}
+    folders = dict(zip(MODELS, (None, student_dmd, student), strict=True))
+    start = options.teacher_start
+    if start:
+        folders[STARTED] = student_dmd
     headers = {name: load_header(folder) for name, folder in folders.items() if folder}
+    evaluations = {"teacher": backbone.evaluations, **{name: header.num_steps for name, header in headers.items()}}
+    if start:
+        evaluations[STARTED] += start.evaluations(backbone.guidance_scale) - start.landing
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
         "students": {name: header.identity for name, header in headers.items()},
-        "nfe": {
-            "teacher": backbone.num_steps * (1 if backbone.guidance_scale == 1 else 2),
-            **{name: header.num_steps for name, header in headers.items()},
-        },
+        "nfe": evaluations,
         "images_per_prompt": options.images_per_prompt,
         "seed": options.seed,
+        "teacher_start": start and start.model_dump(),
         "prompts": fingerprint([[row, text] for row, text in chosen.items()]),
         "embeddings": embeddings.fingerprint,
         "backbone": backbone.model_dump(mode="json"),
     }
     samples = _samples(chosen, options)
     load = LastLoaded(partial(_load_model, embeddings, teacher, backbone, options))
+    models = {name: (folder, start if name == STARTED else None) for name, folder in folders.items()}
     shards = {
-        f"{name}-{start // SHARD:05d}": partial(_shard, number, load, folders[name], samples[start : start + SHARD])
-        for number, name in enumerate(MODELS)
-        for start in range(0, len(samples), SHARD)
+        f"{name}-{first // SHARD:05d}": partial(_shard, number, load, model, samples[first : first + SHARD])
+        for number, (name, model) in enumerate(models.items())
+        for first in range(0, len(samples), SHARD)
     }
     identity = fingerprint(manifest, code_hash("pipelines.evaluate.sampling", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
@@ -70,11 +76,13 @@ def _samples(chosen: dict[int, str], options: EvaluateOptions) -> list[Sample]:
     return [(row, seed) for row, text in chosen.items() for seed in image_seeds(options, text)]
 
 
-def _shard(number: int, load: LastLoaded, folder: Path | None, samples: list[Sample]) -> dict[str, Any]:
-    """One shard: some pictures of one model."""
+def _shard(
+    number: int, load: LastLoaded, model: tuple[Path | None, StartOptions | None], samples: list[Sample]
+) -> dict[str, Any]:
+    """One shard: some pictures of one model, given by its folder and its start."""
     import torch
 
-    return {"model": torch.full((len(samples),), number), **load(folder)(samples)}
+    return {"model": torch.full((len(samples),), number), **load(*model)(samples)}
 
 
 def sample_model(
@@ -84,20 +92,27 @@ def sample_model(
     teacher: Path,
     backbone: BackboneOptions,
     options: EvaluateOptions,
+    start: StartOptions | None = None,
 ) -> dict[str, Any]:
     """Draw all pictures of a student's folder, or of the teacher, as 8-bit images with their prompt and seed."""
-    return _load_model(embeddings, teacher, backbone, options, folder)(_samples(chosen, options))
+    return _load_model(embeddings, teacher, backbone, options, folder, start)(_samples(chosen, options))
 
 
 def _load_model(
-    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: EvaluateOptions, folder: Path | None
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: EvaluateOptions,
+    folder: Path | None,
+    start: StartOptions | None = None,
 ) -> Callable[[list[Sample]], dict[str, Any]]:
     """Load the teacher, or a student from its folder, as a function that draws samples."""
     model = backbone.load(teacher, options.device)
+    uncond = {name: value.to(model.device) for name, value in embeddings.rows([len(embeddings) - 1]).items()}
     if folder is None:
-        sampler = _teacher_sampler(model, embeddings, backbone)
+        sampler = _teacher_sampler(model, uncond, backbone)
     else:
-        sampler = _student_sampler(model, folder, backbone)
+        sampler = _student_sampler(model, folder, backbone, uncond, start)
     return partial(_draw, model, sampler, embeddings, options)
 
 
@@ -122,14 +137,12 @@ def _draw(
     return {"prompt": torch.tensor(rows), "seed": torch.tensor(seeds), "image": torch.cat(images)}
 
 
-def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> Callable:
+def _teacher_sampler(model: Any, uncond: dict[str, Any], backbone: BackboneOptions) -> Callable:
     """Function from conditioning and seeds to clean latents, at the teacher's own settings."""
     from dpdmd_pipeline.backbones.base import guided
     from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 
     network = model.load_model().requires_grad_(False).eval()
-    empty = embeddings.rows([len(embeddings) - 1])
-    uncond = {name: value.to(model.device) for name, value in empty.items()}
     levels = model.schedule(backbone.num_steps)
 
     def draw(cond: dict[str, Any], seeds: Sequence[int]) -> Any:
@@ -139,14 +152,23 @@ def _teacher_sampler(model: Any, embeddings: Any, backbone: BackboneOptions) -> 
     return draw
 
 
-def _student_sampler(model: Any, folder: Path, backbone: BackboneOptions) -> Callable:
+def _student_sampler(
+    model: Any, folder: Path, backbone: BackboneOptions, uncond: dict[str, Any], options: StartOptions | None
+) -> Callable:
     """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
     from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
     from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
+    from dpdmd_pipeline.exporting.starts import noise_the_prompt, start_with_teacher
 
     header = load_header(folder)
     check_prediction(folder, header, model.prediction, model.folder)
     network = model.load_model().requires_grad_(False).eval()
     load_weights(folder, network, backbone.family)
-    levels = model.student_schedule(header.grid, header.num_steps)
-    return partial(draw_latents, OpenStudent(header, model, network, levels))
+    student = OpenStudent(header, model, network, model.student_schedule(header.grid, header.num_steps))
+    start = None
+    if isinstance(options, PromptNoise):
+        start = noise_the_prompt(model, network, student.levels, options)
+    elif options:
+        teacher = model.load_model().requires_grad_(False).eval()
+        start = start_with_teacher(model, teacher, uncond, student.levels, options, backbone.guidance_scale)
+    return partial(draw_latents, student, start=start)

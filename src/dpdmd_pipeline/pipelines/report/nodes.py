@@ -9,7 +9,7 @@ from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import picture_rows, render
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, student_options, versions
 from dpdmd_pipeline.pipelines.report.tables import describe_metrics, figure_rows, gap_cell
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, metric_named, student_cycles
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, metric_named, student_cycles, titles_of
 
 
 def make_report(
@@ -96,7 +96,7 @@ def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> No
     console = screen if screen.is_terminal else Console(width=120)
     style = box.SIMPLE if console.is_terminal else None
     console.print(_result_table(metrics, style))
-    if any(metrics[model]["figures"] for model in MODELS):
+    if any(metrics[model]["figures"] for model in titles_of(metrics)):
         console.print(_figure_table(metrics, style))
     described = describe_metrics(metrics)
     lines = [f"not measured: {names}: {reason}" for names, reason in described["missing"]]
@@ -125,10 +125,10 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         (kind, name)
         for kind in ("quality", "diversity")
         for name in metrics["teacher"][kind]
-        if name != "residual" and all(name in metrics[model][kind] for model in MODELS)
+        if name != "residual" and all(name in metrics[model][kind] for model in titles_of(metrics))
     ]
     table = _empty_table(box, [*(metric_named(name).heading for _, name in names), "NFE"])
-    for model, title in MODELS.items():
+    for model, title in titles_of(metrics).items():
         values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in names]
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
@@ -140,7 +140,7 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
 
 def _figure_table(metrics: dict[str, Any], box: Any) -> Any:
     """The other metrics: a row per metric."""
-    table = _empty_table(box, [*MODELS.values(), "gap recovered, %"])
+    table = _empty_table(box, [*titles_of(metrics).values(), "gap recovered, %"])
     for row in figure_rows(metrics):
         gap = row["gap"].replace(DASH, "-").replace(" %", "")
         table.add_row(row["title"], *(value for value, _ in row["cells"]), gap)

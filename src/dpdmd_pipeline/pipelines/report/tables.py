@@ -4,7 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, Metric, brief, gap_text, make_verdict, metric_named
+from dpdmd_pipeline.pipelines.report.wording import (
+    DASH,
+    MODELS,
+    ROWS,
+    Metric,
+    brief,
+    gap_text,
+    make_verdict,
+    metric_named,
+    titles_of,
+)
 
 
 def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -12,12 +22,14 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     if not metrics:
         raise MissingInputError("there are no metrics", stage="evaluate")
     _check_version(metrics)
-    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in MODELS.items()}
+    titles = titles_of(metrics)
+    captions = {model: f"{title}, {metrics[model]['nfe']}" for model, title in titles.items()}
     ours = metrics["dp_dmd"]
     return {
         "verdict": make_verdict(metrics),
         "captions": {**captions, "teacher": f"{captions['teacher']} network evaluations"},
         "models": MODELS,
+        "titles": titles,
         "metrics": metrics,
         "rows": _exact_rows(metrics) + figure_rows(metrics),
         "has_missing_gap": any(gap["low"] is None for gap in (*ours["gap_recovered"].values(), *ours["gaps"].values())),
@@ -37,7 +49,7 @@ def _check_version(metrics: dict[str, Any]) -> None:
     ]
     gaps = metrics["dp_dmd"]["gap_recovered"]
     missing += [f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)]
-    missing += [f"notes of {model}" for model in MODELS if "notes" not in metrics[model]]
+    missing += [f"notes of {model}" for model in titles_of(metrics) if "notes" not in metrics[model]]
     if missing:
         raise StageError(
             f"an older version of this package wrote the metrics ({missing[0]} is missing); evaluating again "
@@ -53,7 +65,7 @@ def _exact_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "title": metric_named(name).title,
             "explanation": metric_named(name).explanation,
-            "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in MODELS],
+            "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in titles_of(metrics)],
             "gap": _gap(gaps.get(name)),
         }
         for kind in ("quality", "diversity")
@@ -63,11 +75,12 @@ def _exact_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per other metric, with its full name and its protocol."""
-    names = dict.fromkeys(name for model in MODELS for name in metrics[model]["figures"])
+    titles = titles_of(metrics)
+    names = dict.fromkeys(name for model in titles for name in metrics[model]["figures"])
     gaps = metrics["dp_dmd"]["gaps"]
     rows = []
     for name in names:
-        figures = {model: metrics[model]["figures"].get(name) for model in MODELS}
+        figures = {model: metrics[model]["figures"].get(name) for model in titles}
         rows.append({
             "title": name,
             "explanation": f"{next(filter(None, figures.values()))['preset']}. {_counts(figures)}.",
@@ -94,7 +107,7 @@ def _brief_cell(measured: Mapping[str, Any] | None) -> tuple[str, str]:
 def _counts(figures: Mapping[str, Mapping[str, Any] | None]) -> str:
     """`768 pictures of 12 prompts`, by model if they differ."""
     counts = {
-        MODELS[model]: f"{figure['n']['pictures']} pictures of {figure['n']['prompts']} prompts"
+        ROWS[model]: f"{figure['n']['pictures']} pictures of {figure['n']['prompts']} prompts"
         for model, figure in figures.items()
         if figure
     }
@@ -120,7 +133,7 @@ def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
 def _missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """(names, reason) of the requested metrics that were not measured, once per reason."""
     reasons: dict[str, dict[str, None]] = {}
-    for model in MODELS:
+    for model in titles_of(metrics):
         for name, reason in metrics[model]["missing"].items():
             reasons.setdefault(reason, {})[name] = None
     return [(", ".join(names), reason) for reason, names in reasons.items()]
@@ -130,7 +143,7 @@ def _fault_lines(metrics: dict[str, Any]) -> list[str]:
     """Pictures without a score: `DMD: 3 x the network gave no finite number (quality.arniqa)`."""
     return [
         f"{title}: {count} x {kind}"
-        for model, title in MODELS.items()
+        for model, title in titles_of(metrics).items()
         for kind, count in metrics[model]["faults"].items()
     ]
 
@@ -138,10 +151,11 @@ def _fault_lines(metrics: dict[str, Any]) -> list[str]:
 def _all_notes(metrics: dict[str, Any]) -> list[str]:
     """Limits of the figures: `DMD: FID of fewer than ...`, without titles if the note is about all models."""
     models: dict[str, list[str]] = {}
-    for model, title in MODELS.items():
+    titles = titles_of(metrics)
+    for model, title in titles.items():
         for note in metrics[model]["notes"]:
             models.setdefault(note, []).append(title)
-    notes = [note if len(titles) == len(MODELS) else f"{', '.join(titles)}: {note}" for note, titles in models.items()]
+    notes = [note if len(ofs) == len(titles) else f"{', '.join(ofs)}: {note}" for note, ofs in models.items()]
     return [*notes, *metrics["dp_dmd"]["gap_notes"]]
 
 

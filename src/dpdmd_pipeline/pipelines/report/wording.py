@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MODELS = {"teacher": "teacher", "dmd": "DMD", "dp_dmd": "DP-DMD"}
+ROWS = {"teacher": "teacher", "dmd": "DMD", "dmd_start": "DMD + teacher start", "dp_dmd": "DP-DMD"}  # of the tables
 DASH = "\N{EM DASH}"
 
 
@@ -95,6 +96,11 @@ CURVES = {  # title and explanation of a history's values
     "correction": ("Quality during training", "Change that the teacher makes to a noised latent; lower is better."),
     "grad_ratio": ("Gradient ratio", "Weighted diversity gradient divided by the DMD gradient; 1 means balance."),
 }
+
+
+def titles_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Titles of the measured models, in the order of the tables."""
+    return {model: title for model, title in ROWS.items() if model in metrics}
 
 
 def metric_named(name: str) -> Metric:

@@ -21,10 +21,11 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
         _form_path(export, options.form),
         [prompt for prompt in options.prompts for _ in seeds],
         seeds * len(options.prompts),
-        teacher=None if options.form == "diffusers" else teacher,
+        teacher=teacher if options.teacher_start or options.form != "diffusers" else None,
         batch_size=options.batch_size,
         device=options.device,
         dtype=options.dtype,
+        teacher_start=options.teacher_start,
     )
     rows = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(options.prompts), len(seeds)))
     pictures = {prompt: partial(_by_seed, seeds, row) for prompt, row in zip(options.prompts, rows, strict=True)}

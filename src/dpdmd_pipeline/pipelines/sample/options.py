@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dpdmd_pipeline.backbones.options import TeacherStart
 from dpdmd_pipeline.bounds import LAST_SEED, Seed, Size, StrictModel
 
 
@@ -20,6 +21,7 @@ class SampleOptions(StrictModel):
     batch_size: Size  # pictures drawn at once; does not change the pictures
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks
     device: Literal["auto", "cpu", "cuda"]  # of the networks
+    teacher_start: TeacherStart | None = None  # let the teacher take the first steps, for more variety
 
     @model_validator(mode="after")
     def _last_seed_exists(self) -> Self:

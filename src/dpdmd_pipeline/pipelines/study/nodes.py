@@ -64,10 +64,10 @@ def run_study(
         with _naming(name):
             runs[name] = _change(default, changes)
     judge = Judge(judged_prompts(prompts, evaluate), embeddings, teacher, backbone, evaluate, train_state)
-    results = make_all(options.students, partial(_make, runs, judge))
+    results = make_all(options.students, partial(_make, runs, options.active_runs, judge))
     return {
         "baseline": options.baseline,
-        "runs": {name: _record(run) for name, run in options.active_runs.items()},
+        "runs": {name: _record(changes, runs[name]) for name, changes in options.active_runs.items()},
         "defaults": {
             **train.model_dump(include={"diversity_weight", "max_steps", "stop_gradient"}),
             "steps": anchor_options.anchor_levels[0].steps,
@@ -77,7 +77,7 @@ def run_study(
             "per_prompt": evaluate.images_per_prompt,
             "exact_presets": {preset.full_name: preset.protocol for preset in choose(EXACT_PRESETS)},
         },
-        "teacher": judge.measure(None),
+        "teacher": {"evaluations": backbone.evaluations, **judge.measure(None)},
         "rows": [results[student] for student in options.students],
     }
 
@@ -128,18 +128,30 @@ def _anchor_changes(run: RunOptions) -> dict[str, Any]:
     return {"mode": "online", **run.anchors} if run.anchors else {}
 
 
-def _record(run: RunOptions) -> dict[str, Any]:
-    """Changes of a run for study.json."""
-    changes = {"train": run.train, "anchors": _anchor_changes(run), "baseline": run.baseline}
-    return {name: value for name, value in changes.items() if value}
+def _record(changes: RunOptions, run: _Run) -> dict[str, Any]:
+    """Changes of a run for study.json, and its network evaluations for a picture."""
+    evaluations = run.options.num_steps
+    if start := changes.teacher_start:
+        evaluations += start.evaluations(run.backbone.guidance_scale) - start.landing
+    record = {
+        "train": changes.train,
+        "anchors": _anchor_changes(changes),
+        **changes.model_dump(include={"teacher_start", "prompt_noise"}, exclude_none=True),
+        "baseline": changes.baseline,
+        "evaluations": evaluations,
+    }
+    return {name: value for name, value in record.items() if value}
 
 
-def _make(runs: Mapping[str, _Run], judge: Judge, student: Student) -> dict[str, Any]:
-    """Train and judge one student."""
+def _make(
+    runs: Mapping[str, _Run], changes: Mapping[str, RunOptions], judge: Judge, student: Student
+) -> dict[str, Any]:
+    """Train and judge one student; runs that differ in their start share the trained student."""
     seed, name = student
     run = runs[name]._replace(options=runs[name].options.model_copy(update={"seed": seed}))
     identity = student_identity(run.options.recipe(), run.backbone, run.anchors, run.rows())
-    return {"run": name, "seed": seed, **judge_student(partial(train_student, *run), judge, identity)}
+    judged = judge_student(partial(train_student, *run), judge, identity, changes[name].start)
+    return {"run": name, "seed": seed, **judged}
 
 
 def _with_changes(options: Options, changes: dict[str, Any]) -> Options:
@@ -215,4 +227,6 @@ def describe(changes: dict[str, Any]) -> list[str]:
         for group, prefix in {"train": "", "anchors": "anchors."}.items()
         for key, value in changes.get(group, {}).items()
     ]
+    for key in {"teacher_start", "prompt_noise"} & changes.keys():
+        texts += [f"`{key}={json.dumps(changes[key])}`", f"{changes['evaluations']} evaluations"]
     return [*texts, f"gap of {changes['baseline']}"] if "baseline" in changes else texts

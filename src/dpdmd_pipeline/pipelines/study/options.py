@@ -4,13 +4,14 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from dpdmd_pipeline.backbones.options import PromptNoise, TeacherStart
 from dpdmd_pipeline.bounds import Seed, StrictModel
 
 Seeds = Annotated[list[Seed], Field(min_length=1)]
 
 
 class RunOptions(StrictModel):
-    """One recipe, as changes to the options; seeds and baseline of None are the study's.
+    """One recipe, as changes to the options, and how its students draw; seeds and baseline of None are the study's.
 
     Own anchors are not in the cache, so the teacher draws them in every cycle. A baseline is trained for as many cycles
     as the run.
@@ -18,8 +19,21 @@ class RunOptions(StrictModel):
 
     train: dict[str, Any] = {}  # changes in the group `train`
     anchors: dict[str, Any] = {}  # changes in the group `anchors`
+    teacher_start: TeacherStart | None = None  # the teacher takes the first steps of a picture
+    prompt_noise: PromptNoise | None = None  # noise in the prompt during the first step
     seeds: Seeds | None = None  # training seeds
     baseline: str | None = None  # run whose lost diversity is this run's gap
+
+    @property
+    def start(self) -> TeacherStart | PromptNoise | None:
+        """Replacement of the student's first steps, if any."""
+        return self.teacher_start or self.prompt_noise
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.teacher_start and self.prompt_noise:
+            raise ValueError("a run has teacher_start or prompt_noise, not both")
+        return self
 
 
 class StudyOptions(StrictModel):

@@ -13,7 +13,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.model_folder import folder_hash
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
-from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
+from dpdmd_pipeline.pipelines.evaluate.sampling import StartOptions, sample_model
 from dpdmd_pipeline.planning.identity import code_hash
 from dpdmd_pipeline.publishing import Folders, LockedError, locked, write_atomically
 
@@ -34,18 +34,19 @@ class Judge(NamedTuple):
     options: EvaluateOptions
     state: Path  # folder of the stored results
 
-    def measure(self, student: Path | None) -> dict[str, Any]:
+    def measure(self, student: Path | None, start: StartOptions | None = None) -> dict[str, Any]:
         """Quality and diversity of a student's folder, or of the teacher for None."""
         from dpdmd_pipeline.metrics.shapes import judge
 
-        samples = sample_model(student, self.chosen, self.embeddings, self.teacher, self.backbone, self.options)
+        models = (self.embeddings, self.teacher, self.backbone, self.options)
+        samples = sample_model(student, self.chosen, *models, start)
         per_prompt = [samples["image"][samples["prompt"] == row] / 255 for row in self.chosen]
         return judge(per_prompt, list(self.chosen.values()), self.options.seed)
 
-    def path(self, identity: str) -> Path:
+    def path(self, identity: str, start: StartOptions | None) -> Path:
         """File of the result of a student's identity; its name hashes everything that decides it."""
         options = self.options.model_dump(mode="json", include={"judge", "seed", "images_per_prompt"})
-        inputs = (list(self.chosen.items()), options, folder_hash(self.teacher))
+        inputs = (list(self.chosen.items()), options, folder_hash(self.teacher), start and start.model_dump())
         key = fingerprint(identity, *inputs, code_hash("pipelines.study.students"))
         return self.state / f"judged_{key[:16]}.json"
 
@@ -53,16 +54,18 @@ class Judge(NamedTuple):
 Trained = tuple[Callable[[Path], None], list[dict]]  # function that writes the student, and its history
 
 
-def judge_student(train: Callable[[], Trained], judge: Judge, identity: str) -> dict[str, Any]:
+def judge_student(
+    train: Callable[[], Trained], judge: Judge, identity: str, start: StartOptions | None = None
+) -> dict[str, Any]:
     """Quality, diversity and last history record of a student; train and judge it unless its result is stored."""
-    path = judge.path(identity)
+    path = judge.path(identity, start)
     with locked(Folders.of(path)):
         with suppress(FileNotFoundError, ValueError):  # it may be incomplete
             return json.loads(path.read_bytes())
         write, history = train()
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
-            result = {**judge.measure(Path(folder)), "last": history[-1]}
+            result = {**judge.measure(Path(folder), start), "last": history[-1]}
         text = json.dumps(result)
         write_atomically(path, lambda temporary: temporary.write_text(text))
         return result
