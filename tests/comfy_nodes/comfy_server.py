@@ -54,6 +54,8 @@ class ComfyServer:
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / "dpdmd").symlink_to(pack)
         (base / "custom_nodes" / "dpdmd_tests").symlink_to(Path(__file__).parent / "server_nodes")
+        if gguf := os.environ.get("COMFYUI_GGUF"):  # a checkout of ComfyUI-GGUF
+            (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(gguf)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]

@@ -136,6 +136,48 @@ def TestSaveNetwork(model, path):  # noqa: N802
     save_file({f"model.diffusion_model.{key}": value.contiguous() for key, value in state.items()}, path)
 
 
+@_node((), model="MODEL", form="STRING", path="STRING")
+def TestSaveQuantised(model, form, path):  # noqa: N802
+    """A network with quantised linear layers: in GGUF's Q8_0, or in a format of ComfyUI, named in the metadata."""
+    network = model.model.diffusion_model
+    linear = {name for name, module in network.joint_blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {f"joint_blocks.{name}" for name in linear}  # as usual: ComfyUI reads sizes off the layers around them
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    if form == "gguf":
+        return _save_gguf(state, path)
+    if form == "scaled_fp8":  # ComfyUI's first format
+        for name in linear:
+            weight = state[f"{name}.weight"]
+            state[f"{name}.scale_weight"] = weight.abs().max() / 448
+            state[f"{name}.weight"] = (weight / state[f"{name}.scale_weight"]).to(torch.float8_e4m3fn)
+        return save_file(state | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+    for name in linear:
+        weight = QuantizedTensor.from_float(state[f"{name}.weight"], layout, scale="recalculate")
+        state |= weight.state_dict(f"{name}.weight")
+    layers = {name: {"format": form} for name in linear}
+    save_file(state, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+
+
+def _save_gguf(state, path):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "sd3")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for key, value in state.items():
+        if key.endswith(".weight") and value.ndim == 2 and value.shape[1] % 32 == 0:
+            writer.add_tensor(key, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, value.numpy())
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", list(value.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @_node(("MODEL",), model="MODEL", seconds="FLOAT", path="STRING")
 def TestCountCalls(model, seconds, path):  # noqa: N802
     """A model that writes the level and batch size of each call into a file, then sleeps."""
