@@ -30,7 +30,7 @@ _DIFFUSERS_KEYS = {
     "PixArt": "pixart_to_diffusers",
     "Lumina2": "z_image_to_diffusers",
 }
-_OPTIONAL = (".scale_weight", ".scale_input")  # scales of ComfyUI's first quantised format; they are 1 by default
+_FP8_MARK, _SCALES_WITH_DEFAULT = "scaled_fp8", (".scale_weight", ".scale_input")  # of ComfyUI's first fp8 format
 
 
 class DPDMDLoader(io.ComfyNode):
@@ -124,15 +124,15 @@ def _load_full(
     """The model, and a line that says so."""
     options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype.replace("fp8", "float8"))}
     state = _network_state(state, metadata)
-    keys = set(state) - {"scaled_fp8"}  # a mark of ComfyUI's first quantised format; loading empties the state
+    shapes = {key: torch.empty_like(value, device="meta") for key, value in state.items()}  # loading empties the state
     model = _make_model(state, metadata, options, name)
     if hasattr(model, "cached_patcher_init"):  # newer versions make a second copy with it, for a second GPU
         model.cached_patcher_init = (_load_again, (path, options, name))
     family = family_of(model)
     if header is not None and not is_of_family(model, header):
         raise ValueError(f"{name}: the header says {header.family}, the weights are {family}: export the student again")
-    weights.check_keys(keys, _expected_keys(model, keys), name)
-    return model, f"{name}: full {family} student, {len(keys)} of {len(keys)} keys"
+    _check_complete(model, shapes, name)
+    return model, f"{name}: full {family} student, {len(shapes)} of {len(shapes)} keys"
 
 
 def _load_again(path: str, options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
@@ -166,21 +166,41 @@ def _make_model(
     return model
 
 
-def _expected_keys(model: comfy.model_patcher.ModelPatcher, keys: set[str]) -> set[str]:
-    """All keys of a complete file, in the spelling of this file: ComfyUI's or diffusers'."""
-    network, config = set(model.model.diffusion_model.state_dict()), model.model.model_config.unet_config
-    network = {key for key in network if key in keys or not key.endswith(_OPTIONAL)}
+def _check_complete(model: comfy.model_patcher.ModelPatcher, shapes: dict[str, Tensor], name: str) -> None:
+    """Refuse a file that lacks keys or has others, in its own spelling: ComfyUI's, the model's authors' or diffusers'.
+
+    Args:
+        model: the loaded model.
+        shapes: the file's tensors, without their values.
+        name: of the file, for messages.
+    """
+    keys = set(shapes)
+    network = {
+        key for key in model.model.diffusion_model.state_dict() if key in keys or not key.endswith(_SCALES_WITH_DEFAULT)
+    }
+    renamed = set(model.model.model_config.process_unet_state_dict(shapes)) - {_FP8_MARK}
+    diffusers = _diffusers_keys(model, network, keys)
+    if len(keys & diffusers) > len(renamed & network):
+        weights.check_keys(keys, diffusers, name)
+    else:
+        weights.check_keys(renamed, network, name)
+
+
+def _diffusers_keys(model: comfy.model_patcher.ModelPatcher, network: set[str], keys: set[str]) -> set[str]:
+    """All keys of a complete file in diffusers' spelling; none for a family that ComfyUI reads in its own only."""
     table = getattr(comfy.utils, _DIFFUSERS_KEYS.get(type(model.model).__name__, ""), None)
     if table is None:
-        return network
-    aliases: dict[Any, list[str]] = {}  # a weight of the network, or a slice of one -> its diffusers keys
-    for key, target in table(config).items():
-        weight, target_slice = (target, target) if isinstance(target, str) else (target[0], target[:2])
+        return set()
+    aliases: dict[tuple, list[str]] = {}  # (a weight of the network, its slice or None) -> its diffusers keys
+    for key, target in table(model.model.model_config.unet_config).items():
+        weight, cut = (target, None) if isinstance(target, str) else target[:2]
         if weight in network:
-            aliases.setdefault(target_slice, []).append(key)
-    # some weights have two diffusers keys; a file has one of them
-    diffusers = {next((key for key in names if key in keys), names[0]) for names in aliases.values()}
-    return diffusers if len(keys & diffusers) > len(keys & network) else network
+            aliases.setdefault((weight, cut), []).append(key)
+    # a file has one of the keys for the same thing, and a weight in slices or as a whole
+    places = {place: next((key for key in names if key in keys), names[0]) for place, names in aliases.items()}
+    whole = {weight for (weight, cut), key in places.items() if cut is None and key in keys}
+    sliced = {weight for weight, cut in places if cut is not None} - whole
+    return {key for (weight, cut), key in places.items() if (cut is not None) == (weight in sliced)}
 
 
 # ---- LoRA students

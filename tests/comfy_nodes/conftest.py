@@ -93,6 +93,25 @@ def tiny_sdxl():
         ).eval()
 
 
+@pytest.fixture(scope="session")
+def tiny_flux():
+    """A tiny FLUX.1-dev of one block of each kind; random weights."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=128,
+            num_attention_heads=1,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+        ).eval()
+
+
 def noise(*shape, seed=0):
     """Gaussian numbers [*shape] from their own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
