@@ -41,6 +41,7 @@ class DPDMDLoader(io.ComfyNode):
         files = [f"{folder}/{name}" for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
         return schema(
             node_id="DPDMDLoader",
+            aliases=["few step", "turbo", "lightning", "distilled", "DMD2", "few-step LoRA"],
             display_name="Load DP-DMD Student",
             description="Loads a full student (diffusers or ComfyUI keys, .safetensors or a released .pt) or a LoRA "
             "student, and keeps its trained schedule with the model. A file that does not fit completely is an error.",
@@ -110,7 +111,7 @@ def _path_of(student_name: str) -> Path:
 
 def _describe(header: StudentHeader | None, levels: Levels) -> list[str]:
     if header is None:
-        return [f"no DP-DMD header: {schedules.advice_without_header(levels)}"]
+        return [schedules.warning_without_header(levels), schedules.advice_without_header(levels)]
     sigmas = schedules.format_sigmas(schedules.trained_sigmas(header, levels))
     return [f"{header.prediction}, {header.sampler}, {header.steps} steps", f"levels {sigmas}"]
 

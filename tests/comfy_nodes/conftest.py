@@ -22,12 +22,12 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def start_server(comfyui, tmp_path_factory):
-    """A context manager: a ComfyUI with a pack and the test nodes, run by COMFY_PYTHON if that is set."""
+    """A context manager: a ComfyUI with options, a pack and the test nodes, run by COMFY_PYTHON if that is set."""
 
     @contextmanager
-    def start(pack):
+    def start(pack, *options):
         python = os.environ.get("COMFY_PYTHON", sys.executable)
-        running = ComfyServer(comfyui, python, tmp_path_factory.mktemp("comfyui"), pack)
+        running = ComfyServer(comfyui, python, tmp_path_factory.mktemp("comfyui"), pack, options)
         try:
             running.wait_until_ready()
             yield running

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import comfy.model_detection
+import comfy.patcher_extension
 import comfy.supported_models
+import comfy.utils
 import folder_paths
 import torch
 from safetensors.torch import load_file, save_file
@@ -181,16 +183,69 @@ def _save_gguf(state, path):
 @_node(("MODEL",), model="MODEL", seconds="FLOAT", path="STRING")
 def TestCountCalls(model, seconds, path):  # noqa: N802
     """A model that writes the level and batch size of each call into a file, then sleeps."""
+    model = model.clone()
+    apply_model = model.model.apply_model
 
-    def call(apply_model, arguments):
+    def call(x, t, *args, **kwargs):
         with Path(path).open("a") as file:
-            file.write(f"{arguments['timestep'][0].item():.6g} {len(arguments['input'])}\n")
+            file.write(f"{t[0].item():.6g} {len(x)}\n")
         time.sleep(seconds)
-        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        return apply_model(x, t, *args, **kwargs)
+
+    model.add_object_patch("apply_model", call)
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", form="STRING", values="STRING", path="STRING")
+def TestScalePictures(model, form, values, path):  # noqa: N802
+    """A model with a patch that holds one value per picture."""
+    model, factors = model.clone(), torch.tensor([float(word) for word in values.split(",")])
+
+    def scale(output):
+        return output * factors[: len(output)].view(-1, *[1] * (output.ndim - 1))
+
+    if form == "function":
+        model.set_model_unet_function_wrapper(
+            lambda apply_model, call: scale(apply_model(call["input"], call["timestep"], **call["c"]))
+        )
+    elif form == "attention":
+        model.set_model_attn1_output_patch(lambda output, extra: scale(output))
+    else:
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        model.add_wrapper(kind, lambda execute, *args, **kwargs: scale(execute(*args, **kwargs)))
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", form="STRING", path="STRING")
+def TestWrap(model, form, path):  # noqa: N802
+    """A model with a wrapper of a kind that writes a line per call."""
+
+    def wrapper(execute, *args, **kwargs):
+        with Path(path).open("a") as file:
+            file.write(f"{form}\n")
+        return execute(*args, **kwargs)
 
     model = model.clone()
-    model.set_model_unet_function_wrapper(call)
+    model.add_wrapper_with_key(form, "test", wrapper)
     return (model,)
+
+
+@_node((), path="STRING")
+def TestReadFiles(path):  # noqa: N802
+    """Write the names of all files that ComfyUI's own reader has read."""
+    Path(path).write_text("\n".join(_READ))
+
+
+_READ: list[str] = []
+_load_torch_file = comfy.utils.load_torch_file
+
+
+def _read(ckpt, *args, **kwargs):
+    _READ.append(Path(ckpt).name)
+    return _load_torch_file(ckpt, *args, **kwargs)
+
+
+comfy.utils.load_torch_file = _read
 
 
 @_node((), path="STRING")
