@@ -38,7 +38,6 @@ class DPDMDLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [f"{folder}/{name}" for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
         return schema(
             node_id="DPDMDLoader",
             aliases=["few step", "turbo", "lightning", "distilled", "DMD2", "few-step LoRA"],
@@ -48,8 +47,9 @@ class DPDMDLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "student_name",
-                    options=files,
-                    tooltip="Files of models/diffusion_models (full students) and models/loras (LoRA students).",
+                    options=_student_names(),
+                    tooltip="Files of models/diffusion_models (full students) and models/loras (LoRA students). Files "
+                    "with a DP-DMD header come first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -99,6 +99,13 @@ class DPDMDLoader(io.ComfyNode):
         info = "\n".join([summary, *_describe(header, levels_of(model))])
         show_text(info, cls.hidden.unique_id)
         return io.NodeOutput(model, info)
+
+
+def _student_names() -> list[str]:
+    """All files that may be students, those with a DP-DMD header first."""
+    files = [(folder, name) for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
+    files.sort(key=lambda file: not weights.looks_like_student(folder_paths.get_full_path(*file)))
+    return [f"{folder}/{name}" for folder, name in files]
 
 
 def _path_of(student_name: str) -> Path:

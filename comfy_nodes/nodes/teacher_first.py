@@ -33,7 +33,11 @@ class DPDMDFirstStepGuider(io.ComfyNode):
                 io.Model.Input("student", tooltip="The student: a full one, or the teacher with a student's LoRA."),
                 io.Model.Input("teacher", tooltip="The model that the student was distilled from."),
                 io.Conditioning.Input("positive", tooltip="The prompt, for both."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; only the teacher uses it."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="The negative prompt, for the teacher. The student uses it only if one of its patches asks "
+                    "for it.",
+                ),
                 io.Int.Input(
                     "teacher_steps",
                     default=1,
