@@ -37,6 +37,15 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,  # text at every zoom; its name in older versions
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
+SEARCH_WORDS = {  # of users -> a node that the search shows
+    "turbo": "DPDMDSampler",
+    "lightning": "DPDMDLoader",
+    "4 steps": "DPDMDSampler",
+    "few step": "DPDMDSampler",
+    "variety": "DPDMDFirstStepGuider",
+    "diversity": "DPDMDNoise",
+    "seed variation": "DPDMDNoise",
+}
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 RUNS = {"sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
 UNKNOWN_NODES = """() => window.app.graph._nodes
@@ -62,7 +71,8 @@ def main(out: Path) -> None:
         make_files(server.base)
         with browsing() as browser:
             page = open_page(browser, server, "en")
-            add_by_search(page, out)
+            add_by_search(page, server, out)
+            check_loader_width(page)
             for name in examples():
                 open_example(page, name, out)
             for name in RUNS:
@@ -251,10 +261,12 @@ def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
     return page
 
 
-def add_by_search(page: Any, out: Path) -> None:
+def add_by_search(page: Any, server: ComfyServer, out: Path) -> None:
     """Add a node like a user: double click, type, take the first."""
     page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
     page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+    check_search_words(page, server)
+    page.keyboard.press("Control+A")
     page.keyboard.type("DP-DMD", delay=40)
     page.get_by_text("DP-DMD Sampler", exact=True).first.wait_for()
     page.wait_for_timeout(1000)
@@ -266,6 +278,34 @@ def add_by_search(page: Any, out: Path) -> None:
     page.screenshot(path=out / "added.png")
     assert node_types(page) == ["DPDMDSampler"], node_types(page)
     print("search: DP-DMD Sampler added")
+
+
+def check_search_words(page: Any, server: ComfyServer) -> None:
+    """Type words of users into the open search; each finds a node of ours, in versions that have aliases."""
+    infos = server.get("object_info")
+    if "search_aliases" not in infos["DPDMDSampler"]:
+        return
+    for word, node in SEARCH_WORDS.items():
+        assert word in infos[node]["search_aliases"], f"{word}: {infos[node]['search_aliases']}"
+        page.keyboard.press("Control+A")
+        page.keyboard.type(word, delay=20)
+        page.get_by_text(infos[node]["display_name"], exact=True).first.wait_for()
+    print(f"search: {', '.join(SEARCH_WORDS)} find our nodes")
+
+
+def check_loader_width(page: Any) -> None:
+    """A new loader shows a whole file name."""
+    width = page.evaluate(
+        """() => {
+            window.app.graph.clear()
+            const node = window.LiteGraph.createNode("DPDMDLoader")
+            window.app.graph.add(node)
+            return node.size[0]
+        }"""
+    )
+    assert width >= 500, width
+    page.evaluate("() => window.app.graph.clear()")
+    print(f"loader: {width:.0f} wide")
 
 
 def node_types(page: Any) -> list[str]:
