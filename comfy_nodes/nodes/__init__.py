@@ -8,10 +8,20 @@ from .custom_sampling import DPDMDNoise, DPDMDSamplerSelect, DPDMDScheduler
 from .loader import DPDMDLoader
 from .sampler import DPDMDSampler
 from .teacher_first import DPDMDFirstStepGuider
+from .teacher_start import DPDMDTeacherStart, DPDMDTeacherStartGuider
 
 
 class DPDMDExtension(ComfyExtension):
     """The pack's list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [DPDMDSampler, DPDMDScheduler, DPDMDLoader, DPDMDSamplerSelect, DPDMDNoise, DPDMDFirstStepGuider]
+        return [
+            DPDMDSampler,
+            DPDMDScheduler,
+            DPDMDLoader,
+            DPDMDSamplerSelect,
+            DPDMDNoise,
+            DPDMDFirstStepGuider,
+            DPDMDTeacherStart,
+            DPDMDTeacherStartGuider,
+        ]

@@ -63,7 +63,7 @@ class DPDMDSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         levels, header = levels_of(model), header_of(model)
         sigmas, source = _choose_sigmas(sigmas, steps, denoise, levels, header)
-        method = _choose_method(method, levels, header)
+        method = choose_method(method, levels, header)
         latent = fit_latent(latent_image, model)
         text = f"{len(sigmas) - 1} steps, {method}: {schedules.format_sigmas(sigmas)} ({source})"
         show_text(text, cls.hidden.unique_id)
@@ -101,7 +101,8 @@ def _choose_sigmas(
     return schedules.last_steps(sigmas, denoise), source
 
 
-def _choose_method(method: str, levels: Levels, header: StudentHeader | None) -> str:
+def choose_method(method: str, levels: Levels, header: StudentHeader | None) -> str:
+    """The sampling method behind the menu's `auto`: the header's, else the family's usual one."""
     if method != sampling.AUTO:
         return method
     if header is not None:
@@ -161,8 +162,10 @@ def fit_latent(latent_image: dict, model: comfy.model_patcher.ModelPatcher) -> d
     latent["samples"] = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], **{name: value for name, value in ratios.items() if name in accepted}
     )
-    shape, channels = tuple(latent["samples"].shape), model.get_model_object("latent_format").latent_channels
-    if latent["samples"].is_nested or len(shape) != 4 or shape[1] != channels:
+    latent_format = model.get_model_object("latent_format")
+    shape, channels = tuple(latent["samples"].shape), latent_format.latent_channels
+    is_picture = len(shape) == 2 + latent_format.latent_dimensions  # a third dimension has one frame per picture
+    if latent["samples"].is_nested or not is_picture or shape[1] != channels:
         raise ValueError(
             f"latent_image has shape {list(shape)}, this model needs [pictures, {channels}, height, width]: "
             "encode the picture with this model's VAE"

@@ -17,8 +17,9 @@ _MAX_SEED = 2**64 - 1
 
 def schema(**fields: Any) -> io.Schema:
     """A schema in this pack's category, found by its search words."""
+    aliases = [*_ALIASES, *fields.pop("search_aliases", ())]
     if "search_aliases" in io.Schema.__dataclass_fields__:  # older versions of ComfyUI lack it
-        fields["search_aliases"] = _ALIASES
+        fields["search_aliases"] = aliases
     return io.Schema(category=_CATEGORY, **fields)
 
 

@@ -48,16 +48,27 @@ class DPDMDFirstStepGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, student, teacher, positive, negative, teacher_steps, teacher_cfg) -> io.NodeOutput:
-        of_student, of_teacher = _kind(student), _kind(teacher)
-        if of_student != of_teacher:
-            raise ValueError(
-                f"student and teacher differ: {of_student} and {of_teacher}: "
-                "connect the teacher that the student was distilled from"
-            )
+        check_kinds(student, teacher, names=("student", "teacher"))
         guider = TeacherFirstGuider(teacher, student, teacher_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(teacher_cfg)
         return io.NodeOutput(guider)
+
+
+def check_kinds(
+    model: comfy.model_patcher.ModelPatcher, other: comfy.model_patcher.ModelPatcher, names: tuple[str, str]
+) -> None:
+    """Refuse two models that cannot draw one picture.
+
+    Args:
+        names: of the two inputs, for the message.
+    """
+    kinds = _kind(model), _kind(other)
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{' and '.join(names)} differ: {kinds[0]} and {kinds[1]}: connect the model that the few-step model was "
+            "distilled from"
+        )
 
 
 def _kind(model: comfy.model_patcher.ModelPatcher) -> str:
