@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .custom_sampling import DPDMDNoise, DPDMDSamplerSelect, DPDMDScheduler
+from .demo import DPDMDDemoDecode, DPDMDDemoPrompt
 from .loader import DPDMDLoader
 from .sampler import DPDMDSampler
 from .teacher_first import DPDMDFirstStepGuider
@@ -24,4 +25,6 @@ class DPDMDExtension(ComfyExtension):
             DPDMDFirstStepGuider,
             DPDMDTeacherStart,
             DPDMDTeacherStartGuider,
+            DPDMDDemoPrompt,
+            DPDMDDemoDecode,
         ]

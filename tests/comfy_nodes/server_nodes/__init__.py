@@ -174,6 +174,11 @@ def TestSaveLatent(latent, path):  # noqa: N802
     save_file({"samples": latent["samples"].contiguous()}, path)
 
 
+@_node((), image="IMAGE", path="STRING")
+def TestSaveImage(image, path):  # noqa: N802
+    save_file({"image": image.contiguous()}, path)
+
+
 @_node((), sigmas="SIGMAS", path="STRING")
 def TestSaveSigmas(sigmas, path):  # noqa: N802
     save_file({"sigmas": sigmas.contiguous()}, path)
