@@ -41,8 +41,8 @@ def find_pipeline(name: str, roots: list[str]) -> Path:
     kind, has_t5 = index.get("_class_name"), (folder / "text_encoder_3").is_dir()
     if kind != "StableDiffusion3Pipeline" or has_t5:
         raise ValueError(
-            f"pipeline {name!r} is a {kind}{' with T5' if has_t5 else ''}, the demonstration reads SD3 without T5: load "
-            "its text encoders and VAE with ComfyUI's own loaders"
+            f"pipeline {name!r} is a {kind}{' with T5' if has_t5 else ''}, the demonstration reads SD3 without T5: "
+            "load its text encoders and VAE with ComfyUI's own loaders"
         )
     return folder
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .custom_sampling import DPDMDNoise, DPDMDSamplerSelect, DPDMDScheduler
-from .demo import DPDMDDemoDecode, DPDMDDemoPrompt
+from .demo import DPDMDDemoPrompt, DPDMDDemoVAE
 from .loader import DPDMDLoader
 from .sampler import DPDMDSampler
+from .seeds import DPDMDDiversity, DPDMDSeeds
 from .teacher_first import DPDMDFirstStepGuider
 from .teacher_start import DPDMDTeacherStart, DPDMDTeacherStartGuider
 
@@ -26,5 +27,7 @@ class DPDMDExtension(ComfyExtension):
             DPDMDTeacherStart,
             DPDMDTeacherStartGuider,
             DPDMDDemoPrompt,
-            DPDMDDemoDecode,
+            DPDMDDemoVAE,
+            DPDMDSeeds,
+            DPDMDDiversity,
         ]

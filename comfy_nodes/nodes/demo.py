@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.latent_formats
 import folder_paths
 from comfy_api.latest import io
+from torch import Tensor
 
 from .. import pipeline
 from .schema import schema
@@ -40,32 +43,48 @@ class DPDMDDemoPrompt(io.ComfyNode):
         return io.NodeOutput([[tokens, {"pooled_output": pooled}]])
 
 
-class DPDMDDemoDecode(io.ComfyNode):
-    """Pictures of the demonstration student."""
+class DPDMDDemoVAE(io.ComfyNode):
+    """The decoder of the demonstration student."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="DPDMDDemoDecode",
-            display_name="Demo Decode",
-            description="Decodes latents of the small student that the training project's `make distill` makes, and "
-            "enlarges its 32 x 32 pixels. For real models use ComfyUI's VAE Decode.",
+            node_id="DPDMDDemoVAE",
+            display_name="Demo VAE",
+            description="The decoder of the small student that the training project's `make distill` makes, for "
+            "ComfyUI's VAE Decode. For real models use Load VAE.",
             inputs=[
                 _pipeline_input(),
-                io.Latent.Input("samples", tooltip="Latents of the student."),
                 io.Int.Input(
-                    "enlarge", default=8, min=1, max=32, tooltip="Every pixel becomes a square of this many pixels."
+                    "enlarge",
+                    default=8,
+                    min=1,
+                    max=32,
+                    tooltip="Its pictures have 32 x 32 pixels: each becomes a square of this many.",
                 ),
             ],
-            outputs=[io.Image.Output("image", display_name="image", tooltip="The pictures.")],
+            outputs=[io.Vae.Output("vae", display_name="vae", tooltip="For VAE Decode; it cannot encode.")],
         )
 
     @classmethod
-    def execute(cls, pipeline_name, samples, enlarge) -> io.NodeOutput:
-        folder = pipeline.find_pipeline(pipeline_name, _roots())
-        latents = comfy.latent_formats.SD3().process_in(samples["samples"].cpu())
-        pictures = pipeline.decode_latents(folder, latents).movedim(1, -1)
-        return io.NodeOutput(pictures.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2))
+    def execute(cls, pipeline_name, enlarge) -> io.NodeOutput:
+        return io.NodeOutput(DemoVAE(pipeline.find_pipeline(pipeline_name, _roots()), enlarge))
+
+
+class DemoVAE:
+    """A VAE for ComfyUI that only decodes."""
+
+    def __init__(self, folder: Path, enlarge: int) -> None:
+        self.folder, self.enlarge = folder, enlarge
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Pictures [B, H, W, 3] in [0, 1] of a LATENT's samples."""
+        latents = comfy.latent_formats.SD3().process_in(samples.cpu())
+        pictures = pipeline.decode_latents(self.folder, latents).movedim(1, -1)
+        return pictures.repeat_interleave(self.enlarge, 1).repeat_interleave(self.enlarge, 2)
+
+    def encode(self, *_arguments: object, **_options: object) -> Tensor:
+        raise ValueError("Demo VAE cannot encode pictures: start from an empty latent")
 
 
 def _pipeline_input() -> io.Input:

@@ -34,12 +34,13 @@ def export(server, tmp_path_factory):
     return folder / "diffusers"
 
 
-def pictures(server, **decoding):
+def pictures(server, **options):
     graph, path = Graph(), server.file(".safetensors")
     prompt = graph.add("DPDMDDemoPrompt", pipeline_name=TITLE, text=PROMPT)
     latent = graph.add("EmptySD3LatentImage", width=64, height=64, batch_size=len(SEEDS))
     latents = sample(graph, load_student(graph, f"diffusion_models/{TITLE}.safetensors"), prompt, latent, seed=SEED)
-    image = graph.add("DPDMDDemoDecode", samples=latents, **{"pipeline_name": TITLE, "enlarge": 8} | decoding)
+    vae = graph.add("DPDMDDemoVAE", **{"pipeline_name": TITLE, "enlarge": 8} | options)
+    image = graph.add("VAEDecode", samples=latents, vae=vae)
     graph.add("TestSaveImage", image=image, path=path)
     server.run(graph)
     return load_file(path)["image"]
@@ -54,6 +55,6 @@ def test_its_pictures_equal_those_of_the_training_project(server, export):
 
 
 def test_a_pipeline_that_is_not_there_is_refused_and_the_server_goes_on(server, export):
-    with refuses(RefusedError, "pipeline_name"):
+    with refuses(RefusedError, "none"):
         pictures(server, pipeline_name="none")
     assert pictures(server, enlarge=1).shape == (len(SEEDS), 32, 32, 3)

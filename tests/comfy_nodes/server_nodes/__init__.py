@@ -179,6 +179,23 @@ def TestSaveImage(image, path):  # noqa: N802
     save_file({"image": image.contiguous()}, path)
 
 
+@_node((), number="FLOAT", path="STRING")
+def TestSaveNumber(number, path):  # noqa: N802
+    Path(path).write_text(json.dumps(number))
+
+
+@_node(("VAE",), path="STRING")
+def TestVAE(path):  # noqa: N802
+    """A stand-in that shows three channels of the latents, eight times as large."""
+
+    class Decoder:
+        def decode(self, samples):
+            pixels = samples[:, :3].sigmoid().movedim(1, -1)
+            return pixels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+    return (Decoder(),)
+
+
 @_node((), sigmas="SIGMAS", path="STRING")
 def TestSaveSigmas(sigmas, path):  # noqa: N802
     save_file({"sigmas": sigmas.contiguous()}, path)
