@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import comfy.model_patcher
 import comfy.samplers
 import comfy.utils
@@ -28,28 +30,42 @@ def draw(
     method: str,
     per_image_seed: bool,
     sigmas: Tensor,
+    *,
     calls: int | None = None,
+    preview: bool = True,
 ) -> Tensor:
-    """Latents [B, C, H, W] of a LATENT, sampled with progress and previews.
+    """Latents [B, C, H, W] of a LATENT, sampled with progress.
 
     Args:
         seed: of picture 0.
         method: deterministic or re-noise.
         per_image_seed: draw the noise per picture, not per batch.
         calls: steps to show as progress; those of `sigmas` if None.
+        preview: show the picture of every step in the node.
     """
     samples = latent["samples"]
     batch = (len(samples), latent.get("batch_index"))
     start, fresh = (
         ImageStreams(image_seeds(seed, *batch)) if per_image_seed else BatchStream(seed, *batch) for _ in range(2)
     )
+    steps = calls or len(sigmas) - 1
+    callback = latent_preview.prepare_callback(guider.model_patcher, steps) if preview else _progress(steps)
     return guider.sample(
         start.draw(samples.shape[1:]).to(samples.dtype),
         samples,
         sampler_object(method, fresh),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(guider.model_patcher, calls or len(sigmas) - 1),
+        callback=callback,
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+
+
+def _progress(steps: int) -> Callable[..., None]:
+    bar = comfy.utils.ProgressBar(steps)
+
+    def show(step: int, _x0: Tensor, _x: Tensor, total_steps: int) -> None:
+        bar.update_absolute(step + 1, total_steps)
+
+    return show

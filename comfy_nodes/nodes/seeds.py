@@ -81,7 +81,7 @@ class DPDMDSeeds(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The chosen picture, finished."),
-                io.Int.Output("seed", display_name="seed", tooltip="Its seed."),
+                io.Int.Output("chosen_seed", display_name="chosen_seed", tooltip="Its seed."),
                 io.Image.Output("sheet", display_name="sheet", tooltip="All drafts with their seeds as one picture."),
                 io.Latent.Output("drafts", display_name="drafts", tooltip="The drafts, for Diversity."),
             ],
@@ -162,7 +162,7 @@ class _Plan(NamedTuple):
             part = indices[first : first + size]
             latent = self.latent | {"samples": self.latent["samples"][: len(part)], "batch_index": part}
             sigmas = torch.cat([self.sigmas[: self.landing], own])
-            pictures.append(draw(self.guider, latent, seed, self.method, True, sigmas))
+            pictures.append(draw(self.guider, latent, seed, self.method, True, sigmas, preview=False))
         return torch.cat(pictures).to(comfy.model_management.intermediate_device())
 
 

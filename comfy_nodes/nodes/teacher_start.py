@@ -101,7 +101,7 @@ class DPDMDTeacherStart(io.ComfyNode):
         joined = guider.join(sigmas.float())
         show_text(f"{describe(joined, teacher_steps)}, {method}", cls.hidden.unique_id)
         latent = fit_latent(latent_image, few_step_model)
-        denoised = draw(guider, latent, seed, method, per_image_seed, sigmas.float(), len(joined) - 1)
+        denoised = draw(guider, latent, seed, method, per_image_seed, sigmas.float(), calls=len(joined) - 1)
         return io.NodeOutput(latent | {"samples": denoised.to(comfy.model_management.intermediate_device())})
 
 
