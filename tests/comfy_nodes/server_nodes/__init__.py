@@ -191,7 +191,7 @@ def TestVAE(path):  # noqa: N802
     class Decoder:
         def decode(self, samples):
             pixels = samples[:, :3].sigmoid().movedim(1, -1)
-            return pixels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+            return pixels.repeat_interleave(8, -3).repeat_interleave(8, -2)
 
     return (Decoder(),)
 
@@ -217,6 +217,15 @@ def TestTinyModel(family, seed, path):  # noqa: N802
     for parameter in model.parameters():
         parameter.requires_grad_(False).copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return (comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")),)
+
+
+@_node(("MODEL",), model="MODEL", path="STRING")
+def TestPatch(model, path):  # noqa: N802
+    """A model with one changed weight, as a LoRA changes it."""
+    model = model.clone()
+    key, weight = next((key, value) for key, value in model.model.state_dict().items() if value.ndim == 2)
+    model.add_patches({key: ("diff", (torch.full_like(weight, 0.01),))})
+    return (model,)
 
 
 @_node((), model="MODEL", path="STRING")
