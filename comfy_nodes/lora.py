@@ -68,12 +68,31 @@ def _module_name(module: str, family: str) -> str:
     return "lora_unet_" + module.replace(".", "_") if family == "sdxl" else f"transformer.{module}"
 
 
-def with_alphas(modules: dict[str, dict[str, Tensor]], header: StudentHeader | None) -> dict[str, dict[str, Tensor]]:
-    """Add the header's alpha to modules without one. Without a header's alpha they keep the default, their rank."""
-    if header is None or header.lora_rank is None or header.lora_alpha is None:
+def with_alphas(
+    modules: dict[str, dict[str, Tensor]], header: StudentHeader | None, name: str
+) -> dict[str, dict[str, Tensor]]:
+    """Add the header's alpha to modules without one. A file without a header keeps ComfyUI's default, the rank.
+
+    A module's scale is alpha / rank. PEFT writes one alpha for all modules, for the rank in the header; if the header
+    has no rank, it is the one that all modules share.
+
+    Raises:
+        ValueError: if the header does not say how strong a module is.
+    """
+    bare = sorted(module for module, parts in modules.items() if "alpha" not in parts)
+    if header is None or not bare:
         return modules
-    scale = header.lora_alpha / header.lora_rank
-    return {name: {"alpha": torch.tensor(scale * len(parts["lora_down"]))} | parts for name, parts in modules.items()}
+    ranks = {len(modules[module]["lora_down"]) for module in bare}
+    if header.lora_alpha is None or (header.lora_rank is None and len(ranks) > 1):
+        missing = "lora_alpha" if header.lora_alpha is None else f"lora_rank, and its ranks are {sorted(ranks)}"
+        raise ValueError(
+            f"{name}: {len(bare)} modules have no alpha ({first_three(bare)}) and the header no dpdmd.{missing}, "
+            "so their strength is unknown: export the student again"
+        )
+    scale = header.lora_alpha / (header.lora_rank or ranks.pop())
+    return {
+        module: {"alpha": torch.tensor(scale * len(parts["lora_down"]))} | parts for module, parts in modules.items()
+    }
 
 
 def check_lora(modules: dict[str, dict[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], name: str) -> None:

@@ -101,8 +101,14 @@ class PerImageNoise:
         self.seed = seed
 
     def generate_noise(self, latent: dict) -> Tensor:
-        """Start noise for a LATENT, with the shape and dtype of its samples, on the CPU."""
+        """Start noise for a LATENT, in float32 on the CPU, with the shape of its samples.
+
+        Nested samples (pictures and sound) get nested noise: a picture's stream gives one part after the other.
+        """
         samples = latent["samples"]
-        seeds = image_seeds(self.seed, len(samples), latent.get("batch_index"))
+        parts = samples.unbind() if samples.is_nested else [samples]
+        seeds = image_seeds(self.seed, len(parts[0]), latent.get("batch_index"))
         self.seed = BatchSeed(self.seed, seeds)  # ComfyUI reads it next, for the sampler
-        return ImageStreams(seeds).draw(samples.shape[1:]).to(samples.dtype)
+        streams = ImageStreams(seeds)
+        noises = [streams.draw(part.shape[1:]) for part in parts]
+        return type(samples)(noises) if samples.is_nested else noises[0]

@@ -120,7 +120,7 @@ def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | No
 
     Args:
         name: one of NAMES.
-        steps: network calls before `denoise` is applied; not used for `custom`.
+        steps: network calls before `denoise` is applied, 0 for the trained number; not used for `custom`.
         levels: of the model.
         header: of the student's file, if it has one.
         custom: sigmas as text, only for `custom`.
@@ -136,18 +136,37 @@ def sigmas_for(name: str, steps: int, levels: Levels, header: StudentHeader | No
         raise ValueError(f"schedule {name!r} is unknown: choose {', '.join(NAMES)}")
     if name == CUSTOM:
         return check_sigmas(torch.tensor(parse_sigmas(custom)), levels), "custom"
-    if not isinstance(steps, Integral) or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps is {steps}: set a whole number from 1 to {MAX_STEPS}")
+    if not isinstance(steps, Integral) or not 0 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}: set a whole number from 1 to {MAX_STEPS}, or 0 for the trained number")
+    if name == AUTO and header is None:
+        raise ValueError(
+            f"this model has no DP-DMD header, its trained levels are unknown: {advice_without_header(levels)}"
+        )
+    steps = steps or _trained_steps(header)
     if name == AUTO:
-        if header is None:
-            raise ValueError(
-                f"this model has no DP-DMD header, its trained levels are unknown: {advice_without_header(levels)}"
-            )
         return trained_subset(trained_sigmas(header, levels), steps), "from the student's file"
     if (name == TRAILING) != (levels.table is not None):
         fitting = TRAILING if levels.table is not None else f"{OFFICIAL_FLOW} or {UNIFORM_FLOW}"
         raise ValueError(f"schedule {name!r} does not fit a model that predicts {levels.prediction}: choose {fitting}")
     return _named(name, steps, levels, header), name
+
+
+def _trained_steps(header: StudentHeader | None) -> int:
+    if header is None:
+        raise ValueError(
+            "steps is 0, the trained number, but this model has no DP-DMD header: set the number of steps it was "
+            "trained for"
+        )
+    return header.steps
+
+
+def warning_without_header(levels: Levels) -> str:
+    """Warning for a sampled student whose file does not say how."""
+    warning = "Warning: no DP-DMD header, so levels and method are a choice, not the student's own."
+    if levels.table is None:
+        return warning
+    other = "v" if levels.prediction == "eps" else "eps"
+    return f"{warning} Its output is read as {levels.prediction}: set ModelSamplingDiscrete if it predicts {other}."
 
 
 def advice_without_header(levels: Levels) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .limits import MAX_DEPTH, check_limit, shorten
@@ -36,8 +38,15 @@ def folder_and_file(student_name: str) -> tuple[str, str]:
     return folder, file
 
 
-def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+def load_state(
+    path: str, name: str, read: Callable[[str], dict[str, Tensor]] = load_file
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """All tensors of a file on the CPU, and its metadata (None for a pickle). Never run code in a pickle.
+
+    Args:
+        path: of the file.
+        name: of the file, for messages.
+        read: reads the tensors of a safetensors file. ComfyUI's reader follows its options for memory.
 
     Raises:
         OSError: if the file is damaged or incomplete.
@@ -45,18 +54,51 @@ def load_state(path: str, name: str) -> tuple[dict[str, Tensor], dict[str, str] 
         LimitError: if its dicts are too deep in each other, or one contains itself, or it unpacks to more bytes than
             it has.
     """
-    if not path.lower().endswith(_SAFETENSORS):
+    if not _is_safetensors(path):
         return _load_pickle(path, name), None
+    metadata = read_metadata(path, name)  # refuses a damaged file before `read`, whose errors differ by version
+    state = read(path)
+    if not state:
+        raise ValueError(f"{name} holds no tensors: export it again")
+    return state, metadata
+
+
+def read_metadata(path: str, name: str) -> dict[str, str] | None:
+    """Metadata of a safetensors file, without reading a tensor; None if the file is of another kind.
+
+    Raises:
+        OSError: if the file is damaged or incomplete.
+    """
+    if not _is_safetensors(path):
+        return None
     try:
         with safe_open(path, framework="pt") as file:
-            state, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+            return file.metadata()
     except SafetensorError as error:
         raise OSError(
             f"{name} is not a complete safetensors file ({first_line(error)}): download or export it again"
         ) from None
-    if not state:
-        raise ValueError(f"{name} holds no tensors: export it again")
-    return state, metadata
+
+
+def looks_like_student(path: str | None) -> bool:
+    """True if a DP-DMD header begins in the first 64 KiB of a file: cheap enough for every file that a user owns."""
+    if path is None:
+        return False
+    try:
+        status = Path(path).stat()
+        return _begins_like_student(path, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return False
+
+
+@lru_cache(maxsize=10_000)
+def _begins_like_student(path: str, _modified: int, _size: int) -> bool:
+    with Path(path).open("rb") as file:
+        return b'"dpdmd.format"' in file.read(2**16)
+
+
+def _is_safetensors(path: str) -> bool:
+    return path.lower().endswith(_SAFETENSORS)
 
 
 def _load_pickle(path: str, name: str) -> dict[str, Tensor]:

@@ -18,13 +18,14 @@ class DPDMDScheduler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDScheduler",
+            aliases=["few step", "4 steps", "turbo", "lightning", "sigmas"],
             display_name="DP-DMD Scheduler",
             description="The noise levels that a DP-DMD student was trained on, as SIGMAS for ComfyUI's custom "
             "samplers. A shift patched into the model does not change them.",
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The student; its file's schedule comes with it."),
-                steps_input("Network calls before denoise is applied. Not used with custom."),
+                steps_input("Network calls before denoise is applied; 0: as trained. Not used with custom."),
                 denoise_input(),
                 io.Combo.Input(
                     "schedule",
@@ -46,9 +47,13 @@ class DPDMDScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, denoise, schedule, custom="") -> io.NodeOutput:
-        sigmas, source = schedules.sigmas_for(schedule, steps, levels_of(model), header_of(model), custom)
+        levels, header = levels_of(model), header_of(model)
+        sigmas, source = schedules.sigmas_for(schedule, steps, levels, header, custom)
         sigmas = schedules.last_steps(sigmas, denoise)
-        show_text(f"{schedules.format_sigmas(sigmas)} ({source})", cls.hidden.unique_id)
+        text = f"{schedules.format_sigmas(sigmas)} ({source})"
+        if header is None:
+            text = f"{schedules.warning_without_header(levels)}\n{text}"
+        show_text(text, cls.hidden.unique_id)
         return io.NodeOutput(sigmas)
 
 
@@ -59,6 +64,7 @@ class DPDMDSamplerSelect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDSamplerSelect",
+            aliases=["few step", "re-noise", "LCM", "DMD2"],
             display_name="DP-DMD Sampler Select",
             description="The two ways to sample a student, for ComfyUI's custom samplers. Re-noise draws its fresh "
             "noise per picture on the CPU: the same picture in every version and on every device.",
@@ -86,6 +92,7 @@ class DPDMDNoise(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDNoise",
+            aliases=["seed variation", "variety", "diversity", "batch seeds", "random noise"],
             display_name="Per-Image Noise",
             description="Noise that belongs to a picture: picture i of a batch gets the noise that seed + i gives "
             "alone. Works with every model, and with Latent From Batch.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,19 @@ from torch import Tensor
 from .. import lora, schedules, weights
 from ..header import StudentHeader, read_header
 from ..schedules import Levels
-from .model import family_of, levels_of, with_header
+from .model import family_of, is_of_family, levels_of, with_header
 from .schema import schema, show_text
+
+# ComfyUI's class of a model -> its own table of diffusers' keys; older versions lack some
+_DIFFUSERS_KEYS = {
+    "SD3": "mmdit_to_diffusers",
+    "SDXL": "unet_to_diffusers",
+    "Flux": "flux_to_diffusers",
+    "AuraFlow": "auraflow_to_diffusers",
+    "PixArt": "pixart_to_diffusers",
+    "Lumina2": "z_image_to_diffusers",
+}
+_FP8_MARK, _SCALES_WITH_DEFAULT = "scaled_fp8", (".scale_weight", ".scale_input")  # of ComfyUI's first fp8 format
 
 
 class DPDMDLoader(io.ComfyNode):
@@ -26,17 +38,18 @@ class DPDMDLoader(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [f"{folder}/{name}" for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
         return schema(
             node_id="DPDMDLoader",
+            aliases=["few step", "turbo", "lightning", "distilled", "DMD2", "few-step LoRA"],
             display_name="Load DP-DMD Student",
             description="Loads a full student (diffusers or ComfyUI keys, .safetensors or a released .pt) or a LoRA "
             "student, and keeps its trained schedule with the model. A file that does not fit completely is an error.",
             inputs=[
                 io.Combo.Input(
                     "student_name",
-                    options=files,
-                    tooltip="Files of models/diffusion_models (full students) and models/loras (LoRA students).",
+                    options=_student_names(),
+                    tooltip="Files of models/diffusion_models (full students) and models/loras (LoRA students). Files "
+                    "with a DP-DMD header come first.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -71,7 +84,7 @@ class DPDMDLoader(io.ComfyNode):
     @classmethod
     def execute(cls, student_name, weight_dtype, strength, base_model=None) -> io.NodeOutput:
         path, name = str(_path_of(student_name)), weights.folder_and_file(student_name)[1]
-        state, metadata = weights.load_state(path, name)
+        state, metadata = weights.load_state(path, name, comfy.utils.load_torch_file)
         header = read_header(metadata, name)
         is_lora = lora.is_lora(state) if header is None else header.kind == "lora"
         if is_lora:
@@ -81,11 +94,18 @@ class DPDMDLoader(io.ComfyNode):
         else:
             if strength != 1:
                 raise ValueError(f"strength is {strength:g}, but {name} is a full student: set it to 1")
-            model, summary = _load_full(path, state, header, weight_dtype, name)
+            model, summary = _load_full(path, state, metadata, header, weight_dtype, name)
         model = with_header(model, header)
         info = "\n".join([summary, *_describe(header, levels_of(model))])
         show_text(info, cls.hidden.unique_id)
         return io.NodeOutput(model, info)
+
+
+def _student_names() -> list[str]:
+    """All files that may be students, those with a DP-DMD header first."""
+    files = [(folder, name) for folder in weights.FOLDERS for name in folder_paths.get_filename_list(folder)]
+    files.sort(key=lambda file: not weights.looks_like_student(folder_paths.get_full_path(*file)))
+    return [f"{folder}/{name}" for folder, name in files]
 
 
 def _path_of(student_name: str) -> Path:
@@ -98,7 +118,7 @@ def _path_of(student_name: str) -> Path:
 
 def _describe(header: StudentHeader | None, levels: Levels) -> list[str]:
     if header is None:
-        return [f"no DP-DMD header: {schedules.advice_without_header(levels)}"]
+        return [schedules.warning_without_header(levels), schedules.advice_without_header(levels)]
     sigmas = schedules.format_sigmas(schedules.trained_sigmas(header, levels))
     return [f"{header.prediction}, {header.sampler}, {header.steps} steps", f"levels {sigmas}"]
 
@@ -107,28 +127,44 @@ def _describe(header: StudentHeader | None, levels: Levels) -> list[str]:
 
 
 def _load_full(
-    path: str, state: dict, header: StudentHeader | None, weight_dtype: str, name: str
+    path: str, state: dict, metadata: dict | None, header: StudentHeader | None, weight_dtype: str, name: str
 ) -> tuple[comfy.model_patcher.ModelPatcher, str]:
     """The model, and a line that says so."""
     options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype.replace("fp8", "float8"))}
-    state = weights.without_wrappers(state)
-    keys = set(state)  # ComfyUI removes them from the state while it loads
-    model = _make_model(state, options, name)
+    state = _network_state(state, metadata)
+    shapes = {key: torch.empty_like(value, device="meta") for key, value in state.items()}  # loading empties the state
+    model = _make_model(state, metadata, options, name)
     if hasattr(model, "cached_patcher_init"):  # newer versions make a second copy with it, for a second GPU
         model.cached_patcher_init = (_load_again, (path, options, name))
     family = family_of(model)
-    if header is not None and header.family != family:
+    if header is not None and not is_of_family(model, header):
         raise ValueError(f"{name}: the header says {header.family}, the weights are {family}: export the student again")
-    weights.check_keys(keys, _expected_keys(model, keys, name), name)
-    return model, f"{name}: full {family} student, {len(keys)} of {len(keys)} keys"
+    _check_complete(model, shapes, name)
+    return model, f"{name}: full {family} student, {len(shapes)} of {len(shapes)} keys"
 
 
 def _load_again(path: str, options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
-    return _make_model(weights.without_wrappers(weights.load_state(path, name)[0]), options, name, **kwargs)
+    state, metadata = weights.load_state(path, name, comfy.utils.load_torch_file)
+    return _make_model(_network_state(state, metadata), metadata, options, name, **kwargs)
 
 
-def _make_model(state: dict[str, Tensor], options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
+def _network_state(state: dict[str, Tensor], metadata: dict[str, str] | None) -> dict[str, Tensor]:
+    """The network's own keys, with quantised layers marked in the state, as ComfyUI keeps them.
+
+    Marks in the metadata name layers by their keys in the file, so they are moved before prefixes are removed.
+    """
+    convert = getattr(comfy.utils, "convert_old_quants", lambda state, _prefix, metadata: (state, metadata))
+    state, _ = convert(state, "", metadata)
+    state, _ = convert(weights.without_wrappers(state), "", {})
+    return state
+
+
+def _make_model(
+    state: dict[str, Tensor], metadata: dict[str, str] | None, options: dict, name: str, **kwargs: Any
+) -> comfy.model_patcher.ModelPatcher:
     first_keys = weights.first_three(sorted(state))
+    if "metadata" in inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters:  # newer versions
+        kwargs["metadata"] = {key: value for key, value in (metadata or {}).items() if key != "_quantization_metadata"}
     try:
         model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, **kwargs)
     except RuntimeError as error:
@@ -138,23 +174,41 @@ def _make_model(state: dict[str, Tensor], options: dict, name: str, **kwargs: An
     return model
 
 
-def _expected_keys(model: comfy.model_patcher.ModelPatcher, keys: set[str], name: str) -> set[str]:
-    """All keys of a complete file, in the spelling of this file: ComfyUI's or diffusers'."""
-    network, config = set(model.model.diffusion_model.state_dict()), model.model.model_config.unet_config
-    spellings = {"sd3": comfy.utils.mmdit_to_diffusers, "sdxl": comfy.utils.unet_to_diffusers}
-    if family_of(model) not in spellings:
-        raise ValueError(
-            f"{name} is a {family_of(model)}, this node checks {' and '.join(spellings)}: "
-            "load it with Load Diffusion Model"
-        )
-    aliases: dict[Any, list[str]] = {}  # a weight of the network, or a slice of one -> its diffusers keys
-    for key, target in spellings[family_of(model)](config).items():
-        weight, target_slice = (target, target) if isinstance(target, str) else (target[0], target[:2])
+def _check_complete(model: comfy.model_patcher.ModelPatcher, shapes: dict[str, Tensor], name: str) -> None:
+    """Refuse a file that lacks keys or has others, in its own spelling: ComfyUI's, the model's authors' or diffusers'.
+
+    Args:
+        model: the loaded model.
+        shapes: the file's tensors, without their values.
+        name: of the file, for messages.
+    """
+    keys = set(shapes)
+    network = {
+        key for key in model.model.diffusion_model.state_dict() if key in keys or not key.endswith(_SCALES_WITH_DEFAULT)
+    }
+    renamed = set(model.model.model_config.process_unet_state_dict(shapes)) - {_FP8_MARK}
+    diffusers = _diffusers_keys(model, network, keys)
+    if len(keys & diffusers) > len(renamed & network):
+        weights.check_keys(keys, diffusers, name)
+    else:
+        weights.check_keys(renamed, network, name)
+
+
+def _diffusers_keys(model: comfy.model_patcher.ModelPatcher, network: set[str], keys: set[str]) -> set[str]:
+    """All keys of a complete file in diffusers' spelling; none for a family that ComfyUI reads in its own only."""
+    table = getattr(comfy.utils, _DIFFUSERS_KEYS.get(type(model.model).__name__, ""), None)
+    if table is None:
+        return set()
+    aliases: dict[tuple, list[str]] = {}  # (a weight of the network, its slice or None) -> its diffusers keys
+    for key, target in table(model.model.model_config.unet_config).items():
+        weight, cut = (target, None) if isinstance(target, str) else target[:2]
         if weight in network:
-            aliases.setdefault(target_slice, []).append(key)
-    # some weights have two diffusers keys; a file has one of them
-    diffusers = {next((key for key in names if key in keys), names[0]) for names in aliases.values()}
-    return diffusers if len(keys & diffusers) > len(keys & network) else network
+            aliases.setdefault((weight, cut), []).append(key)
+    # a file has one of the keys for the same thing, and a weight in slices or as a whole
+    places = {place: next((key for key in names if key in keys), names[0]) for place, names in aliases.items()}
+    whole = {weight for (weight, cut), key in places.items() if cut is None and key in keys}
+    sliced = {weight for weight, cut in places if cut is not None} - whole
+    return {key for (weight, cut), key in places.items() if (cut is not None) == (weight in sliced)}
 
 
 # ---- LoRA students
@@ -171,15 +225,15 @@ def _load_lora(
     if base_model is None:
         raise ValueError(f"{name} is a LoRA: connect the model it was trained on to base_model")
     family = family_of(base_model)
-    if header is not None and header.family != family:
+    if header is not None and not is_of_family(base_model, header):
         raise ValueError(
             f"{name} is a LoRA for {header.family}, base_model is {family}: connect the {header.family} model"
         )
-    modules = lora.with_alphas(lora.lora_modules(state, family, name), header)
+    modules = lora.lora_modules(state, family, name)
     targets = comfy.lora.model_lora_keys_unet(base_model.model, {})
-    network = base_model.model.state_dict()
-    shapes = {module: _target_shape(network, targets[module]) for module in modules if module in targets}
+    shapes = {module: _target_shape(base_model, targets[module]) for module in modules if module in targets}
     lora.check_lora(modules, shapes, name)
+    modules = lora.with_alphas(modules, header, name)
     tensors = {
         f"{module}.{part}" if part == "alpha" else f"{module}.{part}.weight": tensor
         for module, parts in modules.items()
@@ -192,11 +246,14 @@ def _load_lora(
     return model, f"{name}: {family} LoRA at strength {strength:g}, {len(patched)} of {len(modules)} modules"
 
 
-def _target_shape(network: dict[str, Tensor], target: str | tuple) -> tuple[int, ...]:
-    """Shape of the weight that a LoRA's module changes, or of its slice of a joint weight."""
-    if isinstance(target, str):
-        return tuple(network[target].shape)
-    shape = list(network[target[0]].shape)
-    axis, _start, length = target[1]
-    shape[axis] = length
+def _target_shape(base_model: comfy.model_patcher.ModelPatcher, target: str | tuple) -> tuple[int, ...]:
+    """Shape of the weight that a LoRA's module changes, or of its slice of a joint weight.
+
+    The parameter's own shape: a state dict holds the packed bytes of quantised weights (GGUF, NVFP4).
+    """
+    key, cut = (target, None) if isinstance(target, str) else target[:2]
+    shape = list(comfy.utils.get_attr(base_model.model, key).shape)
+    if cut is not None:
+        axis, _start, length = cut
+        shape[axis] = length
     return tuple(shape)

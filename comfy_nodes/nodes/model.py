@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.model_patcher
 import comfy.model_sampling
 
-from .. import schedules
-from ..header import StudentHeader
+from .. import schedules, weights
+from ..header import StudentHeader, read_header
 from ..schedules import Levels
 
 _ATTACHMENT = "dpdmd"  # the header's name in a model; attachments survive clones and LoRAs
-_FAMILIES = {"SD3": "sd3", "SDXL": "sdxl"}  # ComfyUI's class of a model -> the header's word
+_FAMILIES = {"SD3": "sd3", "SDXL": "sdxl", "Sana": "sana"}  # ComfyUI's class of a model -> the header's word
 
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
     """The header's word for a model's family; ComfyUI's class name for other families."""
     name = type(model.model).__name__
     return _FAMILIES.get(name, name)
+
+
+def is_of_family(model: comfy.model_patcher.ModelPatcher, header: StudentHeader) -> bool:
+    """True unless the header names another family than the model's; families that only ComfyUI knows have no word."""
+    family = family_of(model)
+    return header.family == family or not {header.family, family} & set(_FAMILIES.values())
 
 
 def levels_of(model: comfy.model_patcher.ModelPatcher) -> Levels:
@@ -42,8 +50,18 @@ def levels_of(model: comfy.model_patcher.ModelPatcher) -> Levels:
 
 
 def header_of(model: comfy.model_patcher.ModelPatcher) -> StudentHeader | None:
-    """The header that Load DP-DMD Student attached to a model."""
-    return model.get_attachment(_ATTACHMENT)
+    """The header that Load DP-DMD Student attached to a model, or that is in the file of ComfyUI's own loader.
+
+    ComfyUI's loaders leave their arguments on the model, the file's path first; versions before 0.33 do not.
+    """
+    if _ATTACHMENT in model.attachments:
+        return model.get_attachment(_ATTACHMENT)
+    _loader, arguments = (getattr(model, "cached_patcher_init", None) or (None, ()))[:2]
+    path = next(iter(arguments), None)
+    if not isinstance(path, str) or not Path(path).is_file():
+        return None
+    name = Path(path).name
+    return read_header(weights.read_metadata(path, name), name)
 
 
 def with_header(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import logging
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -30,6 +30,7 @@ class DPDMDSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDSampler",
+            aliases=["few step", "few-step", "4 steps", "turbo", "lightning", "distilled", "DMD2"],
             display_name="DP-DMD Sampler",
             description="Samples a few-step DP-DMD student on the noise levels it was trained on, without guidance "
             "(exactly one network call per step). Each picture of a batch has its own seed.",
@@ -40,7 +41,7 @@ class DPDMDSampler(io.ComfyNode):
                     tooltip="The student. Load DP-DMD Student keeps its trained schedule; without one, connect the "
                     "sigmas of DP-DMD Scheduler.",
                 ),
-                io.Conditioning.Input("positive", tooltip="The prompt. Students take no negative prompt and no cfg."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Latent.Input(
                     "latent_image",
                     tooltip="An empty latent for text-to-image; an encoded picture with denoise < 1 for "
@@ -48,27 +49,34 @@ class DPDMDSampler(io.ComfyNode):
                 ),
                 seed_input("seed"),
                 steps_input(
-                    "As many as the student was trained for. Fewer steps use some of its levels; 1 is a draft that "
+                    "0: as many as the student was trained for. Fewer steps use some of its levels; 1 is a draft that "
                     "shows the composition of the full run with the same seed."
                 ),
                 denoise_input(),
                 *_sampling_inputs(),
             ],
-            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="The finished latents.")],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent", tooltip="The finished latents."),
+                io.String.Output("info", display_name="info", tooltip="Levels and method of the run; warnings first."),
+            ],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, latent_image, seed, steps, denoise, method, per_image_seed, sigmas=None
+        cls, model, positive, latent_image, seed, steps, denoise, method, per_image_seed, sigmas=None, negative=None
     ) -> io.NodeOutput:
         levels, header = levels_of(model), header_of(model)
         sigmas, source = _choose_sigmas(sigmas, steps, denoise, levels, header)
         method = choose_method(method, levels, header)
+        conds = conditions(model, positive, negative)
         latent = fit_latent(latent_image, model)
-        text = f"{len(sigmas) - 1} steps, {method}: {schedules.format_sigmas(sigmas)} ({source})"
-        show_text(text, cls.hidden.unique_id)
-        denoised = _sample(model, positive, latent, seed, method, per_image_seed, sigmas)
-        return io.NodeOutput(latent | {"samples": denoised.to(comfy.model_management.intermediate_device())})
+        info = f"{len(sigmas) - 1} steps, {method}: {schedules.format_sigmas(sigmas)} ({source})"
+        if header is None:
+            info = f"{schedules.warning_without_header(levels)}\n{info}"
+        show_text(info, cls.hidden.unique_id)
+        guider = unguided(prepare_pictures(model) if per_image_seed else model, conds)
+        denoised = draw(guider, latent, seed, method, per_image_seed, sigmas)
+        return io.NodeOutput(latent | {"samples": as_intermediate(denoised)}, info)
 
 
 def _sampling_inputs() -> list[io.Input]:
@@ -89,6 +97,12 @@ def _sampling_inputs() -> list[io.Input]:
         io.Sigmas.Input(
             "sigmas", optional=True, tooltip="Your own noise levels, falling to 0. They replace steps and denoise."
         ),
+        io.Conditioning.Input(
+            "negative",
+            optional=True,
+            tooltip="Only for patches that compare with a negative prompt, such as Normalized Attention Guidance; they "
+            "take a second network call per step. Without such a patch it is not used.",
+        ),
     ]
 
 
@@ -107,40 +121,94 @@ def choose_method(method: str, levels: Levels, header: StudentHeader | None) -> 
         return method
     if header is not None:
         return sampling.RENOISE if header.sampler == "renoise" else sampling.DETERMINISTIC
-    method = sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
-    logging.warning("DP-DMD: no DP-DMD header, so method auto is %s: set the method that was trained", method)
-    return method
+    return sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
 
 
-def _sample(
-    model: comfy.model_patcher.ModelPatcher,
-    positive: list,
+def conditions(model: comfy.model_patcher.ModelPatcher, positive: list, negative: list | None) -> dict[str, list]:
+    """Prompts of a guider. A negative one is evaluated only if a patch asks ComfyUI for it.
+
+    Raises:
+        ValueError: if a patch asks for a negative prompt and there is none; it would crash, or do nothing.
+    """
+    if negative is not None:
+        return {"positive": positive, "negative": negative}
+    if model.model_options.get("disable_cfg1_optimization"):
+        raise ValueError(
+            "a patch on this model compares with a negative prompt (Normalized Attention Guidance, Self-Attention "
+            "Guidance): connect one to negative, or remove the patch"
+        )
+    return {"positive": positive}
+
+
+def unguided(model: comfy.model_patcher.ModelPatcher, conds: dict[str, list]) -> comfy.samplers.CFGGuider:
+    """A guider with one network call per step, unless a patch asks for the negative prompt."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(1.0)
+    return guider
+
+
+def prepare_pictures(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone whose pictures do not depend on their batch on a CPU; see `picture_by_picture`."""
+    if model.load_device.type != "cpu":
+        return model
+    model = model.clone()
+    model.model_options = picture_by_picture(model.model_options)
+    return model
+
+
+def draw(
+    guider: comfy.samplers.CFGGuider,
     latent: dict,
     seed: int,
     method: str,
     per_image_seed: bool,
     sigmas: Tensor,
+    *,
+    calls: int | None = None,
+    preview: bool = True,
 ) -> Tensor:
+    """Latents [B, C, H, W] of a LATENT, sampled with progress.
+
+    Args:
+        seed: of picture 0.
+        method: deterministic or re-noise.
+        per_image_seed: draw the noise per picture, not per batch.
+        calls: steps to show as progress; those of `sigmas` if None.
+        preview: show the picture of every step in the node.
+    """
     samples = latent["samples"]
     batch = (len(samples), latent.get("batch_index"))
     start, fresh = (
         ImageStreams(image_seeds(seed, *batch)) if per_image_seed else BatchStream(seed, *batch) for _ in range(2)
     )
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": positive})
-    guider.set_cfg(1.0)  # without a negative: one network call per step
-    if per_image_seed and model.load_device.type == "cpu":
-        guider.model_options = picture_by_picture(model.model_options)
+    noise, steps = start.draw(samples.shape[1:]), calls or len(sigmas) - 1
     return guider.sample(
-        start.draw(samples.shape[1:]).to(samples.dtype),
+        noise if per_image_seed else noise.to(samples.dtype),  # KSampler rounds its noise
         samples,
         sampler_object(method, fresh),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=latent_preview.prepare_callback(guider.model_patcher, steps) if preview else _progress(steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+
+
+def _progress(steps: int) -> Callable[..., None]:
+    bar = comfy.utils.ProgressBar(steps)
+
+    def show(step: int, _x0: Tensor, _x: Tensor, total_steps: int) -> None:
+        bar.update_absolute(step + 1, total_steps)
+
+    return show
+
+
+def as_intermediate(samples: Tensor) -> Tensor:
+    """Samples on the device and in the precision that ComfyUI keeps between nodes."""
+    management = comfy.model_management
+    dtype = management.intermediate_dtype() if hasattr(management, "intermediate_dtype") else torch.float32
+    return samples.to(management.intermediate_device(), dtype)
 
 
 def sampler_object(method: str, streams: ImageStreams | BatchStream | None = None) -> comfy.samplers.Sampler:
@@ -177,14 +245,14 @@ def picture_by_picture(model_options: dict) -> dict:
     """Model options under which the network sees one picture at a time.
 
     On a CPU a picture of a batch then equals the picture alone bit for bit: BLAS multiplies one row in another order
-    than several. On a CPU it costs no time. Batches with a ControlNet stay whole.
+    than several. On a CPU it costs no time. A batch stays whole where a part of it may hold one value per picture: a
+    ControlNet, a wrapper, an attention patch.
     """
+    if "model_function_wrapper" in model_options:
+        return model_options
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    wrapper = options.get("model_function_wrapper")
 
     def call(apply_model, arguments: dict) -> Tensor:
-        if wrapper is not None:
-            return torch.cat([wrapper(apply_model, one) for one in _split_call(arguments)])
         return torch.cat([apply_model(one["input"], one["timestep"], **one["c"]) for one in _split_call(arguments)])
 
     options["model_function_wrapper"] = call
@@ -196,7 +264,10 @@ def _split_call(arguments: dict) -> list[dict]:
     count, kinds = len(arguments["input"]), arguments["cond_or_uncond"]
     options = arguments["c"].get("transformer_options", {})
     tensors = {name: value for name, value in arguments["c"].items() if name != "transformer_options"}
-    if not all(isinstance(value, Tensor) and len(value) == count for value in tensors.values()):
+    is_patched = any(options.get(name) for name in ("patches", "patches_replace")) or any(
+        options.get("wrappers", {}).values()
+    )
+    if is_patched or not all(isinstance(value, Tensor) and len(value) == count for value in tensors.values()):
         return [arguments]
     calls = []
     for index in range(count):

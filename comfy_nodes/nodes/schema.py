@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -11,15 +12,14 @@ from server import PromptServer
 from ..schedules import MAX_STEPS
 
 _CATEGORY = "DP-DMD"
-_ALIASES = ["DP-DMD", "DPDMD", "DMD2", "distilled", "few step"]
+_ALIASES = ("DP-DMD", "DPDMD")
 _MAX_SEED = 2**64 - 1
 
 
-def schema(**fields: Any) -> io.Schema:
-    """A schema in this pack's category, found by its search words."""
-    aliases = [*_ALIASES, *fields.pop("search_aliases", ())]
+def schema(aliases: Sequence[str] = (), **fields: Any) -> io.Schema:
+    """A schema in this pack's category, found by the pack's name and by the node's own search words."""
     if "search_aliases" in io.Schema.__dataclass_fields__:  # older versions of ComfyUI lack it
-        fields["search_aliases"] = aliases
+        fields["search_aliases"] = [*_ALIASES, *aliases]
     return io.Schema(category=_CATEGORY, **fields)
 
 
@@ -36,8 +36,8 @@ def seed_input(name: str) -> io.Int.Input:
 
 
 def steps_input(tooltip: str) -> io.Int.Input:
-    """The input for the number of steps."""
-    return io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip=tooltip)
+    """The input for the number of steps; 0 is the trained number."""
+    return io.Int.Input("steps", default=0, min=0, max=MAX_STEPS, tooltip=tooltip)
 
 
 def denoise_input() -> io.Float.Input:

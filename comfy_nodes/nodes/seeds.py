@@ -6,7 +6,6 @@ import re
 import weakref
 from typing import Any, NamedTuple
 
-import comfy.model_management
 import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
@@ -15,9 +14,8 @@ from torch import Tensor
 
 from .. import sampling, schedules, sheet
 from ..noise import image_seeds
-from .drawing import draw, prepare_pictures
 from .model import header_of, levels_of
-from .sampler import choose_method, fit_latent
+from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures, unguided
 from .schema import schema, seed_input, show_text
 from .teacher_start import SEARCH, make_guider, negative_input, start_inputs
 
@@ -35,7 +33,7 @@ class DPDMDSeeds(io.ComfyNode):
             display_name="Seeds at a Glance",
             description="Draws a quick draft for each of many seeds and shows them side by side. Click a draft to "
             "finish it: its latent comes out of the node. With base_model connected, all start with Teacher Start.",
-            search_aliases=[*SEARCH, "grid", "xy plot", "seed explorer", "preview seeds"],
+            aliases=[*SEARCH, "grid", "xy plot", "seed explorer", "preview seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             inputs=[
@@ -126,7 +124,7 @@ class DPDMDDiversity(io.ComfyNode):
             display_name="Diversity",
             description="Measures how much the pictures of a batch differ: their mean pairwise distance, in units of "
             "their standard deviation. 0: all alike. Compare models with the same prompt and seeds.",
-            search_aliases=[*SEARCH, "distance", "measure"],
+            aliases=[*SEARCH, "distance", "measure"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             inputs=[io.Latent.Input("samples", tooltip="A batch of at least two pictures with the same prompt.")],
@@ -163,7 +161,7 @@ class _Plan(NamedTuple):
             latent = self.latent | {"samples": self.latent["samples"][: len(part)], "batch_index": part}
             sigmas = torch.cat([self.sigmas[: self.landing], own])
             pictures.append(draw(self.guider, latent, seed, self.method, True, sigmas, preview=False))
-        return torch.cat(pictures).to(comfy.model_management.intermediate_device())
+        return as_intermediate(torch.cat(pictures))
 
 
 def _make_plan(few_step_model: Any, positive: list, latent_image: dict, method: str, start: dict) -> _Plan:
@@ -171,15 +169,13 @@ def _make_plan(few_step_model: Any, positive: list, latent_image: dict, method: 
     base_model, sigmas = start.get("base_model"), start.get("sigmas")
     model = prepare_pictures(few_step_model)
     if base_model is None:
-        guider, landing = comfy.samplers.CFGGuider(model), 0
-        guider.inner_set_conds({"positive": positive})
-        guider.set_cfg(1.0)
+        guider, landing = unguided(model, conditions(model, positive, start.get("negative"))), 0
     else:
         landing, options = start["landing"], {"teacher_steps": start["teacher_steps"], "cfg": start["teacher_cfg"]}
         negative = start.get("negative")
         guider = make_guider(prepare_pictures(base_model), model, positive, negative, landing=landing, **options)
     if sigmas is None:
-        sigmas = schedules.sigmas_for(schedules.AUTO, header.steps if header else 1, levels, header, custom="")[0]
+        sigmas = schedules.sigmas_for(schedules.AUTO, 0, levels, header, custom="")[0]
     sigmas = schedules.check_sigmas(sigmas.float(), levels)
     if base_model is not None:
         guider.join(sigmas)  # refuses a landing without steps before anything is drawn

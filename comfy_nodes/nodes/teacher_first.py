@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import NamedTuple
 
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -24,6 +25,7 @@ class DPDMDFirstStepGuider(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDFirstStepGuider",
+            aliases=["variety", "diversity", "seed variation", "few step"],
             display_name="Teacher First Step",
             description="Takes the first step or steps with the teacher and guidance, the rest with the student: the "
             "teacher's composition at little more than the student's cost. For SamplerCustomAdvanced.",
@@ -31,7 +33,11 @@ class DPDMDFirstStepGuider(io.ComfyNode):
                 io.Model.Input("student", tooltip="The student: a full one, or the teacher with a student's LoRA."),
                 io.Model.Input("teacher", tooltip="The model that the student was distilled from."),
                 io.Conditioning.Input("positive", tooltip="The prompt, for both."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; only the teacher uses it."),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="The negative prompt, for the teacher. The student uses it only if one of its patches asks "
+                    "for it.",
+                ),
                 io.Int.Input(
                     "teacher_steps",
                     default=1,
@@ -48,26 +54,31 @@ class DPDMDFirstStepGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, student, teacher, positive, negative, teacher_steps, teacher_cfg) -> io.NodeOutput:
-        check_kinds(student, teacher, names=("student", "teacher"))
+        check_models(student, teacher, names=("student", "teacher"))
         guider = TeacherFirstGuider(teacher, student, teacher_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(teacher_cfg)
         return io.NodeOutput(guider)
 
 
-def check_kinds(
-    model: comfy.model_patcher.ModelPatcher, other: comfy.model_patcher.ModelPatcher, names: tuple[str, str]
+def check_models(
+    student: comfy.model_patcher.ModelPatcher, teacher: comfy.model_patcher.ModelPatcher, names: tuple[str, str]
 ) -> None:
     """Refuse two models that cannot draw one picture.
 
     Args:
-        names: of the two inputs, for the message.
+        names: of the inputs for student and teacher, for the message.
     """
-    kinds = _kind(model), _kind(other)
-    if kinds[0] != kinds[1]:
+    of_student, of_teacher = _kind(student), _kind(teacher)
+    if of_student != of_teacher:
         raise ValueError(
-            f"{' and '.join(names)} differ: {kinds[0]} and {kinds[1]}: connect the model that the few-step model was "
-            "distilled from"
+            f"{' and '.join(names)} differ: {of_student} and {of_teacher}: connect the model that the few-step model "
+            f"was distilled from to {names[1]}"
+        )
+    if patches := _patches_of_runs(student):
+        raise ValueError(
+            f"{names[0]} carries {patches}, which works on whole runs, and here it takes only the last steps: remove "
+            f"the patch from {names[0]}"
         )
 
 
@@ -75,6 +86,16 @@ def _kind(model: comfy.model_patcher.ModelPatcher) -> str:
     """Family, prediction and latent format; teacher and student must agree in all three."""
     latent_format = type(model.get_model_object("latent_format")).__name__
     return f"{family_of(model)} {levels_of(model).prediction} {latent_format}"
+
+
+def _patches_of_runs(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Names of a model's patches that wrap a whole run of the sampler, such as EasyCache."""
+    kinds = comfy.patcher_extension.WrappersMP
+    return ", ".join(
+        str(name or "a patch")
+        for kind in (kinds.OUTER_SAMPLE, kinds.SAMPLER_SAMPLE)
+        for name in model.wrappers.get(kind, {})
+    )
 
 
 class _Start(NamedTuple):
@@ -90,16 +111,14 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
     """Guides with the teacher down to a level, and with the student from there on.
 
     The student is loaded at its first step. So teacher and student may be one model with and without a LoRA, and need
-    not fit into memory together.
+    not fit into memory together. Each model's patches and wrappers work in its own steps only.
     """
 
     def __init__(self, teacher, student, teacher_steps: int) -> None:
         super().__init__(teacher)
-        self.student, self.teacher_steps = student, teacher_steps
+        self.student, self.teacher_steps = comfy.samplers.CFGGuider(student), teacher_steps
         self.last_teacher_sigma = 0.0
         self.start: _Start | None = None
-        self.student_conds: dict = {}
-        self.student_options: dict = {}  # set when the student is loaded
         self.student_extras: list | None = None  # models loaded with the student, such as a ControlNet
 
     def outer_sample(self, *args, **kwargs) -> Tensor:
@@ -116,41 +135,41 @@ class TeacherFirstGuider(comfy.samplers.CFGGuider):
                 "set a whole number that leaves each model at least one"
             )
         self.last_teacher_sigma = float(sigmas[self.teacher_steps - 1])
-        self.student_conds = {"positive": [dict(cond) for cond in self.conds["positive"]]}
+        # the student's guidance scale is 1: it evaluates the negative prompt only if a patch asks ComfyUI for it
+        self.student.conds = {kind: [dict(cond) for cond in conds] for kind, conds in self.conds.items()}
         extra = {name: kwargs[name] for name in ("latent_shapes",) if name in kwargs}  # newer versions of ComfyUI
         self.start = _Start(noise, latent_image, device, {"denoise_mask": denoise_mask, **extra})
         return super().inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs)
 
-    def predict_noise(self, x, timestep, model_options: dict, seed=None) -> Tensor:
+    def outer_predict_noise(self, x, timestep, model_options: dict, seed=None) -> Tensor:
         if float(timestep.max()) >= self.last_teacher_sigma * (1 - 1e-6):
-            return super().predict_noise(x, timestep, model_options, seed)
+            return super().outer_predict_noise(x, timestep, model_options, seed)
         if self.student_extras is None:
             self._load_student(model_options["transformer_options"]["sample_sigmas"], seed)
-        return comfy.samplers.sampling_function(
-            self.student.model, x, timestep, None, self.student_conds["positive"], 1.0, self.student_options, seed
-        )
+        return self.student.outer_predict_noise(x, timestep, self.student.model_options, seed)
 
     def _load_student(self, sigmas: Tensor, seed: int | None) -> None:
         """Load the student in the way that CFGGuider loads its own model."""
-        helpers, start = comfy.sampler_helpers, self.start
-        options = comfy.model_patcher.create_model_options_clone(self.student.model_options)
+        helpers, start, student = comfy.sampler_helpers, self.start, self.student
+        patcher = student.model_patcher
+        options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
-        self.student_options = options
-        helpers.prepare_model_patcher(self.student, self.student_conds, options)
-        model, conds, self.student_extras = helpers.prepare_sampling(
-            self.student, start.noise.shape, self.student_conds, options
+        student.model_options = options
+        helpers.prepare_model_patcher(patcher, student.conds, options)
+        student.inner_model, conds, self.student_extras = helpers.prepare_sampling(
+            patcher, start.noise.shape, student.conds, options
         )
-        comfy.samplers.cast_to_load_options(options, device=start.device, dtype=self.student.model_dtype())
-        self.student.pre_run()
+        comfy.samplers.cast_to_load_options(options, device=start.device, dtype=patcher.model_dtype())
+        patcher.pre_run()
         latent_image = start.latent_image
         if latent_image is not None and torch.count_nonzero(latent_image) > 0:
-            latent_image = model.process_latent_in(latent_image)
-        self.student_conds = comfy.samplers.process_conds(
-            model, start.noise, conds, start.device, latent_image, seed=seed, **start.conditions
+            latent_image = student.inner_model.process_latent_in(latent_image)
+        student.conds = comfy.samplers.process_conds(
+            student.inner_model, start.noise, conds, start.device, latent_image, seed=seed, **start.conditions
         )
 
     def _release_student(self) -> None:
         if self.student_extras is not None:
-            self.student.cleanup()
-            comfy.sampler_helpers.cleanup_models(self.student_conds, self.student_extras)
+            self.student.model_patcher.cleanup()
+            comfy.sampler_helpers.cleanup_models(self.student.conds, self.student_extras)
             self.student_extras = None

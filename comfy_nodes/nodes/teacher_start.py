@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 import comfy.samplers
 from comfy_api.latest import io
 from torch import Tensor
@@ -12,11 +11,10 @@ from torch import Tensor
 from .. import sampling, schedules
 from ..schedules import MAX_STEPS
 from ..starts import join_levels
-from .drawing import draw, prepare_pictures
 from .model import header_of, levels_of
-from .sampler import choose_method, fit_latent
+from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures
 from .schema import schema, seed_input, show_text
-from .teacher_first import TeacherFirstGuider, check_kinds
+from .teacher_first import TeacherFirstGuider, check_models
 
 MAX_TEACHER_STEPS = 100
 SEARCH = ["variety", "diversity", "seed variation", "seeds look alike", "turbo", "lightning", "4 steps"]
@@ -46,7 +44,7 @@ class DPDMDTeacherStart(io.ComfyNode):
             description="More variety for any few-step model (Turbo, Lightning, DMD2, LCM), without training: the base "
             "model draws the first part of the picture, the few-step model the rest. Different seeds then give "
             "different pictures.",
-            search_aliases=SEARCH,
+            aliases=SEARCH,
             hidden=[io.Hidden.unique_id],
             inputs=[
                 *model_inputs(),
@@ -96,13 +94,13 @@ class DPDMDTeacherStart(io.ComfyNode):
         guider = make_guider(*models, positive, negative, teacher_steps=teacher_steps, landing=landing, cfg=teacher_cfg)
         levels, header = levels_of(few_step_model), header_of(few_step_model)
         if sigmas is None:
-            sigmas = schedules.sigmas_for(schedules.AUTO, header.steps if header else 1, levels, header, custom="")[0]
+            sigmas = schedules.sigmas_for(schedules.AUTO, 0, levels, header, custom="")[0]
         method = choose_method(method, levels, header)
         joined = guider.join(sigmas.float())
         show_text(f"{describe(joined, teacher_steps)}, {method}", cls.hidden.unique_id)
         latent = fit_latent(latent_image, few_step_model)
         denoised = draw(guider, latent, seed, method, per_image_seed, sigmas.float(), calls=len(joined) - 1)
-        return io.NodeOutput(latent | {"samples": denoised.to(comfy.model_management.intermediate_device())})
+        return io.NodeOutput(latent | {"samples": as_intermediate(denoised)})
 
 
 class DPDMDTeacherStartGuider(io.ComfyNode):
@@ -115,7 +113,7 @@ class DPDMDTeacherStartGuider(io.ComfyNode):
             display_name="Teacher Start Guider",
             description="Teacher Start for SamplerCustomAdvanced: connect the few-step model's sigmas and sampler "
             "there. The base model takes Euler steps of its own to one of these levels; the sampler goes on from it.",
-            search_aliases=SEARCH,
+            aliases=SEARCH,
             inputs=[*model_inputs(), *start_inputs(), negative_input()],
             outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
@@ -205,7 +203,7 @@ class TeacherStartGuider(TeacherFirstGuider):
 
     def join(self, sigmas: Tensor) -> Tensor:
         """Levels of the whole run for a student on `sigmas`; see `join_levels`."""
-        levels = levels_of(self.student)
+        levels = levels_of(self.student.model_patcher)
         return join_levels(schedules.check_sigmas(sigmas, levels), self.landing, self.teacher_steps, levels)
 
     def inner_sample(self, noise, latent_image, device, sampler, sigmas, *args, **kwargs) -> Tensor:
@@ -235,7 +233,7 @@ def make_guider(
             f"teacher_cfg is {cfg:g} without a negative prompt: connect one to negative, or set teacher_cfg to 1"
         )
     guider = TeacherStartGuider(base_model, few_step_model, teacher_steps, landing)
-    guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
+    guider.inner_set_conds(conditions(few_step_model, positive, negative))
     guider.set_cfg(cfg)
     return guider
 
@@ -260,7 +258,7 @@ def _check_pair(base_model: Any, few_step_model: Any) -> None:
             f"base_model is a student of {header_of(base_model).steps} steps: connect it to few_step_model, and the "
             "model it was distilled from here"
         )
-    check_kinds(base_model, few_step_model, names=("base_model", "few_step_model"))
+    check_models(few_step_model, base_model, names=("few_step_model", "base_model"))
     base, few_step = (_text_widths(model) for model in (base_model, few_step_model))
     if base != few_step:
         raise ValueError(

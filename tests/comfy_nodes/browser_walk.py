@@ -45,6 +45,15 @@ SETTINGS = {
     "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,  # text at every zoom; its name in older versions
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
+SEARCH_WORDS = {  # of users -> a node that the search shows
+    "turbo": "DPDMDSampler",
+    "lightning": "DPDMDLoader",
+    "4 steps": "DPDMDSampler",
+    "few step": "DPDMDSampler",
+    "variety": "DPDMDFirstStepGuider",
+    "diversity": "DPDMDNoise",
+    "seed variation": "DPDMDNoise",
+}
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 RUNS = {"sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
 UNKNOWN_NODES = """() => window.app.graph._nodes
@@ -71,6 +80,8 @@ def main(out: Path) -> None:
         with browsing() as browser:
             page = open_page(browser, server, "en")
             add_by_search(page, out)
+            check_search_words(page, server)
+            check_loader_width(page)
             for name in examples():
                 open_example(page, name, out)
             for name in RUNS:
@@ -274,6 +285,38 @@ def add_by_search(page: Any, out: Path) -> None:
     page.screenshot(path=out / "added.png")
     assert node_types(page) == ["DPDMDSampler"], node_types(page)
     print("search: DP-DMD Sampler added")
+
+
+def check_search_words(page: Any, server: ComfyServer) -> None:
+    """Words of users find a node of ours; the words are per node. Versions without aliases find no node by them."""
+    infos = server.get("object_info")
+    if "search_aliases" not in infos["DPDMDSampler"]:
+        return
+    for word, node in SEARCH_WORDS.items():
+        assert word in infos[node]["search_aliases"], f"{word}: {infos[node]['search_aliases']}"
+        page.evaluate("() => window.app.graph.clear()")
+        page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
+        page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+        page.keyboard.type(word, delay=20)
+        page.get_by_text(infos[node]["display_name"], exact=True).first.wait_for()
+        page.keyboard.press("Escape")
+        page.wait_for_timeout(300)
+    print(f"search: {', '.join(SEARCH_WORDS)} find our nodes")
+
+
+def check_loader_width(page: Any) -> None:
+    """A new loader shows a whole file name."""
+    width = page.evaluate(
+        """() => {
+            window.app.graph.clear()
+            const node = window.LiteGraph.createNode("DPDMDLoader")
+            window.app.graph.add(node)
+            return node.size[0]
+        }"""
+    )
+    assert width >= 500, width
+    page.evaluate("() => window.app.graph.clear()")
+    print(f"loader: {width:.0f} wide")
 
 
 def node_types(page: Any) -> list[str]:

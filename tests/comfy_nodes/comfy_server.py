@@ -46,7 +46,9 @@ class ComfyServer:
         log: file with its output.
     """
 
-    def __init__(self, comfyui: Path, python: str, base: Path, pack: Path = REPOSITORY / "comfy_nodes") -> None:
+    def __init__(
+        self, comfyui: Path, python: str, base: Path, pack: Path = REPOSITORY / "comfy_nodes", options: tuple = ()
+    ) -> None:
         self.base, self.log = base, base / "server.log"
         self._files = itertools.count()
         for folder in FOLDERS:
@@ -54,12 +56,14 @@ class ComfyServer:
         (base / "custom_nodes").mkdir()
         (base / "custom_nodes" / "dpdmd").symlink_to(pack)
         (base / "custom_nodes" / "dpdmd_tests").symlink_to(Path(__file__).parent / "server_nodes")
+        if gguf := os.environ.get("COMFYUI_GGUF"):  # a checkout of ComfyUI-GGUF
+            (base / "custom_nodes" / "ComfyUI-GGUF").symlink_to(gguf)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         command = [python, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--base-directory", str(base), "--disable-auto-launch", "--disable-api-nodes"]
-        command += ["--preview-method", "latent2rgb", "--database-url", "sqlite:///:memory:"]
+        command += ["--preview-method", "latent2rgb", "--database-url", "sqlite:///:memory:", *options]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         environment.pop("PYTHONPATH", None)
         with self.log.open("w") as log:

@@ -22,12 +22,12 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def start_server(comfyui, tmp_path_factory):
-    """A context manager: a ComfyUI with a pack and the test nodes, run by COMFY_PYTHON if that is set."""
+    """A context manager: a ComfyUI with options, a pack and the test nodes, run by COMFY_PYTHON if that is set."""
 
     @contextmanager
-    def start(pack):
+    def start(pack, *options):
         python = os.environ.get("COMFY_PYTHON", sys.executable)
-        running = ComfyServer(comfyui, python, tmp_path_factory.mktemp("comfyui"), pack)
+        running = ComfyServer(comfyui, python, tmp_path_factory.mktemp("comfyui"), pack, options)
         try:
             running.wait_until_ready()
             yield running
@@ -90,6 +90,25 @@ def tiny_sdxl():
             addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=32 + 6 * 256,
+        ).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_flux():
+    """A tiny FLUX.1-dev of one block of each kind; random weights."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=128,
+            num_attention_heads=1,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
         ).eval()
 
 

@@ -30,7 +30,7 @@ def test_a_lora_that_the_package_writes_is_read_here(tmp_path):
     header = read_header(metadata, "student")
     assert (header.family, header.kind, header.prediction, header.sampler) == ("sdxl", "lora", "v", "renoise")
     assert list(header.timesteps) == timesteps and header.steps == 4
-    modules = lora.with_alphas(lora.lora_modules(state, header.family, "student"), header)
+    modules = lora.with_alphas(lora.lora_modules(state, header.family, "student"), header, "student")
     assert modules["lora_unet_down_0_to_q"]["alpha"] == 4
 
 
@@ -79,12 +79,35 @@ def test_a_lora_with_unknown_keys_or_one_factor_is_refused(state, message):
         lora.lora_modules(state, "sd3", "x")
 
 
+LORA = {"family": "sdxl", "kind": "lora", "prediction": "eps", "sampler": "renoise", "timesteps": (999, 0)}
+
+
 def test_alpha_comes_from_the_file_else_from_the_header_else_it_is_the_rank():
-    header = StudentHeader("sdxl", "lora", "eps", "renoise", timesteps=(999, 0), lora_rank=64, lora_alpha=128.0)
+    header = StudentHeader(**LORA, lora_rank=64, lora_alpha=128.0)
     modules = lora.lora_modules(factors("a", rank=4) | {"a.alpha": torch.tensor(3.0)} | factors("b"), "sdxl", "x")
-    completed = lora.with_alphas(modules, header)
+    completed = lora.with_alphas(modules, header, "x")
     assert completed["lora_unet_a"]["alpha"] == 3 and completed["lora_unet_b"]["alpha"] == 2 * 128 / 64
-    assert "alpha" not in lora.with_alphas(modules, None)["lora_unet_b"]
+    assert "alpha" not in lora.with_alphas(modules, None, "x")["lora_unet_b"]
+
+
+def test_a_header_without_a_rank_means_the_rank_of_the_factors():
+    modules = lora.lora_modules(factors("a", rank=4) | factors("b", rank=4), "sdxl", "x")
+    completed = lora.with_alphas(modules, StudentHeader(**LORA, lora_alpha=8.0), "x")
+    assert [parts["alpha"].item() for parts in completed.values()] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("header", "facts"),
+    [
+        ({"lora_rank": 4}, ["dpdmd.lora_alpha"]),
+        ({}, ["dpdmd.lora_alpha"]),
+        ({"lora_alpha": 8.0}, ["lora_rank", "[2, 4]"]),
+    ],
+)
+def test_a_lora_of_unknown_strength_is_refused(header, facts):
+    modules = lora.lora_modules(factors("a", rank=4) | factors("b", rank=2), "sdxl", "x")
+    with refuses(ValueError, "x:", "2 modules", "lora_unet_a", *facts):
+        lora.with_alphas(modules, StudentHeader(**LORA, **header), "x")
 
 
 def test_a_lora_that_does_not_fit_the_base_model_is_refused():

@@ -1,5 +1,8 @@
 """Schedules of the pack equal those of the package and of diffusers; bad ones are refused."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy_nodes.header import StudentHeader
@@ -78,6 +81,27 @@ def test_fewer_steps_are_trained_levels_from_the_first(steps, levels):
     assert sigmas_for("auto", steps, header=FLOW_STUDENT).tolist() == [*levels, 0.0]
 
 
+@pytest.mark.parametrize("name", ["auto", "uniform (simple)"])
+@pytest.mark.parametrize("trained", [[1.0, 0.5, 0.0], [1 - index / 20 for index in range(21)]])
+def test_no_steps_are_as_many_as_the_student_was_trained_for(name, trained):
+    student = replace(FLOW_STUDENT, sigmas=tuple(trained))
+    assert len(sigmas_for(name, 0, header=student)) == len(trained)
+
+
+def test_as_many_steps_as_trained_need_a_header():
+    with refuses(ValueError, "steps is 0,", "header"):
+        sigmas_for(schedules.OFFICIAL_FLOW, 0)
+
+
+@pytest.mark.parametrize(
+    ("levels", "facts"), [(FLOW, []), (EPS, ["eps", "v"]), (Levels("v", TABLE, False), ["v", "eps"])]
+)
+def test_a_model_without_a_header_is_sampled_with_a_warning_that_names_its_prediction(levels, facts):
+    warning = schedules.warning_without_header(levels)
+    assert warning.startswith("Warning: no DP-DMD header")
+    assert re.findall(r"read as (\w+):.* predicts (\w+)\.$", warning) == ([tuple(facts)] if facts else [])
+
+
 @pytest.mark.parametrize(
     ("name", "levels", "message"),
     [
@@ -91,7 +115,7 @@ def test_a_schedule_of_another_kind_of_model_is_refused(name, levels, message):
         sigmas_for(name, levels=levels)
 
 
-@pytest.mark.parametrize("steps", [0, 17, -1, 2.5, 4.0, float("nan"), "4"])
+@pytest.mark.parametrize("steps", [17, -1, 2.5, 4.0, float("nan"), "4"])
 @pytest.mark.parametrize("name", ["auto", schedules.OFFICIAL_FLOW])
 def test_steps_out_of_range_or_not_whole_are_refused(name, steps):
     with refuses(ValueError, f"steps is {steps}:", "16"):

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import REPOSITORY, Graph
+from comfy_server import REPOSITORY, Graph, RefusedError
 from safetensors.torch import load_file
+from tests.raising import refuses
 from workflows import (
     HEADER,
     OFFICIAL,
@@ -18,6 +19,7 @@ from workflows import (
     SEEDS,
     TRAINED,
     assert_close,
+    comfyui_version,
     conditioning,
     draw,
     empty_latent,
@@ -33,6 +35,7 @@ from workflows import (
     save_weights,
     scheduler,
     sd3_units,
+    stock,
     student,
     x0_sampling,
 )
@@ -125,6 +128,28 @@ def test_a_student_in_comfyuis_own_spelling_loads(server, sd3_file):
     graph = Graph()
     info = info_of(server, graph, load_student(graph, name))
     assert f"{len(state)} of {len(state)} keys" in info and "flow, euler, 4 steps" in info
+
+
+@pytest.mark.skipif(comfyui_version().startswith("0.3."), reason="this version knows FLUX in its own sizes only")
+@pytest.mark.parametrize("spelling", ["diffusers", "ComfyUI"])
+def test_a_student_of_another_flow_family_loads_and_is_sampled_on_its_levels(server, tiny_flux, sd3_prompt, spelling):
+    name = save_weights(server, "diffusion_models/flux.safetensors", tiny_flux.state_dict())
+    reference = draw(server, stock(name), sd3_prompt, sigmas=TRAINED, method="deterministic")
+    if spelling == "ComfyUI":
+        graph, path = Graph(), model_path(server, "diffusion_models/flux_own.safetensors")
+        graph.add("TestSaveNetwork", model=load_stock(graph, name), path=str(path))
+        server.run(graph)
+        state = load_file(path)
+    else:
+        state = tiny_flux.state_dict()
+    name = save_weights(server, "diffusion_models/flux.safetensors", state, HEADER | {"dpdmd.family": "flux"})
+    assert_close(draw(server, student(name), sd3_prompt), reference, 1e-6)
+    graph = Graph()
+    assert f"{len(state)} of {len(state)} keys" in info_of(server, graph, load_student(graph, name))
+    save_weights(server, name, dict(list(state.items())[:-1]), HEADER | {"dpdmd.family": "flux"})
+    graph = Graph()
+    with refuses(RefusedError, "lacks 1 of", name.split("/")[1]):
+        info_of(server, graph, load_student(graph, name))
 
 
 def test_a_replaced_file_is_loaded_again(server, tiny_sd3, sd3_prompt):

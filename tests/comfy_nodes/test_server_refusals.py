@@ -119,7 +119,7 @@ OTHER_LAYER = {f"transformer.other.layer.lora_{factor}.weight": torch.ones(4, 4)
 
 
 def bad_lora(network, kind):
-    """Tensors and header of a bad LoRA; every other kind is a good one."""
+    """Tensors and header of a bad LoRA; no header has an alpha."""
     state, header = respell(random_lora(network, SD3_MODULES[:1]), "transformer."), HEADER
     match kind:
         case "another family":
@@ -146,6 +146,7 @@ def bad_lora(network, kind):
         ("one factor", r"one factor of 1 modules \(transformer.proj_out\)"),
         ("no key of a LoRA", r"1 keys.*\(text_encoder.weight\)"),
         ("another size", r"\[128, 3\].*\[128, 128\]"),
+        ("no alpha", r"1 modules.*dpdmd.lora_alpha"),
         ("no base", r"LoRA.*base_model"),
         ("fp8", r"weight_dtype.*fp8_e4m3fn.*LoRA"),
     ],
@@ -197,7 +198,7 @@ def test_a_model_without_a_header_is_refused_until_a_schedule_is_chosen(server, 
         ({"denoise": 0.0}, r"denoise 0 .* 4 steps"),
         ({"steps": 5}, r"steps is 5.* 4"),
         ({"steps": 17}, r"bigger than max.*steps"),
-        ({"steps": 0}, r"smaller than min.*steps"),
+        ({"steps": -1}, r"smaller than min.*steps"),
         ({"sigmas": "1, 0.5, 0.7, 0"}, r"sigmas \[1, 0.5, 0.7, 0\] must fall"),
         ({"sigmas": "1, 0.5"}, r"sigmas \[1, 0.5\] end at 0.5"),
         ({"sigmas": "2, 1, 0"}, r"sigmas \[2, 1, 0\] start above 1"),

@@ -278,7 +278,10 @@ def test_a_masked_picture_keeps_what_is_outside_the_mask(server, sd3_pair, sd3_p
 )
 def test_bad_input_is_one_message_in_the_node(server, sd3_pair, sd3_file, sdxl_file, sd3_prompt, inputs, facts):
     start, inputs = sd3_start(server, sd3_pair, sd3_prompt), dict(inputs)
-    other = {"sdxl": lambda: load_stock(start.graph, sdxl_file), "none": lambda: load_stock(start.graph, sd3_pair[1])}
+    other = {
+        "sdxl": lambda: load_stock(start.graph, sdxl_file),
+        "none": lambda: start.graph.add("TestPatch", model=start.base, path=""),
+    }
     if inputs.pop("swapped", False):
         inputs |= {"base_model": start.few_step, "few_step_model": start.base}
     elif inputs.pop("same", False):

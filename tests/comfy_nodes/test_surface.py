@@ -23,9 +23,15 @@ OF_STUDENTS = ["draft_then_finish", "sd35_4step", "sd35_img2img", "sd35_lora", "
 # Saved workflows depend on these ids, names, types and their order. id: (sockets, widgets, outputs)
 NODES = {
     "DPDMDSampler": (
-        {"model": "MODEL", "positive": "CONDITIONING", "latent_image": "LATENT", "sigmas": "SIGMAS"},
+        {
+            "model": "MODEL",
+            "positive": "CONDITIONING",
+            "latent_image": "LATENT",
+            "sigmas": "SIGMAS",
+            "negative": "CONDITIONING",
+        },
         ["seed", "seed control", "steps", "denoise", "method", "per_image_seed"],
-        {"latent": "LATENT"},
+        {"latent": "LATENT", "info": "STRING"},
     ),
     "DPDMDScheduler": ({"model": "MODEL"}, ["steps", "denoise", "schedule", "custom"], {"sigmas": "SIGMAS"}),
     "DPDMDLoader": (

@@ -61,7 +61,7 @@ def require_comfyui():
 
 def comfyui_version():
     """Version of the checkout in COMFYUI_PATH."""
-    file = Path(os.environ["COMFYUI_PATH"]) / "comfyui_version.py"
+    file = Path(os.environ.get("COMFYUI_PATH", "")) / "comfyui_version.py"
     return re.search(r'"(.+)"', file.read_text())[1] if file.is_file() else "unknown"
 
 
@@ -161,12 +161,15 @@ def draw(server, load, prompt, *, shape=SD3_SHAPE, count=3, latent=None, schedul
         load: adds a loader to a graph and returns its model.
         latent: tensors of the input LATENT, which is empty without them.
         schedule: of a DP-DMD Scheduler for the sampler, for a model without a header.
-        inputs: other inputs of the sampler.
+        inputs: other inputs of the sampler; `sigmas` may be a list of numbers.
     """
     graph = Graph()
     tensors = {"samples": torch.zeros(count, *shape)} | (latent or {})
     start = graph.add("TestLatent", path=server.tensor_file(**tensors))
     model = load(graph)
+    if isinstance(inputs.get("sigmas"), list):
+        levels = ", ".join(str(level) for level in inputs["sigmas"])
+        inputs["sigmas"] = scheduler(graph, model, schedule="custom", custom=levels)
     if schedule is not None:
         inputs["sigmas"] = scheduler(graph, model, schedule=schedule, steps=inputs.get("steps", 4))
     return server.latents(graph, sample(graph, model, conditioning(server, graph, prompt), start, **inputs))

@@ -9,7 +9,9 @@ from pathlib import Path
 import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.supported_models
+import comfy.utils
 import folder_paths
 import torch
 from safetensors.torch import load_file, save_file
@@ -235,19 +237,114 @@ def TestSaveNetwork(model, path):  # noqa: N802
     save_file({f"model.diffusion_model.{key}": value.contiguous() for key, value in state.items()}, path)
 
 
+@_node((), model="MODEL", form="STRING", path="STRING")
+def TestSaveQuantised(model, form, path):  # noqa: N802
+    """A network with quantised linear layers: in GGUF's Q8_0, or in a format of ComfyUI, named in the metadata."""
+    network = model.model.diffusion_model
+    linear = {name for name, module in network.joint_blocks.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {f"joint_blocks.{name}" for name in linear}  # as usual: ComfyUI reads sizes off the layers around them
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    if form == "gguf":
+        return _save_gguf(state, path)
+    if form == "scaled_fp8":  # ComfyUI's first format
+        for name in linear:
+            weight = state[f"{name}.weight"]
+            state[f"{name}.scale_weight"] = weight.abs().max() / 448
+            state[f"{name}.weight"] = (weight / state[f"{name}.scale_weight"]).to(torch.float8_e4m3fn)
+        return save_file(state | {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, path)
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS[form]["comfy_tensor_layout"]
+    for name in linear:
+        weight = QuantizedTensor.from_float(state[f"{name}.weight"], layout, scale="recalculate")
+        state |= weight.state_dict(f"{name}.weight")
+    layers = {name: {"format": form} for name in linear}
+    save_file(state, path, {"_quantization_metadata": json.dumps({"layers": layers})})
+
+
+def _save_gguf(state, path):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "sd3")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for key, value in state.items():
+        if key.endswith(".weight") and value.ndim == 2 and value.shape[1] % 32 == 0:
+            writer.add_tensor(key, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, value.numpy())
+            writer.add_array(f"comfy.gguf.orig_shape.{key}", list(value.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 @_node(("MODEL",), model="MODEL", seconds="FLOAT", path="STRING")
 def TestCountCalls(model, seconds, path):  # noqa: N802
     """A model that writes the level and batch size of each call into a file, then sleeps."""
+    model = model.clone()
+    apply_model = model.model.apply_model
 
-    def call(apply_model, arguments):
+    def call(x, t, *args, **kwargs):
         with Path(path).open("a") as file:
-            file.write(f"{arguments['timestep'][0].item():.6g} {len(arguments['input'])}\n")
+            file.write(f"{t[0].item():.6g} {len(x)}\n")
         time.sleep(seconds)
-        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+        return apply_model(x, t, *args, **kwargs)
+
+    model.add_object_patch("apply_model", call)
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", form="STRING", values="STRING", path="STRING")
+def TestScalePictures(model, form, values, path):  # noqa: N802
+    """A model with a patch that holds one value per picture."""
+    model, factors = model.clone(), torch.tensor([float(word) for word in values.split(",")])
+
+    def scale(output):
+        return output * factors[: len(output)].view(-1, *[1] * (output.ndim - 1))
+
+    if form == "function":
+        model.set_model_unet_function_wrapper(
+            lambda apply_model, call: scale(apply_model(call["input"], call["timestep"], **call["c"]))
+        )
+    elif form == "attention":
+        model.set_model_attn1_output_patch(lambda output, extra: scale(output))
+    else:
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        model.add_wrapper(kind, lambda execute, *args, **kwargs: scale(execute(*args, **kwargs)))
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", form="STRING", path="STRING")
+def TestWrap(model, form, path):  # noqa: N802
+    """A model with a wrapper of a kind that writes a line per call."""
+
+    def wrapper(execute, *args, **kwargs):
+        with Path(path).open("a") as file:
+            file.write(f"{form}\n")
+        return execute(*args, **kwargs)
 
     model = model.clone()
-    model.set_model_unet_function_wrapper(call)
+    model.add_wrapper_with_key(form, "test", wrapper)
     return (model,)
+
+
+@_node((), path="STRING")
+def TestReadFiles(path):  # noqa: N802
+    """Write the names of all files that ComfyUI's own reader has read."""
+    Path(path).write_text("\n".join(_READ))
+
+
+_READ: list[str] = []
+_load_torch_file = comfy.utils.load_torch_file
+
+
+def _read(ckpt, *args, **kwargs):
+    _READ.append(Path(ckpt).name)
+    return _load_torch_file(ckpt, *args, **kwargs)
+
+
+comfy.utils.load_torch_file = _read
 
 
 @_node((), path="STRING")
