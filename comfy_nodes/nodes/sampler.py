@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -66,14 +67,15 @@ class DPDMDSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         levels, header = levels_of(model), header_of(model)
         sigmas, source = _choose_sigmas(sigmas, steps, denoise, levels, header)
-        method = _choose_method(method, levels, header)
-        conds = _conditions(model, positive, negative)
+        method = choose_method(method, levels, header)
+        conds = conditions(model, positive, negative)
         latent = fit_latent(latent_image, model)
         info = f"{len(sigmas) - 1} steps, {method}: {schedules.format_sigmas(sigmas)} ({source})"
         if header is None:
             info = f"{schedules.warning_without_header(levels)}\n{info}"
         show_text(info, cls.hidden.unique_id)
-        denoised = _sample(model, conds, latent, seed, method, per_image_seed, sigmas)
+        guider = unguided(prepare_pictures(model) if per_image_seed else model, conds)
+        denoised = draw(guider, latent, seed, method, per_image_seed, sigmas)
         return io.NodeOutput(latent | {"samples": as_intermediate(denoised)}, info)
 
 
@@ -113,7 +115,8 @@ def _choose_sigmas(
     return schedules.last_steps(sigmas, denoise), source
 
 
-def _choose_method(method: str, levels: Levels, header: StudentHeader | None) -> str:
+def choose_method(method: str, levels: Levels, header: StudentHeader | None) -> str:
+    """The sampling method behind the menu's `auto`: the header's, else the family's usual one."""
     if method != sampling.AUTO:
         return method
     if header is not None:
@@ -121,7 +124,7 @@ def _choose_method(method: str, levels: Levels, header: StudentHeader | None) ->
     return sampling.DETERMINISTIC if levels.prediction == "flow" else sampling.RENOISE
 
 
-def _conditions(model: comfy.model_patcher.ModelPatcher, positive: list, negative: list | None) -> dict[str, list]:
+def conditions(model: comfy.model_patcher.ModelPatcher, positive: list, negative: list | None) -> dict[str, list]:
     """Prompts of a guider. A negative one is evaluated only if a patch asks ComfyUI for it.
 
     Raises:
@@ -137,36 +140,68 @@ def _conditions(model: comfy.model_patcher.ModelPatcher, positive: list, negativ
     return {"positive": positive}
 
 
-def _sample(
-    model: comfy.model_patcher.ModelPatcher,
-    conds: dict[str, list],
+def unguided(model: comfy.model_patcher.ModelPatcher, conds: dict[str, list]) -> comfy.samplers.CFGGuider:
+    """A guider with one network call per step, unless a patch asks for the negative prompt."""
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(1.0)
+    return guider
+
+
+def prepare_pictures(model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
+    """A clone whose pictures do not depend on their batch on a CPU; see `picture_by_picture`."""
+    if model.load_device.type != "cpu":
+        return model
+    model = model.clone()
+    model.model_options = picture_by_picture(model.model_options)
+    return model
+
+
+def draw(
+    guider: comfy.samplers.CFGGuider,
     latent: dict,
     seed: int,
     method: str,
     per_image_seed: bool,
     sigmas: Tensor,
+    *,
+    calls: int | None = None,
+    preview: bool = True,
 ) -> Tensor:
+    """Latents [B, C, H, W] of a LATENT, sampled with progress.
+
+    Args:
+        seed: of picture 0.
+        method: deterministic or re-noise.
+        per_image_seed: draw the noise per picture, not per batch.
+        calls: steps to show as progress; those of `sigmas` if None.
+        preview: show the picture of every step in the node.
+    """
     samples = latent["samples"]
     batch = (len(samples), latent.get("batch_index"))
     start, fresh = (
         ImageStreams(image_seeds(seed, *batch)) if per_image_seed else BatchStream(seed, *batch) for _ in range(2)
     )
-    noise = start.draw(samples.shape[1:])
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds(conds)
-    guider.set_cfg(1.0)  # one network call per step, unless a patch asks for the negative prompt
-    if per_image_seed and model.load_device.type == "cpu":
-        guider.model_options = picture_by_picture(model.model_options)
+    noise, steps = start.draw(samples.shape[1:]), calls or len(sigmas) - 1
     return guider.sample(
         noise if per_image_seed else noise.to(samples.dtype),  # KSampler rounds its noise
         samples,
         sampler_object(method, fresh),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        callback=latent_preview.prepare_callback(guider.model_patcher, steps) if preview else _progress(steps),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
+
+
+def _progress(steps: int) -> Callable[..., None]:
+    bar = comfy.utils.ProgressBar(steps)
+
+    def show(step: int, _x0: Tensor, _x: Tensor, total_steps: int) -> None:
+        bar.update_absolute(step + 1, total_steps)
+
+    return show
 
 
 def as_intermediate(samples: Tensor) -> Tensor:
@@ -195,8 +230,10 @@ def fit_latent(latent_image: dict, model: comfy.model_patcher.ModelPatcher) -> d
     latent["samples"] = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], **{name: value for name, value in ratios.items() if name in accepted}
     )
-    shape, channels = tuple(latent["samples"].shape), model.get_model_object("latent_format").latent_channels
-    if latent["samples"].is_nested or len(shape) != 4 or shape[1] != channels:
+    latent_format = model.get_model_object("latent_format")
+    shape, channels = tuple(latent["samples"].shape), latent_format.latent_channels
+    is_picture = len(shape) == 2 + latent_format.latent_dimensions  # a third dimension has one frame per picture
+    if latent["samples"].is_nested or not is_picture or shape[1] != channels:
         raise ValueError(
             f"latent_image has shape {list(shape)}, this model needs [pictures, {channels}, height, width]: "
             "encode the picture with this model's VAE"

@@ -54,21 +54,32 @@ class DPDMDFirstStepGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, student, teacher, positive, negative, teacher_steps, teacher_cfg) -> io.NodeOutput:
-        of_student, of_teacher = _kind(student), _kind(teacher)
-        if of_student != of_teacher:
-            raise ValueError(
-                f"student and teacher differ: {of_student} and {of_teacher}: "
-                "connect the teacher that the student was distilled from"
-            )
-        if names := _patches_of_runs(student):
-            raise ValueError(
-                f"student carries {names}, which works on whole runs, and here it takes only the last steps: remove "
-                "the patch from the student"
-            )
+        check_models(student, teacher, names=("student", "teacher"))
         guider = TeacherFirstGuider(teacher, student, teacher_steps)
         guider.set_conds(positive, negative)
         guider.set_cfg(teacher_cfg)
         return io.NodeOutput(guider)
+
+
+def check_models(
+    student: comfy.model_patcher.ModelPatcher, teacher: comfy.model_patcher.ModelPatcher, names: tuple[str, str]
+) -> None:
+    """Refuse two models that cannot draw one picture.
+
+    Args:
+        names: of the inputs for student and teacher, for the message.
+    """
+    of_student, of_teacher = _kind(student), _kind(teacher)
+    if of_student != of_teacher:
+        raise ValueError(
+            f"{' and '.join(names)} differ: {of_student} and {of_teacher}: connect the model that the few-step model "
+            f"was distilled from to {names[1]}"
+        )
+    if patches := _patches_of_runs(student):
+        raise ValueError(
+            f"{names[0]} carries {patches}, which works on whole runs, and here it takes only the last steps: remove "
+            f"the patch from {names[0]}"
+        )
 
 
 def _kind(model: comfy.model_patcher.ModelPatcher) -> str:

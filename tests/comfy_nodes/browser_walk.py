@@ -27,7 +27,15 @@ from typing import Any
 from comfy_server import ComfyServer
 
 PACK = Path(__file__).parents[2] / "comfy_nodes"
-FOLDERS = {"VAELoader": "vae", "TripleCLIPLoader": "text_encoders", "CheckpointLoaderSimple": "checkpoints"}
+FOLDERS = {  # loader -> its folder of models
+    "VAELoader": "vae",
+    "CLIPLoader": "text_encoders",
+    "DualCLIPLoader": "text_encoders",
+    "TripleCLIPLoader": "text_encoders",
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "LoraLoaderModelOnly": "loras",
+}
 TIMEOUT = 300  # seconds, for a page or a run on a busy machine
 SIZE = {"width": 1600, "height": 1000}
 SETTINGS = {

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-FOLDERS = ("diffusion_models", "loras", "checkpoints", "vae", "vae_approx", "text_encoders")
+FOLDERS = ("diffusers", "diffusion_models", "loras", "checkpoints", "vae", "vae_approx", "text_encoders")
 _START_SECONDS, _RUN_SECONDS, _ANSWER_SECONDS = 600, 300, 120  # generous: a busy machine is no failure
 
 

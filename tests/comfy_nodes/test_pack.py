@@ -10,8 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACK = REPOSITORY / "comfy_nodes"
 TORCH_ONLY = sorted(path.stem for path in PACK.glob("[!_]*.py"))
-ALLOWED = {"torch", "safetensors", "tqdm"}
-COMFYUI = {"comfy", "comfy_api", "folder_paths", "latent_preview", "server"}
+ALLOWED = {"torch", "safetensors", "tqdm", "tokenizers", "transformers", "PIL"}  # every ComfyUI requires them
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
 
 
 def imports_of(path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import REPOSITORY, Graph
+from test_surface import NODES
 from workflows import (
     HEADER,
     OFFICIAL,
@@ -48,14 +49,7 @@ require_comfyui()
 def test_every_node_has_a_description_and_tooltips(server, version):
     assert server.get("system_stats")["system"]["comfyui_version"] == version
     nodes = {name: node for name, node in server.get("object_info").items() if node["category"] == "DP-DMD"}
-    assert sorted(nodes) == [
-        "DPDMDFirstStepGuider",
-        "DPDMDLoader",
-        "DPDMDNoise",
-        "DPDMDSampler",
-        "DPDMDSamplerSelect",
-        "DPDMDScheduler",
-    ]
+    assert set(nodes) == set(NODES)
     for node in nodes.values():
         assert node["python_module"] == "custom_nodes.dpdmd" and node["description"]
         inputs = node["input"].get("required", {}) | node["input"].get("optional", {})
@@ -74,7 +68,7 @@ def test_importing_the_pack_takes_a_fifth_of_a_second_and_loads_nothing_of_the_p
 def test_a_clone_of_the_whole_repository_is_a_pack_too(start_server):
     with start_server(REPOSITORY) as server:
         nodes = [node for node in server.get("object_info").values() if node["category"] == "DP-DMD"]
-        assert len(nodes) == 6 and all(node["python_module"] == "custom_nodes.dpdmd" for node in nodes)
+        assert len(nodes) == len(NODES) and all(node["python_module"] == "custom_nodes.dpdmd" for node in nodes)
 
 
 # ---- the teacher's first step

@@ -18,6 +18,7 @@ PACK = PROJECT / "comfy_nodes"
 LANGUAGES = ("en", "zh", "ja", "fr")
 FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # ComfyUI's folder -> the form of the export for it
 EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
+OF_STUDENTS = ["draft_then_finish", "sd35_4step", "sd35_img2img", "sd35_lora", "sdxl_4step", "teacher_first_step"]
 
 # Saved workflows depend on these ids, names, types and their order. id: (sockets, widgets, outputs)
 NODES = {
@@ -45,6 +46,39 @@ NODES = {
         ["teacher_steps", "teacher_cfg"],
         {"guider": "GUIDER"},
     ),
+    "DPDMDTeacherStart": (
+        {
+            "base_model": "MODEL",
+            "few_step_model": "MODEL",
+            "positive": "CONDITIONING",
+            "latent_image": "LATENT",
+            "sigmas": "SIGMAS",
+            "negative": "CONDITIONING",
+        },
+        ["seed", "seed control", "teacher_steps", "landing", "teacher_cfg", "method", "per_image_seed"],
+        {"latent": "LATENT"},
+    ),
+    "DPDMDTeacherStartGuider": (
+        {"base_model": "MODEL", "few_step_model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
+        ["teacher_steps", "landing", "teacher_cfg"],
+        {"guider": "GUIDER"},
+    ),
+    "DPDMDSeeds": (
+        {
+            "few_step_model": "MODEL",
+            "positive": "CONDITIONING",
+            "latent_image": "LATENT",
+            "vae": "VAE",
+            "sigmas": "SIGMAS",
+            "base_model": "MODEL",
+            "negative": "CONDITIONING",
+        },
+        ["seed", "seed control", "count", "steps", "pick", "method", "teacher_steps", "landing", "teacher_cfg"],
+        {"latent": "LATENT", "chosen_seed": "INT", "sheet": "IMAGE", "drafts": "LATENT"},
+    ),
+    "DPDMDDiversity": ({"samples": "LATENT"}, [], {"distance": "FLOAT"}),
+    "DPDMDDemoPrompt": ({}, ["pipeline_name", "text"], {"conditioning": "CONDITIONING"}),
+    "DPDMDDemoVAE": ({}, ["pipeline_name", "enlarge"], {"vae": "VAE"}),
 }
 
 on_a_real_server = pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason="COMFYUI_PATH is not set")
@@ -86,11 +120,17 @@ def test_the_ids_are_those_of_the_code():
 def test_there_is_an_example_for_every_way_to_use_a_student():
     assert EXAMPLES == [
         "draft_then_finish",
+        "first_steps",
         "sd35_4step",
         "sd35_img2img",
         "sd35_lora",
         "sdxl_4step",
+        "seeds_at_a_glance",
         "teacher_first_step",
+        "teacher_start_flux",
+        "teacher_start_qwen_lightning",
+        "teacher_start_sdxl_dmd2",
+        "teacher_start_z_image",
     ]
 
 
@@ -127,7 +167,7 @@ def test_a_note_names_every_file_and_its_folder(example):
             assert f"models/{folder}/" in note and name in note, f"{example}: {file}"
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", OF_STUDENTS)
 def test_an_example_loads_the_file_that_the_export_writes_and_names_its_folder(example):
     environment = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb"}.get(example, "sd35")
     conf = PROJECT / "conf" / environment
@@ -142,7 +182,18 @@ def test_an_example_loads_the_file_that_the_export_writes_and_names_its_folder(e
     assert f"`{export}/{FORMS[folder]}`" in note
 
 
-@pytest.mark.parametrize("example", [name for name in EXAMPLES if name != "sdxl_4step"])
+def test_first_steps_name_the_files_that_make_distill_writes():
+    title = yaml.safe_load((PROJECT / "conf/base/parameters_export.yml").read_text())["export"]["title"]
+    nodes = {node["type"]: node["widgets_values"] for node in nodes_of("first_steps")}
+    assert nodes["DPDMDLoader"][0] == f"diffusion_models/{title}.safetensors"
+    assert nodes["DPDMDDemoPrompt"][0] == nodes["DPDMDDemoVAE"][0] == title
+    (note,) = nodes["MarkdownNote"]
+    assert (
+        f"`data/06_models/export/comfyui/{title}.safetensors`" in note and "`data/06_models/export/diffusers`" in note
+    )
+
+
+@pytest.mark.parametrize("example", [name for name in OF_STUDENTS if name != "sdxl_4step"])
 def test_sd35_prompts_are_padded_as_in_training(example):
     flow = browser_walk.read_example(example)
     nodes = {node["id"]: node for node in flow["nodes"]}

@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.ldm.flux.model
 import comfy.model_detection
+import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
@@ -68,6 +70,58 @@ def _register_tiny_sdxl() -> None:
 _register_tiny_sdxl()
 
 
+_TINY_FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "vec_in_dim": 16,
+    "context_in_dim": 32,
+    "hidden_size": 64,
+    "mlp_ratio": 2.0,
+    "num_heads": 1,
+    "depth": 1,
+    "depth_single_blocks": 1,
+    "axes_dim": [16, 24, 24],
+    "theta": 10000,
+    "qkv_bias": True,
+}
+if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # older versions of ComfyUI lack it
+    _TINY_FLUX["txt_ids_dims"] = []
+_TINY_LUMINA = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 256,
+    "cap_feat_dim": 32,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [16, 24, 24],
+    "axes_lens": [300, 64, 64],
+}
+TINY = {  # name -> ComfyUI's class of the family, with sizes that take the tests' prompts
+    "Flux": ("Flux", _TINY_FLUX | {"guidance_embed": True}),
+    "FluxSchnell": ("FluxSchnell", _TINY_FLUX | {"guidance_embed": False}),
+    "QwenImage": (
+        "QwenImage",
+        {
+            "image_model": "qwen_image",
+            "num_layers": 1,
+            "num_attention_heads": 1,
+            "attention_head_dim": 64,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (16, 24, 24),
+        },
+    ),
+    "Lumina2": ("Lumina2", _TINY_LUMINA),
+    "ZImage": ("ZImage", _TINY_LUMINA | {"z_image_modulation": True, "time_scale": 1000.0}),  # not in older versions
+    "OtherText": ("Lumina2", _TINY_LUMINA | {"cap_feat_dim": 48}),
+}
+
+
 def _node(returns: tuple[str, ...], **inputs):
     """Turn a function into a node; its last input is always a path."""
 
@@ -96,9 +150,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 @_node(("CONDITIONING",), path="STRING")
 def TestConditioning(path):  # noqa: N802
-    """Embeddings from a file: prompt_embeds [1, tokens, width], pooled_embeds [1, width]."""
+    """Embeddings from a file: prompt_embeds [1, tokens, width], pooled_embeds [1, width]; optionally attention_mask."""
     embeds = load_file(path)
-    return ([[embeds["prompt_embeds"], {"pooled_output": embeds["pooled_embeds"]}]],)
+    tokens = embeds.pop("prompt_embeds")
+    return ([[tokens, {"pooled_output": embeds.pop("pooled_embeds"), **embeds}]],)
 
 
 @_node(("LATENT",), path="STRING")
@@ -121,6 +176,28 @@ def TestSaveLatent(latent, path):  # noqa: N802
     save_file({"samples": latent["samples"].contiguous()}, path)
 
 
+@_node((), image="IMAGE", path="STRING")
+def TestSaveImage(image, path):  # noqa: N802
+    save_file({"image": image.contiguous()}, path)
+
+
+@_node((), number="FLOAT", path="STRING")
+def TestSaveNumber(number, path):  # noqa: N802
+    Path(path).write_text(json.dumps(number))
+
+
+@_node(("VAE",), path="STRING")
+def TestVAE(path):  # noqa: N802
+    """A stand-in that shows three channels of the latents, eight times as large."""
+
+    class Decoder:
+        def decode(self, samples):
+            pixels = samples[:, :3].sigmoid().movedim(1, -1)
+            return pixels.repeat_interleave(8, -3).repeat_interleave(8, -2)
+
+    return (Decoder(),)
+
+
 @_node((), sigmas="SIGMAS", path="STRING")
 def TestSaveSigmas(sigmas, path):  # noqa: N802
     save_file({"sigmas": sigmas.contiguous()}, path)
@@ -129,6 +206,28 @@ def TestSaveSigmas(sigmas, path):  # noqa: N802
 @_node((), text="STRING", path="STRING")
 def TestSaveText(text, path):  # noqa: N802
     Path(path).write_text(text)
+
+
+@_node(("MODEL",), family="STRING", seed="INT", path="STRING")
+def TestTinyModel(family, seed, path):  # noqa: N802
+    """A small network of one of ComfyUI's families, with random weights."""
+    name, sizes = TINY[family]
+    config = getattr(comfy.supported_models, name)(dict(sizes))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "")
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return (comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")),)
+
+
+@_node(("MODEL",), model="MODEL", path="STRING")
+def TestPatch(model, path):  # noqa: N802
+    """A model with one changed weight, as a LoRA changes it."""
+    model = model.clone()
+    key, weight = next((key, value) for key, value in model.model.state_dict().items() if value.ndim == 2)
+    model.add_patches({key: ("diff", (torch.full_like(weight, 0.01),))})
+    return (model,)
 
 
 @_node((), model="MODEL", path="STRING")
