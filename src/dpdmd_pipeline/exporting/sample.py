@@ -171,13 +171,13 @@ def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision
     for key in ("resolution", "max_sequence_length"):
         if getattr(header, key) is None:
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")
-    return _load(header, pipeline, device, getattr(torch, dtype))
+    return _load(header, path if is_pipeline else teacher, device, getattr(torch, dtype))
 
 
 def _load(header: StudentHeader, pipeline: Path, device: Device, dtype: torch.dtype) -> Backbone:
     return load_backbone(
         header.family,
-        path if is_pipeline else teacher,
+        pipeline,
         resolution=header.resolution,
         max_sequence_length=header.max_sequence_length,
         level_range=(0.02, 0.98),  # of training; not used here
