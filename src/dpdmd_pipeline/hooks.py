@@ -17,8 +17,8 @@ import click
 from kedro.framework.hooks import hook_impl
 
 from dpdmd_pipeline.planning import files, options
+from dpdmd_pipeline.planning.judging import option
 from dpdmd_pipeline.planning.messages import DEFAULT_ENVIRONMENTS, error_line
-from dpdmd_pipeline.planning.prompts import option
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)

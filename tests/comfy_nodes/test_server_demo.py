@@ -10,7 +10,7 @@ from tests.raising import refuses
 from workflows import SEED, SEEDS, assert_close, load_student, model_path, require_comfyui, sample
 
 from dpdmd_pipeline.backbones.student_header import StudentHeader
-from dpdmd_pipeline.exporting.formats import About, Student, write_comfyui, write_diffusers
+from dpdmd_pipeline.exporting.formats import Export, Licence, Student
 from dpdmd_pipeline.exporting.sample import sample as sample_in_python
 
 require_comfyui()
@@ -27,9 +27,13 @@ def export(server, tmp_path_factory):
     make_pipeline(max_length=12, shift=1.0, seed=0).save_pretrained(folder / "teacher")
     weights = make_pipeline(max_length=12, shift=1.0, seed=1).transformer.state_dict()
     header = StudentHeader("sd3", [1.0, 0.75, 0.5, 0.25, 0.0], shift=1.0, resolution=32, max_sequence_length=0)
-    student, about = Student(header, weights, None), About(TITLE, "apache-2.0", torch.float32)
-    write_diffusers(folder / "diffusers", student, folder / "teacher", about)
-    write_comfyui(model_path(server, f"diffusion_models/{TITLE}.safetensors"), student, about)
+    student, licence = Student(header, weights, None), Licence("apache-2.0", None, None)
+    forms = ["diffusers", "comfyui"]
+    export = Export(student, folder / "teacher", TITLE, forms, "float32", licence, None, {}, measure="")
+    export.write(folder)
+    file = model_path(server, f"diffusion_models/{TITLE}.safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / export.files["comfyui"], file)
     shutil.copytree(folder / "diffusers", model_path(server, f"diffusers/{TITLE}"))
     return folder / "diffusers"
 

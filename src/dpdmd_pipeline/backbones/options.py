@@ -30,6 +30,14 @@ class TeacherStart(StrictModel):
         return self.steps * (1 if scale == 1 else 2)
 
 
+def late_landing(start: TeacherStart, num_steps: int) -> str | None:
+    """Error message if a start leaves a student of `num_steps` no step; else None."""
+    if start.landing < num_steps:
+        return None
+    remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
+    return f"teacher_start.landing is {start.landing}, the student has {num_steps} steps: {remedy}"
+
+
 class PromptNoise(StrictModel):
     """Uniform noise in some values of the prompt's embeddings during a student's first step, as people add for variety.
 

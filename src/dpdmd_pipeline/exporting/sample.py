@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
-from dpdmd_pipeline.backbones.options import Device, TeacherStart, resolve_device
+from dpdmd_pipeline.backbones.options import Device, TeacherStart, late_landing, resolve_device
 from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import check_content
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.exporting.starts import Start, check_landing, start_with_teacher
+from dpdmd_pipeline.exporting.starts import Start, start_with_teacher
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -136,7 +136,8 @@ def _check_start(path: Path, teacher: Path | None, options: TeacherStart) -> Non
     if teacher is None:
         raise ValueError("teacher_start needs teacher=, the pipeline folder whose network takes the first steps")
     header = load_header(path)
-    check_landing(options, header.num_steps)
+    if line := late_landing(options, header.num_steps):
+        raise ValueError(line)
     if options.guidance_scale is None and _teacher_guidance(header) is None:
         raise ValueError(f"{path} has no recipe with the teacher's guidance: give teacher_start a guidance_scale")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, guided
-from dpdmd_pipeline.backbones.options import PromptNoise, TeacherStart
+from dpdmd_pipeline.backbones.options import PromptNoise, TeacherStart, late_landing
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import rollout, sample_seeds
 
@@ -41,7 +41,8 @@ def start_with_teacher(
     Raises:
         ValueError: if no step is left to the student, or the levels between are too close for the teacher's steps.
     """
-    check_landing(options, len(levels) - 1)
+    if line := late_landing(options, len(levels) - 1):
+        raise ValueError(line)
     between = levels_between(backbone, levels[0], levels[options.landing], options.steps)
     if options.guidance_scale is not None:
         scale = options.guidance_scale
@@ -50,13 +51,6 @@ def start_with_teacher(
         return rollout(guided(backbone, teacher, cond, uncond, scale), noise, between)
 
     return Start(options.landing, begin)
-
-
-def check_landing(options: TeacherStart, num_steps: int) -> None:
-    """Raise a ValueError if no step is left to the student."""
-    if options.landing >= num_steps:
-        remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
-        raise ValueError(f"teacher_start.landing is {options.landing}, the student has {num_steps} steps: {remedy}")
 
 
 def levels_between(backbone: Backbone, start: NoiseLevel, end: NoiseLevel, steps: int) -> NoiseLevel:

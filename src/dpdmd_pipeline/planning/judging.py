@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from dpdmd_pipeline.backbones.options import late_landing
 from dpdmd_pipeline.metrics.errors import not_installed
 from dpdmd_pipeline.wording import counted, listed, short
 
@@ -21,13 +22,17 @@ def unjudgeable(pipeline: Any, catalog: Any) -> Iterator[str]:
     if "params:evaluate" not in catalog:
         return
     nodes = {node.name for node in pipeline.nodes}
-    if _option(catalog, "evaluate", "judge") == "shapes":
+    if option(catalog, "evaluate", "judge") == "shapes":
         if nodes & USERS and (line := foreign_line(_texts(pipeline, catalog))):
             yield line
         if nodes & {"score_images", "run_study"} and "params:backbone" in catalog:
-            yield from _other_resolution(_option(catalog, "backbone", "resolution"))
+            yield from _other_resolution(option(catalog, "backbone", "resolution"))
     if "score_images" in nodes:
-        yield from _missing_packages(_option(catalog, "evaluate", "by"))
+        yield from _missing_packages(option(catalog, "evaluate", "by"))
+    start = option(catalog, "evaluate", "teacher_start")
+    if start and {"sample_images", "train_dmd"} <= nodes:
+        line = late_landing(start, option(catalog, "train_dmd", "num_steps"))
+        yield from [f"evaluate.{line}"] * bool(line)
 
 
 def foreign_line(texts: Iterable[str]) -> str | None:
@@ -60,12 +65,12 @@ def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
     if "prompts" not in pipeline.all_outputs():
         yield from (record["text"] for record in catalog.get("prompts").load())
         return
-    own_file = _option(catalog, "prompts", "eval_share") is None
+    own_file = option(catalog, "prompts", "eval_share") is None
     for name in ("raw_prompts", "raw_eval_prompts") if own_file else ("raw_prompts",):
         yield from (line.text for line in catalog.get(name).load().lines() if line.text.strip())
 
 
-def _option(catalog: Any, group: str, name: str) -> Any:
+def option(catalog: Any, group: str, name: str) -> Any:
     """One option of a stage; its group is a dict if the stage itself does not run."""
     options = catalog.get(f"params:{group}").load()
     return options.get(name) if isinstance(options, Mapping) else getattr(options, name)

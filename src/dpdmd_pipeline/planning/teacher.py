@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpdmd_pipeline.backbones import COMPONENTS
 from dpdmd_pipeline.backbones.base import load_quietly, pipeline_class
-from dpdmd_pipeline.backbones.networks import COMPONENTS, check_keys, network_config, shapes_of
+from dpdmd_pipeline.backbones.limits import first_names
+from dpdmd_pipeline.backbones.networks import check_keys, network_config, shapes_of
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.backbones.tensor_files import FEW, check_finite, open_tensors
+from dpdmd_pipeline.backbones.tensor_files import check_finite, open_tensors
 from dpdmd_pipeline.datasets.pretrained import INDEX, components, read_object, weight_files
-from dpdmd_pipeline.wording import listed, one_line, short
+from dpdmd_pipeline.wording import one_line, short
 
 LARGEST = 10_000_000  # of the integers in a config; real ones have vocabularies of 256,000
 MODULES = 20_000  # of a network; SDXL's has 2,000
@@ -238,7 +240,7 @@ def _check_text_encoder(folder: Path, kind: Any, config: Mapping[str, Any]) -> N
         "resized": sorted(name for name, *_ in loaded["mismatched_keys"]),
         "of further layers": sorted(name for name in loaded["unexpected_keys"] if _without_number(name) in layered),
     }
-    counts = [f"{len(names)} {fault} ({listed(names, FEW)})" for fault, names in faults.items() if names]
+    counts = [f"{len(names)} {fault} ({first_names(names)})" for fault, names in faults.items() if names]
     if counts:
         raise ValueError(f"the weights in {folder} do not fit its config: {' and '.join(counts)}")
 

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, resolve_device
+from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, late_landing, resolve_device
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, STARTED
@@ -40,6 +40,8 @@ def sample_images(
     headers = {name: load_header(folder) for name, folder in folders.items() if folder}
     evaluations = {"teacher": backbone.evaluations, **{name: header.num_steps for name, header in headers.items()}}
     if start:
+        if line := late_landing(start, evaluations[STARTED]):
+            raise ValueError(f"evaluate.{line}")
         evaluations[STARTED] += start.evaluations(backbone.guidance_scale) - start.landing
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},

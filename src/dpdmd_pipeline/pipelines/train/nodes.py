@@ -168,10 +168,10 @@ def _write_student(folder: Path, job: Job, weights: dict[str, Any], header: Any,
     import torch
 
     from dpdmd_pipeline.backbones.student_file import save_history, save_lora, save_student
-    from dpdmd_pipeline.planning.weightless import WeightlessBackbone
+    from dpdmd_pipeline.planning.weightless import weightless
     from dpdmd_pipeline.training.roles import make_roles
 
-    backbone = WeightlessBackbone(job.backbone.load(job.teacher, "cpu"), job.teacher)
+    backbone = weightless(job.backbone.load(job.teacher, "cpu"), job.teacher)
     with torch.device("meta"):
         student = make_roles(backbone, job.options.recipe(), gradient_checkpointing=False, sharded=False).student
     student.load_state_dict(weights, assign=True)
