@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/study.md"
 WORLDS = {"": "flow", "shapes_sdxl": "eps"}  # folder of data/08_reporting -> the teacher's prediction type
 DIGITS = {"aligned": 3, "effective_modes": 1, "gap_recovered": 2}
-PARTS = ("study", "beyond")
+PARTS = ("study", "beyond", "variety")
 
 
 def load(part: str) -> dict[str, dict]:
