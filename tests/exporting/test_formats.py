@@ -189,6 +189,7 @@ def card_rows(folder):
 def test_a_change_that_the_precision_rounds_away_is_warned_of(exports, tmp_path, caplog):
     exported = exports["sd3_lora"]
     write(exported.export.student, exported.teacher, tmp_path / "plain", dtype="bfloat16")
+    write(with_adapter(exported.export.student, 0.0), exported.teacher, tmp_path / "untrained", dtype="bfloat16")
     assert not caplog.records
     write(with_adapter(exported.export.student, 1e-3), exported.teacher, tmp_path / "small", dtype="bfloat16")
     (line,) = [record.getMessage() for record in caplog.records]

@@ -30,11 +30,11 @@ def merge_losses(
     weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], scale: float, dtype: torch.dtype
 ) -> dict[str, Loss]:
     """Losses by storing the sum of a network and an adapter, `weights` in float32: of the sum, and of the change."""
-    exact = {module: weights[f"{module}.weight"] for module in modules_of(adapter)}
-    difference = {module: weight.to(dtype).float() - weight for module, weight in exact.items()}
+    merged = {module: weights[f"{module}.weight"] for module in modules_of(adapter)}
+    changes = ((module, scale * change_of(adapter, module)) for module in merged)
     return {
-        "merged weights": _loss((name, difference[name], exact[name]) for name in exact),
-        "adapter's change, merged": _loss((name, difference[name], scale * change_of(adapter, name)) for name in exact),
+        "merged weights": _loss((name, _rounding(weight, dtype), weight) for name, weight in merged.items()),
+        "adapter's change, merged": _loss((name, _rounding(merged[name], dtype), change) for name, change in changes),
     }
 
 
@@ -70,10 +70,14 @@ def check_underflow(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         )
 
 
+def _rounding(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype).float() - weight
+
+
 def _loss(weights: Iterable[tuple[str, Tensor, Tensor]]) -> Loss:
     """Loss over weights, each with its name, the difference and the exact values."""
     norms = {name: (difference.norm().item(), exact.norm().item()) for name, difference, exact in weights}
     shares = {name: difference / exact for name, (difference, exact) in norms.items() if exact}
     worst = max(shares, key=shares.get, default="")
-    differences, exact = zip(*norms.values(), strict=True)
-    return Loss(math.hypot(*differences) / (math.hypot(*exact) or 1.0), shares.get(worst, 0.0), worst)
+    difference, exact = (math.hypot(*values) for values in zip(*norms.values(), strict=True))
+    return Loss(difference / exact if exact else 0.0, shares.get(worst, 0.0), worst)

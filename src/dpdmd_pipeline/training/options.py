@@ -71,27 +71,22 @@ class TrainOptions(Execution, Recipe):
     """A recipe and its execution in one flat group."""
 
     @model_validator(mode="after")
-    def _batch_is_shared_evenly(self) -> Self:
+    def _can_run(self) -> Self:
         if self.batch_size % self.launch.total:
             raise ValueError(
                 f"batch_size={self.batch_size} cannot be shared evenly by {self.launch.total} processes "
                 f"(launch: {self.launch.processes} on each of {self.launch.machines} machines)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _can_be_compiled(self) -> Self:
         if self.compile == "whole" and self.roles == "lora" and self.gradient_checkpointing:
             raise ValueError(
                 "compile=whole with roles=lora cannot see the adapter under which gradient_checkpointing repeats a "
                 "pass: set compile=blocks, or gradient_checkpointing=false"
             )
+        if self.sharded:
+            self._check_sharding()
         return self
 
-    @model_validator(mode="after")
-    def _can_be_sharded(self) -> Self:
-        if not self.sharded:
-            return self
+    def _check_sharding(self) -> None:
         for name, default in (("compile", "none"), ("channels_last", False)):
             if (value := getattr(self, name)) != default:
                 raise ValueError(
@@ -103,7 +98,6 @@ class TrainOptions(Execution, Recipe):
         for role in ("student", "fake_score"):
             if getattr(self, role).kind == "adamw_8bit":
                 raise ValueError(f"{role}.kind=adamw_8bit cannot be sharded: set kind=adamw or launch.sharding=none")
-        return self
 
     def recipe(self) -> Recipe:
         """The options that decide the student."""

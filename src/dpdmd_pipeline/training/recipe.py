@@ -138,7 +138,7 @@ class Recipe(StrictModel):
     watch: WatchRecipe  # of the student while it trains; only keep=best changes the student
 
     @model_validator(mode="after")
-    def _anchored_steps_fit(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.anchored_steps >= self.num_steps:
             raise ValueError(f"anchored_steps={self.anchored_steps} must be below num_steps={self.num_steps}")
         if self.anchored_steps == 0 and (self.diversity_weight > 0 or self.stop_gradient):
@@ -148,22 +148,10 @@ class Recipe(StrictModel):
                 f"graded_steps={self.graded_steps} sends no gradient into the anchored steps: "
                 "set stop_gradient=true with it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _guidance_interval_rises(self) -> Self:
         if self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(f"guidance_interval={list(self.guidance_interval)} must rise; [0.0, 1.0] is every level")
-        return self
-
-    @model_validator(mode="after")
-    def _final_weights_are_chosen_once(self) -> Self:
         if self.watch.keep == "best" and self.ema:
             raise ValueError(f"watch.keep=best keeps one cycle's weights, ema={self.ema} averages many: set ema=0.0")
-        return self
-
-    @model_validator(mode="after")
-    def _grid_falls(self) -> Self:
         if isinstance(self.grid, list):
             if len(self.grid) != self.num_steps:
                 raise ValueError(f"grid has {len(self.grid)} levels, num_steps={self.num_steps} needs as many")

@@ -8,19 +8,23 @@ Both are measured with the same prompts and seeds each time, and once on the tea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.dpdmd.algorithm import student_pictures
 from dpdmd_pipeline.dpdmd.noise import add_noise
 from dpdmd_pipeline.dpdmd.sampling import rollout
-from dpdmd_pipeline.training.draws import micro_batches
+from dpdmd_pipeline.training.draws import SampleDraws, micro_batches
 from dpdmd_pipeline.training.recipe import Recipe, WatchRecipe
 from dpdmd_pipeline.training.run import Run
+
+# (run, draws of B samples, embeddings of their prompts) -> latents [B, C, H, W]
+Draw = Callable[[Run, SampleDraws, Conditioning], Tensor]
 
 
 @dataclass
@@ -75,8 +79,8 @@ def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], 
     """
     device = run.accelerator.device
     if not watch.teacher:
-        watch.teacher = _means(run, measure(run, watch, of_teacher=True))
-    measured, is_best = measure(run, watch, of_teacher=False), False
+        watch.teacher = _means(run, measure(run, watch, _draw_teacher))
+    measured, is_best = measure(run, watch, _draw_student), False
     if watch.recipe.keep == "best":
         means = _means(run, measured)
         is_best = watch.is_best(cycle, means["latent_diversity"], means["correction"])
@@ -86,21 +90,26 @@ def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], 
 
 
 @torch.no_grad()
-def measure(run: Run, watch: Watch, *, of_teacher: bool) -> dict[str, Tensor]:
-    """Latent diversity and correction of the teacher or of the student, scalars."""
+def measure(run: Run, watch: Watch, draw: Draw) -> dict[str, Tensor]:
+    """Latent diversity and correction of a sampler, scalars."""
     latents, changes = [], []
     for indices in micro_batches(range(len(watch.rows)), run.execution.student_micro_batch):
         draws, cond = run.draws.batch("watch", 0, indices), run.cond(watch.rows[indices.start : indices.stop])
-        if of_teacher:
-            samples = rollout(run.guided_teacher(cond), draws.noise(), run.data.teacher_levels)
-        else:
-            samples = student_pictures(run.denoiser(run.student, cond), draws.noise(), run.levels, draws.fresh())
+        samples = draw(run, draws, cond)
         level = run.backbone.random_level(torch.full((len(indices),), watch.recipe.level))
         corrected = run.guided_teacher(cond)(add_noise(samples, draws.noise("renoise"), level), level)
         latents.append(samples)
         changes.append((corrected - samples).flatten(1).square().mean(1).sqrt())
     by_prompt = torch.cat(latents).unflatten(0, (-1, watch.recipe.images_per_prompt))
     return {"latent_diversity": mean_distance(by_prompt), "correction": torch.cat(changes).mean()}
+
+
+def _draw_student(run: Run, draws: SampleDraws, cond: Conditioning) -> Tensor:
+    return student_pictures(run.denoiser(run.student, cond), draws.noise(), run.levels, draws.fresh())
+
+
+def _draw_teacher(run: Run, draws: SampleDraws, cond: Conditioning) -> Tensor:
+    return rollout(run.guided_teacher(cond), draws.noise(), run.data.teacher_levels)
 
 
 def mean_distance(latents: Tensor) -> Tensor:
