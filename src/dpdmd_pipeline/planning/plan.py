@@ -128,7 +128,7 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
     }
     anchors = _load_cache(catalog, "anchors", facts)
     # Online anchors are a cache without rows.
-    if anchors is None or any(settings[name] != value for name, value in anchors.manifest["backbone"].items()):
+    if anchors is None or any(settings[name] != value for name, value in anchors.manifest.get("backbone", {}).items()):
         return replace(plan, reused=frozenset({"embeddings"}))
     states, finished = {}, set()
     for group, options in plan.trained.items():
