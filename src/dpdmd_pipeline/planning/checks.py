@@ -132,13 +132,13 @@ def check_anchors(
     manifest = anchors.manifest
     current = {
         "anchors": options.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "backbone": {name: getattr(backbone, name) for name in manifest["backbone"]},
+        "backbone": {name: getattr(backbone, name) for name in manifest.get("backbone", {})},
         "teacher": folder_hash(network_folder(teacher)),
         "teacher_sigmas": model.schedule(backbone.num_steps).sigma.tolist(),
         "embeddings": embeddings.fingerprint,
         "rows": fingerprint(list(rows)),
     }
-    recorded = {**manifest, "anchors": manifest["options"]}
+    recorded = {"backbone": {}, **manifest, "anchors": manifest["options"]}
     if changes := [*differences({name: recorded.get(name) for name in current}, current)]:
         fact = f"the anchors were made with {listed(changes, 3, '; ')}; set that back or make them again"
         raise StageError(fact, stage="anchors")

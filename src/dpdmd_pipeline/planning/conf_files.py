@@ -15,11 +15,8 @@ _TAGS = _KEYS | {f"{_YAML}{kind}" for kind in ("bool", "float", "int", "map", "n
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-class _FaultError(ValueError):
-    """A fault at a node of a file."""
-
-    def __init__(self, node: yaml.Node, fact: str) -> None:
-        super().__init__(f"line {node.start_mark.line + 1}: {fact}")
+def _fault(node: yaml.Node, fact: str) -> ValueError:
+    return ValueError(f"line {node.start_mark.line + 1}: {fact}")
 
 
 def refused_files(folders: Iterable[Path]) -> Iterator[str]:
@@ -47,16 +44,16 @@ def _check(path: Path) -> None:
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise _FaultError(root, "must have names and their values, as in `name: value`")
+        raise _fault(root, "must have names and their values, as in `name: value`")
     values = _count(root, {})
     if values > MAX_VALUES:
-        raise _FaultError(root, f"its aliases stand for {values} values; write at most {MAX_VALUES}")
+        raise _fault(root, f"its aliases stand for {values} values; write at most {MAX_VALUES}")
     for key, value in root.value:
         if path.stem == "globals" and value.tag not in (f"{_YAML}str", f"{_YAML}null"):
-            raise _FaultError(value, f"{key.value}: must be text; put it into quotes")
+            raise _fault(value, f"{key.value}: must be text; put it into quotes")
         private = key.value.startswith("_") or key.tag != f"{_YAML}str"
         if path.stem.startswith("catalog") and not private and not isinstance(value, yaml.MappingNode):
-            raise _FaultError(value, f"{key.value}: must be a dataset, with `type:` and its options")
+            raise _fault(value, f"{key.value}: must be a dataset, with `type:` and its options")
 
 
 def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
@@ -64,10 +61,10 @@ def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
     if id(node) in counts:
         count = counts[id(node)]
         if count is None:
-            raise _FaultError(node, "an alias stands for a value that holds it")
+            raise _fault(node, "an alias stands for a value that holds it")
         return count
     if node.tag not in _TAGS:
-        raise _FaultError(node, f"the tag {node.tag.removeprefix(_YAML)} is not allowed; write plain YAML")
+        raise _fault(node, f"the tag {node.tag.removeprefix(_YAML)} is not allowed; write plain YAML")
     counts[id(node)] = None
     count = 1
     if isinstance(node, yaml.MappingNode):
@@ -75,9 +72,9 @@ def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
         for key, value in node.value:
             if key.tag not in _KEYS:
                 shown = key.value if isinstance(key, yaml.ScalarNode) else "of several values"
-                raise _FaultError(key, f"the key {shown} is not text; put it into quotes")
+                raise _fault(key, f"the key {shown} is not text; put it into quotes")
             if key.value in names:
-                raise _FaultError(key, f"{key.value} is written twice")
+                raise _fault(key, f"{key.value} is written twice")
             names.add(key.value)
             count += _count(value, counts)
     elif isinstance(node, yaml.SequenceNode):

@@ -118,7 +118,8 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
 
     settings = plan.backbone.model_dump(mode="json")
     facts = {name: settings[name] for name in ("family", "max_sequence_length", "dtype")} | {"texts": prompts.texts}
-    if not (embeddings := _load_cache(catalog, "embeddings", facts)):
+    embeddings = _load_cache(catalog, "embeddings", facts)
+    if embeddings is None:
         return plan
     facts = {
         "options": plan.anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
@@ -126,7 +127,8 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
         "embeddings": embeddings.fingerprint,
     }
     anchors = _load_cache(catalog, "anchors", facts)
-    if not anchors or any(settings[name] != value for name, value in anchors.manifest["backbone"].items()):
+    # Online anchors are a cache without rows.
+    if anchors is None or any(settings[name] != value for name, value in anchors.manifest.get("backbone", {}).items()):
         return replace(plan, reused=frozenset({"embeddings"}))
     states, finished = {}, set()
     for group, options in plan.trained.items():
@@ -147,4 +149,5 @@ def _load_cache(catalog: Any, name: str, facts: Mapping[str, Any]) -> Any | None
         cache = catalog.get(name).load() if catalog.exists(name) else None
     except DatasetError:
         return None
-    return cache if cache and all(cache.manifest.get(name) == value for name, value in facts.items()) else None
+    is_this_runs = cache is not None and all(cache.manifest.get(name) == value for name, value in facts.items())
+    return cache if is_this_runs else None

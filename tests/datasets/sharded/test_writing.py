@@ -71,6 +71,11 @@ def test_an_unfinished_cache_that_is_not_continued_is_named(dataset, folder, cap
     caplog.clear()
     save_counted(dataset, seed=1)
     assert all(fact in caplog.messages[0] for fact in (".anchors.partial", "2 shards", "seed=0, now 1"))
+    with pytest.raises(DatasetError):
+        dataset.save(interrupted)
+    caplog.clear()
+    assert save_counted(dataset, seed=1) == []  # the published one is reused, and the unfinished one stays
+    assert not any("anew" in line for line in caplog.messages)
 
 
 def fail() -> None:

@@ -152,6 +152,9 @@ def test_a_published_student_that_is_not_reused_is_named_with_both_values_and_it
     train(finished=pulled, decay=0.5)
     (line,) = (line for line in caplog.messages if str(pulled) in line)
     assert all(fact in line for fact in ("train.decay=0.0, now 0.5", "finished", "MiB")) and "\n" not in line
+    caplog.clear()
+    train(finished=pulled, decay=0.5)  # continues its own checkpoints
+    assert str(pulled) not in caplog.text
 
 
 def test_an_unfinished_state_that_is_not_resumed_is_named_with_its_cycle_size_and_both_values(train, tmp_path, caplog):

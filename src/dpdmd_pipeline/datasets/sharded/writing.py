@@ -159,17 +159,11 @@ def _write_record(data: LazyShards, folders: Folders, shards: list[dict[str, Any
 
 
 def _is_published(data: LazyShards, folders: Folders) -> bool:
-    """True if the published cache is this one and whole; logs that it is reused, its damage, or how it differs.
+    """True if the published cache is this one and whole; logs that it is reused, or its damage.
 
     A folder that another version wrote, or that is no cache at all, is refused: it would be deleted.
     """
     folder, names = folders.published, list(data.shards)
-    for other in (folder, folders.partial):
-        record = read_manifest(other)
-        if record and record["fingerprint"] != data.fingerprint:
-            shards = counted(len([*other.glob("*.safetensors")]), "shard")
-            changes = [*differences(record["manifest"], data.manifest)]
-            log.warning("%s: %s", folder.name, unused(f"{other} with {shards}", folder_size(other), changes))
     if not folder.exists():
         return False
     record = read_manifest(folder)
@@ -223,6 +217,13 @@ def _finish_shard(data: LazyShards, folders: Folders, identity: str, name: str) 
 
 
 def _log_shards(data: LazyShards, folders: Folders, reports: Iterator[dict[str, Any]]) -> None:
+    """Log the cache or the unfinished one that is replaced, if it differs, and then each shard."""
+    for folder in (folders.published, folders.partial):
+        record, shards = read_manifest(folder), len([*folder.glob("*.safetensors")])
+        if record and record["fingerprint"] != data.fingerprint and shards:
+            changes = [*differences(record["manifest"], data.manifest)]
+            line = unused(f"{folder} with {counted(shards, 'shard')}", folder_size(folder), changes)
+            log.warning("%s: %s", folders.published.name, line)
     numbers = {name: number for number, name in enumerate(data.shards, start=1)}
     for report in reports:
         facts = numbers[report["name"]], len(numbers), report["action"], report["rows"]

@@ -106,8 +106,8 @@ class CleanPrompts:
 
     def count(self) -> dict[str, int]:
         """Count unique prompts: all, per use, and with both uses."""
-        kept, train, evaluate = np.concatenate([flags[:, flags[0]] for _, flags in self.selections], axis=1)
-        uses = {"prompts": kept, "train": train, "eval": evaluate, "both": train & evaluate}
+        unique, train, evaluate = np.concatenate([flags[:, flags[0]] for _, flags in self.selections], axis=1)
+        uses = {"prompts": unique, "train": train, "eval": evaluate, "both": train & evaluate}
         return {name: int(use.sum()) for name, use in uses.items()}
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
 from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, open_state, student_identity
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
@@ -49,7 +49,8 @@ def train_student(
     recipe = options.recipe()
     identity = student_identity(recipe, backbone, anchors, rows)
     groups = _options(backbone, anchor_options, recipe)
-    if finished_student and (trained := _reuse(finished_student, identity, recipe, groups)):
+    is_new = not state_folder(train_state, identity).exists()
+    if finished_student and (trained := _reuse(finished_student, identity, recipe, groups if is_new else None)):
         return trained
     check_speed(teacher, options)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
@@ -75,8 +76,8 @@ def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -
     }
 
 
-def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[str, dict[str, Any]]) -> Trained | None:
-    """The published student if it is this run's; else None, and a warning that tells how it differs.
+def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: Mapping[str, Any] | None) -> Trained | None:
+    """The published student if it is this run's; else None, and with the run's options a warning of how it differs.
 
     Raises:
         OSError: if its weights are damaged.
@@ -88,7 +89,7 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: dict[s
     if history is None:
         with suppress(OSError, ValueError):  # damaged: there is nothing to compare
             header = load_header(finished_student)
-            if header.identity != identity:
+            if header.identity != identity and groups:
                 changes = [*differences(header.recipe or {}, groups)]
                 state = f"the finished student in {finished_student}"
                 line = unused(state, folder_size(finished_student), changes, "anchors or code")
