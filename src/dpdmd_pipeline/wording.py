@@ -1,7 +1,7 @@
 """Errors, counts and lists as text, and the characters that texts of strangers may have."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
@@ -37,6 +37,14 @@ def listed(names: Sequence[str], few: int) -> str:
     """The first few of many names, such as `a, b, c and 4 more`."""
     more = f" and {len(names) - few} more" if len(names) > few else ""
     return f"{', '.join(names[:few])}{more}"
+
+
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Values by key, both in the order of the pairs."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def validation_faults(error: Any) -> str:

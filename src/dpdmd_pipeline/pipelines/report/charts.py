@@ -1,7 +1,7 @@
 """Lay out the drawings of the page for SVG: scores per prompt, attributes of the pictures, curves of the training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     x_name, y_name, points = scatter_points(scores)
     if not points:
         return None
-    x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
+    x_marks, y_marks = (_ticks(point[axis] for point in points) for axis in (1, 2))
     x = partial(_position, x_marks, SCATTER["left"], SCATTER["right"])
     y = partial(_position, y_marks, SCATTER["bottom"], SCATTER["top"])
     return {
@@ -68,15 +68,12 @@ def _position(marks: Sequence[float], start: float, end: float, value: float) ->
     return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers that span `low` to `high`."""
-    if low == high:
-        low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+def _ticks(values: Iterable[float]) -> list[float]:
+    """About five round numbers that span the values."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = list(values)
+    return MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(min(values), max(values)).tolist()
 
 
 # ---- attributes of the pictures
@@ -94,9 +91,7 @@ def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]
     shares = {model: _shares(of_model) for model, of_model in counts.items()}
     largest = max(map(max, shares.values())) or 1
 
-    def length(share: float) -> float:
-        return round((BARS["right"] - BARS["left"]) * share / largest, 1)
-
+    length = partial(_position, (0, largest), 0, BARS["right"] - BARS["left"])
     return {
         "title": name,
         "plot": BARS,
@@ -141,22 +136,16 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
     last = max(row["step"] for rows in runs.values() for row in rows)
     ticks = _log_ticks(min(values), max(values))
     labels = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]  # powers of ten
-    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
-
-    def x(step: float) -> float:
-        return round(CURVE["left"] + (CURVE["right"] - CURVE["left"]) * step / last, 1)
-
-    def y(value: float) -> float:
-        return round(CURVE["bottom"] - (CURVE["bottom"] - CURVE["top"]) * (math.log10(value) - low) / (high - low), 1)
-
+    x = partial(_position, (0, last), CURVE["left"], CURVE["right"])
+    y = partial(_position, [*map(math.log10, ticks)], CURVE["bottom"], CURVE["top"])
     title, explanation = CURVES[key]
     return {
         "title": title,
         "explanation": explanation,
         "last": f"{last:g}",
         "plot": CURVE,
-        "ticks": [(y(tick), f"{tick:g}") for tick in labels],
-        "lines": {name: " ".join(f"{x(s)},{y(v)}" for s, v in points) for name, points in averaged.items()},
+        "ticks": [(y(math.log10(tick)), f"{tick:g}") for tick in labels],
+        "lines": {name: " ".join(f"{x(s)},{y(math.log10(v))}" for s, v in points) for name, points in averaged.items()},
     }
 
 

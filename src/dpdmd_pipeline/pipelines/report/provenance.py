@@ -86,14 +86,10 @@ def option_tables(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
 def versions() -> dict[str, str]:
     """Versions of this package, Python, the main libraries and the platform."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     from dpdmd_pipeline import __version__
+    from dpdmd_pipeline.metrics.libraries import versions as library_versions
 
-    installed = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:  # some wheels have no metadata
-            installed[package] = "not installed"
-    return {**installed, "platform": platform.platform()}
+    own = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
+    installed = {name: version or "not installed" for name, version in library_versions(PACKAGES).items()}
+    return {**own, **installed, "platform": platform.platform()}
