@@ -117,15 +117,11 @@ def main(arguments: list[str]) -> None:
     if "human" not in metrics:
         _score_pictures(options)
     elif metrics == ["human"]:
-        _score_people(options)
+        summary = summarise(load_results(options.images), options.seed)
+        say(as_text(summary))
+        _write(options.json, summary)
     else:
         raise ValueError("--by human reads results of a page, the other metrics read pictures: use --by human alone")
-
-
-def _score_people(options: argparse.Namespace) -> None:
-    summary = summarise(load_results(options.images), options.seed)
-    say(as_text(summary))
-    _write(options.json, summary)
 
 
 def _score_pictures(options: argparse.Namespace) -> None:

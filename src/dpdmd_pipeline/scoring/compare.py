@@ -14,7 +14,6 @@ from dpdmd_pipeline.metrics import distribution
 from dpdmd_pipeline.metrics.errors import MissingLibraryError, UnavailableError
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
-from dpdmd_pipeline.scoring.notes import note_fid, note_repeats, note_sizes, note_two_sizes
 from dpdmd_pipeline.scoring.preset import Preset
 from dpdmd_pipeline.scoring.scores import Row, Scores
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
@@ -46,13 +45,30 @@ def add_distribution(scores: Scores, job: Job) -> None:
             continue
         complete = {"low": None, "high": None, **figure, "preset": preset.protocol} | {"n": n | figure.get("n", {})}
         scores.figures[f"{preset.full_name}.{name}"] = complete
-        if name == "fid":
-            note_fid(scores, n)
-        if name == "precision":
-            compared = complete["n"]["compared"]
-            note_repeats(scores, preset, sum(distribution.count_repeats(side.sample(compared)[0]) for side in sides))
-    theirs, ours = (note_sizes(scores, done, where) for done, where in zip(rows, wheres, strict=True))
-    note_two_sizes(scores, ours, theirs)
+    _note_limits(scores, preset, sides, figures)
+    theirs, ours = (scores.note_sizes(done, where) for done, where in zip(rows, wheres, strict=True))
+    if ours and theirs and ours != theirs:
+        scores.note(f"most pictures are {ours}, the reference's {theirs}: resizing is part of the distance")
+
+
+def _note_limits(scores: Scores, preset: Preset, sides: Sequence[Side], figures: dict[str, Any]) -> None:
+    """Note what numbers of pictures do to FID, and copies around which no ball holds anything."""
+    if isinstance(figures.get("fid"), dict):
+        fewer, more = sorted(side.pictures for side in sides)
+        if fewer < distribution.LARGEST:
+            scores.note(f"FID of fewer than {distribution.LARGEST} pictures is too high: compare at equal numbers only")
+        if more > distribution.LARGEST:
+            scores.note(
+                f"FID of more than {distribution.LARGEST} pictures has no interval: memory does not hold all their "
+                "features"
+            )
+    if isinstance(figures.get("precision"), dict):
+        size = figures["precision"]["n"]["compared"]
+        if count := sum(distribution.count_repeats(side.sample(size)[0]) for side in sides):
+            scores.note(
+                f"{count} pictures have {distribution.NEIGHBOURS} or more exact copies on their side: "
+                f"{preset.full_name} finds nothing near them, so its figures are too low"
+            )
 
 
 def _features(scores: Scores, preset: Preset, rows: Iterator[Row], where: str, done: list[Row]) -> Iterator[Tensor]:

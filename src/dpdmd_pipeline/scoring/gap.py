@@ -8,6 +8,7 @@ import torch
 
 from dpdmd_pipeline.metrics.summary import gap_figure
 from dpdmd_pipeline.scoring.scores import Scores
+from dpdmd_pipeline.wording import grouped
 
 _ANY_NUMBER = ("one_minus_cosine", "mean_distance")  # means over pairs; the others depend on the number of pictures
 
@@ -35,18 +36,15 @@ def gaps_recovered(teacher: Scores, dmd: Scores, ours: Scores, seed: int) -> dic
 
 def gap_notes(teacher: Scores, dmd: Scores, ours: Scores) -> list[str]:
     """Notes on gaps without some or all prompts, one line per reason."""
-    reasons: dict[str, list[str]] = {}
+    reasons = []
     for name in _diversity_of(ours):
         prompts, uneven = _compared(name, teacher, dmd, ours)
         if uneven:
-            reason = (
-                f"the gap leaves out {uneven} of {len(prompts) + uneven} prompts, whose numbers of usable pictures "
-                "differ between the three models"
-            )
-            reasons.setdefault(reason, []).append(name)
+            of = f"{uneven} of {len(prompts) + uneven} prompts, whose numbers of usable pictures"
+            reasons.append((f"the gap leaves out {of} differ between the three models", name))
         elif not prompts:
-            reasons.setdefault("no gap: no prompt was measured in all three", []).append(name)
-    return [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+            reasons.append(("no gap: no prompt was measured in all three", name))
+    return [f"{', '.join(names)}: {reason}" for reason, names in grouped(reasons).items()]
 
 
 def _diversity_of(scores: Scores) -> list[str]:

@@ -4,18 +4,16 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from dpdmd_pipeline.wording import grouped
+
 MODELS = ("teacher", "dmd", "dp_dmd")
 
 
 def cache_rows(images: Any) -> dict[tuple[int, int], list[int]]:
     """Rows of the cache by (model number, prompt row), in drawing order."""
-    rows: dict[tuple[int, int], list[int]] = {}
-    row = 0
-    for shard in images.shards():
-        for key in zip(shard["model"].tolist(), shard["prompt"].tolist(), strict=True):
-            rows.setdefault(key, []).append(row)
-            row += 1
-    return rows
+    shards = images.shards()
+    keys = (key for shard in shards for key in zip(shard["model"].tolist(), shard["prompt"].tolist(), strict=True))
+    return grouped((key, row) for row, key in enumerate(keys))
 
 
 def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
@@ -59,9 +57,9 @@ def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
     for line in rows:
         tiles = [pad(_shrink(image, tile), (0, 1, 0, 1), value=255) for image in _read(images, line)]
         lines.append(torch.cat(tiles, dim=2))
-    sheet = torch.cat(lines, dim=1).permute(1, 2, 0).numpy()
-    scale = max(1, 640 // sheet.shape[1])
-    return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
+    sheet = Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy())
+    scale = max(1, 640 // sheet.width)
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
 
 def _shrink(image: Any, largest_side: int) -> Any:

@@ -86,7 +86,7 @@ def _cell(metric: Metric, figure: Mapping[str, Any] | None) -> tuple[str, str]:
 
 
 def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
-    """Share and interval, `96 %` and `94 to 98`; a dash if chance explains DMD's loss, empty for metrics without a gap."""
+    """Share and interval, `96 %` and `94 to 98`; a dash if chance explains DMD's loss, empty without a gap."""
     return (DASH, "") if gap is not None and gap["low"] is None else _cell(GAP, gap)
 
 
