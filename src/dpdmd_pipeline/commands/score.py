@@ -151,11 +151,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{len(options.images)} folders given: score one at a time (--teacher, --baseline compare)")
     if bool(options.teacher) != bool(options.baseline):
         raise ValueError("the gap recovered needs both --teacher and --baseline")
-    for name, least in (("processes", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
-    if options.seed >= 2**63:
-        raise ValueError(f"--seed {options.seed} must be below 2^63")
+    for name, least, most in (("processes", 1, 1024), ("batch_size", 1, 2**16), ("seed", 0, 2**63 - 1)):
+        if not least <= getattr(options, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {least} to {most}")
     if options.duplicates_above is not None and not -1 <= options.duplicates_above <= 1:
         raise ValueError(f"--duplicates-above {options.duplicates_above} must be a cosine, -1 to 1")
 

@@ -6,6 +6,7 @@ Each takes the text of a prompt and its n pictures and returns one number per pi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,16 @@ if TYPE_CHECKING:
 _PICK_TOKENS = 77  # CLIP's limit, start and end tokens included
 
 
+@dataclass
 class OpenClipScore:
-    """Cosine of picture and prompt in an open_clip model, times a factor.
+    """Cosine of picture and prompt in an open_clip model, times a factor."""
 
-    Args:
-        model, tokenizer: from open_clip.
-        embed: the model's image side; metrics of diversity may share its features.
-        factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
-        floor: lower bound, 0 for the CLIP score (arXiv:2104.08718).
-    """
-
-    def __init__(
-        self, model: nn.Module, embed: Embedder, tokenizer: Any, factor: float, floor: float | None, passes: Passes
-    ) -> None:
-        self.model, self.embed, self.tokenizer = model.to(passes.device), embed, tokenizer
-        self.factor, self.floor, self.passes = factor, floor, passes
+    model: nn.Module  # from open_clip, on the device of its image side
+    embed: Embedder  # the model's image side; metrics of diversity may share its features
+    tokenizer: Any
+    factor: float  # 100 for the CLIP score of torchmetrics, 1 for HPSv2
+    floor: float | None  # lower bound, 0 for the CLIP score (arXiv:2104.08718)
+    passes: Passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
         unknown = unknown_words(self.tokenizer, text)

@@ -34,11 +34,11 @@ def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[in
 
 def warn_about_missing_weights(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
     """Warn about metrics without weights; needs no pictures, so there is time to fetch the weights."""
-    from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, missing_weights, requested_presets
+    from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
 
     settings = make_settings(metric_weights, shapes_clip, options)
-    for reason in missing_weights(requested_presets(options), settings).values():
-        log.warning("%s", reason)
+    for lack in filter(None, (preset.lack(settings) for preset in requested_presets(options))):
+        log.warning("%s", lack)
 
 
 def score_images(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from dpdmd_pipeline.wording import grouped
@@ -49,26 +50,15 @@ def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
         rows: cache rows of each line of the grid.
         tile: largest side of a picture in pixels; larger pictures are scaled down.
     """
-    import torch
     from PIL import Image
-    from torch.nn.functional import pad
 
-    lines = []
-    for line in rows:
-        tiles = [pad(_shrink(image, tile), (0, 1, 0, 1), value=255) for image in _read(images, line)]
-        lines.append(torch.cat(tiles, dim=2))
-    sheet = Image.fromarray(torch.cat(lines, dim=1).permute(1, 2, 0).numpy())
+    lines = [[*pictures_by_seed(images, line).values()] for line in rows]
+    for picture in chain.from_iterable(lines):
+        picture.thumbnail((tile, tile), Image.Resampling.BOX)
+    width, height = lines[0][0].width + 1, lines[0][0].height + 1
+    sheet = Image.new("RGB", (width * len(lines[0]), height * len(lines)), "white")
+    for row, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            sheet.paste(picture, (width * column, height * row))
     scale = max(1, 640 // sheet.width)
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
-
-def _shrink(image: Any, largest_side: int) -> Any:
-    """Scale a picture, uint8 [3, H, W], down to a largest side; smaller pictures stay as they are."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    side = max(image.shape[1:])
-    if side <= largest_side:
-        return image
-    size = [max(1, round(length * largest_side / side)) for length in image.shape[1:]]
-    return interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)

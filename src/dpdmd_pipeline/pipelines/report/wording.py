@@ -130,16 +130,14 @@ def make_verdict(metrics: dict[str, Any]) -> str:
 
 
 def _diversity_clause(metrics: dict[str, Any]) -> str:
-    if all("effective_modes" in metrics[model]["diversity"] for model in MODELS):
-        measured = [metrics[model]["diversity"]["effective_modes"] for model in MODELS]
-        gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]["value"]
-        return _compare_diversity(measured, gap, "effective modes per prompt", METRICS["effective_modes"])
-    name = _headline(metrics, ("diversity.",))
+    ours = metrics["dp_dmd"]
+    name, figures = _headline(metrics, ("effective_modes", "diversity."))
     if name is None:
         return "No diversity metric was measured for all three models, so there is no result on diversity"
-    measured = [metrics[model]["figures"][name] for model in MODELS]
-    gap = metrics["dp_dmd"]["gaps"].get(name, {}).get("value")
-    return _compare_diversity(measured, gap, f"by {name}", FIGURE)
+    gap = (ours["gap_recovered"] | ours["gaps"]).get(name, {}).get("value")
+    is_exact = name in METRICS
+    words = f"{metric_named(name).title} per prompt" if is_exact else f"by {name}"
+    return _compare_diversity(figures, gap, words, METRICS[name] if is_exact else FIGURE)
 
 
 def _compare_diversity(measured: Sequence[Mapping[str, Any]], gap: float | None, name: str, metric: Metric) -> str:
@@ -166,14 +164,12 @@ _SCORED = ("score at least as high as", "score slightly lower than", "score lowe
 
 
 def _quality_clause(metrics: dict[str, Any]) -> str:
-    if all("valid" in metrics[model]["quality"] for model in ("dmd", "dp_dmd")):
-        dmd, ours = (metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd"))
-        verbs, source, metric = _VALID, "", METRICS["valid"]
-    elif name := _headline(metrics, ("quality.", "preference.", "alignment.")):
-        dmd, ours = (metrics[model]["figures"][name] for model in ("dmd", "dp_dmd"))
-        verbs, source, metric = _SCORED, f" by {name}", FIGURE
-    else:
+    name, figures = _headline(metrics, ("valid", "quality.", "preference.", "alignment."))
+    if name is None:
         return "; their quality was not measured"
+    is_exact = name in METRICS
+    verbs, source, metric = (_VALID, "", METRICS[name]) if is_exact else (_SCORED, f" by {name}", FIGURE)
+    _, dmd, ours = figures
     numbers = f"{metric.text(ours['value'])} against {metric.text(dmd['value'])}{source}"
     if ours["value"] >= dmd["value"]:
         return f"; DP-DMD's pictures {verbs[0]} DMD's, {numbers}"
@@ -182,13 +178,17 @@ def _quality_clause(metrics: dict[str, Any]) -> str:
     return f", but DP-DMD's pictures {verbs[2]} DMD's, {numbers}"
 
 
-def _headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> str | None:
-    """First figure with one of these prefixes that was measured for all models."""
-    figures = {model: metrics[model]["figures"].items() for model in MODELS}
-    measured = {
-        model: [name for name, figure in items if figure["value"] is not None] for model, items in figures.items()
+def _headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> tuple[str | None, list[Mapping[str, Any]]]:
+    """Name and figures by model of the first figure with one of these prefixes that was measured for all models."""
+    figures = {
+        model: metrics[model]["quality"] | metrics[model]["diversity"] | metrics[model]["figures"] for model in MODELS
     }
-    return first_common(measured, prefixes)
+    measured = {
+        model: [name for name, figure in of_model.items() if figure["value"] is not None]
+        for model, of_model in figures.items()
+    }
+    name = first_common(measured, prefixes)
+    return name, [of_model[name] for of_model in figures.values()] if name else []
 
 
 def first_common(names: Mapping[str, Collection[str]], prefixes: Sequence[str]) -> str | None:
