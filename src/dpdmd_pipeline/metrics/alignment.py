@@ -43,10 +43,10 @@ class OpenClipScore:
                 f"the network's tokenizer does not know some words of prompt {text!r} ({', '.join(unknown)}): "
                 "use it for prompts of its own world only"
             )
-        direction = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(
-            lambda rows: F.normalize(rows.to(direction.device), dim=-1) @ direction, self.embed(images)
-        )
+        device = self.passes.device
+        tokens = self.tokenizer([text]).to(device)
+        direction = self.passes.run(lambda _: self.model.encode_text(tokens, normalize=True), [text])[0].to(device)
+        cosine = self.passes.run(lambda rows: F.normalize(rows.to(device), dim=-1) @ direction, self.embed(images))
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
@@ -55,9 +55,6 @@ class OpenClipScore:
         tokens, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
         # A cut text ends with the end token in both rows, one token later in the longer one.
         return None if torch.equal(tokens, longer[:limit]) else limit
-
-    def _embed_text(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:

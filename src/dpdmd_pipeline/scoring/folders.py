@@ -165,8 +165,10 @@ def _texts(prompts: Path | None) -> _TextOf:
 
     def look_up(name: str, can_be_text: bool) -> tuple[str, str]:
         if name not in texts:
-            ids = _described(list(texts))
-            raise ValueError(f"id {name!r} is not in {prompts}, which has {ids}: use the same ids in both")
+            ids, last = list(texts), len(texts) - 1
+            is_range = ids and ids == [str(number) for number in range(last + 1)]
+            shown = f"0 to {last}" if is_range else listed(ids, _FEW) or "none"
+            raise ValueError(f"id {name!r} is not in {prompts}, which has {shown}: use the same ids in both")
         return texts[name], ""
 
     return look_up
@@ -177,12 +179,6 @@ def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
     if refused_character(name):  # no tokenizer reads it
         return name, _NAME_IS_NO_TEXT
     return name, "" if can_be_text else _NAME_IS_AN_ID
-
-
-def _described(ids: list[str]) -> str:
-    if ids and ids == [str(number) for number in range(len(ids))]:
-        return f"0 to {len(ids) - 1}"
-    return listed(ids, _FEW) or "none"
 
 
 # ---- sets of each layout

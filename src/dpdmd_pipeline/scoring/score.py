@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -60,24 +60,18 @@ def score(
     with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
             add = add_distribution if preset.axis == "distribution" else _add_metric
-            with _failure_as_missing(scores, preset):
+            try:
                 add(scores, Job(preset, measuring(preset, settings, shared), sets, settings, reference))
                 if preset.weights:
                     scores.weights[preset.full_name] = preset.digests(settings)
+            except BrokenProcessPool as error:
+                cause = f"a process was killed at {preset.full_name}, perhaps for memory"
+                raise OSError(f"{cause}: use fewer processes") from error
+            except (OSError, ValueError, ImportError, RuntimeError) as error:  # go on with the other metrics
+                if isinstance(error, RuntimeError):  # from torch, or a bug of this project
+                    log.warning("%s has failed", preset.full_name, exc_info=True)
+                scores.missing[preset.full_name] = one_line(error).removeprefix(f"{preset.full_name} ")
     return scores
-
-
-@contextmanager
-def _failure_as_missing(scores: Scores, preset: Preset) -> Iterator[None]:
-    """Record the failure of one metric as the reason why it is missing, and go on with the others."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise OSError(f"a process was killed at {preset.full_name}, perhaps for memory: use fewer processes") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):  # from torch, or a bug of this project
-            log.warning("%s has failed", preset.full_name, exc_info=True)
-        scores.missing[preset.full_name] = one_line(error).removeprefix(f"{preset.full_name} ")
 
 
 def _add_metric(scores: Scores, job: Job) -> None:
@@ -101,7 +95,9 @@ def _add_metric(scores: Scores, job: Job) -> None:
             values[key]["duplicate_rate"] = duplicate_rate(similarities, threshold)
     names = dict.fromkeys(name for numbers in values.values() for name in numbers)
     if not names:
-        raise UnavailableError(_why_no_number(job))
+        if job.preset.needs_text and all(one.no_text for one in job.sets):
+            raise UnavailableError("no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder")
+        raise UnavailableError("no prompt could be measured: check the faults of the pictures")
     pictures = sum(row.pictures for row in rows)
     for name in names:
         full_name = f"{job.preset.full_name}.{name}"
@@ -132,12 +128,6 @@ def _note_limits(scores: Scores, job: Job, rows: Sequence[Row], threshold: float
             source, origin = "reference", "the 99th percentile of the reference's own"
         scores.figures[f"{name}.duplicate_rate"] |= {"threshold": threshold, "threshold_from": source}
         scores.note(f"near-duplicates of {name} have a cosine of at least {threshold:.7g}, {origin}")
-
-
-def _why_no_number(job: Job) -> str:
-    if job.preset.needs_text and all(one.no_text for one in job.sets):
-        return "no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder"
-    return "no prompt could be measured: check the faults of the pictures"
 
 
 def _duplicates_above(scores: Scores, job: Job, rows: Sequence[Row]) -> float | None:

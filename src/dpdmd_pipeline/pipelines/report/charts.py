@@ -67,16 +67,12 @@ def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list
     """One panel per free attribute: for each value the share of each model's correct pictures."""
     panels = []
     for name, words in next(iter(attributes.values()), {}).items():
-        shares = {model: _shares(counts[name]) for model, counts in attributes.items()}
+        counts = {model: list(of_model[name].values()) for model, of_model in attributes.items()}
+        # 0 for a model without a correct picture
+        shares = {model: [count / (sum(row) or 1) for count in row] for model, row in counts.items()}
         largest = max(map(max, shares.values())) or 1
         panels.append({"title": name, "words": list(words), "shares": shares, "largest": largest})
     return panels
-
-
-def _shares(counts: Mapping[str, int]) -> list[float]:
-    """Share of each value; 0 for a model without a correct picture."""
-    total = sum(counts.values()) or 1
-    return [count / total for count in counts.values()]
 
 
 # ---- curves of the training

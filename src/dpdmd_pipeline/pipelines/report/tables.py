@@ -31,14 +31,16 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_version(metrics: dict[str, Any]) -> None:
-    missing = [
-        f"rank_correlation of {name} within a model"
-        for name, figure in metrics["rank_correlation"].items()
-        if "within" not in figure
-    ]
     gaps = metrics["dp_dmd"]["gap_recovered"]
-    missing += [f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)]
-    missing += [f"notes of {model}" for model in MODELS if "notes" not in metrics[model]]
+    missing = [
+        *(
+            f"rank_correlation of {k} within a model"
+            for k, v in metrics["rank_correlation"].items()
+            if "within" not in v
+        ),
+        *(f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)),
+        *(f"notes of {model}" for model in MODELS if "notes" not in metrics[model]),
+    ]
     if missing:
         raise StageError(
             f"an older version of this package wrote the metrics ({missing[0]} is missing); evaluating again "

@@ -18,11 +18,6 @@ class Metric:
     percent: bool = False
     unit: str = ""
 
-    @property
-    def heading(self) -> str:
-        """Title with the unit: `entropy, bits`."""
-        return f"{self.title}, {self.unit}" if self.unit else self.title
-
     def number(self, value: float) -> str:
         """`93.1 %`, `4.21`."""
         if self.digits is None:
