@@ -1,7 +1,7 @@
 """Errors, counts, lists and differences as text, and the characters that texts of strangers may have."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
@@ -58,6 +58,14 @@ def unused(state: str, size: int, changes: Sequence[str], otherwise: str = "code
         changes: differences from this run; if there are none, `otherwise` differs.
     """
     return f"work begins anew: {state} ({size / 2**20:.1f} MiB) differs in {listed(changes, 3, '; ') or otherwise}"
+
+
+def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:
+    """Values by key, both in the order of the pairs."""
+    groups: dict[Any, list[Any]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def validation_faults(error: Any) -> str:

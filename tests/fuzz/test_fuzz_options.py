@@ -100,7 +100,7 @@ def test_a_known_fault_of_options_is_still_open(damage):
         check(SHOWING[damage], value)
 
 
-def test_values_of_options_are_refused_or_within_bounds(pipelines):
+def test_values_of_options_are_refused_or_within_bounds():
     @seeded(40)
     @given(st.sampled_from(OPTIONS), st.sampled_from(VALUES))
     def run(option, value):

@@ -193,8 +193,11 @@ def test_only_metrics_that_read_the_text_leave_out_prompts_without_one(settings,
 
 def test_prompts_that_the_encoder_cuts_are_counted_in_a_note(settings):
     def build(settings):
-        cut_at = lambda text: 77 if "1" in text else None  # noqa: E731
-        return PictureScores(lambda text, images: Corners()(images).mean(1), cut_at)
+        def score(text, images):
+            return Corners()(images).mean(1)
+
+        score.cut_at = lambda text: 77 if "1" in text else None
+        return PictureScores(score)
 
     scores = score(make_sets(12, 2, seed=0), [Preset("alignment", "cut", "", build)], settings)
     assert any(all(part in note for part in ("3 of 12", "77", "alignment.cut")) for note in scores.notes)

@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dpdmd_pipeline.backbones.options import resolve_device
 from dpdmd_pipeline.commands.output import flush, refuse_unwritable, say
 from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.metrics.passes import Passes
 from dpdmd_pipeline.publishing import write_text
 from dpdmd_pipeline.scoring.folders import FolderContents, UnnamedError, about_names, about_strays, find_pictures
-from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
+from dpdmd_pipeline.scoring.gap import gaps_recovered
 from dpdmd_pipeline.scoring.human import as_text, load_results, summarise
 from dpdmd_pipeline.scoring.preset import AXES, Preset, Settings
 from dpdmd_pipeline.scoring.presets import LEFT_OUT, PRESETS, choose
@@ -117,15 +116,11 @@ def main(arguments: list[str]) -> None:
     if "human" not in metrics:
         _score_pictures(options)
     elif metrics == ["human"]:
-        _score_people(options)
+        summary = summarise(load_results(options.images), options.seed)
+        say(as_text(summary))
+        _write(options.json, summary)
     else:
         raise ValueError("--by human reads results of a page, the other metrics read pictures: use --by human alone")
-
-
-def _score_people(options: argparse.Namespace) -> None:
-    summary = summarise(load_results(options.images), options.seed)
-    say(as_text(summary))
-    _write(options.json, summary)
 
 
 def _score_pictures(options: argparse.Namespace) -> None:
@@ -155,11 +150,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{len(options.images)} folders given: score one at a time (--teacher, --baseline compare)")
     if bool(options.teacher) != bool(options.baseline):
         raise ValueError("the gap recovered needs both --teacher and --baseline")
-    for name, least in (("processes", 1), ("batch_size", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least {least}")
-    if options.seed >= 2**63:
-        raise ValueError(f"--seed {options.seed} must be below 2^63")
+    for name, least, most in (("processes", 1, 1024), ("batch_size", 1, 2**16), ("seed", 0, 2**63 - 1)):
+        if not least <= getattr(options, name) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {least} to {most}")
     if options.duplicates_above is not None and not -1 <= options.duplicates_above <= 1:
         raise ValueError(f"--duplicates-above {options.duplicates_above} must be a cosine, -1 to 1")
 
@@ -200,12 +193,8 @@ def _reference(options: argparse.Namespace, contents: Mapping[str, FolderContent
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    has_gpu = torch.cuda.is_available()
-    if options.device == "cuda" and not has_gpu:
-        raise ValueError("--device cuda: PyTorch sees no GPU here: use cpu")
-    device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
     parts = read_parts(options.geneval) if options.geneval else {}
-    passes = Passes(device, options.batch_size)
+    passes = Passes(resolve_device(options.device).type, options.batch_size)
     weights = options.weights or _in_project(DEFAULT_WEIGHTS)
     has_clip = (weights / CLIP_SHAPES.folder).is_dir()
     elsewhere = {} if has_clip else {CLIP_SHAPES.folder: _in_project(SHIPPED_CLIP)}
@@ -238,7 +227,7 @@ def _results(scored: Mapping[str, Scores], seed: int) -> tuple[dict[str, Any], s
         texts.append(f"{name}: {as_table(scored[name], already_named=scored[first].missing)}")
     if others:
         models = [scored[name] for name in (*others, first)]
-        record["gap_recovered"], record["gap_notes"] = gaps_recovered(*models, seed), gap_notes(*models)
+        record["gap_recovered"], record["gap_notes"] = gaps_recovered(*models, seed)
         texts.append(as_gap_table(record["gap_recovered"], record["gap_notes"]))
     return record, "\n\n".join(texts)
 

@@ -6,6 +6,7 @@ Each takes the text of a prompt and its n pictures and returns one number per pi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,16 @@ if TYPE_CHECKING:
 _PICK_TOKENS = 77  # CLIP's limit, start and end tokens included
 
 
+@dataclass
 class OpenClipScore:
-    """Cosine of picture and prompt in an open_clip model, times a factor.
+    """Cosine of picture and prompt in an open_clip model, times a factor."""
 
-    Args:
-        model, tokenizer: from open_clip.
-        embed: the model's image side; metrics of diversity may share its features.
-        factor: 100 for the CLIP score of torchmetrics, 1 for HPSv2.
-        floor: lower bound, 0 for the CLIP score (arXiv:2104.08718).
-    """
-
-    def __init__(
-        self, model: nn.Module, embed: Embedder, tokenizer: Any, factor: float, floor: float | None, passes: Passes
-    ) -> None:
-        self.model, self.embed, self.tokenizer = model.to(passes.device), embed, tokenizer
-        self.factor, self.floor, self.passes = factor, floor, passes
+    model: nn.Module  # from open_clip, on the device of its image side
+    embed: Embedder  # the model's image side; metrics of diversity may share its features
+    tokenizer: Any
+    factor: float  # 100 for the CLIP score of torchmetrics, 1 for HPSv2
+    floor: float | None  # lower bound, 0 for the CLIP score (arXiv:2104.08718)
+    passes: Passes
 
     def __call__(self, text: str, images: Sequence[Image]) -> Tensor:
         unknown = unknown_words(self.tokenizer, text)
@@ -47,10 +43,10 @@ class OpenClipScore:
                 f"the network's tokenizer does not know some words of prompt {text!r} ({', '.join(unknown)}): "
                 "use it for prompts of its own world only"
             )
-        direction = self.passes.run(self._embed_text, [text])[0].to(self.passes.device)
-        cosine = self.passes.run(
-            lambda rows: F.normalize(rows.to(direction.device), dim=-1) @ direction, self.embed(images)
-        )
+        device = self.passes.device
+        tokens = self.tokenizer([text]).to(device)
+        direction = self.passes.run(lambda _: self.model.encode_text(tokens, normalize=True), [text])[0].to(device)
+        cosine = self.passes.run(lambda rows: F.normalize(rows.to(device), dim=-1) @ direction, self.embed(images))
         return self.factor * (cosine if self.floor is None else cosine.clamp(min=self.floor))
 
     def cut_at(self, text: str) -> int | None:
@@ -59,9 +55,6 @@ class OpenClipScore:
         tokens, longer = (self.tokenizer([text], context_length=size)[0] for size in (limit, limit + 1))
         # A cut text ends with the end token in both rows, one token later in the longer one.
         return None if torch.equal(tokens, longer[:limit]) else limit
-
-    def _embed_text(self, texts: Sequence[str]) -> Tensor:
-        return self.model.encode_text(self.tokenizer(list(texts)).to(self.passes.device), normalize=True)
 
 
 def unknown_words(tokenizer: Any, text: str) -> list[str]:

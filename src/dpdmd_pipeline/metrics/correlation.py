@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.metrics.summary import percentiles, resamples
+from dpdmd_pipeline.metrics.summary import resamples, with_percentiles
 
 _EXACT = "diversity.shapes.effective_modes"
 
@@ -51,17 +51,14 @@ def correlation_figure(
         value, low, high: all None where nothing is ranked; no interval where 1 resample in 40 has nothing to rank.
     """
     value = correlate(one, two).item()
-    figure: dict[str, float | None] = {"value": None if value != value else value, "low": None, "high": None}
-    if figure["value"] is None or one.shape[1] < 2:
-        return figure
+    if value != value or one.shape[1] < 2:
+        return with_percentiles(None if value != value else value, None)
     chunks = []
     for index in resamples(one.shape[1], seed):  # [models, resamples, prompts] to [resamples, models, prompts]
         chunks.append(correlate(one[:, index].transpose(0, 1), two[:, index].transpose(0, 1)))
     resampled = torch.cat(chunks)
     ranked = resampled[~resampled.isnan()]
-    if len(ranked) > 0.975 * len(resampled):
-        figure |= percentiles(ranked)
-    return figure
+    return with_percentiles(value, ranked if len(ranked) > 0.975 * len(resampled) else None)
 
 
 def rank_correlations(tables: Sequence[Mapping[str, Mapping[str, float]]], seed: int) -> dict[str, dict[str, Any]]:

@@ -62,7 +62,16 @@ def create_open_clip(name: str, **options: Any) -> tuple[nn.Module, Any]:
     return model.requires_grad_(False).eval(), preprocess
 
 
-class TransformersVision:
+class _Network:
+    """A network that embeds pictures, as many at once as `passes` allows."""
+
+    passes: Passes
+
+    def __call__(self, images: Sequence[Image]) -> Tensor:
+        return self.passes.run(self._embed, images)
+
+
+class TransformersVision(_Network):
     """A vision model of transformers behind its own image processor.
 
     Args:
@@ -80,9 +89,6 @@ class TransformersVision:
         self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.tokens, self.passes = tokens, passes
 
-    def __call__(self, images: Sequence[Image]) -> Tensor:
-        return self.passes.run(self._embed, images)
-
     def _embed(self, images: Sequence[Image]) -> Tensor:
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.passes.device)
         output = self.model(pixel_values=pixels)
@@ -96,7 +102,7 @@ class TransformersVision:
         return patches.flatten(1) / patches.shape[1] ** 0.5
 
 
-class OpenClipVision:
+class OpenClipVision(_Network):
     """Projected image embeddings of an open_clip model, before normalisation.
 
     Args:
@@ -113,9 +119,6 @@ class OpenClipVision:
         model, preprocess, _ = load_open_clip(folder)
         return cls(model, preprocess, passes, side)
 
-    def __call__(self, images: Sequence[Image]) -> Tensor:
-        return self.passes.run(self._embed, images)
-
     def _embed(self, images: Sequence[Image]) -> Tensor:
         for width, height in (image.size for image in images):
             if self.side is not None and (width, height) != (self.side, self.side):
@@ -125,7 +128,7 @@ class OpenClipVision:
         return self.model.encode_image(torch.stack([self.preprocess(image) for image in images]).to(self.passes.device))
 
 
-class Inception:
+class Inception(_Network):
     """The 2048 features of FID's Inception network, resized as in its first code (bilinear, no antialias)."""
 
     def __init__(self, file: Path, passes: Passes) -> None:
@@ -136,9 +139,6 @@ class Inception:
         except ModuleNotFoundError as error:
             raise not_installed("torch-fidelity") from error
         self.network, self.passes = network.to(passes.device), passes
-
-    def __call__(self, images: Sequence[Image]) -> Tensor:
-        return self.passes.run(self._embed, images)
 
     def _embed(self, images: Sequence[Image]) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor

@@ -6,10 +6,12 @@ import hashlib
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpdmd_pipeline.metrics.embedders import Embedder
@@ -34,17 +36,15 @@ class CachedFeatures:
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
         path = self.folder / f"{_cache_key(self.network, images)}.safetensors"
-        features = _load(path)
-        if features is None:
-            features = self.embed(images)
-            if self._can_store:
-                self._store(path, features)
+        with suppress(OSError, SafetensorError, KeyError):  # it may be missing or incomplete
+            return load_file(path)["features"]
+        features = self.embed(images)
+        if self._can_store:
+            self._store(path, features)
         return features
 
     def _store(self, path: Path, features: Tensor) -> None:
         """Write the file atomically, also if another process writes the same pictures."""
-        from safetensors.torch import save_file
-
         own = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,3 @@ def _cache_key(network: str, images: Sequence[Image]) -> str:
         digest.update(f"\0{image.mode}{image.size}\0".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()
-
-
-def _load(path: Path) -> Tensor | None:
-    """Stored features; None if the file is missing or incomplete."""
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)["features"]
-    except (OSError, SafetensorError, KeyError):
-        return None

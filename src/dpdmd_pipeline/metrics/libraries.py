@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
@@ -15,16 +15,10 @@ from dpdmd_pipeline.metrics.errors import UnavailableError, not_installed
 LIBRARIES = ("open_clip_torch", "pillow", "timm", "torch", "torchmetrics", "torchvision", "transformers")
 
 
-def versions() -> dict[str, str]:
-    """Version of each library; empty if it is not installed, since some are extras."""
-    return {name: _version(name) for name in LIBRARIES}
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return ""
+def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
+    """Version of each library; empty if it is not installed, or without metadata."""
+    installed = {name: next(iter(distributions(name=name)), None) for name in libraries}
+    return {name: package.version if package else "" for name, package in installed.items()}
 
 
 def from_torchmetrics(module: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -41,13 +42,12 @@ class Measure(Protocol):
     def __call__(self, text: str, images: Sequence[Image]) -> Measured: ...
 
 
+@dataclass
 class SetDiversity(Measure):
     """1 - mean cosine, Vendi score and nearest similarities in the space of one embedder."""
 
+    embed: Embedder
     least = 2
-
-    def __init__(self, embed: Embedder) -> None:
-        self.embed = embed
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         features, unusable = _usable(self.embed(images))
@@ -57,13 +57,12 @@ class SetDiversity(Measure):
         return Measured(values, nearest_similarity(features), unusable=unusable)
 
 
+@dataclass
 class PairDiversity(Measure):
     """Mean of the n (n - 1) / 2 `distances` between n pictures, in the order (1, 0), (2, 0), (2, 1), ..."""
 
+    distances: Callable[[Sequence[Image]], Tensor]
     least = 2
-
-    def __init__(self, distances: Callable[[Sequence[Image]], Tensor]) -> None:
-        self.distances = distances
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         rows, columns = torch.tril_indices(len(images), len(images), offset=-1)
@@ -82,18 +81,13 @@ class PictureScores(Measure):
     """Mean over a prompt's pictures of one score each.
 
     Args:
-        score: function from a text and n pictures to [n].
-        cut_at: function from a text to the number of tokens read if it has more, else None.
+        score: function from a text and n pictures to [n]. Its method `cut_at`, if any, maps a text to the number of
+            tokens that it reads if the text has more, else to None.
         why: reason to report for a picture without a number.
     """
 
-    def __init__(
-        self,
-        score: Callable[[str, Sequence[Image]], Tensor],
-        cut_at: Callable[[str], int | None] = lambda text: None,
-        why: str = NO_NUMBER,
-    ) -> None:
-        self.score, self.cut_at, self.why = score, cut_at, why
+    def __init__(self, score: Callable[[str, Sequence[Image]], Tensor], why: str = NO_NUMBER) -> None:
+        self.score, self.cut_at, self.why = score, getattr(score, "cut_at", lambda text: None), why
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         scores = self.score(text, images).double()
@@ -102,11 +96,11 @@ class PictureScores(Measure):
         return Measured(values, unusable=_false_indices(finite), why=self.why, cut_at=self.cut_at(text))
 
 
+@dataclass
 class PartScores(Measure):
     """Answers about the parts of a prompt: mean, geometric mean, and share of pictures with all parts right."""
 
-    def __init__(self, score: Callable[[str, Sequence[Image]], Tensor]) -> None:
-        self.score = score
+    score: Callable[[str, Sequence[Image]], Tensor]
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         right, unusable = _usable(self.score(text, images))
@@ -121,24 +115,24 @@ class PartScores(Measure):
         return Measured(values, unusable=unusable)
 
 
+@dataclass
 class SetFeatures(Measure):
     """The features themselves, to compare two distributions."""
 
+    embed: Embedder
     any_size = True  # FID is measured on real pictures
-
-    def __init__(self, embed: Embedder) -> None:
-        self.embed = embed
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         features, unusable = _usable(self.embed(images))
         return Measured({}, features=features, unusable=unusable)
 
 
+@dataclass
 class ShapesReader(Measure):
     """The exact reader of the embedded world, for pictures of its size and prompts of its words."""
 
-    def __init__(self, names: tuple[str, ...], least: int) -> None:
-        self.names, self.least = names, least
+    names: tuple[str, ...]
+    least: int
 
     def __call__(self, text: str, images: Sequence[Image]) -> Measured:
         from torchvision.transforms.functional import to_tensor

@@ -18,7 +18,7 @@ def interval(per_prompt: Tensor, seed: int) -> dict[str, float]:
     The bootstrap resamples prompts, not pictures: pictures of one prompt are not independent evidence.
     """
     values = per_prompt.double()
-    return {"value": values.mean().item(), **percentiles(_resampled_means(values[None], seed)[0])}
+    return with_percentiles(values.mean().item(), _resampled_means(values[None], seed)[0])
 
 
 def _resampled_means(rows: Tensor, seed: int) -> Tensor:
@@ -34,10 +34,12 @@ def resamples(count: int, seed: int) -> Iterator[Tensor]:
         yield torch.randint(count, (min(at_once, _RESAMPLES - start), count), generator=generator)
 
 
-def percentiles(resampled: Tensor) -> dict[str, float]:
-    """Ends of the 95 % interval of [resamples] values."""
+def with_percentiles(value: float | None, resampled: Tensor | None) -> dict[str, float | None]:
+    """A value with the ends of the 95 % interval of [resamples] values, which are None without them."""
+    if resampled is None:
+        return {"value": value, "low": None, "high": None}
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"low": low, "high": high}
+    return {"value": value, "low": low, "high": high}
 
 
 def figure(per_prompt: Tensor, pictures: int, preset: str, seed: int) -> dict[str, Any]:
@@ -53,11 +55,8 @@ def figure(per_prompt: Tensor, pictures: int, preset: str, seed: int) -> dict[st
     """
     measured = per_prompt[~per_prompt.isnan()]
     n = {"prompts": len(measured), "pictures": pictures, "prompts_not_measured": len(per_prompt) - len(measured)}
-    numbers: dict[str, float | None] = {"value": None, "low": None, "high": None}
-    if len(measured) == 1:
-        numbers["value"] = measured.double().item()
-    elif len(measured):
-        numbers |= interval(measured, seed)
+    value = measured.double().item() if len(measured) == 1 else None
+    numbers = interval(measured, seed) if len(measured) > 1 else with_percentiles(value, None)
     return numbers | {"n": n, "preset": preset}
 
 
@@ -75,11 +74,8 @@ def ratio_interval(marks: Tensor, owners: Tensor, seed: int) -> dict[str, float 
     rows = torch.zeros(2, len(prompts), dtype=torch.float64)
     rows[0].index_add_(0, number, marks.double())
     rows[1].index_add_(0, number, torch.ones_like(marks, dtype=torch.float64))
-    numbers: dict[str, float | None] = {"value": marks.double().mean().item(), "low": None, "high": None}
-    if len(prompts) > 1:
-        sums, counts = _resampled_means(rows, seed)
-        numbers |= percentiles(sums / counts)
-    return numbers
+    sums, counts = _resampled_means(rows, seed) if len(prompts) > 1 else (None, None)
+    return with_percentiles(marks.double().mean().item(), sums if sums is None else sums / counts)
 
 
 def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[str, float | None]:
@@ -93,14 +89,13 @@ def gap_figure(teacher: Tensor, dmd: Tensor, ours: Tensor, seed: int) -> dict[st
     """
     rows = torch.stack([teacher, dmd, ours]).double()
     value = gap_recovered(*rows.mean(1).tolist())
-    numbers: dict[str, float | None] = {"value": value, "low": None, "high": None}
-    if value is None or rows.shape[1] < 2:
-        return numbers
-    means = _resampled_means(rows, seed)
-    gaps = means[0] - means[1]
-    if (gaps <= 0).double().mean() < 0.025:
-        numbers |= percentiles(((means[2] - means[1]) / gaps)[gaps > 0])
-    return numbers
+    shares = None
+    if value is not None and rows.shape[1] > 1:
+        means = _resampled_means(rows, seed)
+        gaps = means[0] - means[1]
+        if (gaps <= 0).double().mean() < 0.025:
+            shares = ((means[2] - means[1]) / gaps)[gaps > 0]
+    return with_percentiles(value, shares)
 
 
 def gap_recovered(teacher: float, dmd: float, ours: float) -> float | None:

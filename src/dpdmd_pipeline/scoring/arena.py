@@ -49,24 +49,24 @@ def make_arena(a: Sequence[FileSet], b: Sequence[FileSet], names: tuple[str, str
         raise ValueError(
             f"prompt {min(unmatched)!r} is on one side only ({len(unmatched)} in total): compare the same prompts"
         )
-    for sets, name in zip((a, b), names, strict=True):
-        _refuse_unread(sets, name)
+    for one, name in [(one, name) for sets, name in zip((a, b), names, strict=True) for one in sets if one.unread]:
+        unread = listed([path.name for path in one.unread], _FEW)  # a missing one would shift all later pairs
+        raise ValueError(
+            f"prompt {one.id!r} in {name} has pictures in a format that is not read ({unread}): convert them to PNG"
+        )
     pictures = _Pictures(options.side)  # filled on the way
     questions = [question for one in a for question in _questions(one, others[one.id], names, options, pictures)]
-    pictures.refuse_unusable()
+    if pictures.faults:
+        faults = ", ".join(f"{file} ({fault})" for file, fault in pictures.faults.items())
+        # On both sides: pairs that order alone makes need equal numbers.
+        remedy = "draw them again, or delete them and the pictures of the same seeds in the other folder"
+        raise OSError(f"cannot show {counted(len(pictures.faults), 'picture')}: {faults}: {remedy}")
     page = {"format": FORMAT, "a": names[0], "b": names[1], "seed": options.seed, "questions": questions}
     identity = hashlib.sha256(json.dumps([page, sorted(pictures.uris)]).encode()).hexdigest()[:16]
-    return _render({"arena": identity, **page, "pictures": pictures.uris})
-
-
-def _refuse_unread(sets: Sequence[FileSet], name: str) -> None:
-    """Refuse formats that are not read: a missing picture would shift all later pairs that order alone makes."""
-    for one in sets:
-        if one.unread:
-            unread = listed([path.name for path in one.unread], _FEW)
-            raise ValueError(
-                f"prompt {one.id!r} in {name} has pictures in a format that is not read ({unread}): convert them to PNG"
-            )
+    template = (files("dpdmd_pipeline.scoring") / "arena.html").read_text(encoding="utf-8")
+    # "</script>" in a prompt must not end the script. JSON escapes bytes of file names that are not UTF-8.
+    data = json.dumps({"arena": identity, **page, "pictures": pictures.uris}).replace("<", "\\u003c")
+    return template.replace("/*PAGE*/null", data)
 
 
 def _questions(
@@ -142,21 +142,6 @@ class _Pictures:
         buffer = io.BytesIO()
         image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
         return buffer.getvalue(), "image/webp"
-
-    def refuse_unusable(self) -> None:
-        """Name all unusable pictures at once."""
-        if self.faults:
-            faults = ", ".join(f"{file} ({fault})" for file, fault in self.faults.items())
-            # On both sides: pairs that order alone makes need equal numbers.
-            remedy = "draw them again, or delete them and the pictures of the same seeds in the other folder"
-            raise OSError(f"cannot show {counted(len(self.faults), 'picture')}: {faults}: {remedy}")
-
-
-def _render(page: dict[str, Any]) -> str:
-    template = (files("dpdmd_pipeline.scoring") / "arena.html").read_text(encoding="utf-8")
-    # "</script>" in a prompt must not end the script. JSON escapes bytes of file names that are not UTF-8.
-    data = json.dumps(page).replace("<", "\\u003c")
-    return template.replace("/*PAGE*/null", data)
 
 
 class Paired(NamedTuple):

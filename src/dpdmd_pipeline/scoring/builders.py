@@ -44,18 +44,15 @@ def inception(settings: Settings, weights: Weights) -> Measure:
 
 def clip_score(settings: Settings, weights: Weights, side: int | None = None) -> Measure:
     share = partial(settings.shared, weights=weights, output=_PROJECTED)
-    score = alignment.clip_score(settings.folder_of(weights), settings.passes, side, share)
-    return measures.PictureScores(score, score.cut_at)
+    return measures.PictureScores(alignment.clip_score(settings.folder_of(weights), settings.passes, side, share))
 
 
 def pick_score(settings: Settings, weights: Weights) -> Measure:
-    score = alignment.PickScore(settings.folder_of(weights), settings.passes)
-    return measures.PictureScores(score, score.cut_at)
+    return measures.PictureScores(alignment.PickScore(settings.folder_of(weights), settings.passes))
 
 
 def hps(settings: Settings, weights: Weights) -> Measure:
-    score = alignment.hps_score("ViT-H-14", settings.file_of(weights), settings.passes)
-    return measures.PictureScores(score, score.cut_at)
+    return measures.PictureScores(alignment.hps_score("ViT-H-14", settings.file_of(weights), settings.passes))
 
 
 def vqa_score(settings: Settings, weights: Weights) -> Measure:

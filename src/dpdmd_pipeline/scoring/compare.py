@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ from dpdmd_pipeline.metrics import distribution
 from dpdmd_pipeline.metrics.errors import MissingLibraryError, UnavailableError
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.metrics.summary import ratio_interval
-from dpdmd_pipeline.scoring.notes import note_fid, note_repeats, note_sizes, note_two_sizes
 from dpdmd_pipeline.scoring.preset import Preset
 from dpdmd_pipeline.scoring.scores import Row, Scores
+from dpdmd_pipeline.scoring.sets import PictureSet
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,10 @@ def add_distribution(scores: Scores, job: Job) -> None:
     """Add the figures of a metric that compares two distributions: inception or dino_v2."""
     if job.reference is None:
         raise UnavailableError("it compares with other pictures: name them with --reference FOLDER")
-    preset, seed, compared = job.preset, job.settings.seed, (job.reference.sets, job.sets)
-    wheres = ("" if job.judges_the_reference else IN_THE_REFERENCE, "")
-    sides = [Side(sum(map(len, sets)), seed) for sets in compared]
-    rows: list[list[Row]] = [[], []]  # filled on the way, without features
-    streams = [
-        side.keep(_features(scores, preset, job.rows_of(sets), where, done))
-        for side, sets, where, done in zip(sides, compared, wheres, rows, strict=True)
-    ]
+    preset, seed = job.preset, job.settings.seed
+    where = "" if job.judges_the_reference else IN_THE_REFERENCE
+    sides = [Side(job.reference.sets, where, seed), Side(job.sets, "", seed)]
+    streams = [side.features_of(scores, job) for side in sides]
     compute = _inception_figures if preset.name == "inception" else _neighbour_figures
     figures = compute(sides, streams, seed)
     n = {"prompts": sides[1].prompts, "pictures": sides[1].pictures, "reference_pictures": sides[0].pictures}
@@ -46,56 +43,72 @@ def add_distribution(scores: Scores, job: Job) -> None:
             continue
         complete = {"low": None, "high": None, **figure, "preset": preset.protocol} | {"n": n | figure.get("n", {})}
         scores.figures[f"{preset.full_name}.{name}"] = complete
-        if name == "fid":
-            note_fid(scores, n)
-        if name == "precision":
-            compared = complete["n"]["compared"]
-            note_repeats(scores, preset, sum(distribution.count_repeats(side.sample(compared)[0]) for side in sides))
-    theirs, ours = (note_sizes(scores, done, where) for done, where in zip(rows, wheres, strict=True))
-    note_two_sizes(scores, ours, theirs)
+    _note_limits(scores, preset, sides, figures)
+    theirs, ours = (scores.note_sizes(side.rows, side.where) for side in sides)
+    if ours and theirs and ours != theirs:
+        scores.note(f"most pictures are {ours}, the reference's {theirs}: resizing is part of the distance")
 
 
-def _features(scores: Scores, preset: Preset, rows: Iterator[Row], where: str, done: list[Row]) -> Iterator[Tensor]:
-    """Yield the features of rows, add their faults, and append the rows without features to `done`."""
-    for row in rows:
-        scores.add_faults([row], preset, where)
-        features = row.measured.features
-        done.append(row._replace(measured=Measured({})))
-        yield torch.empty(0, 0) if features is None else features
+def _note_limits(scores: Scores, preset: Preset, sides: Sequence[Side], figures: dict[str, Any]) -> None:
+    """Note what numbers of pictures do to FID, and copies around which no ball holds anything."""
+    if isinstance(figures.get("fid"), dict):
+        fewer, more = sorted(side.pictures for side in sides)
+        if fewer < distribution.LARGEST:
+            scores.note(f"FID of fewer than {distribution.LARGEST} pictures is too high: compare at equal numbers only")
+        if more > distribution.LARGEST:
+            scores.note(
+                f"FID of more than {distribution.LARGEST} pictures has no interval: memory does not hold all their "
+                "features"
+            )
+    if isinstance(figures.get("precision"), dict):
+        size = figures["precision"]["n"]["compared"]
+        if count := sum(distribution.count_repeats(side.sample(size)[0]) for side in sides):
+            scores.note(
+                f"{count} pictures have {distribution.NEIGHBOURS} or more exact copies on their side: "
+                f"{preset.full_name} finds nothing near them, so its figures are too low"
+            )
 
 
 class Side:
     """One side of a comparison: it passes features on and stores a sample of them.
 
-    The sample depends only on positions among the `total` of pictures, usable or not, and on the seed.
+    The sample depends only on positions among all pictures, usable or not, and on the seed.
+
+    Args:
+        sets: sets of pictures.
+        where: their location, after a kind of fault.
     """
 
-    def __init__(self, total: int, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, sets: Sequence[PictureSet], where: str, seed: int) -> None:
+        self.sets, self.where, self.seed = sets, where, seed
+        total = sum(map(len, sets))
         order = torch.randperm(total, generator=self._generator())
         self.in_sample = torch.zeros(total, dtype=torch.bool)
         self.in_sample[order[: distribution.LARGEST]] = True
         self.pictures = self.prompts = 0
+        self.rows: list[Row] = []  # without features
         self.features: list[Tensor] = []
         self.owners: list[int] = []
 
-    def keep(self, stream: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Pass on the features [n, d] of one prompt after the other, in chunks of many rows."""
+    def features_of(self, scores: Scores, job: Job) -> Iterator[Tensor]:
+        """Measure the sets and pass on their features [n, d], in chunks of many rows; add the faults to the scores."""
         chunk: list[Tensor] = []
-        for number, features in enumerate(stream):
-            if len(features):
-                self._store(number, features)
-                chunk.append(features)
+        for row in job.rows_of(self.sets):
+            scores.add_faults([row], job.preset, self.where)
+            if row.measured.features is not None and len(row.measured.features):
+                self._store(row.measured.features)
+                chunk.append(row.measured.features)
+            self.rows.append(row._replace(measured=Measured({})))
             if sum(map(len, chunk)) >= _ROWS:
                 yield torch.cat(chunk)
                 chunk = []
         if chunk:
             yield torch.cat(chunk)
 
-    def _store(self, prompt: int, features: Tensor) -> None:
+    def _store(self, features: Tensor) -> None:
         in_sample = self.in_sample[self.pictures : self.pictures + len(features)]
         self.features.append(features[in_sample].clone())
-        self.owners += [prompt] * int(in_sample.sum())
+        self.owners += [len(self.rows)] * int(in_sample.sum())
         self.pictures += len(features)
         self.prompts += 1
 
@@ -158,8 +171,7 @@ def _with_interval(
 def _neighbour_figures(sides: Sequence[Side], streams: Sequence[Iterator[Tensor]], seed: int) -> dict[str, Any]:
     """Precision, recall, density and coverage, at equal numbers of pictures."""
     for stream in streams:
-        for _ in stream:  # fills the side
-            pass
+        deque(stream, maxlen=0)  # fills the side
     names = ("precision", "recall", "density", "coverage")
 
     size = min(sum(map(len, side.features)) for side in sides)

@@ -74,12 +74,14 @@ def _find(folder: Path, prompts: Path | None, any_name: bool) -> FolderContents:
         pictures += filter(_has_picture_name, folders)  # counted as unusable pictures
         return _find_flat(entries, pictures, text_of, any_name)
     if not filled:
-        raise OSError(
-            f"{folder} has no picture ({', '.join(sorted(_SUFFIXES))}) and no folder of them{_deeper(folders)}"
-        )
+        inner = [path for one in folders for path in _entries(one) if path.is_dir()]
+        deeper = [path for path in inner if any(map(_is_picture, _entries(path)))]
+        hint = f"; there are pictures in {deeper[0]}: give {deeper[0].parent}" if deeper else ""
+        raise OSError(f"{folder} has no picture ({', '.join(sorted(_SUFFIXES))}) and no folder of them{hint}")
     strays = [path.name for path in entries if path not in set(folders)]
     inner = [path for one in folders for path in _in_prompt_folder(one)]
-    strays += [str(path.relative_to(folder)) for path in inner if _is_stray(path)]
+    used = (_has_picture_name, _is_unread, lambda path: path.name == "prompt.txt")
+    strays += [str(path.relative_to(folder)) for path in inner if not any(is_kind(path) for is_kind in used)]
     return [_from_prompt_folder(path, text_of) for path in folders], strays
 
 
@@ -89,17 +91,10 @@ def _find_flat(entries: Sequence[Path], pictures: Sequence[Path], text_of: _Text
     if any_name and not _names_tell_prompts(pictures):
         sets = _one_set_each(pictures, unread)
     else:
-        unread = [path for path in unread if _has_id_and_seed(path)]
+        unread = [path for path in unread if _ID_AND_SEED.fullmatch(path.stem)]
         sets = _from_names(pictures, unread, text_of)
     used = {*pictures, *unread}
     return sets, [path.name for path in entries if path not in used]
-
-
-def _deeper(folders: Sequence[Path]) -> str:
-    """Hint for the error message if pictures exist one folder deeper."""
-    inner = (path for folder in folders for path in _entries(folder) if path.is_dir())
-    filled = next((path for path in inner if any(map(_is_picture, _entries(path)))), None)
-    return f"; there are pictures in {filled}: give {filled.parent}" if filled else ""
 
 
 def _not_named(folder: Path, sets: Sequence[FileSet]) -> list[str]:
@@ -122,9 +117,8 @@ def about_strays(folder: Path, strays: Sequence[str], role: str = "") -> str:
 def about_names(folder: Path, sets: Sequence[FileSet]) -> str:
     """Note on a folder whose pictures are sets of their own because names tell no prompt; empty for others."""
     owners = [(one, file) for one in sets for file in (*one.files, *one.unread)]
-    if all(one.no_text == _NAME_IS_AN_ID and one.id == file.name for one, file in owners):
-        return f"names in {folder} tell no prompts: each picture counts as one prompt"
-    return ""
+    alone = all(one.no_text == _NAME_IS_AN_ID and one.id == file.name for one, file in owners)
+    return f"names in {folder} tell no prompts: each picture counts as one prompt" if alone else ""
 
 
 # ---- names of files
@@ -154,15 +148,6 @@ def _is_unread(path: Path) -> bool:
     return path.suffix.lower() in _UNREAD_SUFFIXES and not os.path.isdir(path)
 
 
-def _is_stray(path: Path) -> bool:
-    """True for a file in a prompt's folder that is neither a picture nor prompt.txt."""
-    return not (_has_picture_name(path) or _is_unread(path) or path.name == "prompt.txt")
-
-
-def _has_id_and_seed(path: Path) -> bool:
-    return bool(_ID_AND_SEED.fullmatch(path.stem))
-
-
 def _names_tell_prompts(files: Sequence[Path]) -> bool:
     """True if names have the form <prompt-id>_<seed>; false for thousands like COCO_val2014_000000000042.jpg."""
     ids = [match[1] for file in files if (match := _ID_AND_SEED.fullmatch(file.stem))]
@@ -180,8 +165,10 @@ def _texts(prompts: Path | None) -> _TextOf:
 
     def look_up(name: str, can_be_text: bool) -> tuple[str, str]:
         if name not in texts:
-            ids = _described(list(texts))
-            raise ValueError(f"id {name!r} is not in {prompts}, which has {ids}: use the same ids in both")
+            ids, last = list(texts), len(texts) - 1
+            is_range = ids and ids == [str(number) for number in range(last + 1)]
+            shown = f"0 to {last}" if is_range else listed(ids, _FEW) or "none"
+            raise ValueError(f"id {name!r} is not in {prompts}, which has {shown}: use the same ids in both")
         return texts[name], ""
 
     return look_up
@@ -192,12 +179,6 @@ def _text_from_name(name: str, can_be_text: bool) -> tuple[str, str]:
     if refused_character(name):  # no tokenizer reads it
         return name, _NAME_IS_NO_TEXT
     return name, "" if can_be_text else _NAME_IS_AN_ID
-
-
-def _described(ids: list[str]) -> str:
-    if ids and ids == [str(number) for number in range(len(ids))]:
-        return f"0 to {len(ids) - 1}"
-    return listed(ids, _FEW) or "none"
 
 
 # ---- sets of each layout
@@ -217,20 +198,16 @@ def _from_prompt_folder(folder: Path, text_of: _TextOf) -> FileSet:
 
 
 def _text_of_folder(folder: Path, text_of: _TextOf) -> tuple[str, str]:
-    note = folder / "prompt.txt"
+    note, record = folder / "prompt.txt", folder / _GENEVAL
     if note.is_file():
         text = read_text(note).strip()
         return (folder.name, _EMPTY_NOTE) if is_blank(text) else (text, "")
-    if (folder / _GENEVAL).is_file():
-        return _prompt_of_record(folder / _GENEVAL), ""
+    if record.is_file():
+        prompts = [field_as_text(one, "prompt", str(record)) for one in read_records(record)]
+        if len(prompts) != 1 or not prompts[0]:
+            raise ValueError(f"{record} must have one record with a prompt, as GenEval's: write prompt.txt beside it")
+        return prompts[0], ""
     return text_of(folder.name, " " in folder.name or not re.search(r"\d", folder.name))
-
-
-def _prompt_of_record(path: Path) -> str:
-    prompts = [field_as_text(record, "prompt", str(path)) for record in read_records(path)]
-    if len(prompts) != 1 or not prompts[0]:
-        raise ValueError(f"{path} must have one record with a prompt, as from GenEval: write prompt.txt beside it")
-    return prompts[0]
 
 
 def _from_names(files: Sequence[Path], unread: Sequence[Path], text_of: _TextOf) -> list[FileSet]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from dpdmd_pipeline.metrics.summary import ratio_interval
 from dpdmd_pipeline.scoring.arena import FORMAT
 from dpdmd_pipeline.scoring.texts import read_json, read_text
-from dpdmd_pipeline.wording import counted, one_line, printable, short, validation_faults
+from dpdmd_pipeline.wording import counted, grouped, one_line, printable, short, validation_faults
 
 CHOICES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 _REMEDY = "give the files that the page's button saves, unchanged"
@@ -92,9 +92,7 @@ def summarise(results: Sequence[Result], seed: int) -> dict[str, Any]:
     answers = [answer for result in results for answer in result.answers]
     if not answers:
         raise ValueError("these results have no answer: let someone answer questions of the page first")
-    by_kind: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_kind.setdefault(answer.question, []).append(answer)
+    by_kind = grouped((answer.question, answer) for answer in answers)
     questions = {kind: _question(by_kind[kind], seed) for kind in sorted(by_kind)}
     unfinished = {  # participants who left some questions unanswered
         one.participant: {"answers": len(one.answers), "questions": one.questions}

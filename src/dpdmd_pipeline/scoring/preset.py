@@ -65,15 +65,15 @@ class Preset:
         """True if it reads the text of the prompt."""
         return self.axis in {"alignment", "preference"} or self.name == "shapes"
 
-    def require(self, settings: Settings) -> None:
-        """Check that the weights exist.
+    def lack(self, settings: Settings) -> str:
+        """Message on missing weights, with licence, size and remedy of each; empty if all exist."""
+        lacks = [*filter(None, (weights.lack(settings.folder_of(weights)) for weights in self.weights))]
+        return f"{self.full_name} {'; and '.join(lacks)}" if lacks else ""
 
-        Raises:
-            MissingWeightsError: with the licence, the size and the remedy of all that are missing.
-        """
-        lacks = [weights.lack(settings.folder_of(weights)) for weights in self.weights]
-        if any(lacks):
-            raise MissingWeightsError(f"{self.full_name} {'; and '.join(filter(None, lacks))}")
+    def require(self, settings: Settings) -> None:
+        """Raise a MissingWeightsError if weights are missing."""
+        if lack := self.lack(settings):
+            raise MissingWeightsError(lack)
 
     def digests(self, settings: Settings) -> dict[str, str]:
         """SHA-256 (hex) of the files of each of the weights, by name."""

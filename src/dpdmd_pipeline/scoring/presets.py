@@ -116,13 +116,9 @@ def choose(names: str) -> list[Preset]:
 
 
 def _why_not(name: str) -> str:
+    plain = re.sub(r"[^a-z0-9]", "", name.rsplit(".", 1)[-1].lower())  # ImageReward equals image_reward
     for left_out, reason in LEFT_OUT.items():
-        if _plain(left_out) == _plain(name.rsplit(".", 1)[-1]):
+        if left_out.replace("_", "") == plain:
             return f"{name} does not work in this environment: {reason}"
     metrics = ", ".join(preset.full_name for preset in PRESETS)
     return f"unknown metric {name}: name axes ({', '.join(AXES)}) or metrics ({metrics})"
-
-
-def _plain(name: str) -> str:
-    """A name without case and punctuation: ImageReward equals image_reward."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())

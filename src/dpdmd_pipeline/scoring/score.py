@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
@@ -21,12 +21,11 @@ from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.measures import NO_ANSWER
 from dpdmd_pipeline.metrics.summary import figure
 from dpdmd_pipeline.scoring.compare import add_distribution
-from dpdmd_pipeline.scoring.notes import note_cut_prompts, note_numbers, note_sizes, note_threshold
 from dpdmd_pipeline.scoring.preset import Preset, Settings
 from dpdmd_pipeline.scoring.scores import Reference, Row, Scores
 from dpdmd_pipeline.scoring.sets import PictureSet
 from dpdmd_pipeline.scoring.workers import IN_THE_REFERENCE, Job, measuring, workers
-from dpdmd_pipeline.wording import one_line
+from dpdmd_pipeline.wording import counted, one_line
 
 log = logging.getLogger(__name__)
 
@@ -61,24 +60,18 @@ def score(
     with nullcontext(pool) if pool else workers(settings) as shared:
         for preset in presets:
             add = add_distribution if preset.axis == "distribution" else _add_metric
-            with _failure_as_missing(scores, preset):
+            try:
                 add(scores, Job(preset, measuring(preset, settings, shared), sets, settings, reference))
                 if preset.weights:
                     scores.weights[preset.full_name] = preset.digests(settings)
+            except BrokenProcessPool as error:
+                cause = f"a process was killed at {preset.full_name}, perhaps for memory"
+                raise OSError(f"{cause}: use fewer processes") from error
+            except (OSError, ValueError, ImportError, RuntimeError) as error:  # go on with the other metrics
+                if isinstance(error, RuntimeError):  # from torch, or a bug of this project
+                    log.warning("%s has failed", preset.full_name, exc_info=True)
+                scores.missing[preset.full_name] = one_line(error).removeprefix(f"{preset.full_name} ")
     return scores
-
-
-@contextmanager
-def _failure_as_missing(scores: Scores, preset: Preset) -> Iterator[None]:
-    """Record the failure of one metric as the reason why it is missing, and go on with the others."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise OSError(f"a process was killed at {preset.full_name}, perhaps for memory: use fewer processes") from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):  # from torch, or a bug of this project
-            log.warning("%s has failed", preset.full_name, exc_info=True)
-        scores.missing[preset.full_name] = one_line(error).removeprefix(f"{preset.full_name} ")
 
 
 def _add_metric(scores: Scores, job: Job) -> None:
@@ -87,7 +80,13 @@ def _add_metric(scores: Scores, job: Job) -> None:
     if rows and all(row.unfit for row in rows):
         raise UnavailableError(rows[0].unfit)
     scores.add_faults(rows, job.preset)
-    _require_answers(rows)
+    unparsed = sum(len(row.measured.unusable) for row in rows if row.measured.why == NO_ANSWER)
+    answers = unparsed + sum(row.pictures for row in rows)
+    if unparsed > _MAX_UNPARSED * answers:
+        raise UnavailableError(
+            f"{unparsed} of {answers} answers did not parse, so the mean of the others means nothing: "
+            "check that the weights are those of this model"
+        )
     values = {row.id: dict(row.measured.values) for row in rows}
     nearest = {row.id: row.measured.nearest for row in rows if row.measured.nearest is not None}
     threshold = _duplicates_above(scores, job, rows) if nearest else None
@@ -96,41 +95,39 @@ def _add_metric(scores: Scores, job: Job) -> None:
             values[key]["duplicate_rate"] = duplicate_rate(similarities, threshold)
     names = dict.fromkeys(name for numbers in values.values() for name in numbers)
     if not names:
-        raise UnavailableError(_why_no_number(job))
-    for name in names:
-        _add_figure(scores, job, name, {key: numbers.get(name, math.nan) for key, numbers in values.items()}, rows)
-    scores.usable[job.preset.full_name] = {row.id: row.pictures for row in rows if row.pictures}
-    note_numbers(scores, job.preset)
-    note_sizes(scores, rows)
-    note_cut_prompts(scores, job.preset, rows)
-    if threshold is not None:
-        source = "reference" if job.settings.duplicates_above is None else "user"
-        note_threshold(scores, job.preset, threshold, source)
-
-
-def _require_answers(rows: Sequence[Row]) -> None:
-    """Refuse a mean over the few answers that parsed."""
-    unparsed = sum(len(row.measured.unusable) for row in rows if row.measured.why == NO_ANSWER)
-    answers = unparsed + sum(row.pictures for row in rows)
-    if unparsed > _MAX_UNPARSED * answers:
-        raise UnavailableError(
-            f"{unparsed} of {answers} answers did not parse, so the mean of the others means nothing: "
-            "check that the weights are those of this model"
-        )
-
-
-def _why_no_number(job: Job) -> str:
-    if job.preset.needs_text and all(one.no_text for one in job.sets):
-        return "no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder"
-    return "no prompt could be measured: check the faults of the pictures"
-
-
-def _add_figure(scores: Scores, job: Job, name: str, values: dict[str, float], rows: Sequence[Row]) -> None:
-    full_name = f"{job.preset.full_name}.{name}"
-    per_prompt = torch.tensor(list(values.values()), dtype=torch.float64)
+        if job.preset.needs_text and all(one.no_text for one in job.sets):
+            raise UnavailableError("no prompt has a text: give --prompts FILE, or a prompt.txt in each prompt's folder")
+        raise UnavailableError("no prompt could be measured: check the faults of the pictures")
     pictures = sum(row.pictures for row in rows)
-    scores.figures[full_name] = figure(per_prompt, pictures, job.preset.protocol, job.settings.seed)
-    scores.per_prompt[full_name] = {key: value for key, value in values.items() if not math.isnan(value)}
+    for name in names:
+        full_name = f"{job.preset.full_name}.{name}"
+        per_prompt = torch.tensor([numbers.get(name, math.nan) for numbers in values.values()], dtype=torch.float64)
+        scores.figures[full_name] = figure(per_prompt, pictures, job.preset.protocol, job.settings.seed)
+        scores.per_prompt[full_name] = {
+            key: value for key, value in zip(values, per_prompt.tolist(), strict=True) if not math.isnan(value)
+        }
+    scores.usable[job.preset.full_name] = {row.id: row.pictures for row in rows if row.pictures}
+    scores.note_sizes(rows)
+    _note_limits(scores, job, rows, threshold)
+
+
+def _note_limits(scores: Scores, job: Job, rows: Sequence[Row], threshold: float | None) -> None:
+    """Note unequal numbers of pictures, prompts that were cut, and the cosine from which near-duplicates count."""
+    name = job.preset.full_name
+    sizes = Counter(scores.usable[name].values())
+    if job.preset.axis == "diversity" and len(sizes) > 1:
+        spread = ", ".join(f"{counted(count, 'prompt')} with {size}" for size, count in sorted(sizes.items()))
+        scores.note(
+            f"prompts have unequal numbers of usable pictures ({spread}): Vendi and near-duplicates depend on them"
+        )
+    if limits := [row.measured.cut_at for row in rows if row.measured.cut_at is not None]:
+        scores.note(f"{len(limits)} of {len(rows)} prompts are longer than {limits[0]} tokens and were cut ({name})")
+    if threshold is not None:
+        source, origin = "user", "the given value"
+        if job.settings.duplicates_above is None:
+            source, origin = "reference", "the 99th percentile of the reference's own"
+        scores.figures[f"{name}.duplicate_rate"] |= {"threshold": threshold, "threshold_from": source}
+        scores.note(f"near-duplicates of {name} have a cosine of at least {threshold:.7g}, {origin}")
 
 
 def _duplicates_above(scores: Scores, job: Job, rows: Sequence[Row]) -> float | None:

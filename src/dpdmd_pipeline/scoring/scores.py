@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,6 +10,9 @@ from typing import Any, NamedTuple
 from dpdmd_pipeline.metrics.measures import Measured
 from dpdmd_pipeline.scoring.preset import Preset
 from dpdmd_pipeline.scoring.sets import Fault, PictureSet
+from dpdmd_pipeline.wording import counted, listed
+
+_FEW = 3  # prompts in a note
 
 
 class Row(NamedTuple):
@@ -80,6 +84,19 @@ class Scores:
                 self._add_fault(kind, name)
         for text in other.notes:
             self.note(text)
+
+    def note_sizes(self, rows: Sequence[Row], where: str = "") -> str:
+        """Note prompts whose pictures differ from the most frequent size, and return that size; empty without any."""
+        counts = Counter(size for row in rows for size in row.sizes)
+        if not counts:
+            return ""
+        common = counts.most_common(1)[0][0]
+        text = "{} x {}".format(*common)
+        others = [row.id for row in rows if row.sizes - {common}]
+        if others:
+            prompts = counted(len(others), "prompt")
+            self.note(f"{prompts} with pictures of another size than most ({text}){where}: {listed(others, _FEW)}")
+        return text
 
     def note(self, text: str) -> None:
         """Add a note once."""

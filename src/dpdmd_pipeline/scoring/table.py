@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdmd_pipeline.scoring.scores import Scores
-from dpdmd_pipeline.wording import counted, listed, printable
+from dpdmd_pipeline.wording import counted, grouped, listed, printable
 
 _FEW = 5  # names per kind of fault in the table; the file has all
 
@@ -19,8 +19,10 @@ def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> 
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    named = (already_named or {}).items()
+    reasons = grouped((reason, name) for name, reason in scores.missing.items() if (name, reason) not in named)
     sections = (
-        ("Not measured", _missing(scores.missing, already_named or {})),
+        ("Not measured", [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]),
         ("Left out of the figures", [f"{len(of)} x {kind}: {listed(of, _FEW)}" for kind, of in scores.faults.items()]),
         ("Notes", scores.notes),
     )
@@ -28,15 +30,6 @@ def as_table(scores: Scores, already_named: Mapping[str, str] | None = None) -> 
         if entries:
             lines += ["", f"{title}:", *(f"  {printable(entry)}" for entry in entries)]
     return "\n".join(lines)
-
-
-def _missing(missing: Mapping[str, str], already_named: Mapping[str, str]) -> list[str]:
-    """One line per reason, for all metrics that share it."""
-    names: dict[str, list[str]] = {}
-    for name, reason in missing.items():
-        if already_named.get(name) != reason:
-            names.setdefault(reason, []).append(name)
-    return [f"{', '.join(metrics)}: {reason}" for reason, metrics in names.items()]
 
 
 def _row(name: str, figure: dict[str, Any]) -> tuple[str, ...]:

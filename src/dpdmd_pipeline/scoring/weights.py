@@ -9,6 +9,7 @@ import shlex
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,8 @@ class Weights:
 
     def lack(self, folder: Path) -> str:
         """Message on missing files, with licence, size and remedy; empty if all are in the folder."""
-        absent = [" or ".join(names) for names in map(_names, self.files) if not _has_any(folder, names)]
+        sizes = {name: (folder / name).stat().st_size for name in self._present(folder)}
+        absent = [" or ".join(names) for names in self._alternatives() if not any(map(sizes.get, names))]
         if not absent:
             return ""
         needs = f"needs {self.source} ({self.licence}, about {self.size_mb} MB)"
@@ -67,8 +69,12 @@ class Weights:
         """Shell command that fetches the files; empty for files that a stage makes."""
         return self.fetch.format(folder=shlex.quote(str(folder)))
 
+    def _alternatives(self) -> Iterator[tuple[str, ...]]:
+        """The names of each file, of which one is enough."""
+        return ((names,) if isinstance(names, str) else names for names in self.files)
+
     def _present(self, folder: Path) -> set[str]:
-        present = {name for names in map(_names, self.files) for name in names if (folder / name).is_file()}
+        present = {name for names in self._alternatives() for name in names if (folder / name).is_file()}
         for index in [name for name in present if name.endswith(".index.json")]:
             present |= {name for name in _shards(folder / index) if (folder / name).is_file()}
         return present
@@ -78,14 +84,6 @@ class Weights:
 def _sha256(file: Path, size: int, mtime_ns: int) -> str:
     """SHA-256 of a file in this state, so that several metrics and models read gigabytes once."""
     return sha256(file)
-
-
-def _names(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
-
-
-def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
-    return any((folder / name).is_file() and (folder / name).stat().st_size for name in names)
 
 
 def _shards(index: Path) -> list[str]:

@@ -93,13 +93,8 @@ def measure_set(measure: Measure, pictures: PictureSet, needs_text: bool = False
     faults = [*faults, *(Fault(measured.why, names[index]) for index in measured.unusable)]
     usable = len(images) - len(measured.unusable)
     if usable < measure.least:
-        faults.append(Fault(f"prompt with {_too_few(measure, pictures)}", pictures.id))
+        few = "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"
+        faults.append(Fault(f"prompt with {few if len(pictures) else 'no picture'}", pictures.id))
     if not measured.values and measured.features is None:
         return Row(pictures.id, measured, 0, faults)
     return Row(pictures.id, measured, usable, faults, sizes=frozenset(image.size for image in images))
-
-
-def _too_few(measure: Measure, pictures: PictureSet) -> str:
-    if not len(pictures):
-        return "no picture"
-    return "no usable picture" if measure.least == 1 else f"fewer than {measure.least} usable pictures"

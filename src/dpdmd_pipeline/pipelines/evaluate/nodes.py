@@ -34,11 +34,11 @@ def judged_prompts(prompts: Iterable[dict], options: EvaluateOptions) -> dict[in
 
 def warn_about_missing_weights(metric_weights: Path, shapes_clip: Path, options: EvaluateOptions) -> None:
     """Warn about metrics without weights; needs no pictures, so there is time to fetch the weights."""
-    from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, missing_weights, requested_presets
+    from dpdmd_pipeline.pipelines.evaluate.scoring import make_settings, requested_presets
 
     settings = make_settings(metric_weights, shapes_clip, options)
-    for reason in missing_weights(requested_presets(options), settings).values():
-        log.warning("%s", reason)
+    for lack in filter(None, (preset.lack(settings) for preset in requested_presets(options))):
+        log.warning("%s", lack)
 
 
 def score_images(
@@ -53,13 +53,14 @@ def score_images(
     from dpdmd_pipeline.metrics.correlation import rank_correlations
     from dpdmd_pipeline.metrics.shapes import attribute_counts, mode_counts
     from dpdmd_pipeline.pipelines.evaluate.scoring import ScoreCache, make_settings, requested_presets, score_models
-    from dpdmd_pipeline.scoring.gap import gap_notes, gaps_recovered
+    from dpdmd_pipeline.scoring.gap import gaps_recovered
     from dpdmd_pipeline.scoring.table import as_record
 
     sets = picture_sets(images, chosen)
     cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
     scores = score_models(sets, requested_presets(options), cache)
     models = [scores[name] for name in MODELS]
+    gaps, gap_notes = gaps_recovered(*models, options.seed)
     attributes = {}  # counts of the values that no prompt names, over the correct pictures
     if options.judge == "shapes":
         for name in MODELS:
@@ -68,8 +69,8 @@ def score_images(
     return {
         "prompts": {str(row): text for row, text in chosen.items()},
         "models": {name: as_record(of_model) for name, of_model in scores.items()},
-        "gaps": gaps_recovered(*models, options.seed),
-        "gap_notes": gap_notes(*models),
+        "gaps": gaps,
+        "gap_notes": gap_notes,
         "rank_correlation": rank_correlations([of_model.per_prompt for of_model in models], options.seed),
         "attributes": attributes,
     }
@@ -81,9 +82,10 @@ def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) 
     `model` is the start of each folder's hash, `student` the identity in a student's header: export and report compare
     them with the student that they get.
     """
-    metrics = {name: _model_metrics(name, images.manifest, scores, options) for name in images.manifest["models"]}
+    exact = EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
+    metrics = {name: _model_metrics(name, images.manifest, scores, exact) for name in images.manifest["models"]}
     gaps = dict(scores["gaps"])
-    recovered = _pop(gaps, _exact_names(options)["diversity"])
+    recovered = _pop(gaps, exact["diversity"])
     metrics["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
     return {**metrics, "rank_correlation": scores["rank_correlation"]}
 
@@ -93,27 +95,23 @@ def _pop(figures: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {name: figures.pop(full_name) for name, full_name in names.items() if full_name in figures}
 
 
-def _exact_names(options: EvaluateOptions) -> dict[str, dict[str, str]]:
-    return EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
-
-
 def _model_metrics(
-    model: str, manifest: dict[str, Any], scores: dict[str, Any], options: EvaluateOptions
+    model: str, manifest: dict[str, Any], scores: dict[str, Any], exact: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
     """One model's figures: exact figures by short names, their presets once per model; all others by full names."""
     record = scores["models"][model]
-    figures, presets, exact = dict(record["figures"]), {}, {}
-    for kind, names in _exact_names(options).items():
+    figures, presets, by_kind = dict(record["figures"]), {}, {}
+    for kind, names in exact.items():
         moved = _pop(figures, names)
-        exact[kind] = {name: {key: figure[key] for key in ("value", "low", "high")} for name, figure in moved.items()}
+        by_kind[kind] = {name: {key: figure[key] for key in ("value", "low", "high")} for name, figure in moved.items()}
         presets |= {names[name].rpartition(".")[0]: figure["preset"] for name, figure in moved.items()}
     return {
         "nfe": manifest["nfe"][model],
         "model": manifest["models"][model][:16],
         "student": manifest.get("students", {}).get(model),
-        "n": {"prompts": record["prompts"], "per_prompt": options.images_per_prompt},
+        "n": {"prompts": record["prompts"], "per_prompt": manifest["images_per_prompt"]},
         "exact_presets": presets,
-        **exact,
+        **by_kind,
         "figures": figures,
         "faults": {kind: fault["count"] for kind, fault in record["faults"].items()},
         **{name: record[name] for name in ("missing", "notes", "weights")},

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
+
+from dpdmd_pipeline.wording import grouped
 
 MODELS = ("teacher", "dmd", "dp_dmd")
 STARTED = "dmd_start"  # the DMD student with evaluate.teacher_start
@@ -10,13 +13,9 @@ STARTED = "dmd_start"  # the DMD student with evaluate.teacher_start
 
 def cache_rows(images: Any) -> dict[tuple[int, int], list[int]]:
     """Rows of the cache by (model number, prompt row), in drawing order."""
-    rows: dict[tuple[int, int], list[int]] = {}
-    row = 0
-    for shard in images.shards():
-        for key in zip(shard["model"].tolist(), shard["prompt"].tolist(), strict=True):
-            rows.setdefault(key, []).append(row)
-            row += 1
-    return rows
+    shards = images.shards()
+    keys = (key for shard in shards for key in zip(shard["model"].tolist(), shard["prompt"].tolist(), strict=True))
+    return grouped((key, row) for row, key in enumerate(keys))
 
 
 def picture_sets(images: Any, chosen: dict[int, str]) -> dict[str, list[Any]]:
@@ -52,26 +51,15 @@ def draw_grid(images: Any, rows: Sequence[Sequence[int]], tile: int) -> Any:
         rows: cache rows of each line of the grid.
         tile: largest side of a picture in pixels; larger pictures are scaled down.
     """
-    import torch
     from PIL import Image
-    from torch.nn.functional import pad
 
-    lines = []
-    for line in rows:
-        tiles = [pad(_shrink(image, tile), (0, 1, 0, 1), value=255) for image in _read(images, line)]
-        lines.append(torch.cat(tiles, dim=2))
-    sheet = torch.cat(lines, dim=1).permute(1, 2, 0).numpy()
-    scale = max(1, 640 // sheet.shape[1])
-    return Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST)
-
-
-def _shrink(image: Any, largest_side: int) -> Any:
-    """Scale a picture, uint8 [3, H, W], down to a largest side; smaller pictures stay as they are."""
-    import torch
-    from torch.nn.functional import interpolate
-
-    side = max(image.shape[1:])
-    if side <= largest_side:
-        return image
-    size = [max(1, round(length * largest_side / side)) for length in image.shape[1:]]
-    return interpolate(image[None].float(), size, mode="area")[0].round().to(torch.uint8)
+    lines = [[*pictures_by_seed(images, line).values()] for line in rows]
+    for picture in chain.from_iterable(lines):
+        picture.thumbnail((tile, tile), Image.Resampling.BOX)
+    width, height = lines[0][0].width + 1, lines[0][0].height + 1
+    sheet = Image.new("RGB", (width * len(lines[0]), height * len(lines)), "white")
+    for row, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            sheet.paste(picture, (width * column, height * row))
+    scale = max(1, 640 // sheet.width)
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)

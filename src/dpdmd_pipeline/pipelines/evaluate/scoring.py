@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.datasets.sharded import fingerprint
-from dpdmd_pipeline.metrics.errors import UnavailableError
 from dpdmd_pipeline.metrics.libraries import versions
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.planning.identity import code_hash
@@ -56,17 +55,6 @@ def make_settings(metric_weights: Path, shapes_clip: Path, options: EvaluateOpti
 def _relative(folder: Path) -> Path:
     """Path relative to the working folder if it lies inside: messages with it are written into files of git."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-
-
-def missing_weights(presets: Sequence[Preset], settings: Settings) -> dict[str, str]:
-    """Reasons why metrics cannot be measured, by full name."""
-    reasons = {}
-    for preset in presets:
-        try:
-            preset.require(settings)
-        except UnavailableError as error:
-            reasons[preset.full_name] = str(error)
-    return reasons
 
 
 class ScoreCache:
@@ -120,7 +108,7 @@ def _score_model(
     model: str, pictures: Sequence[Any], preset: Preset, reference: Reference, cache: ScoreCache, pool: Any
 ) -> Scores:
     """Load or measure one model's scores by one preset; the teacher's set the threshold of near-duplicates for all."""
-    if missing_weights([preset], cache.settings):
+    if preset.lack(cache.settings):
         return score(pictures, [preset], cache.settings, reference, pool)  # a record of the reason only
     path, start = cache.path(model, preset), time.monotonic()
     record = None

@@ -1,17 +1,16 @@
-"""Lay out the drawings of the page for SVG: scores per prompt, attributes of the pictures, curves of the training."""
+"""Data of the page's drawings: scores per prompt, attributes of the pictures, curves of the training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from dpdmd_pipeline.pipelines.report.wording import CURVES, MODELS, first_common
+from dpdmd_pipeline.wording import grouped
 
 # Axes of the scatter: the first figure that all models have, of the exact reader if possible.
 _QUALITY = ("quality.shapes.aligned", "quality.", "preference.", "alignment.")
 _DIVERSITY = ("diversity.shapes.effective_modes", "diversity.")
-SCATTER = {"left": 56, "right": 552, "top": 12, "bottom": 300}  # in an image of 560 x 340
-BARS = {"left": 96, "right": 344, "top": 6, "bar": 6, "row": 25}  # in an image 360 wide
 CURVE = {"left": 46, "right": 352, "top": 12, "bottom": 170}  # in an image of 360 x 196
 
 
@@ -23,19 +22,9 @@ def make_scatter(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     x_name, y_name, points = scatter_points(scores)
     if not points:
         return None
-    x_marks, y_marks = (_ticks(min(column), max(column)) for column in list(zip(*points, strict=True))[1:3])
-    x = partial(_position, x_marks, SCATTER["left"], SCATTER["right"])
-    y = partial(_position, y_marks, SCATTER["bottom"], SCATTER["top"])
-    return {
-        "x_name": x_name,
-        "y_name": y_name,
-        "plot": SCATTER,
-        "x_ticks": [(x(tick), f"{tick:g}") for tick in x_marks],
-        "y_ticks": [(y(tick), f"{tick:g}") for tick in y_marks],
-        "points": {
-            model: [(x(right), y(up), text) for owner, right, up, text in points if owner == model] for model in MODELS
-        },
-    }
+    x_ticks, y_ticks = (_ticks(point[axis] for point in points) for axis in (1, 2))
+    by_model = grouped((model, point) for model, *point in points)
+    return {"x_name": x_name, "y_name": y_name, "x_ticks": x_ticks, "y_ticks": y_ticks, "points": by_model}
 
 
 def scatter_points(scores: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, float, float, str]]]:
@@ -63,62 +52,27 @@ def prompt_table(scores: Mapping[str, Any], max_prompts: int) -> dict[str, Any] 
     return {"x_name": x_name, "y_name": y_name, "rows": shown, "of": len(rows)} if rows else None
 
 
-def _position(marks: Sequence[float], start: float, end: float, value: float) -> float:
-    """Coordinate of a value on an axis whose first and last marks lie at `start` and `end`."""
-    return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
+def _ticks(values: Iterable[float]) -> list[float]:
+    """About five round numbers that span the values."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def _ticks(low: float, high: float) -> list[float]:
-    """About five round numbers that span `low` to `high`."""
-    if low == high:
-        low, high = low - abs(low) / 10 - 1e-9, high + abs(high) / 10 + 1e-9
-    rough = (high - low) / 5
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    values = list(values)
+    return MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(min(values), max(values)).tolist()
 
 
 # ---- attributes of the pictures
 
 
 def make_bars(attributes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[dict[str, Any]]:
-    """One panel per free attribute: for each value a bar per model, the share of the model's correct pictures."""
-    first = next(iter(attributes.values()), {})
-    return [_panel(name, {model: attributes[model][name] for model in attributes}) for name in first]
-
-
-def _panel(name: str, counts: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    words = list(next(iter(counts.values())))
-    tops = [BARS["top"] + BARS["row"] * row for row in range(len(words))]
-    shares = {model: _shares(of_model) for model, of_model in counts.items()}
-    largest = max(map(max, shares.values())) or 1
-
-    def length(share: float) -> float:
-        return round((BARS["right"] - BARS["left"]) * share / largest, 1)
-
-    return {
-        "title": name,
-        "plot": BARS,
-        "height": BARS["top"] + BARS["row"] * len(words),
-        "labels": [(top + 14, word) for top, word in zip(tops, words, strict=True)],
-        "bars": {
-            model: [
-                (top + BARS["bar"] * number, length(share), f"{100 * share:.1f} %")
-                for top, share in zip(tops, of_model, strict=True)
-            ]
-            for number, (model, of_model) in enumerate(shares.items())
-        },
-        "even": BARS["left"] + length(1 / len(words)),
-        "even_share": f"{100 / len(words):.0f} %",
-        "largest": f"{100 * largest:.0f} %",
-    }
-
-
-def _shares(counts: Mapping[str, int]) -> list[float]:
-    """Share of each value; 0 for a model without a correct picture."""
-    total = sum(counts.values()) or 1
-    return [count / total for count in counts.values()]
+    """One panel per free attribute: for each value the share of each model's correct pictures."""
+    panels = []
+    for name, words in next(iter(attributes.values()), {}).items():
+        counts = {model: list(of_model[name].values()) for model, of_model in attributes.items()}
+        # 0 for a model without a correct picture
+        shares = {model: [count / (sum(row) or 1) for count in row] for model, row in counts.items()}
+        largest = max(map(max, shares.values())) or 1
+        panels.append({"title": name, "words": list(words), "shares": shares, "largest": largest})
+    return panels
 
 
 # ---- curves of the training
@@ -141,23 +95,22 @@ def make_curve(key: str, runs: Mapping[str, list[dict]], num_points: int) -> dic
     last = max(row["step"] for rows in runs.values() for row in rows)
     ticks = _log_ticks(min(values), max(values))
     labels = ticks if len(ticks) <= 5 else [tick for tick in ticks if f"{tick:e}".startswith("1.0")]  # powers of ten
-    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
-
-    def x(step: float) -> float:
-        return round(CURVE["left"] + (CURVE["right"] - CURVE["left"]) * step / last, 1)
-
-    def y(value: float) -> float:
-        return round(CURVE["bottom"] - (CURVE["bottom"] - CURVE["top"]) * (math.log10(value) - low) / (high - low), 1)
-
+    x = partial(_position, (0, last), CURVE["left"], CURVE["right"])
+    y = partial(_position, [*map(math.log10, ticks)], CURVE["bottom"], CURVE["top"])
     title, explanation = CURVES[key]
     return {
         "title": title,
         "explanation": explanation,
         "last": f"{last:g}",
         "plot": CURVE,
-        "ticks": [(y(tick), f"{tick:g}") for tick in labels],
-        "lines": {name: " ".join(f"{x(s)},{y(v)}" for s, v in points) for name, points in averaged.items()},
+        "ticks": [(y(math.log10(tick)), f"{tick:g}") for tick in labels],
+        "lines": {name: " ".join(f"{x(s)},{y(math.log10(v))}" for s, v in points) for name, points in averaged.items()},
     }
+
+
+def _position(marks: Sequence[float], start: float, end: float, value: float) -> float:
+    """Coordinate of a value on an axis whose first and last marks lie at `start` and `end`."""
+    return round(start + (end - start) * (value - marks[0]) / (marks[-1] - marks[0]), 1)
 
 
 def _averaged(rows: Sequence[dict], key: str, num_points: int) -> list[tuple[float, float]]:

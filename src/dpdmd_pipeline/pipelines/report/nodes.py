@@ -127,9 +127,11 @@ def _result_table(metrics: dict[str, Any], box: Any) -> Any:
         for name in metrics["teacher"][kind]
         if name != "residual" and all(name in metrics[model][kind] for model in titles_of(metrics))
     ]
-    table = _empty_table(box, [*(metric_named(name).heading for _, name in names), "NFE"])
+    metrics_shown = [metric_named(name) for _, name in names]
+    table = _empty_table(box, [*(f"{one.title}, {one.unit}".rstrip(", ") for one in metrics_shown), "NFE"])
     for model, title in titles_of(metrics).items():
-        values = [metric_named(name).number(metrics[model][kind][name]["value"]) for kind, name in names]
+        figures = [metrics[model][kind][name] for kind, name in names]
+        values = [one.number(figure["value"]) for one, figure in zip(metrics_shown, figures, strict=True)]
         table.add_row(title, *values, str(metrics[model]["nfe"]))
     gaps = metrics["dp_dmd"]["gap_recovered"]
     cells = [gap_cell(gaps.get(name)) for _, name in names]

@@ -22,9 +22,9 @@ def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) ->
         header = load_header(folder)
         measured = metrics[model].get("student")
         if measured != header.identity:
+            names = [(identity or "none")[:8] for identity in (measured, header.identity)]
             raise StageError(
-                f"the metrics belong to another student than {folder}: they name {_short(measured)}, its header "
-                f"{_short(header.identity)}",
+                "the metrics belong to another student than {}: they name {}, its header {}".format(folder, *names),
                 stage="evaluate",
             )
         recipe = header.recipe or {}
@@ -32,10 +32,6 @@ def student_options(students: Mapping[str, Path], metrics: Mapping[str, Any]) ->
             recipe = {"train_dmd": recipe["train"]} if "train" in recipe else {}
         groups |= recipe
     return groups
-
-
-def _short(identity: str | None) -> str:
-    return identity[:8] if identity else "none"
 
 
 def plain_options(group: Any) -> dict[str, str]:
@@ -86,14 +82,10 @@ def option_tables(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
 def versions() -> dict[str, str]:
     """Versions of this package, Python, the main libraries and the platform."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     from dpdmd_pipeline import __version__
+    from dpdmd_pipeline.metrics.libraries import versions as library_versions
 
-    installed = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:  # some wheels have no metadata
-            installed[package] = "not installed"
-    return {**installed, "platform": platform.platform()}
+    own = {"dpdmd-pipeline": __version__, "Python": platform.python_version()}
+    installed = {name: version or "not installed" for name, version in library_versions(PACKAGES).items()}
+    return {**own, **installed, "platform": platform.platform()}

@@ -1,20 +1,20 @@
 """Rows of the page's tables, missing metrics and notes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.pipelines.report.wording import (
     DASH,
+    GAP,
     MODELS,
     ROWS,
     Metric,
-    brief,
-    gap_text,
     make_verdict,
     metric_named,
     titles_of,
 )
+from dpdmd_pipeline.wording import grouped
 
 
 def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -42,14 +42,16 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_version(metrics: dict[str, Any]) -> None:
-    missing = [
-        f"rank_correlation of {name} within a model"
-        for name, figure in metrics["rank_correlation"].items()
-        if "within" not in figure
-    ]
     gaps = metrics["dp_dmd"]["gap_recovered"]
-    missing += [f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)]
-    missing += [f"notes of {model}" for model in titles_of(metrics) if "notes" not in metrics[model]]
+    missing = [
+        *(
+            f"rank_correlation of {k} within a model"
+            for k, v in metrics["rank_correlation"].items()
+            if "within" not in v
+        ),
+        *(f"the interval of gap_recovered.{name}" for name, gap in gaps.items() if not isinstance(gap, dict)),
+        *(f"notes of {model}" for model in titles_of(metrics) if "notes" not in metrics[model]),
+    ]
     if missing:
         raise StageError(
             f"an older version of this package wrote the metrics ({missing[0]} is missing); evaluating again "
@@ -62,12 +64,7 @@ def _exact_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per exact metric: title, explanation, (value, interval) of each model, and the gap recovered."""
     gaps = metrics["dp_dmd"]["gap_recovered"]
     return [
-        {
-            "title": metric_named(name).title,
-            "explanation": metric_named(name).explanation,
-            "cells": [_cell(metric_named(name), metrics[model][kind].get(name)) for model in titles_of(metrics)],
-            "gap": _gap(gaps.get(name)),
-        }
+        _row(metric_named(name), [metrics[model][kind].get(name) for model in titles_of(metrics)], gaps.get(name))
         for kind in ("quality", "diversity")
         for name in metrics["teacher"][kind]
     ]
@@ -80,28 +77,37 @@ def figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     gaps = metrics["dp_dmd"]["gaps"]
     rows = []
     for name in names:
-        figures = {model: metrics[model]["figures"].get(name) for model in titles}
-        rows.append({
-            "title": name,
-            "explanation": f"{next(filter(None, figures.values()))['preset']}. {_counts(figures)}.",
-            "cells": [_brief_cell(figure) for figure in figures.values()],
-            "gap": _gap(gaps.get(name)),
-        })  # fmt: skip
+        figures = {model: metrics[model]["figures"].get(name) for model in titles_of(metrics)}
+        protocol = next(filter(None, figures.values()))["preset"]
+        rows.append(_row(Metric(name, f"{protocol}. {_counts(figures)}."), figures.values(), gaps.get(name)))
     return rows
 
 
-def _cell(metric: Metric, measured: Mapping[str, Any] | None) -> tuple[str, str]:
+def _row(metric: Metric, figures: Iterable[Mapping[str, Any] | None], gap: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {
+        "title": metric.title,
+        "explanation": metric.explanation,
+        "cells": [_cell(metric, figure) for figure in figures],
+        "gap": _joined(gap_cell(gap)),
+    }
+
+
+def _cell(metric: Metric, figure: Mapping[str, Any] | None) -> tuple[str, str]:
     """Value and interval; both empty without a measurement."""
-    if measured is None or measured["value"] is None:
+    if figure is None or figure["value"] is None:
         return "", ""
-    return metric.text(measured["value"]), metric.interval(measured)
+    return metric.text(figure["value"]), metric.interval(figure)
 
 
-def _brief_cell(measured: Mapping[str, Any] | None) -> tuple[str, str]:
-    if measured is None or measured["value"] is None:
-        return "", ""
-    interval = "" if measured["low"] is None else f"{brief(measured['low'])} to {brief(measured['high'])}"
-    return brief(measured["value"]), interval
+def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Share and interval, `96 %` and `94 to 98`; a dash if chance explains DMD's loss, empty without a gap."""
+    return (DASH, "") if gap is not None and gap["low"] is None else _cell(GAP, gap)
+
+
+def _joined(cell: tuple[str, str]) -> str:
+    """`96 % (94 to 98)`."""
+    value, interval = cell
+    return f"{value} ({interval})" if interval else value
 
 
 def _counts(figures: Mapping[str, Mapping[str, Any] | None]) -> str:
@@ -115,28 +121,12 @@ def _counts(figures: Mapping[str, Mapping[str, Any] | None]) -> str:
     return texts[0] if len(texts) == 1 else "; ".join(f"{title}: {text}" for title, text in counts.items())
 
 
-def _gap(gap: Mapping[str, Any] | None) -> str:
-    """`96 % (94 to 98)`; a dash if chance explains DMD's loss."""
-    share, interval = gap_cell(gap)
-    return f"{share} ({interval})" if interval else share
-
-
-def gap_cell(gap: Mapping[str, Any] | None) -> tuple[str, str]:
-    """Share and interval, `96 %` and `94 to 98`; both empty for metrics without a gap."""
-    if gap is None:
-        return "", ""
-    if gap["low"] is None or gap["high"] is None:
-        return DASH, ""
-    return gap_text(gap["value"]), f"{100 * gap['low']:.0f} to {100 * gap['high']:.0f}"
-
-
 def _missing_metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """(names, reason) of the requested metrics that were not measured, once per reason."""
-    reasons: dict[str, dict[str, None]] = {}
-    for model in titles_of(metrics):
-        for name, reason in metrics[model]["missing"].items():
-            reasons.setdefault(reason, {})[name] = None
-    return [(", ".join(names), reason) for reason, names in reasons.items()]
+    reasons = grouped(
+        (reason, name) for model in titles_of(metrics) for name, reason in metrics[model]["missing"].items()
+    )
+    return [(", ".join(dict.fromkeys(names)), reason) for reason, names in reasons.items()]
 
 
 def _fault_lines(metrics: dict[str, Any]) -> list[str]:
@@ -150,27 +140,18 @@ def _fault_lines(metrics: dict[str, Any]) -> list[str]:
 
 def _all_notes(metrics: dict[str, Any]) -> list[str]:
     """Limits of the figures: `DMD: FID of fewer than ...`, without titles if the note is about all models."""
-    models: dict[str, list[str]] = {}
     titles = titles_of(metrics)
-    for model, title in titles.items():
-        for note in metrics[model]["notes"]:
-            models.setdefault(note, []).append(title)
+    models = grouped((note, title) for model, title in titles.items() for note in metrics[model]["notes"])
     notes = [note if len(ofs) == len(titles) else f"{', '.join(ofs)}: {note}" for note, ofs in models.items()]
     return [*notes, *metrics["dp_dmd"]["gap_notes"]]
 
 
 def _correlation_rows(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """Rank correlations with the exact reader, with their intervals: one row per metric."""
+    """Rank correlations with the exact reader, with their intervals, `0.76 (0.62 to 0.88)`: one row per metric."""
+    two_digits = Metric("", "", digits=2)
     return [
-        {"name": name, "pooled": _correlation(figure), "within": _correlation(figure["within"])}
+        {"name": name}
+        | {key: _joined(_cell(two_digits, one)) for key, one in {"pooled": figure, "within": figure["within"]}.items()}
         for name, figure in metrics["rank_correlation"].items()
         if figure["value"] is not None
     ]
-
-
-def _correlation(figure: dict[str, Any]) -> str:
-    """`0.76 (0.62 to 0.88)`; empty without a correlation."""
-    if figure["value"] is None:
-        return ""
-    spread = "" if figure["low"] is None else f" ({figure['low']:.2f} to {figure['high']:.2f})"
-    return f"{figure['value']:.2f}{spread}"

@@ -1,6 +1,6 @@
 """Words of the page: titles, explanations, numbers, and the verdict."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,21 +11,18 @@ DASH = "\N{EM DASH}"
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, explanation and number format of a metric."""
+    """Title, explanation and number format of a metric: four significant digits, or so many after the point."""
 
     title: str
     explanation: str
-    digits: int = 3
+    digits: int | None = None
     percent: bool = False
     unit: str = ""
 
-    @property
-    def heading(self) -> str:
-        """Title with the unit: `entropy, bits`."""
-        return f"{self.title}, {self.unit}" if self.unit else self.title
-
     def number(self, value: float) -> str:
         """`93.1 %`, `4.21`."""
+        if self.digits is None:
+            return f"{value:.4g}"
         return f"{100 * value:.{self.digits}f} %" if self.percent else f"{value:.{self.digits}f}"
 
     def text(self, value: float) -> str:
@@ -55,6 +52,7 @@ METRICS = {
     "residual": Metric(
         "residual",
         "Distance from the nearest perfect picture in the worst 8x8 window (RMS); 0 is perfect.",
+        digits=3,
     ),
     "effective_modes": Metric(
         "effective modes",
@@ -79,8 +77,12 @@ METRICS = {
         "pairwise distance",
         "Mean difference between two pictures of the same prompt, RMS per pixel; needs no reader, but blur and noise "
         "change it too.",
+        digits=3,
     ),
 }
+
+GAP = Metric("gap recovered", "", digits=0, percent=True)
+FIGURE = Metric("", "")  # of unknown range
 
 CURVES = {  # title and explanation of a history's values
     "dmd_loss": ("DMD loss", "Pulls the pictures towards what the teacher finds likely; it need not fall."),
@@ -108,16 +110,6 @@ def metric_named(name: str) -> Metric:
     return METRICS.get(name) or Metric(name.replace("_", " "), "")
 
 
-def brief(value: float) -> str:
-    """Four digits, for a metric of unknown range."""
-    return f"{value:.4g}"
-
-
-def gap_text(value: float) -> str:
-    """`90 %`."""
-    return f"{100 * value:.0f} %"
-
-
 def student_cycles(runs: Mapping[str, list[dict]]) -> str:
     """Sentence that names the cycle of each student: the one that training chose, or the last."""
     chosen = {name: [int(row["best_step"]) for row in rows if row.get("best_step")] for name, rows in runs.items()}
@@ -139,27 +131,21 @@ def make_verdict(metrics: dict[str, Any]) -> str:
 
 
 def _diversity_clause(metrics: dict[str, Any]) -> str:
-    if all("effective_modes" in metrics[model]["diversity"] for model in MODELS):
-        measured = [metrics[model]["diversity"]["effective_modes"] for model in MODELS]
-        gap = metrics["dp_dmd"]["gap_recovered"]["effective_modes"]["value"]
-        return _compare_diversity(measured, gap, "effective modes per prompt", METRICS["effective_modes"].text)
-    name = _headline(metrics, ("diversity.",))
+    ours = metrics["dp_dmd"]
+    name, figures = _headline(metrics, ("effective_modes", "diversity."))
     if name is None:
         return "No diversity metric was measured for all three models, so there is no result on diversity"
-    measured = [metrics[model]["figures"][name] for model in MODELS]
-    gap = metrics["dp_dmd"]["gaps"].get(name, {}).get("value")
-    return _compare_diversity(measured, gap, f"by {name}", brief)
+    gap = (ours["gap_recovered"] | ours["gaps"]).get(name, {}).get("value")
+    is_exact = name in METRICS
+    words = f"{metric_named(name).title} per prompt" if is_exact else f"by {name}"
+    return _compare_diversity(figures, gap, words, METRICS[name] if is_exact else FIGURE)
 
 
-def _compare_diversity(
-    measured: Sequence[Mapping[str, Any]], gap: float | None, metric: str, text: Callable[[float], str]
-) -> str:
+def _compare_diversity(measured: Sequence[Mapping[str, Any]], gap: float | None, name: str, metric: Metric) -> str:
     """Compare the diversity of teacher, DMD and DP-DMD."""
     teacher, dmd, ours = measured
-    numbers = (
-        f"{text(ours['value'])} {metric}, against {text(dmd['value'])} for DMD and {text(teacher['value'])} for the "
-        "teacher"
-    )
+    values = [metric.text(figure["value"]) for figure in measured]
+    numbers = "{2} {name}, against {1} for DMD and {0} for the teacher".format(*values, name=name)
     if gap is None:
         return f"DMD lost no diversity, so DP-DMD had none to recover: {numbers}"
     if teacher["low"] is None:
@@ -170,7 +156,7 @@ def _compare_diversity(
         return f"DP-DMD does not recover the diversity that DMD lost: {numbers}"
     if ours["low"] <= dmd["high"]:
         return f"DP-DMD does not measurably recover the diversity that DMD lost: {numbers}"
-    share = "all" if gap >= 1 else f"{'' if gap >= 0.5 else 'only '}{gap_text(gap)}"
+    share = "all" if gap >= 1 else f"{'' if gap >= 0.5 else 'only '}{GAP.text(gap)}"
     return f"DP-DMD recovers {share} of the diversity that DMD lost: {numbers}"
 
 
@@ -179,15 +165,13 @@ _SCORED = ("score at least as high as", "score slightly lower than", "score lowe
 
 
 def _quality_clause(metrics: dict[str, Any]) -> str:
-    if all("valid" in metrics[model]["quality"] for model in ("dmd", "dp_dmd")):
-        dmd, ours = (metrics[model]["quality"]["valid"] for model in ("dmd", "dp_dmd"))
-        verbs, source, text = _VALID, "", METRICS["valid"].text
-    elif name := _headline(metrics, ("quality.", "preference.", "alignment.")):
-        dmd, ours = (metrics[model]["figures"][name] for model in ("dmd", "dp_dmd"))
-        verbs, source, text = _SCORED, f" by {name}", brief
-    else:
+    name, figures = _headline(metrics, ("valid", "quality.", "preference.", "alignment."))
+    if name is None:
         return "; their quality was not measured"
-    numbers = f"{text(ours['value'])} against {text(dmd['value'])}{source}"
+    is_exact = name in METRICS
+    verbs, source, metric = (_VALID, "", METRICS[name]) if is_exact else (_SCORED, f" by {name}", FIGURE)
+    _, dmd, ours = figures
+    numbers = f"{metric.text(ours['value'])} against {metric.text(dmd['value'])}{source}"
     if ours["value"] >= dmd["value"]:
         return f"; DP-DMD's pictures {verbs[0]} DMD's, {numbers}"
     if ours["high"] is None or ours["high"] >= dmd["low"]:
@@ -195,13 +179,17 @@ def _quality_clause(metrics: dict[str, Any]) -> str:
     return f", but DP-DMD's pictures {verbs[2]} DMD's, {numbers}"
 
 
-def _headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> str | None:
-    """First figure with one of these prefixes that was measured for all models."""
-    figures = {model: metrics[model]["figures"].items() for model in MODELS}
-    measured = {
-        model: [name for name, figure in items if figure["value"] is not None] for model, items in figures.items()
+def _headline(metrics: dict[str, Any], prefixes: Sequence[str]) -> tuple[str | None, list[Mapping[str, Any]]]:
+    """Name and figures by model of the first figure with one of these prefixes that was measured for all models."""
+    figures = {
+        model: metrics[model]["quality"] | metrics[model]["diversity"] | metrics[model]["figures"] for model in MODELS
     }
-    return first_common(measured, prefixes)
+    measured = {
+        model: [name for name, figure in of_model.items() if figure["value"] is not None]
+        for model, of_model in figures.items()
+    }
+    name = first_common(measured, prefixes)
+    return name, [of_model[name] for of_model in figures.values()] if name else []
 
 
 def first_common(names: Mapping[str, Collection[str]], prefixes: Sequence[str]) -> str | None:

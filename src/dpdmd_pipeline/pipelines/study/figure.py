@@ -56,7 +56,9 @@ def draw_study(study: dict[str, Any]) -> Any:
     for axis, metric in ((modes, "effective_modes"), (aligned, "aligned")):
         _draw_rows(axis, rows, metric)
         axis.axvline(figure_value(study["teacher"], metric), **_TEACHER, label="teacher")
-    _draw_baselines(modes, rows)
+    means = {row.name: mean(row.values["effective_modes"]) for row in rows}
+    compared = {number: means[row.baseline] for number, row in enumerate(rows) if row.baseline != row.name}
+    modes.scatter(list(compared.values()), list(compared), **_BASELINE, zorder=2, label="mean of the run's baseline")
     modes.set_yticks(range(len(rows)), [row.name for row in rows])
     modes.set_ylim(len(rows) - 0.5, -0.5)
     modes.set_xlim(left=0)
@@ -120,13 +122,6 @@ def _draw_rows(axis: Axes, rows: Sequence[Row], metric: str) -> None:
     axis.grid(axis="x", color="0.9")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _draw_baselines(axis: Axes, rows: Sequence[Row]) -> None:
-    """Mark the mean of each run's baseline in the row of the run."""
-    means = {row.name: mean(row.values["effective_modes"]) for row in rows}
-    compared = {number: means[row.baseline] for number, row in enumerate(rows) if row.baseline != row.name}
-    axis.scatter(list(compared.values()), list(compared), **_BASELINE, zorder=2, label="mean of the run's baseline")
 
 
 def _draw_sweep(top: Axes, bottom: Axes, sweep: Sweep, study: dict[str, Any]) -> None:
