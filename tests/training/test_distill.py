@@ -112,6 +112,7 @@ def test_the_students_learning_rate_falls_in_the_last_share_of_the_cycles(start,
 
 VARIANTS = {
     "lora": {"roles": "lora"},
+    "bfloat16": {"precision": "bfloat16"},
     "averaged": {"ema": 0.5},
     "renoise": {"between_steps": "renoise"},
     "one_graded_step": {"graded_steps": "random"},

@@ -1,5 +1,6 @@
 """The train stage: students, their files, and the anchors and recipes that it refuses."""
 
+import gc
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ from tests.pipelines.conftest import (
     train_options,
 )
 from tests.raising import refuses
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, HISTORY, load_header, save_student
@@ -196,6 +198,24 @@ def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embedd
 def test_impossible_optimizer_options_are_refused(value):
     with pytest.raises(ValidationError):
         train_options(student={**TRAIN["student"], **value})
+
+
+def test_compiled_networks_do_not_outlive_the_training(train):
+    """Others neither: test_environments.py looks after every node."""
+
+    def weights():
+        items = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
+        return [item for item in items if not isinstance(item.data, FakeTensor)]  # those of the compiler hold no bytes
+
+    before = {id(weight): weight for weight in weights()}
+    gc.disable()
+    try:
+        with torch.compiler.set_stance("default", force_backend="aot_eager"):  # a compiler would take a minute
+            train(max_steps=1, compile="blocks")
+        assert [weight for weight in weights() if id(weight) not in before] == []
+    finally:
+        gc.enable()
+        torch.compiler.reset()
 
 
 def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):

@@ -1,5 +1,6 @@
 """Nodes of the train stage."""
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -97,6 +98,8 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
         records = train_in_processes(job) if several else start(job, resumed)
         follow(records, cycles, recipe, job.options.log_every)
+        if job.options.compile != "none":
+            gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU
         if finished := checkpoints.load_latest():
             return finished[1]
     raise ValueError(
