@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from dpdmd_pipeline.training.launch_options import LaunchOptions, StrictModel
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
 
 class TrainLaunchOptions(LaunchOptions):
@@ -66,8 +66,17 @@ class Execution(StrictModel):
         return self.model_copy(update=sizes)
 
 
+class OptimizerOptions(OptimizerRecipe):
+    """AdamW for one network, whole or as an adapter: the best learning rates of the two differ by about ten."""
+
+    lora_learning_rate: PositiveFloat  # replaces learning_rate if roles=lora
+
+
 class TrainOptions(Execution, Recipe):
     """A recipe and its execution in one flat group."""
+
+    student: OptimizerOptions
+    fake_score: OptimizerOptions
 
     @model_validator(mode="after")
     def _batch_is_shared_evenly(self) -> Self:
@@ -105,8 +114,13 @@ class TrainOptions(Execution, Recipe):
         return self
 
     def recipe(self) -> Recipe:
-        """The options that decide the student."""
-        return Recipe(**self.model_dump(include=set(Recipe.model_fields)))
+        """The options that decide the student; its optimizers have the learning rates of its roles."""
+        options = self.model_dump(include=set(Recipe.model_fields))
+        for optimizer in (options["student"], options["fake_score"]):
+            lora_learning_rate = optimizer.pop("lora_learning_rate")
+            if self.roles == "lora":
+                optimizer["learning_rate"] = lora_learning_rate
+        return Recipe(**options)
 
     def execution(self) -> Execution:
         """The options of speed and memory."""

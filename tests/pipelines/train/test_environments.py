@@ -274,6 +274,18 @@ def test_one_word_on_the_command_line_makes_both_students_adapters(environment):
     assert [parameters[group]["roles"] for group in ("train", "train_dmd")] == ["lora"] * 2
 
 
+@pytest.mark.parametrize("family", ["sd35", "sdxl"])
+def test_adapters_have_the_learning_rate_of_their_own_environment(family):
+    on_cpu = {"device": "cpu", "fused": False}
+    whole, adapters, own = (
+        TrainOptions(**loader(environment, {"train": roles | on_cpu})["parameters"]["train"]).recipe()
+        for environment, roles in ((family, {}), (family, {"roles": "lora"}), (f"{family}_lora_16gb", {}))
+    )
+    assert whole.student.learning_rate == whole.fake_score.learning_rate == 1e-5
+    assert (adapters.student, adapters.fake_score) == (own.student, own.fake_score)
+    assert own.student.learning_rate == 1e-4
+
+
 @pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])
 def test_the_baseline_differs_in_anchors_and_their_loss_alone(environment):
     parameters = loader(environment)["parameters"]

@@ -87,9 +87,11 @@ def test_the_baseline_comes_from_the_same_code(train):
 
 def test_a_lora_student_is_its_adapter_and_draws_images(train, tiny_teacher, embeddings):
     lora = {**TRAIN["lora"], "student_rank": 2, "alpha_per_rank": 2.0}
-    folder, _ = train(roles="lora", lora=lora)
+    folder, _ = train(roles="lora", lora=lora, student={**TRAIN["student"], "lora_learning_rate": 0.5})
     header = load_header(folder)
     assert (header.kind, header.lora_rank, header.lora_alpha) == ("lora", 2, 4.0)
+    rates = {name: value for name, value in header.recipe["train"]["student"].items() if "rate" in name}
+    assert rates == {"learning_rate": 0.5}
     assert (folder / ADAPTER).stat().st_size < 0.1 * (tiny_teacher / "transformer" / WEIGHTS).stat().st_size
     chosen = {0: PROMPTS[0]["text"]}
     inputs = chosen, embeddings, tiny_teacher, backbone_options(num_steps=4), evaluate_options()
@@ -100,7 +102,7 @@ def test_a_lora_student_is_its_adapter_and_draws_images(train, tiny_teacher, emb
 def test_unread_adapter_options_do_not_make_a_full_student_stale(train, caplog):
     train()
     with caplog.at_level("INFO"):
-        train(lora={**TRAIN["lora"], "student_rank": 3})
+        train(lora={**TRAIN["lora"], "student_rank": 3}, student={**TRAIN["student"], "lora_learning_rate": 0.5})
     assert "reused" in caplog.text
 
 

@@ -96,7 +96,7 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
             return resumed[1]
         if cycles:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
-        records = train_in_processes(job) if several else start(job, resumed)
+        records = train_in_processes(job) if several else start(job, resumed)[1]
         follow(records, cycles, recipe, job.options.log_every)
         if job.options.compile != "none":
             gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU

@@ -22,7 +22,7 @@ def train_share(job: Job, member: Member) -> bool:
     # The writing process holds the lock: it outlives a killed parent until its cycle is done.
     with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
-        with closing(start(job, job.checkpoints.load_latest())) as records:  # saves if the loop stops early
+        with closing(start(job, job.checkpoints.load_latest())[1]) as records:  # saves if the loop stops early
             if member.asked_to_stop():
                 return False
             for record in records:
