@@ -36,7 +36,6 @@ LOOP_ALONE = {
     "decay": 0.0,
     "warmup": 0,
     "fake_score_warmup": 0,
-    "fetch_every": 1,
     "checkpoint_every": NEVER,
     "ratio_every": NEVER,
 }

@@ -41,10 +41,10 @@ class Execution(StrictModel):
     compile: Literal["none", "blocks", "whole"]  # torch.compile of a network's repeated blocks, or of all of it
     channels_last: bool  # memory format of a UNet's convolutions; refused for transformers
     fused: bool  # AdamW's update in one kernel
-    fetch_every: PositiveInt  # cycles between fetches of the losses; each fetch waits for the device
 
     # Checkpoints and records
     checkpoint_every: PositiveInt  # cycles between checkpoints
+    checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
     keep_last: PositiveInt  # checkpoints on the disk while training; a damaged one is skipped for the one before
     ratio_every: PositiveInt  # cycles between comparisons of both losses' gradient norms, two more backward passes
     log_every: PositiveInt  # cycles between lines in the log
