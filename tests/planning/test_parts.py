@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import transformers.utils
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
+from safetensors.torch import load_file, save_file
 from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.pretrained import PretrainedModelDataset
@@ -38,6 +39,17 @@ def test_a_part_that_exists_only_as_a_variant_is_named_with_its_file(teacher, pa
     assert [*faulty_parts(teacher, with_weights=False)] == []
     with refuses(DatasetError, str(teacher / part), weights.name, variant.name):
         PretrainedModelDataset(model=str(teacher)).load()
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+def test_a_part_without_some_weights_is_named_with_them(teacher, part, capfd):
+    (path,) = (teacher / part).glob("*.safetensors")
+    weights = load_file(path)
+    missing = sorted(weights)[:2]
+    save_file({name: value for name, value in weights.items() if name not in missing}, path, {"format": "pt"})
+    (line,) = faulty_parts(teacher, with_weights=True)
+    assert all(fact in line for fact in (str(teacher / part), "2", *missing)) and "\n" not in line
+    assert capfd.readouterr().err == ""  # one line, without the libraries' warnings
 
 
 @pytest.mark.parametrize("dataset", ["folder", "pretrained"])

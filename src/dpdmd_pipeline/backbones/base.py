@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.backbones.networks import load_network, network_config
+from dpdmd_pipeline.backbones.networks import hide_progress_bars, load_network, load_part, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 
@@ -71,7 +71,7 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
         ValueError: if the family is unknown, or the folder does not fit it or the options.
     """
     module = _module(family)
-    _hide_progress_bars()
+    hide_progress_bars()
     return module.load(folder, **options)
 
 
@@ -79,15 +79,6 @@ def _module(family: str) -> Any:
     if family not in FAMILIES:
         raise ValueError(f"backbone.family is {family!r}: choose one of {', '.join(FAMILIES)}")
     return importlib.import_module(f"dpdmd_pipeline.backbones.{family}")
-
-
-def _hide_progress_bars() -> None:
-    """Disable the bars of diffusers and transformers: they draw one for every component they load."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 # ---- shared by families
@@ -134,16 +125,16 @@ class PipelineBackbone:
     @cached_property
     def _vae(self) -> nn.Module:
         """The autoencoder, frozen and in float32: SDXL's overflows in float16."""
-        vae = self.autoencoder_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
-        return vae.to(self.device).requires_grad_(False)
+        return load_part("diffusers", self.autoencoder_class.__name__, self.folder / "vae", torch.float32).to(
+            self.device
+        )
 
     def _load_text(self, pipeline_class: Any, **components: Any) -> Any:
         """Load the pipeline with frozen text encoders, without the autoencoder and with these other components."""
-        pipeline = pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
-        for name, component in pipeline.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to(self.device).requires_grad_(False)
-        return pipeline
+        for name, kind in pipeline_class.load_config(self.folder).items():
+            if name.startswith("text_encoder") and name not in components and kind[1]:
+                components[name] = load_part(*kind, self.folder / name, self.dtype).to(self.device)
+        return pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
 
 
 class FlowBackbone(PipelineBackbone):

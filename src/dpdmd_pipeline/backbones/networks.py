@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,57 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         check_keys(network_files(folder), shapes_of(kind.from_config(config)))
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+
+
+def load_part(library: str, name: str, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """Load a frozen text encoder or an autoencoder from its folder, if its files have all its weights.
+
+    The libraries themselves only warn of missing weights, and draw them at random.
+
+    Args:
+        library: diffusers or transformers.
+        name: of its class.
+        folder: of the part.
+        dtype: of the weights; None is that of the files.
+        device: "meta" reads no weights, as a check.
+    """
+    kind = getattr(importlib.import_module(library), name, None)
+    if kind is None:
+        raise ValueError(f"{folder}: {library} has no class {name}: update {library}")
+    options = {"dtype": dtype, "use_safetensors": True, "device_map": device, "output_loading_info": True}
+    hide_progress_bars()
+    with quiet():
+        part, info = kind.from_pretrained(folder, **options)
+    if missing := sorted(info["missing_keys"]):
+        count = f"{len(missing)} weights ({listed(missing, FEW)})"
+        raise ValueError(f"{folder} lacks {count} of its {name}: download or save it again")
+    return part.requires_grad_(False)
+
+
+def hide_progress_bars() -> None:
+    """Disable the bars of diffusers and transformers: they draw one for every component they load."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of diffusers and transformers, where this package reports the same or needs no report."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [library.get_verbosity() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
 
 
 def network_config(kind: Any, folder: Path) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpdmd_pipeline.backbones.networks import load_part
 from dpdmd_pipeline.backbones.tensor_files import open_tensors
 from dpdmd_pipeline.datasets.pretrained import INDEX, components, weight_files
+from dpdmd_pipeline.wording import one_line
 
 
 def unreadable_parts(pipeline: Any, catalog: Any) -> list[str]:
@@ -27,13 +30,21 @@ def faulty_parts(folder: Path, *, with_weights: bool) -> Iterator[str]:
             if part.startswith("tokenizer"):
                 _check_tokenizer(folder / part)
             elif with_weights:
-                for path in weight_files(folder / part, library):
-                    with open_tensors(path):
-                        pass
+                _check_weights(folder / part, library)
         except FileNotFoundError as error:
             yield f"{error}: save the whole teacher with `save_pretrained(FOLDER)`, without a variant"
-        except (ValueError, OSError) as error:
-            yield str(error)
+        except (ValueError, OSError, RuntimeError) as error:  # the last for other shapes
+            yield one_line(error)
+
+
+def _check_weights(folder: Path, library: str) -> None:
+    """Check that a network's files are complete and have all its weights, which stay on the disk."""
+    paths = weight_files(folder, library)
+    for path in paths:
+        with open_tensors(path):
+            pass
+    if paths:
+        load_part(*json.loads((folder.parent / INDEX).read_text("utf-8"))[folder.name], folder, device="meta")
 
 
 def _check_tokenizer(folder: Path) -> None:

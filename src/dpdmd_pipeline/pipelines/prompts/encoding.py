@@ -1,7 +1,6 @@
 """Rows of the embeddings: their texts, their truncation by tokenizers, and their encoding."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -61,24 +60,9 @@ def encode_rows(rows: Rows, start: int, stop: int, load_backbone: Callable[[], A
     """Encode rows start <= i < stop; returns embeddings on the CPU, named as by `Backbone.encode`."""
     import torch
 
+    from dpdmd_pipeline.backbones.networks import quiet
+
     texts, backbone = rows.texts(start, stop), load_backbone()
-    with _quiet():
+    with quiet():  # of truncated texts, which `truncated_rows` has reported
         batches = [backbone.encode(texts[first : first + batch_size]) for first in range(0, len(texts), batch_size)]
     return {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the libraries' truncation warnings: `truncated_rows` has reported them already."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
-    try:
-        for library in libraries:
-            library.set_verbosity_error()
-        yield
-    finally:
-        for library, verbosity in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
