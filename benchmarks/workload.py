@@ -36,7 +36,6 @@ LOOP_ALONE = {
     "decay": 0.0,
     "warmup": 0,
     "fake_score_warmup": 0,
-    "fetch_every": 1,
     "checkpoint_every": NEVER,
     "ratio_every": NEVER,
 }
@@ -112,8 +111,7 @@ class Workload:
         checkpoints = NoCheckpoints(self.folder / "state")
         rows = list(range(len(self.prompts)))
         job = Job(rows, self.embeddings, self.anchors[mode], self.teacher, self.backbone, options, checkpoints)
-        _, roles, records = start(job, resumed=None)
-        return roles, records
+        return start(job, resumed=None)
 
     def reference(self, options: TrainOptions, roles: Roles | None = None, pictures_every: int = 1) -> PublishedLoop:
         """The published loop, with the same options.
@@ -138,7 +136,7 @@ class Workload:
             guidance_scale=self.backbone.guidance_scale,
             diversity_weight=options.diversity_weight,
             fake_score_updates=options.fake_score_turns,
-            learning_rate=options.student.learning_rate,
+            learning_rate=options.recipe().student.learning_rate,
             max_grad_norm=options.student.max_grad_norm,
             pictures_every=pictures_every,
             pictures=pictures,

@@ -112,6 +112,16 @@ def test_a_wrong_option_of_train_is_reported_once():
     ]
 
 
+@pytest.mark.parametrize("environment", ["base", "sd35"])
+def test_a_learning_rate_that_the_roles_do_not_read_is_refused_on_the_command_line(environment):
+    names, rate = {"full": "learning_rate", "lora": "lora_learning_rate"}, 0.5
+    for roles, read in names.items():
+        for name in names.values():
+            lines = [*refused_options(loader(environment, train={"roles": roles, "student": {name: rate}}), {})]
+            facts = f"train.student.{name} = {rate}", f"train.roles={roles}", f"train.student.{read}"
+            assert lines == [] if name == read else all(fact in lines[0] for fact in facts) and len(lines) == 1
+
+
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )

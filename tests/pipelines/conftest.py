@@ -47,7 +47,14 @@ ANCHORS = {
     "device": "cpu",
     "launch": ONE,
 }
-OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
+OPTIMIZER = {
+    "kind": "adamw",
+    "learning_rate": 1e-3,
+    "lora_learning_rate": 1e-3,
+    "betas": [0.9, 0.999],
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+}
 BASE = Path(__file__).parents[2] / "conf" / "base"
 _TRAIN = yaml.safe_load((BASE / "parameters_train.yml").read_text())["train"]
 TRAIN = {

@@ -64,7 +64,7 @@ EXECUTION = {
     "checkpoint_every": 2,
     "keep_last": 2,
     "log_every": 2,
-    "fetch_every": 1,
+    "checkpoint_minutes": 60,
     "ratio_every": 2,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,

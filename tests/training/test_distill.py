@@ -12,7 +12,7 @@ from tests.training.conftest import DMD, RECIPE, WATCHED
 
 from dpdmd_pipeline.dpdmd.algorithm import follow_anchors, match_teacher, student_loss
 from dpdmd_pipeline.training import distill
-from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.checkpoint import LOSSES, Checkpoints
 from dpdmd_pipeline.training.run import Trained
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
@@ -112,6 +112,7 @@ def test_the_students_learning_rate_falls_in_the_last_share_of_the_cycles(start,
 
 VARIANTS = {
     "lora": {"roles": "lora"},
+    "bfloat16": {"precision": "bfloat16"},
     "averaged": {"ema": 0.5},
     "renoise": {"between_steps": "renoise"},
     "one_graded_step": {"graded_steps": "random"},
@@ -177,11 +178,27 @@ def test_an_execution_changes_the_student_by_rounding_only(start, tmp_path, exec
     torch.testing.assert_close(weights(other), weights(plain), rtol=1e-3, atol=2e-4)
 
 
-def test_losses_fetched_late_are_the_same_losses(start, tmp_path):
-    _, records = start(tmp_path / "each")
-    history = list(records)
-    _, records = start(tmp_path / "late", execution={"fetch_every": 3, "checkpoint_every": 4})
-    assert list(records) == history
+def test_losses_are_in_a_file_as_they_come_and_a_resumed_run_continues_it(start, tmp_path):
+    def losses():
+        return [json.loads(line) for line in (tmp_path / LOSSES).read_text().splitlines()]
+
+    stopped = start(tmp_path, execution={"checkpoint_every": 2})[1]
+    history = [next(stopped) for _ in range(3)]
+    assert losses() == history  # the third cycle is in no checkpoint
+    resumed = start(tmp_path)[1]
+    again = [next(resumed)]
+    assert again == history[2:] and losses() == history
+    history += resumed
+    assert losses() == history
+    stopped.close()
+
+
+@pytest.mark.parametrize("minutes, steps", [(1e-9, 1), (60, None)])
+def test_a_checkpoint_also_comes_after_so_many_minutes(start, tmp_path, minutes, steps):
+    _, records = start(tmp_path, execution={"checkpoint_every": 100, "checkpoint_minutes": minutes})
+    next(records)
+    state = Checkpoints(tmp_path).load_latest()
+    assert (state and state[0]) == steps
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

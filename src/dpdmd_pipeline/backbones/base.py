@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.backbones.limits import read_json
+from dpdmd_pipeline.backbones.limits import first_names, read_json
 from dpdmd_pipeline.backbones.networks import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
@@ -171,16 +171,32 @@ class PipelineBackbone:
     @cached_property
     def _vae(self) -> nn.Module:
         """The autoencoder, frozen and in float32: SDXL's overflows in float16."""
-        vae = self.autoencoder_class.from_pretrained(self.folder, subfolder="vae", dtype=torch.float32)
-        return vae.to(self.device).requires_grad_(False)
+        return _load_part(self.autoencoder_class, self.folder / "vae", torch.float32).to(self.device)
 
     def _load_text(self, **components: Any) -> Any:
         """Load the pipeline with frozen text encoders, without the autoencoder and with these other components."""
-        pipeline = self.pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
-        for name, component in pipeline.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to(self.device).requires_grad_(False)
-        return pipeline
+        for name, kind in self.pipeline_class.load_config(self.folder).items():
+            if name.startswith("text_encoder") and name not in components and kind[1]:
+                components[name] = _load_part(_class(*kind), self.folder / name, self.dtype).to(self.device)
+        return self.pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
+
+
+def _class(library: str, name: str) -> Any:
+    """A class that a pipeline's index names."""
+    return getattr(importlib.import_module(library), name)
+
+
+def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Load a frozen text encoder or autoencoder.
+
+    Raises:
+        ValueError: if weights are missing; the libraries only warn, and draw them at random.
+    """
+    with load_quietly():
+        part, info = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights ({first_names(missing)}): download or save it again")
+    return part.requires_grad_(False)
 
 
 class FlowBackbone(PipelineBackbone):

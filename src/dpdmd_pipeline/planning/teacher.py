@@ -193,8 +193,13 @@ def _check_network(folder: Path, kind: Any, is_complete: bool) -> None:
             return
         with torch.device("meta"):
             shapes = shapes_of(kind.from_config(network_config(kind, folder)))
-    if folder.name in COMPONENTS:  # diffusers renames weights of old autoencoders
+    if folder.name in COMPONENTS:
         check_keys(files, shapes)
+        return
+    # diffusers renames weights of old autoencoders
+    _, loaded = kind.from_pretrained(folder, use_safetensors=True, device_map="meta", output_loading_info=True)
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights ({first_names(missing)}): download or save it again")
 
 
 def _check_config(path: Path, config: Mapping[str, Any], of_diffusers: bool) -> None:

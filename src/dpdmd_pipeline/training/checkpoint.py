@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,11 @@ from typing import Any
 
 import torch
 
-from dpdmd_pipeline.publishing import Folders, locked, sha256, write_atomically
+from dpdmd_pipeline.publishing import Folders, locked, sha256, write_atomically, writing
 
 log = logging.getLogger(__name__)
+
+LOSSES = "losses.jsonl"  # a record per cycle
 
 
 @dataclass
@@ -41,6 +44,14 @@ class Checkpoints:
         for old in self._manifests()[: -1 if finished else -self.keep_last]:
             old.with_suffix(".pt").unlink(missing_ok=True)
             old.unlink()
+
+    def write_losses(self, records: Iterable[dict[str, float]], *, anew: bool = False) -> None:
+        """Append the records of cycles to a file of JSON lines, so that a kill loses none; `anew` replaces the file."""
+        path = self.folder / LOSSES
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w" if anew else "a") as file:
+                file.writelines(f"{json.dumps(record)}\n" for record in records)
 
     def locked(self) -> AbstractContextManager[None]:
         """Keep other processes from training the same run; raises a LockedError that names a process that does."""

@@ -7,6 +7,7 @@ checkpoint holds in `state`, measurements in `watch`.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,25 +56,32 @@ def distill(
     run = prepare(backbone, roles, data, recipe, execution)
     state = State.of(run)
     done = saved = resume(state, resumed)
-    pending: list[Cycle] = []  # cycles whose losses are still on the device
-    between_cycles = True
+    if run.accelerator.is_main_process:
+        checkpoints.write_losses(state.history, anew=True)
+    saved_at, between_cycles = time.monotonic(), True
     try:
         for cycle in range(done, recipe.max_steps):
             between_cycles = False
-            pending.append(train_cycle(run, state, cycle))
-            checkpoint_due = (cycle + 1) % execution.checkpoint_every == 0 or cycle + 1 == recipe.max_steps
-            if not checkpoint_due and len(pending) < execution.fetch_every:
-                continue
-            records = fetch_records(run, pending)
-            state.history += records
-            done, pending, between_cycles = cycle + 1, [], True
-            if checkpoint_due:
+            record = fetch_record(run, train_cycle(run, state, cycle))
+            state.history.append(record)
+            done, between_cycles = cycle + 1, True
+            if run.accelerator.is_main_process:
+                checkpoints.write_losses([record])
+            if _checkpoint_is_due(run, done, saved_at):
                 save(run, state, checkpoints, done)
-                saved = done
-            yield from records
+                saved, saved_at = done, time.monotonic()
+            yield record
     finally:  # closed early: keep the finished cycles. A cycle cut off half-way would not repeat exactly.
         if between_cycles and done > saved:
             save(run, state, checkpoints, done)
+
+
+def _checkpoint_is_due(run: Run, done: int, saved_at: float) -> bool:
+    """True after enough cycles or minutes and at the end; all processes must call this and get the same answer."""
+    if done % run.execution.checkpoint_every == 0 or done == run.recipe.max_steps:
+        return True
+    seconds = torch.tensor(time.monotonic() - saved_at, device=run.accelerator.device)
+    return run.accelerator.reduce(seconds, reduction="mean").item() >= 60 * run.execution.checkpoint_minutes
 
 
 def train_cycle(run: Run, state: State, cycle: int) -> Cycle:
@@ -273,19 +281,16 @@ class Cycle:
     prompts: Sequence[int]
 
 
-def fetch_records(run: Run, cycles: Sequence[Cycle]) -> list[Record]:
-    """Bring the values of some cycles to the CPU, as means over all processes; all refuse a non-finite one together."""
-    flat = torch.stack([value.detach().float() for cycle in cycles for value in cycle.values.values()])
-    numbers = iter(run.accelerator.reduce(flat, reduction="mean").tolist())
-    records = []
-    for cycle in cycles:
-        record: Record = {"step": cycle.number, **{name: next(numbers) for name in cycle.values}}
-        for name, value in record.items():
-            if not math.isfinite(value):
-                prompts = sorted(set(gather_object(cycle.prompts)))
-                rates = f"student {run.recipe.student.learning_rate}, fake score {run.recipe.fake_score.learning_rate}"
-                raise ValueError(
-                    f"{name} is {value} at step {cycle.number}, prompts {prompts}: lower the learning rate ({rates})"
-                )
-        records.append(record)
-    return records
+def fetch_record(run: Run, cycle: Cycle) -> Record:
+    """Bring a cycle's values to the CPU, as means over all processes; all refuse a non-finite one together."""
+    flat = torch.stack([value.detach().float() for value in cycle.values.values()])
+    numbers = run.accelerator.reduce(flat, reduction="mean").tolist()
+    record: Record = {"step": cycle.number, **dict(zip(cycle.values, numbers, strict=True))}
+    for name, value in record.items():
+        if not math.isfinite(value):
+            prompts = sorted(set(gather_object(cycle.prompts)))
+            rates = f"student {run.recipe.student.learning_rate}, fake score {run.recipe.fake_score.learning_rate}"
+            raise ValueError(
+                f"{name} is {value} at step {cycle.number}, prompts {prompts}: lower the learning rate ({rates})"
+            )
+    return record

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import PositiveFloat, model_validator
 
 from dpdmd_pipeline.bounds import Count, Few, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
 
 class TrainLaunchOptions(LaunchOptions):
@@ -42,10 +42,10 @@ class Execution(StrictModel):
     compile: Literal["none", "blocks", "whole"]  # torch.compile of a network's repeated blocks, or of all of it
     channels_last: bool  # memory format of a UNet's convolutions; refused for transformers
     fused: bool  # AdamW's update in one kernel
-    fetch_every: Count  # cycles between fetches of the losses; each fetch waits for the device
 
     # Checkpoints and records
     checkpoint_every: Count  # cycles between checkpoints
+    checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
     ratio_every: Count  # cycles between comparisons of both losses' gradient norms, two more backward passes
     log_every: Count  # cycles between lines in the log
@@ -67,8 +67,17 @@ class Execution(StrictModel):
         return self.model_copy(update=sizes)
 
 
+class OptimizerOptions(OptimizerRecipe):
+    """AdamW for one network, whole or as an adapter: the best learning rates of the two differ by about ten."""
+
+    lora_learning_rate: PositiveFloat  # replaces learning_rate if roles=lora
+
+
 class TrainOptions(Execution, Recipe):
     """A recipe and its execution in one flat group."""
+
+    student: OptimizerOptions
+    fake_score: OptimizerOptions
 
     @model_validator(mode="after")
     def _can_run(self) -> Self:
@@ -100,8 +109,13 @@ class TrainOptions(Execution, Recipe):
                 raise ValueError(f"{role}.kind=adamw_8bit cannot be sharded: set kind=adamw or launch.sharding=none")
 
     def recipe(self) -> Recipe:
-        """The options that decide the student."""
-        return Recipe(**self.model_dump(include=set(Recipe.model_fields)))
+        """The options that decide the student; its optimizers have the learning rates of its roles."""
+        options = self.model_dump(include=set(Recipe.model_fields))
+        for optimizer in (options["student"], options["fake_score"]):
+            lora_learning_rate = optimizer.pop("lora_learning_rate")
+            if self.roles == "lora":
+                optimizer["learning_rate"] = lora_learning_rate
+        return Recipe(**options)
 
     def execution(self) -> Execution:
         """The options of speed and memory."""

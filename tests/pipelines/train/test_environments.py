@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,12 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.planning import checks, disk
 from dpdmd_pipeline.planning.checks import refusals, refuse_run
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
+from dpdmd_pipeline.training.checkpoint import LOSSES, Checkpoints
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
@@ -254,6 +257,36 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
         assert "0.0 GiB" in refused and plans[-1].reused == reused
 
 
+class Signalling:
+    """Embeddings that send a signal to this process when a training prompt is read first: in the first cycle."""
+
+    def __init__(self, embeddings) -> None:
+        self._embeddings, self.read = embeddings, False
+
+    def __getattr__(self, name):
+        return getattr(self._embeddings, name)
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+    def rows(self, indices):
+        if not self.read and list(indices) != [len(self) - 1]:
+            self.read = True
+            signal.raise_signal(signal.SIGTERM)
+        return self._embeddings.rows(indices)
+
+
+def test_a_run_on_a_real_card_stops_after_the_cycle_in_which_a_signal_comes(t5_teacher, finished_sd35, tmp_path):
+    changes = {"max_steps": 3, "checkpoint_every": 100}
+    made = catalog("sd35", t5_teacher, finished_sd35, **{**T5, "train": changes})
+    inputs = made["prompts"].load(), Signalling(made["embeddings"].load()), made["anchors"].load(), t5_teacher
+    options = (made[f"params:{group}"].load() for group in ("backbone", "anchors", "train"))
+    with pytest.raises(KeyboardInterrupt):
+        train_student(*inputs, tmp_path, None, *options)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert Checkpoints(folder).load_latest()[0] == len((folder / LOSSES).read_text().splitlines()) == 1
+
+
 # ---- options of the environments
 
 
@@ -272,6 +305,18 @@ def test_one_word_on_the_command_line_makes_both_students_adapters(environment):
     assert [loader(environment)["parameters"][group]["roles"] for group in ("train", "train_dmd")] == ["full"] * 2
     parameters = loader(environment, {"train": {"roles": "lora"}})["parameters"]
     assert [parameters[group]["roles"] for group in ("train", "train_dmd")] == ["lora"] * 2
+
+
+@pytest.mark.parametrize("family", ["sd35", "sdxl"])
+def test_adapters_have_the_learning_rate_of_their_own_environment(family):
+    on_cpu = {"device": "cpu", "fused": False}
+    whole, adapters, own = (
+        TrainOptions(**loader(environment, {"train": roles | on_cpu})["parameters"]["train"]).recipe()
+        for environment, roles in ((family, {}), (family, {"roles": "lora"}), (f"{family}_lora_16gb", {}))
+    )
+    assert whole.student.learning_rate == whole.fake_score.learning_rate == 1e-5
+    assert (adapters.student, adapters.fake_score) == (own.student, own.fake_score)
+    assert own.student.learning_rate == 1e-4
 
 
 @pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])

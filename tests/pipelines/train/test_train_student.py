@@ -1,5 +1,6 @@
 """The train stage: students, their files, and the anchors and recipes that it refuses."""
 
+import gc
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ from tests.pipelines.conftest import (
     train_options,
 )
 from tests.raising import refuses
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import ADAPTER, HISTORY, load_header, save_student
@@ -85,9 +87,11 @@ def test_the_baseline_comes_from_the_same_code(train):
 
 def test_a_lora_student_is_its_adapter_and_draws_images(train, tiny_teacher, embeddings):
     lora = {**TRAIN["lora"], "student_rank": 2, "alpha_per_rank": 2.0}
-    folder, _ = train(roles="lora", lora=lora)
+    folder, _ = train(roles="lora", lora=lora, student={**TRAIN["student"], "lora_learning_rate": 0.5})
     header = load_header(folder)
     assert (header.kind, header.lora_rank, header.lora_alpha) == ("lora", 2, 4.0)
+    rates = {name: value for name, value in header.recipe["train"]["student"].items() if "rate" in name}
+    assert rates == {"learning_rate": 0.5}
     assert (folder / ADAPTER).stat().st_size < 0.1 * (tiny_teacher / "transformer" / WEIGHTS).stat().st_size
     chosen = {0: PROMPTS[0]["text"]}
     inputs = chosen, embeddings, tiny_teacher, backbone_options(num_steps=4), evaluate_options()
@@ -98,7 +102,7 @@ def test_a_lora_student_is_its_adapter_and_draws_images(train, tiny_teacher, emb
 def test_unread_adapter_options_do_not_make_a_full_student_stale(train, caplog):
     train()
     with caplog.at_level("INFO"):
-        train(lora={**TRAIN["lora"], "student_rank": 3})
+        train(lora={**TRAIN["lora"], "student_rank": 3}, student={**TRAIN["student"], "lora_learning_rate": 0.5})
     assert "reused" in caplog.text
 
 
@@ -244,6 +248,24 @@ def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embedd
 def test_impossible_optimizer_options_are_refused(value):
     with pytest.raises(ValidationError):
         train_options(student={**TRAIN["student"], **value})
+
+
+def test_compiled_networks_do_not_outlive_the_training(train):
+    """Others neither: test_environments.py looks after every node."""
+
+    def weights():
+        items = [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
+        return [item for item in items if not isinstance(item.data, FakeTensor)]  # those of the compiler hold no bytes
+
+    before = {id(weight): weight for weight in weights()}
+    gc.disable()
+    try:
+        with torch.compiler.set_stance("default", force_backend="aot_eager"):  # a compiler would take a minute
+            train(max_steps=1, compile="blocks")
+        assert [weight for weight in weights() if id(weight) not in before] == []
+    finally:
+        gc.enable()
+        torch.compiler.reset()
 
 
 def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):

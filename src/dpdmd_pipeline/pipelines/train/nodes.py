@@ -1,5 +1,6 @@
 """Nodes of the train stage."""
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,8 +116,10 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
             return resumed[1]
         if cycles:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
-        records = train_in_processes(job) if several else start(job, resumed)
+        records = train_in_processes(job) if several else start(job, resumed)[1]
         follow(records, cycles, recipe, job.options.log_every)
+        if job.options.compile != "none":
+            gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU
         if finished := checkpoints.load_latest():
             return finished[1]
     raise ValueError(
@@ -198,7 +201,7 @@ def train_share(job: Job, member: Any) -> bool:
     # The writing process holds the lock: it outlives a killed parent until its cycle is done.
     with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
-        with closing(start(job, job.checkpoints.load_latest())) as records:  # saves if the loop stops early
+        with closing(start(job, job.checkpoints.load_latest())[1]) as records:  # saves if the loop stops early
             if member.asked_to_stop():
                 return False
             for record in records:

@@ -30,8 +30,8 @@ class Job:
     checkpoints: Checkpoints
 
 
-def start(job: Job, resumed: tuple[int, dict] | None) -> Iterator[dict]:
-    """Load the networks; yields the records of the new cycles. Training happens while these are consumed."""
+def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dict]]:
+    """Roles, and the records of the new cycles; training happens while these are consumed."""
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
     from dpdmd_pipeline.training.run import TrainingData
@@ -49,7 +49,7 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> Iterator[dict]:
         teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
     )
-    return distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
+    return roles, distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
