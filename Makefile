@@ -33,8 +33,8 @@ repro: $(STAMP)  ## the same through DVC: runs only stages that changed
 bench: $(STAMP)  ## run all benchmarks
 	@set -e; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; for bench in benchmarks/bench_*.py; do echo "== $$bench"; python "$$bench"; done
 
-pack:  ## write the ComfyUI pack as branch comfy-pack, for a repository of its own: REPOSITORY=https://...
-	.ci/split-pack "$(REPOSITORY)"
+pack:  ## write the ComfyUI pack as branch comfy-pack, for a repository of its own
+	git subtree split -q --prefix=comfy_nodes --branch=comfy-pack
 
 clean:  ## remove files made by runs and tools (not .venv, not DVC's cache)
 	git clean -qfdX -- data logs

@@ -255,7 +255,16 @@ def test_the_metadata_has_what_the_registry_requires():
     assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}", project["name"]) and "comfyui" not in project["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["dependencies"] == [] and project["license"] == "Apache-2.0"
-    assert comfy["requires-comfyui"] == ">=0.3.64" and {"PublisherId", "DisplayName"} <= set(comfy)
+    assert {"Repository", "Documentation", "Issues"} == set(project["urls"])
+    assert comfy["requires-comfyui"] == ">=0.3.64"
+    assert {"PublisherId", "DisplayName", "Icon", "Banner"} <= set(comfy)
+
+
+@pytest.mark.parametrize(("name", "size"), [("icon", (400, 400)), ("banner", (1260, 540))])
+def test_the_registrys_pictures_have_its_sizes(name, size):
+    """A square of at most 400 pixels, and 21 to 9."""
+    with Image.open(PACK / "registry" / f"{name}.png") as picture:
+        assert picture.size == size
 
 
 def test_the_pack_contains_the_licence():
