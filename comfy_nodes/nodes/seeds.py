@@ -36,47 +36,7 @@ class DPDMDSeeds(io.ComfyNode):
             aliases=[*SEARCH, "grid", "xy plot", "seed explorer", "preview seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            inputs=[
-                io.Model.Input("few_step_model", tooltip="The few-step model, or the base model with a few-step LoRA."),
-                io.Conditioning.Input("positive", tooltip="The prompt."),
-                io.Latent.Input(
-                    "latent_image", tooltip="An empty latent. Its batch size is the number of pictures drawn at once."
-                ),
-                io.Vae.Input("vae", tooltip="Decodes the drafts."),
-                seed_input("seed"),
-                io.Int.Input("count", default=16, min=1, max=MAX_SEEDS, tooltip="Number of seeds: seed, seed + 1, ..."),
-                io.String.Input(
-                    "steps",
-                    default="1",
-                    tooltip="Steps of a draft. Several numbers, such as 1, 2, 4, give a row for each: steps by seeds.",
-                ),
-                io.Int.Input(
-                    "pick",
-                    default=0,
-                    min=0,
-                    max=MAX_SEEDS,
-                    tooltip="Number of the draft to finish with all steps; a click on a draft sets it. 0: none, and "
-                    "nothing after this node runs.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=[sampling.AUTO, *sampling.METHODS],
-                    default=sampling.AUTO,
-                    tooltip="How the few-step model takes its steps; see Teacher Start.",
-                ),
-                *start_inputs(),
-                io.Sigmas.Input(
-                    "sigmas",
-                    optional=True,
-                    tooltip="The few-step model's noise levels; not needed if its file has a DP-DMD header.",
-                ),
-                io.Model.Input(
-                    "base_model",
-                    optional=True,
-                    tooltip="For a teacher start: the model that the few-step model was distilled from.",
-                ),
-                negative_input(),
-            ],
+            inputs=[*_model_inputs(), *_draft_inputs(), *start_inputs(), *_optional_inputs()],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The chosen picture, finished."),
                 io.Int.Output("chosen_seed", display_name="chosen_seed", tooltip="Its seed."),
@@ -112,6 +72,59 @@ class DPDMDSeeds(io.ComfyNode):
         page = sheet.make_sheet(drafts.tiles, drafts.labels, columns)
         shown = {"dpdmd_seeds": tiles, "dpdmd_columns": [columns or 0]}
         return io.NodeOutput(finished, chosen, page, {"samples": drafts.latents}, ui=shown)
+
+
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("few_step_model", tooltip="The few-step model, or the base model with a few-step LoRA."),
+        io.Conditioning.Input("positive", tooltip="The prompt."),
+        io.Latent.Input(
+            "latent_image", tooltip="An empty latent. Its batch size is the number of pictures drawn at once."
+        ),
+        io.Vae.Input("vae", tooltip="Decodes the drafts."),
+    ]
+
+
+def _draft_inputs() -> list[io.Input]:
+    return [
+        seed_input("seed"),
+        io.Int.Input("count", default=16, min=1, max=MAX_SEEDS, tooltip="Number of seeds: seed, seed + 1, ..."),
+        io.String.Input(
+            "steps",
+            default="1",
+            tooltip="Steps of a draft. Several numbers, such as 1, 2, 4, give a row for each: steps by seeds.",
+        ),
+        io.Int.Input(
+            "pick",
+            default=0,
+            min=0,
+            max=MAX_SEEDS,
+            tooltip="Number of the draft to finish with all steps; a click on a draft sets it. 0: none, and nothing "
+            "after this node runs.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=[sampling.AUTO, *sampling.METHODS],
+            default=sampling.AUTO,
+            tooltip="How the few-step model takes its steps; see Teacher Start.",
+        ),
+    ]
+
+
+def _optional_inputs() -> list[io.Input]:
+    return [
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="The few-step model's noise levels; not needed if its file has a DP-DMD header.",
+        ),
+        io.Model.Input(
+            "base_model",
+            optional=True,
+            tooltip="For a teacher start: the model that the few-step model was distilled from.",
+        ),
+        negative_input(),
+    ]
 
 
 class DPDMDDiversity(io.ComfyNode):
