@@ -79,8 +79,7 @@ def main(out: Path) -> None:
         make_files(server.base)
         with browsing() as browser:
             page = open_page(browser, server, "en")
-            add_by_search(page, out)
-            check_search_words(page, server)
+            add_by_search(page, server, out)
             check_loader_width(page)
             for name in examples():
                 open_example(page, name, out)
@@ -270,10 +269,12 @@ def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
     return page
 
 
-def add_by_search(page: Any, out: Path) -> None:
+def add_by_search(page: Any, server: ComfyServer, out: Path) -> None:
     """Add a node like a user: double click, type, take the first."""
     page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
     page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+    check_search_words(page, server)
+    page.keyboard.press("Control+A")
     page.keyboard.type("DP-DMD", delay=40)
     page.get_by_text("DP-DMD Sampler", exact=True).first.wait_for()
     page.wait_for_timeout(1000)
@@ -288,19 +289,15 @@ def add_by_search(page: Any, out: Path) -> None:
 
 
 def check_search_words(page: Any, server: ComfyServer) -> None:
-    """Words of users find a node of ours; the words are per node. Versions without aliases find no node by them."""
+    """Type words of users into the open search; each finds a node of ours, in versions that have aliases."""
     infos = server.get("object_info")
     if "search_aliases" not in infos["DPDMDSampler"]:
         return
     for word, node in SEARCH_WORDS.items():
         assert word in infos[node]["search_aliases"], f"{word}: {infos[node]['search_aliases']}"
-        page.evaluate("() => window.app.graph.clear()")
-        page.mouse.dblclick(SIZE["width"] / 2, SIZE["height"] / 2)
-        page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
+        page.keyboard.press("Control+A")
         page.keyboard.type(word, delay=20)
         page.get_by_text(infos[node]["display_name"], exact=True).first.wait_for()
-        page.keyboard.press("Escape")
-        page.wait_for_timeout(300)
     print(f"search: {', '.join(SEARCH_WORDS)} find our nodes")
 
 

@@ -62,6 +62,34 @@ def test_the_noise_of_a_latent_has_its_shape_and_its_index():
     assert torch.equal(streams_of(noise.seed, 2).draw(SHAPE), start)  # for the re-noise sampler
 
 
+class Nested:
+    """ComfyUI's samples of several kinds, such as pictures and sound."""
+
+    is_nested = True
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def unbind(self):
+        return self.parts
+
+
+def test_nested_latents_get_nested_noise_that_belongs_to_each_picture():
+    def draw(seed, count):
+        samples = Nested([torch.zeros(count, *SHAPE), torch.zeros(count, 8, 5)])
+        return PerImageNoise(seed).generate_noise({"samples": samples}).unbind()
+
+    batch = draw(7, 3)
+    assert [part.shape for part in batch] == [(3, *SHAPE), (3, 8, 5)]
+    for part, alone in zip(batch, draw(9, 1), strict=True):
+        assert torch.equal(part[2], alone[0])
+
+
+def test_noise_of_half_precision_latents_is_not_rounded():
+    start = PerImageNoise(7).generate_noise({"samples": torch.zeros(2, *SHAPE, dtype=torch.float16)})
+    assert torch.equal(start, noise_from_seeds([7, 8], SHAPE))
+
+
 def test_a_plain_seed_counts_up_from_picture_0():
     assert torch.equal(streams_of(7, 2).draw(SHAPE), noise_from_seeds([7, 8], SHAPE))
 

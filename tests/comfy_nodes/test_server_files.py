@@ -1,5 +1,6 @@
 """Student files inside a real ComfyUI: full weights in every spelling, LoRAs, replaced files, fp8."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from workflows import (
     SDXL_SCALE,
     SDXL_SHAPE,
     SEEDS,
+    TRAILING,
     TRAINED,
     assert_close,
     comfyui_version,
@@ -165,6 +167,81 @@ def test_fp8_weights_are_close(server, sd3_student, tiny_sd3, sd3_prompt):
     latents = sd3_units(draw(server, student(sd3_student, weight_dtype="fp8_e4m3fn"), sd3_prompt))
     change = latents - our_latents(tiny_sd3, sd3_prompt, TRAINED)
     assert 0 < change.abs().max() < 0.5
+
+
+LEAVES_PATH = "cached_patcher_init"  # attribute in which newer versions of ComfyUI leave a loader's arguments
+
+
+def leaves_path():
+    return LEAVES_PATH in (Path(os.environ["COMFYUI_PATH"]) / "comfy" / "sd.py").read_text()
+
+
+def test_comfyuis_own_loader_keeps_the_schedule_where_it_leaves_the_path(server, sd3_student, tiny_sd3, sd3_prompt):
+    if not leaves_path():
+        with refuses(RefusedError, "DP-DMD header", "schedule", "Load DP-DMD Student"):
+            draw(server, stock(sd3_student), sd3_prompt, steps=0)
+        return
+    latents = sd3_units(draw(server, stock(sd3_student), sd3_prompt, steps=0))
+    assert_close(latents, our_latents(tiny_sd3, sd3_prompt, TRAINED), 1e-5)
+
+
+def test_a_lora_without_a_header_on_a_student_of_comfyuis_own_loader_has_none(
+    server, sd3_student, tiny_sd3, sd3_prompt
+):
+    state = respell(random_lora(tiny_sd3, SD3_MODULES[:1]), "transformer.")
+    name = save_weights(server, "loras/style.safetensors", state)
+
+    def load(graph):
+        return load_student(graph, name, base_model=load_stock(graph, sd3_student))
+
+    with refuses(RefusedError, "DP-DMD header", "schedule"):
+        draw(server, load, sd3_prompt)
+
+
+def test_a_student_that_predicts_v_is_not_sampled_as_eps(server, tiny_sdxl, sdxl_prompt):
+    header = SDXL_HEADER | {"dpdmd.prediction": "v"}
+    name = save_weights(server, "diffusion_models/sdxl_v_stock.safetensors", tiny_sdxl.state_dict(), header)
+    facts = ["predicts v", "set to eps"] if leaves_path() else ["DP-DMD header"]
+    with refuses(RefusedError, "Load DP-DMD Student", *facts):
+        draw(server, stock(name), sdxl_prompt, shape=SDXL_SHAPE, steps=0)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sdxl"])
+def test_the_info_of_a_run_without_a_header_begins_with_a_warning(server, request, family):
+    file, prompt = request.getfixturevalue(f"{family}_file"), request.getfixturevalue(f"{family}_prompt")
+    shape, schedule = (SD3_SHAPE, OFFICIAL) if family == "sd3" else (SDXL_SHAPE, TRAILING)
+    graph, path = Graph(), server.file(".txt")
+    model = load_stock(graph, file)
+    latent = empty_latent(server, graph, shape, 1)
+    sigmas = scheduler(graph, model, steps=1, schedule=schedule)
+    latent = sample(graph, model, conditioning(server, graph, prompt), latent, sigmas=sigmas)
+    graph.add("TestSaveText", text=[latent[0], 1], path=path)
+    server.run(graph)
+    warning, run = Path(path).read_text().split("\n")
+    assert warning.startswith("Warning: no DP-DMD header") and ("read as eps" in warning) == (family == "sdxl")
+    assert "1 steps" in run
+
+
+# ---- how files are read
+
+
+def test_a_student_is_read_by_comfyuis_own_reader(server, sd3_student, tiny_sd3):
+    header = HEADER | {"dpdmd.kind": "lora", "dpdmd.lora_rank": "4", "dpdmd.lora_alpha": "4"}
+    state = respell(random_lora(tiny_sd3, SD3_MODULES), "transformer.")
+    name = save_weights(server, "loras/read.safetensors", state, header)
+    graph, path = Graph(), server.file(".txt")
+    graph.add("TestReadFiles", path=path, after=load_student(graph, name, base_model=load_student(graph, sd3_student)))
+    server.run(graph)
+    assert {"read.safetensors", Path(sd3_student).name} <= set(Path(path).read_text().split("\n"))
+
+
+def test_files_with_a_header_come_first_in_the_list(server, sd3_student, sd3_file):
+    save_weights(server, "loras/a_style.safetensors", {"a.lora_A.weight": torch.ones(1, 1)})
+    files = server.get("object_info/DPDMDLoader")["DPDMDLoader"]["input"]["required"]["student_name"]
+    files = files[1]["options"] if files[0] == "COMBO" else files[0]
+    assert files.index(sd3_student) < files.index(sd3_file) and files.index(sd3_student) < files.index(
+        "loras/a_style.safetensors"
+    )
 
 
 # ---- LoRA students

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from comfy_server import Graph
+from comfy_server import REPOSITORY, Graph
 from safetensors.torch import load_file
 from workflows import (
+    HEADER,
     OFFICIAL,
     PUBLISHED,
     SD3_SHAPE,
@@ -16,6 +17,7 @@ from workflows import (
     TRAILING,
     TRAINED,
     assert_close,
+    comfyui_version,
     conditioning,
     diffusers_sd3,
     diffusers_sdxl,
@@ -173,6 +175,18 @@ def test_seeds_wrap_around_after_the_last(server, sd3_file, sd3_prompt):
         for seed, count in ((2**64 - 1, 2), (0, 1))
     )
     assert torch.equal(last[1], first[0])
+
+
+@pytest.mark.skipif(comfyui_version().startswith("0.3."), reason="this version keeps float32 between nodes")
+def test_half_precision_between_nodes_rounds_the_result_alone(start_server, server, tiny_sd3, sd3_prompt):
+    name = "diffusion_models/half.safetensors"
+    inputs = {"latent": {"samples": torch.zeros(3, *SD3_SHAPE)}}
+    expected = draw(server, student(save_weights(server, name, tiny_sd3.state_dict(), HEADER)), sd3_prompt, **inputs)
+    with start_server(REPOSITORY / "comfy_nodes", "--fp16-intermediates", "--disable-mmap") as half:
+        save_weights(half, name, tiny_sd3.state_dict(), HEADER)
+        inputs["latent"]["samples"] = inputs["latent"]["samples"].half()
+        latents = draw(half, student(name), sd3_prompt, **inputs)
+    assert latents.dtype == torch.float16 and torch.equal(latents, expected.half())
 
 
 # ---- SDXL

@@ -329,8 +329,8 @@ def TestWrap(model, form, path):  # noqa: N802
     return (model,)
 
 
-@_node((), path="STRING")
-def TestReadFiles(path):  # noqa: N802
+@_node((), after="MODEL", path="STRING")
+def TestReadFiles(after, path):  # noqa: N802
     """Write the names of all files that ComfyUI's own reader has read."""
     Path(path).write_text("\n".join(_READ))
 
