@@ -17,7 +17,7 @@ from ..noise import image_seeds
 from .model import header_of, levels_of
 from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures, unguided
 from .schema import schema, seed_input, show_text
-from .teacher_start import SEARCH, make_guider, negative_input, start_inputs
+from .teacher_start import make_guider, negative_input, start_inputs
 
 MAX_SEEDS = 64
 _OF_THE_START = ("base_model", "negative", "sigmas", "teacher_steps", "landing", "teacher_cfg")
@@ -33,7 +33,7 @@ class DPDMDSeeds(io.ComfyNode):
             display_name="Seeds at a Glance",
             description="Draws a quick draft for each of many seeds and shows them side by side. Click a draft to "
             "finish it: its latent comes out of the node. With base_model connected, all start with Teacher Start.",
-            aliases=[*SEARCH, "grid", "xy plot", "seed explorer", "preview seeds"],
+            aliases=["seed variation", "grid", "xy plot", "seed explorer", "preview seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             inputs=[*_model_inputs(), *_draft_inputs(), *start_inputs(), *_optional_inputs()],
@@ -137,7 +137,7 @@ class DPDMDDiversity(io.ComfyNode):
             display_name="Diversity",
             description="Measures how much the pictures of a batch differ: their mean pairwise distance, in units of "
             "their standard deviation. 0: all alike. Compare models with the same prompt and seeds.",
-            aliases=[*SEARCH, "distance", "measure"],
+            aliases=["diversity", "distance", "measure seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             inputs=[io.Latent.Input("samples", tooltip="A batch of at least two pictures with the same prompt.")],

@@ -50,9 +50,9 @@ SEARCH_WORDS = {  # of users -> a node that the search shows
     "lightning": "DPDMDLoader",
     "4 steps": "DPDMDSampler",
     "few step": "DPDMDSampler",
-    "variety": "DPDMDFirstStepGuider",
-    "diversity": "DPDMDNoise",
-    "seed variation": "DPDMDNoise",
+    "variety": "DPDMDTeacherStart",
+    "diversity": "DPDMDDiversity",
+    "seed variation": "DPDMDSeeds",
 }
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 RUNS = {"first_steps": 16, "sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
