@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: distill test check repro bench clean help
+.PHONY: distill test check repro bench pack clean help
 
 distill: $(STAMP)  ## distil the default student: prompts, anchors, training, evaluation, report
 	kedro run --pipeline=distill
@@ -32,6 +32,9 @@ repro: $(STAMP)  ## the same through DVC: runs only stages that changed
 
 bench: $(STAMP)  ## run all benchmarks
 	@set -e; export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}; for bench in benchmarks/bench_*.py; do echo "== $$bench"; python "$$bench"; done
+
+pack:  ## write the ComfyUI pack as branch comfy-pack, for a repository of its own
+	git subtree split -q --prefix=comfy_nodes --branch=comfy-pack
 
 clean:  ## remove files made by runs and tools (not .venv, not DVC's cache)
 	git clean -qfdX -- data logs

@@ -34,10 +34,10 @@ def make_sheet(tiles: Tensor, labels: Sequence[str], columns: int | None = None)
     sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * (height + _LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     for index, (tile, label) in enumerate(zip(tiles, labels, strict=True)):
-        left, top = index % columns * width, index // columns * (height + _LABEL)
+        x, y = index % columns * width, index // columns * (height + _LABEL)
         pixels = (tile.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
-        sheet.paste(Image.frombytes("RGB", (width, height), pixels.cpu().numpy().tobytes()), (left, top))
-        draw.text((left + 4, top + height + 8), label, fill="black")
+        sheet.paste(Image.frombytes("RGB", (width, height), pixels.cpu().numpy().tobytes()), (x, y))
+        draw.text((x + 4, y + height + 8), label, fill="black")
     pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
     return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
 

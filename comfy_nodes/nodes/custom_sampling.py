@@ -92,7 +92,7 @@ class DPDMDNoise(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDNoise",
-            aliases=["seed variation", "variety", "diversity", "batch seeds", "random noise"],
+            aliases=["seed variation", "batch seeds", "random noise"],
             display_name="Per-Image Noise",
             description="Noise that belongs to a picture: picture i of a batch gets the noise that seed + i gives "
             "alone. Works with every model, and with Latent From Batch.",

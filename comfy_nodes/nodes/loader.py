@@ -131,7 +131,7 @@ def _load_full(
 ) -> tuple[comfy.model_patcher.ModelPatcher, str]:
     """The model, and a line that says so."""
     options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype.replace("fp8", "float8"))}
-    state = _network_state(state, metadata)
+    state = _network_state(state, metadata, name)
     shapes = {key: torch.empty_like(value, device="meta") for key, value in state.items()}  # loading empties the state
     model = _make_model(state, metadata, options, name)
     if hasattr(model, "cached_patcher_init"):  # newer versions make a second copy with it, for a second GPU
@@ -145,16 +145,24 @@ def _load_full(
 
 def _load_again(path: str, options: dict, name: str, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
     state, metadata = weights.load_state(path, name, comfy.utils.load_torch_file)
-    return _make_model(_network_state(state, metadata), metadata, options, name, **kwargs)
+    return _make_model(_network_state(state, metadata, name), metadata, options, name, **kwargs)
 
 
-def _network_state(state: dict[str, Tensor], metadata: dict[str, str] | None) -> dict[str, Tensor]:
+def _network_state(state: dict[str, Tensor], metadata: dict[str, str] | None, name: str) -> dict[str, Tensor]:
     """The network's own keys, with quantised layers marked in the state, as ComfyUI keeps them.
 
     Marks in the metadata name layers by their keys in the file, so they are moved before prefixes are removed.
+
+    Raises:
+        ValueError: if the marks in the metadata are not ComfyUI's.
     """
     convert = getattr(comfy.utils, "convert_old_quants", lambda state, _prefix, metadata: (state, metadata))
-    state, _ = convert(state, "", metadata)
+    try:
+        state, _ = convert(state, "", metadata)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: _quantization_metadata is not ComfyUI's ({weights.first_line(error)}): quantise it again"
+        ) from None
     state, _ = convert(weights.without_wrappers(state), "", {})
     return state
 
@@ -167,7 +175,7 @@ def _make_model(
         kwargs["metadata"] = {key: value for key, value in (metadata or {}).items() if key != "_quantization_metadata"}
     try:
         model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options, **kwargs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, LookupError) as error:  # LookupError: an unknown quantised format
         raise ValueError(f"{name} does not fit its network ({weights.first_line(error)}): export it again") from error
     if model is None:
         raise ValueError(f"{name} is no network that ComfyUI knows (keys {first_keys}): export the student again")
@@ -186,7 +194,7 @@ def _check_complete(model: comfy.model_patcher.ModelPatcher, shapes: dict[str, T
     network = {
         key for key in model.model.diffusion_model.state_dict() if key in keys or not key.endswith(_SCALES_WITH_DEFAULT)
     }
-    renamed = set(model.model.model_config.process_unet_state_dict(shapes)) - {_FP8_MARK}
+    renamed = set(model.model.model_config.process_unet_state_dict(dict(shapes))) - {_FP8_MARK}
     diffusers = _diffusers_keys(model, network, keys)
     if len(keys & diffusers) > len(renamed & network):
         weights.check_keys(keys, diffusers, name)
@@ -205,10 +213,10 @@ def _diffusers_keys(model: comfy.model_patcher.ModelPatcher, network: set[str], 
         if weight in network:
             aliases.setdefault((weight, cut), []).append(key)
     # a file has one of the keys for the same thing, and a weight in slices or as a whole
-    places = {place: next((key for key in names if key in keys), names[0]) for place, names in aliases.items()}
-    whole = {weight for (weight, cut), key in places.items() if cut is None and key in keys}
-    sliced = {weight for weight, cut in places if cut is not None} - whole
-    return {key for (weight, cut), key in places.items() if (cut is not None) == (weight in sliced)}
+    keys_of = {target: next((key for key in names if key in keys), names[0]) for target, names in aliases.items()}
+    whole = {weight for (weight, cut), key in keys_of.items() if cut is None and key in keys}
+    sliced = {weight for weight, cut in keys_of if cut is not None} - whole
+    return {key for (weight, cut), key in keys_of.items() if (cut is not None) == (weight in sliced)}
 
 
 # ---- LoRA students

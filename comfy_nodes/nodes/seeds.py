@@ -17,7 +17,7 @@ from ..noise import image_seeds
 from .model import header_of, levels_of
 from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures, unguided
 from .schema import schema, seed_input, show_text
-from .teacher_start import SEARCH, make_guider, negative_input, start_inputs
+from .teacher_start import make_guider, negative_input, start_inputs
 
 MAX_SEEDS = 64
 _OF_THE_START = ("base_model", "negative", "sigmas", "teacher_steps", "landing", "teacher_cfg")
@@ -33,50 +33,10 @@ class DPDMDSeeds(io.ComfyNode):
             display_name="Seeds at a Glance",
             description="Draws a quick draft for each of many seeds and shows them side by side. Click a draft to "
             "finish it: its latent comes out of the node. With base_model connected, all start with Teacher Start.",
-            aliases=[*SEARCH, "grid", "xy plot", "seed explorer", "preview seeds"],
+            aliases=["seed variation", "grid", "xy plot", "seed explorer", "preview seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            inputs=[
-                io.Model.Input("few_step_model", tooltip="The few-step model, or the base model with a few-step LoRA."),
-                io.Conditioning.Input("positive", tooltip="The prompt."),
-                io.Latent.Input(
-                    "latent_image", tooltip="An empty latent. Its batch size is the number of pictures drawn at once."
-                ),
-                io.Vae.Input("vae", tooltip="Decodes the drafts."),
-                seed_input("seed"),
-                io.Int.Input("count", default=16, min=1, max=MAX_SEEDS, tooltip="Number of seeds: seed, seed + 1, ..."),
-                io.String.Input(
-                    "steps",
-                    default="1",
-                    tooltip="Steps of a draft. Several numbers, such as 1, 2, 4, give a row for each: steps by seeds.",
-                ),
-                io.Int.Input(
-                    "pick",
-                    default=0,
-                    min=0,
-                    max=MAX_SEEDS,
-                    tooltip="Number of the draft to finish with all steps; a click on a draft sets it. 0: none, and "
-                    "nothing after this node runs.",
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=[sampling.AUTO, *sampling.METHODS],
-                    default=sampling.AUTO,
-                    tooltip="How the few-step model takes its steps; see Teacher Start.",
-                ),
-                *start_inputs(),
-                io.Sigmas.Input(
-                    "sigmas",
-                    optional=True,
-                    tooltip="The few-step model's noise levels; not needed if its file has a DP-DMD header.",
-                ),
-                io.Model.Input(
-                    "base_model",
-                    optional=True,
-                    tooltip="For a teacher start: the model that the few-step model was distilled from.",
-                ),
-                negative_input(),
-            ],
+            inputs=[*_model_inputs(), *_draft_inputs(), *start_inputs(), *_optional_inputs()],
             outputs=[
                 io.Latent.Output("latent", display_name="latent", tooltip="The chosen picture, finished."),
                 io.Int.Output("chosen_seed", display_name="chosen_seed", tooltip="Its seed."),
@@ -114,6 +74,59 @@ class DPDMDSeeds(io.ComfyNode):
         return io.NodeOutput(finished, chosen, page, {"samples": drafts.latents}, ui=shown)
 
 
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Model.Input("few_step_model", tooltip="The few-step model, or the base model with a few-step LoRA."),
+        io.Conditioning.Input("positive", tooltip="The prompt."),
+        io.Latent.Input(
+            "latent_image", tooltip="An empty latent. Its batch size is the number of pictures drawn at once."
+        ),
+        io.Vae.Input("vae", tooltip="Decodes the drafts."),
+    ]
+
+
+def _draft_inputs() -> list[io.Input]:
+    return [
+        seed_input("seed"),
+        io.Int.Input("count", default=16, min=1, max=MAX_SEEDS, tooltip="Number of seeds: seed, seed + 1, ..."),
+        io.String.Input(
+            "steps",
+            default="1",
+            tooltip="Steps of a draft. Several numbers, such as 1, 2, 4, give a row for each: steps by seeds.",
+        ),
+        io.Int.Input(
+            "pick",
+            default=0,
+            min=0,
+            max=MAX_SEEDS,
+            tooltip="Number of the draft to finish with all steps; a click on a draft sets it. 0: none, and nothing "
+            "after this node runs.",
+        ),
+        io.Combo.Input(
+            "method",
+            options=[sampling.AUTO, *sampling.METHODS],
+            default=sampling.AUTO,
+            tooltip="How the few-step model takes its steps; see Teacher Start.",
+        ),
+    ]
+
+
+def _optional_inputs() -> list[io.Input]:
+    return [
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="The few-step model's noise levels; not needed if its file has a DP-DMD header.",
+        ),
+        io.Model.Input(
+            "base_model",
+            optional=True,
+            tooltip="For a teacher start: the model that the few-step model was distilled from.",
+        ),
+        negative_input(),
+    ]
+
+
 class DPDMDDiversity(io.ComfyNode):
     """One number for how much the pictures of a batch differ."""
 
@@ -124,7 +137,7 @@ class DPDMDDiversity(io.ComfyNode):
             display_name="Diversity",
             description="Measures how much the pictures of a batch differ: their mean pairwise distance, in units of "
             "their standard deviation. 0: all alike. Compare models with the same prompt and seeds.",
-            aliases=[*SEARCH, "distance", "measure"],
+            aliases=["diversity", "distance", "measure seeds"],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             inputs=[io.Latent.Input("samples", tooltip="A batch of at least two pictures with the same prompt.")],

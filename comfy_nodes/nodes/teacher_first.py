@@ -25,7 +25,7 @@ class DPDMDFirstStepGuider(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="DPDMDFirstStepGuider",
-            aliases=["variety", "diversity", "seed variation", "few step"],
+            aliases=["first step", "few step"],
             display_name="Teacher First Step",
             description="Takes the first step or steps with the teacher and guidance, the rest with the student: the "
             "teacher's composition at little more than the student's cost. For SamplerCustomAdvanced.",

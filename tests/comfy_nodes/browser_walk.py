@@ -50,12 +50,12 @@ SEARCH_WORDS = {  # of users -> a node that the search shows
     "lightning": "DPDMDLoader",
     "4 steps": "DPDMDSampler",
     "few step": "DPDMDSampler",
-    "variety": "DPDMDFirstStepGuider",
-    "diversity": "DPDMDNoise",
-    "seed variation": "DPDMDNoise",
+    "variety": "DPDMDTeacherStart",
+    "diversity": "DPDMDDiversity",
+    "seed variation": "DPDMDSeeds",
 }
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-RUNS = {"sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
+RUNS = {"first_steps": 16, "sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
 UNKNOWN_NODES = """() => window.app.graph._nodes
     .filter(node => !(node.type in window.LiteGraph.registered_node_types) || node.has_errors).map(node => node.type)"""
 BOUNDS_OF_NODES = """() => {
@@ -66,6 +66,19 @@ BOUNDS_OF_NODES = """() => {
     const { x, y } = window.app.canvas.canvas.getBoundingClientRect()
     return [(low(0) + offset[0]) * scale + x, (low(1) + offset[1]) * scale + y,
             (high(0) - low(0)) * scale, (high(1) - low(1)) * scale]
+}"""
+SEEDS_FOR_SAMPLER = """() => {
+    const { graph } = window.app, find = type => graph.findNodesByType(type)[0]
+    const sampler = find("DPDMDSampler"), seeds = window.LiteGraph.createNode("DPDMDSeeds")
+    seeds.pos = [...sampler.pos]
+    graph.remove(sampler)
+    graph.remove(find("DPDMDDiversity"))
+    graph.add(seeds)
+    find("DPDMDLoader").connect(0, seeds, "few_step_model")
+    find("DPDMDDemoPrompt").connect(0, seeds, "positive")
+    find("EmptySD3LatentImage").connect(0, seeds, "latent_image")
+    find("DPDMDDemoVAE").connect(0, seeds, "vae")
+    seeds.connect(0, find("VAEDecode"), "samples")
 }"""
 LOCALES = {"en": "en-US", "zh": "zh-CN", "ja": "ja-JP", "fr": "fr-FR"}
 
@@ -85,6 +98,7 @@ def main(out: Path) -> None:
                 open_example(page, name, out)
             for name in RUNS:
                 run_example(page, server, name, out)
+            click_a_draft(page, server, out)
             page.close()
             for language in LOCALES:
                 check_titles(browser, server, language)
@@ -136,7 +150,7 @@ def check_served_files(server: ComfyServer) -> None:
 
 
 def make_files(base: Path) -> None:
-    """Write placeholders for all examples, and random weights for the three that run."""
+    """Write placeholders for all examples, and random weights for those that run."""
     for name in examples():
         for node in read_example(name)["nodes"]:
             for file in files_of(node):
@@ -146,6 +160,10 @@ def make_files(base: Path) -> None:
     make_student(base / "models/diffusion_models/sd35-medium-dpdmd-4step.safetensors")
     make_text_encoder(base / "models/text_encoders/clip_l.safetensors")
     make_vae(base / "models/vae/sd3.5_vae.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        from workflows import export_small_student
+
+        export_small_student(Path(folder), base / "models", "shapes-dpdmd-4step")
     # a JPEG under this name: readers go by content
     shutil.copy(PACK / "example_workflows" / "sd35_4step.jpg", base / "input" / "example.png")
 
@@ -369,6 +387,25 @@ def run_example(page: Any, server: ComfyServer, name: str, out: Path) -> None:
     page.wait_for_timeout(2000)
     page.screenshot(path=out / f"run_{name}.png")
     print(f"run: {name} on random weights, {len(images)} pictures")
+
+
+def click_a_draft(page: Any, server: ComfyServer, out: Path) -> None:
+    """Draw drafts of the small student's seeds, and finish the one that is clicked."""
+    load(page, "seeds", read_example("first_steps"))
+    page.evaluate(SEEDS_FOR_SAMPLER)
+    for pictures in (0, 1):
+        before = set(server.get("history"))
+        if pictures:
+            page.locator('button[data-pick="6"]').click()
+        else:
+            page.evaluate("() => window.app.queuePrompt(0)")
+        run = wait_for_new_run(server, before)
+        assert run["status"]["status_str"] == "success", run["status"]["messages"][-1]
+        assert sum(len(output.get("images", [])) for output in run["outputs"].values()) == pictures, run["outputs"]
+        page.locator("button[data-pick]").nth(15).wait_for()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=out / "run_seeds.png")
+    print("seeds: 16 drafts, the sixth finished by a click")
 
 
 def wait_for_new_run(server: ComfyServer, before: set[str]) -> dict:

@@ -54,3 +54,15 @@ def test_the_repository_can_be_cloned_into_custom_nodes_and_still_be_tested():
     code = "import runpy; print(sorted(k for k in runpy.run_path('__init__.py') if k[0] != '_'))"
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a clone")
+def test_make_pack_writes_the_pack_as_a_repository_of_its_own(tmp_path):
+    def run(*command, **options):
+        return subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout
+
+    clone = tmp_path / "clone"
+    run("git", "clone", "--quiet", "--depth=1", REPOSITORY.as_uri(), str(clone))
+    run("make", "pack", cwd=clone)
+    listed = run("git", "ls-tree", "-r", "--name-only", "comfy-pack", cwd=clone).splitlines()
+    assert listed == run("git", "ls-files", cwd=clone / "comfy_nodes").splitlines() and "__init__.py" in listed

@@ -198,6 +198,14 @@ def test_a_lora_without_a_header_on_a_student_of_comfyuis_own_loader_has_none(
         draw(server, load, sd3_prompt)
 
 
+def test_a_student_that_predicts_v_is_not_sampled_as_eps(server, tiny_sdxl, sdxl_prompt):
+    header = SDXL_HEADER | {"dpdmd.prediction": "v"}
+    name = save_weights(server, "diffusion_models/sdxl_v_stock.safetensors", tiny_sdxl.state_dict(), header)
+    facts = ["predicts v", "set to eps"] if leaves_path() else ["DP-DMD header"]
+    with refuses(RefusedError, "Load DP-DMD Student", *facts):
+        draw(server, stock(name), sdxl_prompt, shape=SDXL_SHAPE, steps=0)
+
+
 @pytest.mark.parametrize("family", ["sd3", "sdxl"])
 def test_the_info_of_a_run_without_a_header_begins_with_a_warning(server, request, family):
     file, prompt = request.getfixturevalue(f"{family}_file"), request.getfixturevalue(f"{family}_prompt")

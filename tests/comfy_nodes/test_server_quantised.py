@@ -7,9 +7,10 @@ import json
 import os
 
 import pytest
-from comfy_server import Graph
+from comfy_server import Graph, RefusedError
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tests.raising import refuses
 from workflows import (
     HEADER,
     SD3_MODULES,
@@ -107,3 +108,20 @@ def test_a_quantised_full_student_loads_with_its_metadata(
     name = save_weights(server, "diffusion_models/quantised_student.safetensors", state, metadata | HEADER)
     latents = sd3_units(draw(server, student(name), sd3_prompt))
     assert_close(latents, our_latents(tiny_sd3, sd3_prompt, TRAINED), tolerance)
+
+
+@needs_formats
+@pytest.mark.parametrize(
+    "metadata",
+    ["{", "[1]", "{}", '{"layers": {"joint_blocks.0.x_block.attn.qkv": {"format": "none"}}}', "[" * 10**5],
+    ids=["torn", "list", "empty", "unknown format", "deep"],
+)
+def test_quantisation_that_comfyui_does_not_know_is_refused_in_one_line(server, sd3_file, tiny_sd3, metadata):
+    state = load_file(model_path(server, f"diffusion_models/{quantised(server, sd3_file, 'float8_e4m3fn')}"))
+    header = HEADER | {"_quantization_metadata": metadata}
+    name = save_weights(server, "diffusion_models/unknown_format.safetensors", state, header)
+    graph = Graph()
+    graph.add("TestSaveText", text=[load_student(graph, name)[0], 1], path=server.file(".txt"))
+    with refuses(RefusedError, "unknown_format.safetensors") as error:
+        server.run(graph)
+    assert "\n" not in str(error.value)

@@ -177,6 +177,16 @@ def test_seeds_wrap_around_after_the_last(server, sd3_file, sd3_prompt):
     assert torch.equal(last[1], first[0])
 
 
+@pytest.mark.skipif(comfyui_version().startswith("0.3."), reason="this version has no nested latents")
+def test_per_image_noise_fills_nested_latents(server):
+    graph, path = Graph(), server.file(".safetensors")
+    graph.add("TestSaveNestedNoise", noise=graph.add("DPDMDNoise", noise_seed=SEED), path=path)
+    server.run(graph)
+    noise = load_file(path)
+    assert torch.equal(noise["pictures"], noise_from_seeds(SEEDS[:2], (4, 8, 8)))
+    assert noise["sound"].shape == (2, 8, 5) and noise["sound"].std() > 0.5
+
+
 @pytest.mark.skipif(comfyui_version().startswith("0.3."), reason="this version keeps float32 between nodes")
 def test_half_precision_between_nodes_rounds_the_result_alone(start_server, server, tiny_sd3, sd3_prompt):
     name = "diffusion_models/half.safetensors"

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -204,6 +205,46 @@ def test_sd35_prompts_are_padded_as_in_training(example):
         assert source["type"] == "T5TokenizerOptions" and source["widgets_values"] == [0, 256]
 
 
+TITLE_HEIGHT, GAP = 30, 40  # pixels; a node's title is above its position
+CANVAS, NOTE_TEXT = "#141414", "#dddddd"  # of ComfyUI's dark page
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_nodes_of_an_example_are_forty_pixels_apart(example):
+    boxes = [(node["pos"], node["size"], node["id"]) for node in nodes_of(example)]
+    for ((x, y), (width, height), one), ((left, top), size, other) in itertools.permutations(boxes, 2):
+        beside = left >= x + width + GAP or left + size[0] + GAP <= x
+        above = top - TITLE_HEIGHT >= y + height + GAP or top + size[1] + GAP <= y - TITLE_HEIGHT
+        assert beside or above, f"nodes {one} and {other}"
+
+
+def luminance(colour: str, share: float = 1.0, under: str = CANVAS) -> float:
+    """WCAG's relative luminance of #rgb or #rrggbb, of which a share covers another colour."""
+    total = 0.0
+    for weight, values in zip(
+        (0.2126, 0.7152, 0.0722), zip(_channels(colour), _channels(under), strict=True), strict=True
+    ):
+        value = (share * values[0] + (1 - share) * values[1]) / 255
+        total += weight * (value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4)
+    return total
+
+
+def _channels(colour: str) -> list[int]:
+    size = len(colour) // 3
+    return [int(colour[1 + i * size : 1 + (i + 1) * size] * (3 - size), 16) for i in range(3)]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_notes_and_group_titles_of_an_example_have_contrast(example):
+    for node in nodes_of(example):
+        if node["type"] == "MarkdownNote":
+            assert (luminance(NOTE_TEXT) + 0.05) / (luminance(node["bgcolor"]) + 0.05) >= 7
+    for group in browser_walk.read_example(example)["groups"]:
+        # the page writes the title in the group's colour, on two layers of it with a quarter of its strength
+        contrast = (luminance(group["color"]) + 0.05) / (luminance(group["color"], 1 - 0.75**2) + 0.05)
+        assert group["font_size"] >= 24 and contrast >= 4
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_a_thumbnail_lies_beside_the_example(example):
     path = PACK / "example_workflows" / f"{example}.jpg"
@@ -255,7 +296,16 @@ def test_the_metadata_has_what_the_registry_requires():
     assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}", project["name"]) and "comfyui" not in project["name"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["dependencies"] == [] and project["license"] == "Apache-2.0"
-    assert comfy["requires-comfyui"] == ">=0.3.64" and {"PublisherId", "DisplayName"} <= set(comfy)
+    assert {"Repository", "Documentation", "Issues"} == set(project["urls"])
+    assert comfy["requires-comfyui"] == ">=0.3.64"
+    assert {"PublisherId", "DisplayName", "Icon", "Banner"} <= set(comfy)
+
+
+@pytest.mark.parametrize(("name", "size"), [("icon", (400, 400)), ("banner", (1260, 540))])
+def test_the_registrys_pictures_have_its_sizes(name, size):
+    """A square of at most 400 pixels, and 21 to 9."""
+    with Image.open(PACK / "registry" / f"{name}.png") as picture:
+        assert picture.size == size
 
 
 def test_the_pack_contains_the_licence():

@@ -44,6 +44,15 @@ def test_tensors_and_metadata_of_a_safetensors_file_are_read(tmp_path):
     assert metadata == METADATA and all(torch.equal(state[key], STATE[key]) for key in STATE)
 
 
+def test_a_file_with_a_header_looks_like_a_student_and_others_do_not(tmp_path):
+    path = tmp_path / "x.safetensors"
+    assert not weights.looks_like_student(str(path)) and not weights.looks_like_student(None)
+    save_file(STATE, path)
+    assert not weights.looks_like_student(str(path))
+    save_file(STATE, path, METADATA)
+    assert weights.looks_like_student(str(path))
+
+
 @pytest.mark.parametrize("content", [STATE, {"state_dict": STATE, "step": 3}, {"student": {"state_dict": STATE}}])
 def test_a_state_dict_in_a_torch_file_is_found(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")

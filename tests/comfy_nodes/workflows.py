@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,31 @@ def save_weights(server, name, state, metadata=None):
     tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
     save_file(tensors, model_path(server, name), metadata)
     return name
+
+
+def export_small_student(folder, models, title):
+    """Export an untrained student of the embedded world's sizes, and copy it to where the guide says.
+
+    Args:
+        folder: an empty folder for the export.
+        models: ComfyUI's folder of models.
+        title: name of the student's file and of its pipeline.
+    """
+    from dpdmd_pipeline.backbones.student_header import StudentHeader
+    from dpdmd_pipeline.exporting.formats import Export, Licence, Student
+    from dpdmd_pipeline.shapes.models import make_pipeline
+
+    make_pipeline(max_length=12, shift=1.0, seed=0).save_pretrained(folder / "teacher")
+    weights = make_pipeline(max_length=12, shift=1.0, seed=1).transformer.state_dict()
+    header = StudentHeader("sd3", [1.0, 0.75, 0.5, 0.25, 0.0], shift=1.0, resolution=32, max_sequence_length=0)
+    student, licence = Student(header, weights, None), Licence("apache-2.0", None, None)
+    forms = ["diffusers", "comfyui"]
+    export = Export(student, folder / "teacher", title, forms, "float32", licence, None, {}, measure="")
+    export.write(folder)
+    file = models / "diffusion_models" / f"{title}.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / export.files["comfyui"], file)
+    shutil.copytree(folder / "diffusers", models / "diffusers" / title)
 
 
 def random_lora(network, modules, rank=4, seed=0):

@@ -198,6 +198,16 @@ def TestVAE(path):  # noqa: N802
     return (Decoder(),)
 
 
+@_node((), noise="NOISE", path="STRING")
+def TestSaveNestedNoise(noise, path):  # noqa: N802
+    """Noise for pictures and sound in one LATENT, as models of films with sound have it."""
+    from comfy.nested_tensor import NestedTensor
+
+    samples = NestedTensor([torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 5)])
+    pictures, sound = noise.generate_noise({"samples": samples}).unbind()
+    save_file({"pictures": pictures, "sound": sound}, path)
+
+
 @_node((), sigmas="SIGMAS", path="STRING")
 def TestSaveSigmas(sigmas, path):  # noqa: N802
     save_file({"sigmas": sigmas.contiguous()}, path)
