@@ -371,19 +371,21 @@ JUDGING = """
     """
 
 
-@pytest.mark.parametrize("words, code", [(["blue"], 0), (["red"], 3)])
-def test_a_run_that_could_not_measure_all_writes_everything_and_ends_with_exit_code_three(toy, words, code):
+@pytest.mark.parametrize("word, strict, code", [("blue", True, 0), ("red", False, 0), ("red", True, 3)])
+def test_a_run_that_could_not_measure_all_writes_everything_and_fails_if_it_is_strict(toy, word, strict, code):
     folder = toy / "src/toy/pipelines/evaluate"
     folder.mkdir()
     (folder / "__init__.py").write_text(JUDGING.replace("\n    ", "\n"))
     with (toy / "conf/base/catalog.yml").open("a") as file:
         file.write("metrics: {type: json.JSONDataset, filepath: data/metrics.json}\n")
-    (toy / "data/words.json").write_text(json.dumps(words))
+    (toy / "data/words.json").write_text(json.dumps([word]))
+    (toy / "conf/base/parameters_evaluate.yml").write_text(f"evaluate: {{strict: {str(strict).lower()}}}\n")
     result = kedro(toy, "--pipelines", "evaluate")
     assert result.code == code, result.output
     assert json.loads((toy / "data/history.json").read_text()) == ["dmd", "rank_correlation", "teacher"]
     last = result.output.strip().splitlines()[-1]
-    assert ("Error:" in last and "diversity.dino_v2" in last and "data/metrics.json" in last) == bool(code)
+    assert ("diversity.dino_v2" in last and "data/metrics.json" in last) == (word == "red")
+    assert ("Error:" in last) == bool(code)
     assert "Traceback" not in result.output
     assert kedro(toy, "--pipelines", "prompts").code == 0  # which measures nothing
 

@@ -73,6 +73,7 @@ def test_no_option_has_a_default(group, model):
     # of the ways to name an anchor level, or a teacher's network, one is given, so each may be left out
     either = {("AnchorLevel", name) for name in ("steps", "sigma", "first_step")}
     either |= {("TeacherRecipe", name) for name in ("transformer", "unet")}
+    either |= {("TeacherStart", name) for name in ("landing", "guidance_scale")}  # also an argument in Python
     with_default = {
         (inner.__name__, name)
         for inner in models_in(model)

@@ -53,7 +53,11 @@ class StudentHeader:
     def __post_init__(self) -> None:
         for key, choices in _CHOICES.items():
             self._require(key, getattr(self, key) in choices, f"choose one of {', '.join(choices)}")
-        self._require("guidance", self.guidance == 1, "a student is sampled without guidance, at 1.0")
+        self._require(
+            "guidance",
+            self.guidance == 1 and self.guidance is not True,
+            "a student is sampled without guidance, at 1.0",
+        )
         self._check_levels()
         self._check_lora()
         for key, least in (("resolution", 1), ("max_sequence_length", 0)):

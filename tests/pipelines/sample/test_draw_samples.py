@@ -22,6 +22,7 @@ OPTIONS = {
     "batch_size": 4,
     "dtype": "float32",
     "device": "cpu",
+    "teacher_start": None,
 }
 
 

@@ -21,7 +21,7 @@ class SampleOptions(StrictModel):
     batch_size: Size  # pictures drawn at once; does not change the pictures
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks
     device: Literal["auto", "cpu", "cuda"]  # of the networks
-    teacher_start: TeacherStart | None = None  # let the teacher take the first steps, for more variety
+    teacher_start: TeacherStart | None  # let the teacher take the first steps, for more variety
 
     @model_validator(mode="after")
     def _last_seed_exists(self) -> Self:
