@@ -11,13 +11,14 @@ import click
 import kedro.runner
 from kedro.framework.cli.project import run as kedro_run
 
-from dpdmd_pipeline.wording import one_line
+from dpdmd_pipeline.wording import one_line, short
 
 PACKAGE = Path(__file__).parent
 RUNNERS = Path(kedro.runner.__file__).parent
 FILE_HINT = (
     "lists, and values with a comma, go into a file: `kedro run --config FILE` with run: {params: {NAME: VALUE}}"
 )
+SHOWN = 200  # characters of an argument or a library's message
 log = logging.getLogger(__name__)
 
 
@@ -26,19 +27,21 @@ class RunCommand(click.Command):
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         """Read the options."""
-        values = ", ".join(repr(arg) for arg in args if "=" in arg) or "an option"
+        values = ", ".join(repr(short(arg, SHOWN)) for arg in args if "=" in arg) or "an option"
         try:
             return super().make_context(info_name, args, *rest, **extra)
         except (click.exceptions.Exit, click.Abort):
             raise
         except click.ClickException as error:
             if "`params`" in error.message:
-                raise click.ClickException(f"{one_line(error.message).rstrip('.')}; {FILE_HINT}") from error
+                raise click.ClickException(
+                    f"{short(one_line(error.message), 2 * SHOWN).rstrip('.')}; {FILE_HINT}"
+                ) from error
             if isinstance(error, click.UsageError):
                 raise
             raise click.ClickException(one_line(error.message)) from error
         except Exception as error:  # whatever the YAML and OmegaConf libraries raise
-            reason = f"{type(error).__name__}, {one_line(error)}"
+            reason = f"{type(error).__name__}, {short(one_line(error), SHOWN)}"
             raise click.ClickException(f"{values} cannot be read ({reason}); {FILE_HINT}") from error
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,7 +49,13 @@ def leaves(value: Any, path: str = "") -> list[str]:
     return [path]
 
 
-OPTIONS = leaves(ConfigLoader(str(PROJECT / "conf"), "ci", **CONFIG_LOADER_ARGS)["parameters"])
+# A study checks its runs' changes when it starts, with the options that they change.
+CHANGES = re.compile(r"\.runs\.\w+\.(train|anchors)\b")
+OPTIONS = [
+    option
+    for option in leaves(ConfigLoader(str(PROJECT / "conf"), "ci", **CONFIG_LOADER_ARGS)["parameters"])
+    if not CHANGES.search(option)
+]
 
 
 def read(params: str) -> Any:

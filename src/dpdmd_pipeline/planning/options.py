@@ -109,7 +109,7 @@ def _no_path(name: str, value: Any) -> str | None:
     if isinstance(value, str) and value and not _NO_TEXT.search(value):
         return None
     hint = f"; a file of this name is ./{value}" if type(value) in (int, float) else ""
-    return f"{name} = {value!r}: must be a path{hint}"
+    return f"{name} = {short(repr(value), 80)}: must be a path{hint}"
 
 
 def _datasets_reading(loader: Any, name: str, env: str | None) -> list[str]:
