@@ -55,7 +55,7 @@ def test_in_a_browser_names_outside_utf_8_are_shown_and_saved(launch, page_of_od
     (tmp_path / "results.json").write_text(browser.look("JSON.stringify(results())"))
     (result,) = load_results([tmp_path / "results.json"])
     assert result.a == os.fsdecode(os.fsencode(tmp_path) + b"/ours\xe9")
-    assert len({answer["prompt"] for answer in result["answers"]}) == 2
+    assert len({answer.prompt for answer in result.answers}) == 2
 
 
 def begin(browser, page, who):

@@ -84,6 +84,8 @@ def make_metrics(images: Any, scores: dict[str, Any], options: EvaluateOptions) 
     """
     exact = EXACT if options.judge == "shapes" else dict.fromkeys(EXACT, {})
     metrics = {name: _model_metrics(name, images.manifest, scores, exact) for name in images.manifest["models"]}
+    for model in metrics.values():
+        model["n"]["per_prompt"] = options.images_per_prompt
     gaps = dict(scores["gaps"])
     recovered = _pop(gaps, exact["diversity"])
     metrics["dp_dmd"] |= {"gap_recovered": recovered, "gaps": gaps, "gap_notes": scores["gap_notes"]}
@@ -109,7 +111,7 @@ def _model_metrics(
         "nfe": manifest["nfe"][model],
         "model": manifest["models"][model][:16],
         "student": manifest.get("students", {}).get(model),
-        "n": {"prompts": record["prompts"], "per_prompt": manifest["images_per_prompt"]},
+        "n": {"prompts": record["prompts"]},
         "exact_presets": presets,
         **by_kind,
         "figures": figures,
