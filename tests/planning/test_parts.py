@@ -67,9 +67,10 @@ def test_an_index_needs_all_its_files(teacher):
     (weights,) = (teacher / "transformer").glob("*.safetensors")
     shard = weights.rename(weights.with_name("shard-1.safetensors"))
     index = weights.with_name(f"{weights.name}.index.json")
-    index.write_text(json.dumps({"weight_map": {"a": shard.name}}))
+    names = dict.fromkeys(load_file(shard), shard.name)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
     assert [*faulty_parts(teacher, with_weights=True)] == []
-    index.write_text(json.dumps({"weight_map": {"a": shard.name, "b": "shard-2.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**names, "b": "shard-2.safetensors"}}))
     (line,) = faulty_parts(teacher, with_weights=True)
     assert "shard-2.safetensors" in line
 

@@ -35,7 +35,7 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
 
 
-def load_part(library: str, name: str, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def load_part(library: str, name: str, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     """Load a frozen text encoder or an autoencoder from its folder, if its files have all its weights.
 
     The libraries themselves only warn of missing weights, and draw them at random.
@@ -44,13 +44,17 @@ def load_part(library: str, name: str, folder: Path, dtype: torch.dtype | None =
         library: diffusers or transformers.
         name: of its class.
         folder: of the part.
-        dtype: of the weights; None is that of the files.
-        device: "meta" reads no weights, as a check.
+        dtype: of the weights; None only checks the files, and loads a network on the meta device.
     """
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
         raise ValueError(f"{folder}: {library} has no class {name}: update {library}")
-    options = {"dtype": dtype, "use_safetensors": True, "device_map": device, "output_loading_info": True}
+    options = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "device_map": None if dtype else "meta",
+        "output_loading_info": True,
+    }
     hide_progress_bars()
     with quiet():
         part, info = kind.from_pretrained(folder, **options)

@@ -44,7 +44,7 @@ def _check_weights(folder: Path, library: str) -> None:
         with open_tensors(path):
             pass
     if paths:
-        load_part(*json.loads((folder.parent / INDEX).read_text("utf-8"))[folder.name], folder, device="meta")
+        load_part(*json.loads((folder.parent / INDEX).read_text("utf-8"))[folder.name], folder)
 
 
 def _check_tokenizer(folder: Path) -> None:
