@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,15 +37,10 @@ def load_network(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_part(library: str, name: str, folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load a frozen text encoder or an autoencoder from its folder, if its files have all its weights.
+    """Load a frozen text encoder or an autoencoder by its library and class, if its files have all its weights.
 
-    The libraries themselves only warn of missing weights, and draw them at random.
-
-    Args:
-        library: diffusers or transformers.
-        name: of its class.
-        folder: of the part.
-        dtype: of the weights; None only checks the files, and loads a network on the meta device.
+    The libraries themselves only warn of missing weights, and draw them at random. Without a `dtype` no weights are
+    read: the network is on the meta device.
     """
     kind = getattr(importlib.import_module(library), name, None)
     if kind is None:
@@ -76,18 +72,18 @@ def hide_progress_bars() -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the warnings of diffusers and transformers, where this package reports the same or needs no report."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+    import diffusers
+    import transformers
 
-    libraries = (diffusers_logging, transformers_logging)
-    before = [library.get_verbosity() for library in libraries]
+    loggers = diffusers.utils.logging.get_logger(), transformers.utils.logging.get_logger()
+    before = [logger.level for logger in loggers]
     try:
-        for library in libraries:
-            library.set_verbosity_error()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     finally:
-        for library, verbosity in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def network_config(kind: Any, folder: Path) -> dict[str, Any]:

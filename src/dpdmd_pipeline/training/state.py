@@ -41,7 +41,10 @@ class State:
         }
         return cls(
             parts=parts,
-            average=_moving_average(student, recipe.ema) if recipe.ema else None,
+            # Of the trained weights alone: a view of a shared base would be copied with all of the base
+            average=AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            if recipe.ema
+            else None,
             best=copy_weights(student) if recipe.watch.keep == "best" else None,
             watch=Watch.of(recipe, run.data.prompts) if recipe.watch.every else None,
         )
@@ -93,8 +96,3 @@ def _set_final_weights(state: State) -> None:
 def copy_weights(student: nn.Module) -> nn.ParameterList:
     """A copy of the trained weights; each process copies its shards."""
     return nn.ParameterList(weight.detach().clone() for weight in trainable(student))
-
-
-def _moving_average(student: nn.Module, decay: float) -> AveragedModel:
-    """Average the trained weights alone: a view of a shared base would be copied with all of the base."""
-    return AveragedModel(nn.ParameterList(trainable(student)), multi_avg_fn=get_ema_multi_avg_fn(decay))
