@@ -393,6 +393,17 @@ def test_a_network_with_a_key_too_many_or_too_few_is_refused(specimen, copied, c
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_text_encoder_or_autoencoder_without_some_weights_is_refused(specimen, copied, part):
+    teacher, _ = copied
+    (path,) = (teacher / part).glob("*.safetensors")
+    weights = load_file(path)
+    save_file(without_a_key(weights), path, {"format": "pt"})
+    backbone = load_backbone(specimen.family, teacher, **specimen.options)
+    with refuses(ValueError, str(teacher / part), "4 weights", *sorted(weights)[:3]):
+        backbone.encode(PROMPTS) if part == "text_encoder" else backbone.decode(torch.zeros(1, *backbone.latent_shape))
+
+
 def test_a_network_in_several_files_loads_if_its_keys_fit(specimen, copied, model):
     teacher, network = copied
     (network / WEIGHTS).unlink()

@@ -65,7 +65,8 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
     share = parameters["prompts"].get("eval_share") if isinstance(parameters.get("prompts"), dict) else None
     if share is not None and "raw_eval_prompts" in loader.runtime_params:
         yield f"raw_eval_prompts: prompts.eval_share={share} takes the prompts from raw_prompts: give one of both"
-    yield from _unread_rates(parameters["train"], loader.runtime_params.get("train"))
+    if isinstance(train := loader.runtime_params.get("train"), dict):
+        yield from _unread_rates(train, parameters["train"].get("roles"))
     lines: list[str] = []
     for group, model in sorted(TypeExtractor(pipelines).extract_types_from_pipelines().items()):
         if group not in parameters or not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -78,16 +79,13 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
     yield from (line for line in lines if line == (own := line.replace("train_dmd.", "train.", 1)) or own not in lines)
 
 
-def _unread_rates(options: Any, given: Any) -> Iterator[str]:
-    """Lines for learning rates that are given on the command line and belong to the other kind of roles."""
-    if not isinstance(options, dict) or not isinstance(given, dict):
-        return
-    roles, names = options.get("roles"), ("learning_rate", "lora_learning_rate")
+def _unread_rates(train: dict[str, Any], roles: Any) -> Iterator[str]:
+    """Lines for learning rates on the command line that belong to the other kind of roles."""
+    names = "learning_rate", "lora_learning_rate"
     unread, read = names if roles == "lora" else reversed(names)
-    for name in ("student", "fake_score"):
-        if isinstance(given.get(name), dict) and unread in given[name]:
-            path = f"train.{name}"
-            yield f"{path}.{unread} = {given[name][unread]!r}: train.roles={roles} does not read it: set {path}.{read}"
+    for path, options in (("train.student", train.get("student")), ("train.fake_score", train.get("fake_score"))):
+        if isinstance(options, dict) and unread in options:
+            yield f"{path}.{unread} = {options[unread]!r}: train.roles={roles} does not read it: set {path}.{read}"
 
 
 def _refused_name(loader: Any, name: str, groups: set[str]) -> str | None:

@@ -62,7 +62,7 @@ def distill(
     try:
         for cycle in range(done, recipe.max_steps):
             between_cycles = False
-            record = fetch_record(run, train_cycle(run, state, cycle))
+            record = train_cycle(run, state, cycle)
             state.history.append(record)
             done, between_cycles = cycle + 1, True
             if run.accelerator.is_main_process:
@@ -84,8 +84,8 @@ def _checkpoint_is_due(run: Run, done: int, saved_at: float) -> bool:
     return run.accelerator.reduce(seconds, reduction="mean").item() >= 60 * run.execution.checkpoint_minutes
 
 
-def train_cycle(run: Run, state: State, cycle: int) -> Cycle:
-    """One cycle: the fake-score updates, then the student update, then a measurement if one is due."""
+def train_cycle(run: Run, state: State, cycle: int) -> Record:
+    """One cycle: the fake-score updates, then the student update, then a measurement if one is due; its record."""
     if cycle == 0:
         for update in range(run.recipe.fake_score_warmup):
             update_fake_score(run, "fake_score_warmup", range(update, update + 1))
@@ -100,7 +100,7 @@ def train_cycle(run: Run, state: State, cycle: int) -> Cycle:
         values |= measured
         if is_best:
             state.best = copy_weights(run.student.network)
-    return Cycle(cycle + 1, values, prompts)
+    return fetch_record(run, cycle + 1, values, prompts)
 
 
 # ---- fake score
@@ -269,28 +269,14 @@ def _syncs_each_backward(run: Run, part: MicroBatch) -> bool:
     return part.compare_gradients and is_sharded(run.student.network)
 
 
-# ---- records
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """Losses and norms of a cycle, still on the device, and the prompts of its student update."""
-
-    number: int
-    values: dict[str, Tensor]
-    prompts: Sequence[int]
-
-
-def fetch_record(run: Run, cycle: Cycle) -> Record:
+def fetch_record(run: Run, cycle: int, values: dict[str, Tensor], prompts: Sequence[int]) -> Record:
     """Bring a cycle's values to the CPU, as means over all processes; all refuse a non-finite one together."""
-    flat = torch.stack([value.detach().float() for value in cycle.values.values()])
+    flat = torch.stack([value.detach().float() for value in values.values()])
     numbers = run.accelerator.reduce(flat, reduction="mean").tolist()
-    record: Record = {"step": cycle.number, **dict(zip(cycle.values, numbers, strict=True))}
+    record: Record = {"step": cycle, **dict(zip(values, numbers, strict=True))}
     for name, value in record.items():
         if not math.isfinite(value):
-            prompts = sorted(set(gather_object(cycle.prompts)))
+            prompts = sorted(set(gather_object(prompts)))
             rates = f"student {run.recipe.student.learning_rate}, fake score {run.recipe.fake_score.learning_rate}"
-            raise ValueError(
-                f"{name} is {value} at step {cycle.number}, prompts {prompts}: lower the learning rate ({rates})"
-            )
+            raise ValueError(f"{name} is {value} at step {cycle}, prompts {prompts}: lower the learning rate ({rates})")
     return record

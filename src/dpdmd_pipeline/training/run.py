@@ -116,12 +116,9 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     Raises:
         ValueError: if the options do not fit the networks or the number of processes.
     """
-    # This process among the others, if any; they exchange gradients, nothing else.
-    accelerator = Accelerator(
-        cpu=backbone.device.type == "cpu",
-        mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    # Processes exchange gradients, nothing else
+    exchange = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(cpu=backbone.device.type == "cpu", mixed_precision="no", kwargs_handlers=[exchange])
     batch_indices = process_share(recipe.batch_size, accelerator.process_index, accelerator.num_processes)
     levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
     if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:

@@ -4,7 +4,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ def train_student(
     folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
     checkpoints = Checkpoints(folder, options.keep_last)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
-    with _out_of_memory_explained(teacher, backbone, options):
-        state = _train(job, recipe)
+    state = _train(job, recipe)
     header = _make_header(backbone.load(teacher, "cpu"), backbone, recipe, identity, groups)
     keys = dict.fromkeys(key for row in state["history"] for key in row)
     history = [{**keys, **row} for row in state["history"]]  # None for values that were not measured in that cycle
@@ -106,6 +105,10 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
 
     No network outlives the training, and a process that only starts others loads none.
     """
+    import torch
+
+    from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+
     name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
     with nullcontext() if several else checkpoints.locked():
@@ -116,8 +119,11 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
             return resumed[1]
         if cycles:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
-        records = train_in_processes(job) if several else start(job, resumed)[1]
-        follow(records, cycles, recipe, job.options.log_every)
+        try:
+            records = train_in_processes(job) if several else start(job, resumed)[1]
+            follow(records, cycles, recipe, job.options.log_every)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
         if job.options.compile != "none":
             gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU
         if finished := checkpoints.load_latest():
@@ -126,19 +132,6 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
         f"training has ended, but {checkpoints.folder} has no complete state: was it deleted, or is its disk faulty? "
         "Run the same command again"
     )
-
-
-@contextmanager
-def _out_of_memory_explained(teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> Iterator[None]:
-    """Replace torch's error by one that names the options which need less memory."""
-    import torch
-
-    from dpdmd_pipeline.planning.gpu import explain_out_of_memory
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(explain_out_of_memory(error, teacher, backbone, options)) from error
 
 
 def _make_header(

@@ -21,8 +21,8 @@ def method_name(recipe: Recipe) -> str:
     return "DP-DMD" if recipe.anchored_steps else "DMD"
 
 
-def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -> list[dict]:
-    """Run the loop to its end; returns the records of its new cycles.
+def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -> None:
+    """Run the loop to its end.
 
     Args:
         records: of the cycles after `done`, the cycles of an earlier run.
@@ -33,7 +33,6 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
     """
     name = method_name(recipe)
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
-    new: list[dict] = []
     begin = time.monotonic()
     with (
         _recorded_signals() as signals,
@@ -41,10 +40,8 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
         Progress(TextColumn("{task.description}"), *columns) as progress,
     ):
         bar = progress.add_task(name, total=recipe.max_steps, completed=done, facts="")
-        for record in records:
-            new.append(record)
-            cycle = done + len(new)
-            images = len(new) * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begin)
+        for cycle, record in enumerate(records, done + 1):
+            images = (cycle - done) * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begin)
             facts = ", ".join(f"{word} {record[key]:.4f}" for key, word in _LOSSES.items()) + f", {images:.0f} images/s"
             progress.update(bar, completed=cycle, facts=facts)
             if cycle % log_every == 0:
@@ -52,7 +49,6 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
             if signals and cycle < recipe.max_steps:
                 log.warning("%s: stopped after cycle %d; run the same command to continue", name, cycle)
                 raise KeyboardInterrupt
-    return new
 
 
 @contextmanager

@@ -38,8 +38,7 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dic
 
     backbone, options = job.backbone, job.options
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
-    checkpointing = options.gradient_checkpointing
-    roles = make_roles(model, recipe, gradient_checkpointing=checkpointing, sharded=options.sharded)
+    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=options.sharded)
     levels = model.schedule(backbone.num_steps)
     data = TrainingData(
         embeddings=job.embeddings,
