@@ -3,7 +3,7 @@
 import { app } from "../../../scripts/app.js";
 
 const NODE = "DPDMDSeeds";
-const HEIGHT = 340; // of the drafts in a new node, in pixels of the canvas
+const HEIGHT = 500; // of the drafts in a new node, in pixels of the canvas: four rows of square pictures
 
 function address({ filename, subfolder, type }) {
     const query = new URLSearchParams({ filename, subfolder, type });
