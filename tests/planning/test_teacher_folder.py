@@ -17,7 +17,8 @@ from tests.pipelines.conftest import backbone_options
 from tests.raising import refuses
 
 import dpdmd_pipeline
-from dpdmd_pipeline.datasets.pretrained import MAX_JSON, PretrainedModelDataset
+from dpdmd_pipeline.datasets.pretrained import PretrainedModelDataset
+from dpdmd_pipeline.limits import MAX_FILE
 from dpdmd_pipeline.planning.checks import refuse_run
 from dpdmd_pipeline.planning.messages import error_line
 from dpdmd_pipeline.planning.teacher import faulty_parts
@@ -106,7 +107,7 @@ def linked(name: str, target: str):
 def too_large(folder: Path) -> None:
     (folder / INDEX).unlink()
     with (folder / INDEX).open("wb") as file:
-        file.truncate(MAX_JSON + 1)
+        file.truncate(MAX_FILE + 1)
 
 
 def piped(folder: Path) -> None:
@@ -145,7 +146,7 @@ DAMAGES = {
     "index: not UTF-8": (replaced(INDEX, b"\xff\xfe{}"), (INDEX,)),
     "index: deep": (replaced(INDEX, DEEP), (INDEX, "recursion")),
     "index: deep value": (replaced(INDEX, f'{{"vae": {DEEP}{DEEP.replace("[", "]")}}}'), (INDEX, "recursion")),
-    "index: too large": (too_large, (INDEX, str(MAX_JSON + 1), str(MAX_JSON))),
+    "index: too large": (too_large, (INDEX, str(MAX_FILE + 1), str(MAX_FILE))),
     "index: an object for a component": (changed(INDEX, vae={"diffusers": "AutoencoderKL"}), (INDEX, "vae")),
     "index: three words": (changed(INDEX, vae=["diffusers", "AutoencoderKL", "x"]), (INDEX, "vae")),
     "index: numbers": (changed(INDEX, vae=[1, 2]), (INDEX, "vae", "[1, 2]")),

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.backbones.limits import first_names, read_json
 from dpdmd_pipeline.backbones.networks import load_network, network_config
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
+from dpdmd_pipeline.limits import first_names, read_json
 
 Conditioning = dict[str, Tensor]  # batch-first; fits a safetensors shard as it is
 

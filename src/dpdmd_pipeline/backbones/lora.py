@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 import torch
 from torch import Tensor
 
-from dpdmd_pipeline.backbones.limits import first_names
+from dpdmd_pipeline.limits import first_names
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _KOHYA = "lora_unet_"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpdmd_pipeline.backbones.limits import first_names, read_json
 from dpdmd_pipeline.backbones.tensor_files import check_content, refuse_pickles, stored_shapes
+from dpdmd_pipeline.limits import first_names, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's one weight file
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import COMPONENTS
-from dpdmd_pipeline.backbones.limits import read_json, write_json
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, shapes_of
 from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
@@ -24,6 +23,7 @@ from dpdmd_pipeline.backbones.tensor_files import (
     save_weights,
 )
 from dpdmd_pipeline.errors import MissingInputError
+from dpdmd_pipeline.limits import read_json, write_json
 
 ADAPTER = "adapter.safetensors"
 HISTORY = "history.json"  # a record per cycle of the training

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.backbones.limits import MAX_LEVELS, MAX_SHOWN, MAX_SIZE, check_length, parse_json
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS
+from dpdmd_pipeline.limits import MAX_LEVELS, MAX_SHOWN, MAX_SIZE, check_length, parse_json
 from dpdmd_pipeline.wording import short
 
 FORMAT = "1"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpdmd_pipeline.backbones.limits import first_names
+from dpdmd_pipeline.limits import first_names
 
 CHECKSUM = "sha256"  # key in the metadata: SHA-256 of the file, taken with zeros in its own place
 _BLANK = "0" * 64

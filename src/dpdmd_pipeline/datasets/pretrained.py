@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
+from dpdmd_pipeline.limits import read_json
+
 INDEX = "model_index.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model is T5's
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
-MAX_JSON = 2**26  # bytes of one file; Gemma's tokenizer has 34 million
 WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_processor")
 
 
@@ -89,7 +89,7 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
     """Components of a pipeline that have a folder; library and class that each is loaded with."""
     path = folder / INDEX
     try:
-        index = read_object(path)
+        index = read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: give a diffusers pipeline (a folder with that file)") from None
     entries = {name: entry for name, entry in index.items() if isinstance(entry, list | dict)}
@@ -98,31 +98,6 @@ def components(folder: Path) -> dict[str, tuple[str, str]]:
         if not (is_pair and name.isidentifier()):
             raise OSError(f"{path}: {name!r:.80} is {entry!r:.80}, expected [library, class] or [null, null]")
     return {name: (library, kind) for name, (library, kind) in entries.items() if library and kind}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object of foreign origin.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        OSError: if it is too large, is not JSON, nested too deeply, not an object, or holds NaN.
-    """
-    if (size := path.stat().st_size) > MAX_JSON:
-        raise OSError(f"{path} has {size} bytes, expected at most {MAX_JSON}: download it again")
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=_constant)
-    except (ValueError, RecursionError) as error:
-        raise OSError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise OSError(f"{path} holds {value!r:.80}, expected an object of names and values: download it again")
-    return value
-
-
-def _constant(name: str) -> float:
-    """Infinity is the default of some schedulers, NaN of nothing."""
-    if name == "NaN":
-        raise ValueError("NaN")
-    return float(name)
 
 
 def weight_files(folder: Path, library: str) -> list[Path]:
@@ -147,7 +122,7 @@ def weight_files(folder: Path, library: str) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Weight name -> file in the folder of an index."""
-    weights = read_object(index).get("weight_map")
+    weights = read_json(index).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(n, str) and Path(n).name == n for n in weights.values()):
         raise OSError(f"{index} has no weight_map of names and files beside it: download it again")
     return weights

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import static_shift
-from dpdmd_pipeline.backbones.limits import read_json, write_json
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, peft_from_file, transformer_from_peft
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
@@ -23,6 +22,7 @@ from dpdmd_pipeline.backbones.tensor_files import load_metadata, load_tensors, s
 from dpdmd_pipeline.exporting.card import write_card
 from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflow, lora_loss, merge_losses
 from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
+from dpdmd_pipeline.limits import read_json, write_json
 
 _COPIED = {".json", ".model", ".txt"}
 _WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component

@@ -18,8 +18,8 @@ from diffusers import (
 )
 
 from dpdmd_pipeline.backbones.base import static_shift
-from dpdmd_pipeline.backbones.limits import read_json
 from dpdmd_pipeline.backbones.student_header import StudentHeader
+from dpdmd_pipeline.limits import read_json
 
 _ROUNDING = 2e-7  # of levels up to 1 in float32
 _LEAST = 1e-3  # level of the last training timestep, before the shift

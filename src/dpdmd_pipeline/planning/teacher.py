@@ -21,11 +21,11 @@ from torch import nn
 
 from dpdmd_pipeline.backbones import COMPONENTS
 from dpdmd_pipeline.backbones.base import load_quietly, pipeline_class
-from dpdmd_pipeline.backbones.limits import first_names
 from dpdmd_pipeline.backbones.networks import check_keys, network_config, shapes_of
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.tensor_files import check_finite, open_tensors
-from dpdmd_pipeline.datasets.pretrained import INDEX, components, read_object, weight_files
+from dpdmd_pipeline.datasets.pretrained import INDEX, components, weight_files
+from dpdmd_pipeline.limits import first_names, read_json
 from dpdmd_pipeline.wording import one_line, short
 
 LARGEST = 10_000_000  # of the integers in a config; real ones have vocabularies of 256,000
@@ -76,7 +76,7 @@ def _fault(folder: Path, kind: type, is_complete: bool) -> str | None:
     """The line for a part that cannot be read."""
     with _faults_of(folder) as lines:
         for path in sorted(folder.glob("*.json")):
-            read_object(path)
+            read_json(path)
         if hasattr(kind, "state_dict"):
             _check_network(folder, kind, is_complete)
         elif folder.name == "scheduler":
@@ -116,7 +116,7 @@ def _classes(folder: Path, family: str) -> dict[str, type]:
     from transformers import PreTrainedTokenizerBase
 
     index, pipeline, remedy = folder / INDEX, pipeline_class(family), "set backbone.family to the teacher's own"
-    named, parts = read_object(index).get("_class_name"), components(folder)
+    named, parts = read_json(index).get("_class_name"), components(folder)
     if named != pipeline.__name__:
         raise ValueError(f"{index}: the pipeline is {named!r:.80}, {family} has a {pipeline.__name__}: {remedy}")
     classes = {}
@@ -170,14 +170,14 @@ def _check_tokenizer(folder: Path, kind: Any) -> None:
         )
     tokens = len(kind.from_pretrained(folder, local_files_only=True))
     encoder = folder.with_name(folder.name.replace("tokenizer", "text_encoder")) / "config.json"
-    size = read_object(encoder).get("vocab_size") if encoder.is_file() else None
+    size = read_json(encoder).get("vocab_size") if encoder.is_file() else None
     if size and not size / 2 <= tokens <= size:  # transformers makes an empty tokenizer from some damaged files
         raise ValueError(f"{folder} has {tokens} tokens, {encoder.parent.name} has {size}: copy both again")
 
 
 def _check_network(folder: Path, kind: Any, is_complete: bool) -> None:
     """Hold a network's config against its class and its weights; no weight is loaded."""
-    config, of_diffusers = read_object(folder / "config.json"), hasattr(kind, "load_config")
+    config, of_diffusers = read_json(folder / "config.json"), hasattr(kind, "load_config")
     _check_config(folder / "config.json", config, of_diffusers)
     try:
         files = weight_files(folder, "diffusers" if of_diffusers else "transformers")

@@ -5,7 +5,6 @@ They are fake tensors on which the real code runs once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
+from dpdmd_pipeline.limits import read_json
 
 Storages = dict[int, Any]  # by identity; holding a storage keeps its identity from being reused
 
@@ -48,7 +48,7 @@ def network_class(teacher: Path) -> Any:
     """diffusers' class of a pipeline's denoising network."""
     import diffusers
 
-    config = json.loads((network_folder(teacher) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(network_folder(teacher) / "config.json")
     return getattr(diffusers, config["_class_name"])
 
 

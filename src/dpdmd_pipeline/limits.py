@@ -12,17 +12,17 @@ from dpdmd_pipeline.wording import listed, short
 
 MAX_DEPTH = 8  # lists or objects in each other
 MAX_CHARACTERS = 2**16  # of one value in a header
-MAX_FILE = 2**24  # characters of a JSON file; the index of a large network has 2**17
+MAX_FILE = 2**26  # bytes of a JSON file; the tokenizer of Gemma has 34 million
 MAX_LEVELS = 1001  # a model has 1000 timesteps, and the last level is 0
 MAX_SIZE = 2**14  # pixels of a side, tokens of a prompt, rank of an adapter
 MAX_SHOWN = 200  # characters of a value or a name in a message
 _FEW = 3  # names in a message
 
 
-def check_length(text: str, limit: int = MAX_CHARACTERS) -> str:
+def check_length(text: str) -> str:
     """Return a text of strangers; a ValueError if it is longer than any of ours."""
-    if len(text) > limit:
-        raise ValueError(f"it has {len(text)} characters, the limit is {limit}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has {len(text)} characters, the limit is {MAX_CHARACTERS}")
     return text
 
 
@@ -35,14 +35,28 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file with one JSON object; a ValueError with its path if it has none, or is beyond the limits."""
+    """Read a file of strangers with one JSON object.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: with its path, if it is too large, is not JSON, nested too deeply, no object, or holds NaN.
+    """
+    if (size := path.stat().st_size) > MAX_FILE:
+        raise ValueError(f"{path} has {size} bytes, expected at most {MAX_FILE}: copy it again")
     try:
-        content = parse_json(check_length(path.read_text(encoding="utf-8"), MAX_FILE))
-    except ValueError as error:
+        content = json.loads(path.read_bytes(), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}): copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} has {short(repr(content), MAX_SHOWN)}, expected a JSON object: copy it again")
     return content
+
+
+def _constant(name: str) -> float:
+    """Infinity is the default of some schedulers, NaN of nothing."""
+    if name == "NaN":
+        raise ValueError("NaN")
+    return float(name)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
