@@ -20,6 +20,7 @@ LABELS = {  # series, in the order of the legend, with colours by Okabe and Ito 
     "unguided start, second level": ("#8FD1B8", "s"),
     "noise in the prompt": ("#999999", "x"),
 }
+_NAMES = {"dmd": "DMD", "dp_dmd": "DP-DMD"}  # written beside the points
 
 
 class Point(NamedTuple):
@@ -65,6 +66,7 @@ def draw_variety(study: dict[str, Any]) -> Any:
         ticks = [4, 6, 10, 17, points[0].evaluations]
         axis.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
+        axis.set_xlim(left=2.6)
         axis.grid(color="0.93")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylim(bottom=0)
@@ -82,14 +84,7 @@ def _draw_series(axis: Axes, points: list[Point], metric: str, label: str, colou
     spread.append([max(p.values[metric]) - middle for middle, p in zip(y, points, strict=True)])
     line = "-" if len(set(x)) > 1 else "none"
     axis.errorbar(x, y, yerr=spread, color=colour, marker=marker, linestyle=line, capsize=2, label=label)
-    if label in ("students alone", "noise in the prompt"):
-        for point, height in zip(points, y, strict=True):
-            axis.annotate(_short_name(point), (point.evaluations, height), (-6, 0), **_TEXT, color=colour)
-
-
-_TEXT = {"textcoords": "offset points", "fontsize": 8, "ha": "right", "va": "center"}
-
-
-def _short_name(point: Point) -> str:
-    """Name of a student, or the strength in the name of a noise run."""
-    return {"dmd": "DMD", "dp_dmd": "DP-DMD"}.get(point.name, point.name.removeprefix("noise_"))
+    for point, height in zip(points, y, strict=True):
+        if name := _NAMES.get(point.name):
+            place = (point.evaluations, height)
+            axis.annotate(name, place, (-8, 0), textcoords="offset points", ha="right", va="center", color=colour)
