@@ -53,6 +53,10 @@ class DPDMDSeeds(io.ComfyNode):
             raise ValueError(f"pick is {pick} of {count} drafts: set 1 to {count}, or 0 for none")
         plan = _make_plan(few_step_model, positive, latent_image, method, start)
         rows = _parse_steps(steps)
+        if count * len(rows) == 1:
+            raise ValueError(
+                "count is 1 and steps one number, so there is nothing to compare: raise count, or give several steps"
+            )
         inputs = (few_step_model, positive, latent_image, vae, seed, count, tuple(rows), method)
         inputs += tuple(start.get(name) for name in _OF_THE_START)
         drafts = _remembered(cls.hidden.unique_id, inputs)

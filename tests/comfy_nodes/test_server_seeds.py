@@ -117,13 +117,14 @@ def test_with_a_base_model_all_seeds_begin_with_a_teacher_start(server, student,
         ({"steps": "one"}, ("'one'", "1, 2, 4")),
         ({"steps": "5"}, ("5", "4")),
         ({"steps": ""}, ("''",)),
+        ({"count": 1}, ("count is 1", "compare")),
     ],
 )
 def test_bad_input_is_one_message_in_the_node(server, student, sd3_file, sd3_prompt, inputs, facts):
     seeds = Seeds(server, student, sd3_file, sd3_prompt)
     with refuses(RefusedError, *facts):
         seeds.run(**inputs)
-    assert seeds.run(pick=0, steps="1")[1] == 3
+    assert seeds.run(pick=0, steps="1", count=3)[1] == 3
 
 
 def test_diversity_is_a_number_and_one_picture_has_none(server):
