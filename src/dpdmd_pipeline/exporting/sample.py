@@ -62,16 +62,13 @@ def sample(
         _check_start(path, teacher, teacher_start)
     # a complete pipeline needs the teacher for its start only
     source = None if teacher_start and (path / "model_index.json").is_file() else teacher
-    cond = encode(path, source, [*prompts, *([""] if teacher_start else [])], batch_size, device, dtype)
+    texts = [*prompts, ""] if teacher_start else prompts  # the empty prompt guides the teacher
+    cond = encode(path, source, texts, batch_size, device, dtype)
     student = open_student(path, source, device, dtype)
-    start = None
-    if teacher_start:
-        uncond = {name: value[-1:] for name, value in cond.items()}  # of the empty prompt
-        cond = {name: value[:-1] for name, value in cond.items()}
-        start = _open_start(path, teacher, student, teacher_start, uncond)
+    start = _open_start(path, teacher, student, teacher_start, cond) if teacher_start else None
     images = []
     for first in range(0, len(seeds), batch_size):
-        rows = slice(first, first + batch_size)
+        rows = slice(first, min(first + batch_size, len(seeds)))
         latents = draw_latents(student, {name: value[rows] for name, value in cond.items()}, seeds[rows], start)
         images.append(student.backbone.decode(latents).cpu())
     return torch.cat(images)
@@ -147,9 +144,9 @@ def _teacher_guidance(header: StudentHeader) -> float | None:
     return (header.recipe or {}).get("backbone", {}).get("guidance_scale")
 
 
-def _open_start(path: Path, teacher: Path, student: OpenStudent, options: TeacherStart, uncond: Conditioning) -> Start:
-    """Load the teacher's network, with its text encoders' embedding of the empty prompt."""
-    header = student.header
+def _open_start(path: Path, teacher: Path, student: OpenStudent, options: TeacherStart, cond: Conditioning) -> Start:
+    """Load the teacher's network; the last row of the embeddings is the empty prompt."""
+    header, uncond = student.header, {name: value[-1:] for name, value in cond.items()}
     backbone = _load(header, teacher, student.backbone.device.type, student.backbone.dtype)
     check_prediction(path, header, backbone.prediction, teacher)
     network = backbone.load_model().requires_grad_(False).eval()

@@ -33,10 +33,8 @@ def sample_images(
     from dpdmd_pipeline.datasets.model_folder import folder_hash
 
     check_embeddings(embeddings, prompts, teacher)
-    folders = dict(zip(MODELS, (None, student_dmd, student), strict=True))
     start = options.teacher_start
-    if start:
-        folders[STARTED] = student_dmd
+    folders = dict(zip(MODELS, (None, student_dmd, student), strict=True)) | ({STARTED: student_dmd} if start else {})
     headers = {name: load_header(folder) for name, folder in folders.items() if folder}
     evaluations = {"teacher": backbone.evaluations, **{name: header.num_steps for name, header in headers.items()}}
     if start:

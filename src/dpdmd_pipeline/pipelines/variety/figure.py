@@ -86,5 +86,5 @@ def _draw_series(axis: Axes, points: list[Point], metric: str, label: str, colou
     axis.errorbar(x, y, yerr=spread, color=colour, marker=marker, linestyle=line, capsize=2, label=label)
     for point, height in zip(points, y, strict=True):
         if name := _NAMES.get(point.name):
-            place = (point.evaluations, height)
-            axis.annotate(name, place, (-8, 0), textcoords="offset points", ha="right", va="center", color=colour)
+            words = {"textcoords": "offset points", "ha": "right", "va": "center", "color": colour}
+            axis.annotate(name, (point.evaluations, height), (-8, 0), **words)
