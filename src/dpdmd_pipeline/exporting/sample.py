@@ -60,18 +60,14 @@ def sample(
     path, teacher = Path(path), Path(teacher) if teacher else None
     if teacher_start:
         _check_start(path, teacher, teacher_start)
-    # a complete pipeline needs the teacher for its start only
-    source = None if teacher_start and (path / "model_index.json").is_file() else teacher
+    source = None if teacher_start and (path / "model_index.json").is_file() else teacher  # of the text encoders
     texts = [*prompts, ""] if teacher_start else prompts  # the empty prompt guides the teacher
     cond = encode(path, source, texts, batch_size, device, dtype)
     student = open_student(path, source, device, dtype)
     start = _open_start(path, teacher, student, teacher_start, cond) if teacher_start else None
-    images = []
-    for first in range(0, len(seeds), batch_size):
-        rows = slice(first, min(first + batch_size, len(seeds)))
-        latents = draw_latents(student, {name: value[rows] for name, value in cond.items()}, seeds[rows], start)
-        images.append(student.backbone.decode(latents).cpu())
-    return torch.cat(images)
+    batches = [slice(first, min(first + batch_size, len(seeds))) for first in range(0, len(seeds), batch_size)]
+    latents = (draw_latents(student, {n: v[rows] for n, v in cond.items()}, seeds[rows], start) for rows in batches)
+    return torch.cat([student.backbone.decode(batch).cpu() for batch in latents])
 
 
 @dataclass(frozen=True)
