@@ -17,7 +17,14 @@ from dpdmd_pipeline.planning.options import refused_options
 
 STAGES = {name: pipeline(name) for name in PIPELINES}
 GROUPS = TypeExtractor(STAGES).extract_types_from_pipelines()
-SAMPLE = {"form": "diffusers", "prompts": ["a"], "batch_size": 1, "dtype": "float32", "device": "cpu"}
+SAMPLE = {
+    "form": "diffusers",
+    "prompts": ["a"],
+    "batch_size": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "teacher_start": None,
+}
 
 
 def numbers(annotation: Any, limits: tuple = (), path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], tuple]]:

@@ -16,6 +16,7 @@ from tests.forked import ForkedKedro
 
 PROJECT = Path(__file__).parents[1]
 MODELS = ("teacher", "dmd", "dp_dmd")
+STARTED = "dmd_start"
 WEIGHTS = "data/06_models/ci/{}/diffusion_pytorch_model.safetensors"
 OUTPUTS = [
     "data/03_primary/ci/prompts.jsonl",
@@ -122,15 +123,16 @@ def test_one_command_makes_every_output_of_the_line(finished):
     project, output = finished
     assert not [name for name in OUTPUTS if not (project / name).is_file()]
     assert "deprecated" not in output.lower() and "WARNING" not in output
-    assert re.search(r"^ *teacher .*\n *DMD .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
+    assert re.search(r"^ *teacher .*\n *DMD .*\n *DMD \+ .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
     assert "data/08_reporting/ci/report.html" in output.strip().splitlines()[-2]
 
 
 def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
     metrics = json.loads((finished[0] / "data/08_reporting/ci/metrics.json").read_text())
-    assert list(metrics) == [*MODELS, "rank_correlation"]
-    assert [metrics[model]["nfe"] for model in MODELS] == [12, 4, 4]
-    for model in MODELS:
+    models = (*MODELS, STARTED)
+    assert list(metrics) == [*models, "rank_correlation"]
+    assert [metrics[model]["nfe"] for model in models] == [12, 4, 4, 9]
+    for model in models:
         assert metrics[model]["n"] == {"prompts": 12, "per_prompt": 4}
         assert set(metrics[model]["quality"]) == {"valid", "aligned", "residual"}
         assert set(metrics[model]["diversity"]) == {"effective_modes", "coverage", "entropy", "pairwise_distance"}
@@ -160,7 +162,7 @@ def test_the_same_command_again_reuses_what_is_finished_and_says_so(finished):
     for what in ("embeddings: reused", "anchors: reused", "images: reused"):
         assert what in output, output
     assert len(re.findall(r" (DMD|DP-DMD): finished student reused", output)) == 2
-    assert len(re.findall(r"diversity.clip_shapes of \w+: reused", output)) == 3
+    assert len(re.findall(r"diversity.clip_shapes of \w+: reused", output)) == 4
     assert " cycle 1/3" not in output and " written " not in output and "measured in" not in output
     changed = [name for name, content in before.items() if (project / name).read_bytes() != content]
     assert not changed
