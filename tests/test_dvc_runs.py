@@ -191,6 +191,7 @@ def test_an_experiment_is_queued_with_one_option_of_every_parameter_file(project
         "base/parameters_study": "study.seeds=[0]",
         "base/parameters_teacher": "teacher.judge_seed=1",
         "base/parameters_train": "train.diversity_weight=10",
+        "base/parameters_variety": "variety.seeds=[0]",
         "ci/parameters": "train.max_steps=4",
         "shapes_sdxl/parameters": "train.target=secant",
         "sd35/parameters": "train.diversity_weight=0.1",

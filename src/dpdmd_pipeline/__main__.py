@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd_pipeline.commands import COMMANDS
+from dpdmd_pipeline.commands.output import flush
 from dpdmd_pipeline.planning.options import nearest
 from dpdmd_pipeline.wording import printable
 
@@ -50,6 +51,8 @@ def _run_command(name: str, arguments: list[str]) -> None:
         stream.reconfigure(errors="backslashreplace")
     try:
         importlib.import_module(f"dpdmd_pipeline.commands.{name.replace('-', '_')}").main(arguments)
+    except BrokenPipeError:  # argparse before Python 3.11.4 reports that the reader of a long help has gone
+        flush()
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {printable(str(error))}")  # names in files may contain terminal commands
     except KeyboardInterrupt:
