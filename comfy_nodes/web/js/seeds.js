@@ -21,7 +21,8 @@ function button(node, tile) {
     image.style.cssText = "width:100%;display:block";
     const label = document.createElement("span");
     label.textContent = tile.label;
-    label.style.cssText = "font:11px sans-serif;white-space:nowrap";
+    // a long seed is cut; the title has all of it
+    label.style.cssText = "display:block;font:11px sans-serif;white-space:nowrap;overflow:hidden;text-overflow:ellipsis";
     element.append(image, label);
     element.addEventListener("click", () => {
         pickWidget(node).value = tile.pick;
