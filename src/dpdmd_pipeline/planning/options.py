@@ -139,7 +139,7 @@ def _option_line(group: str, model: type, fault: dict[str, Any]) -> str:
         otherwise = f"; there are {', '.join(options)}" if options else ""
         return f"{path} = {value}: unknown option{nearest(str(fault['loc'][-1]), options, otherwise)}"
     reason = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    reason = one_line(re.sub(r"^Input should (be|have) ", r"must \1 ", reason))
+    reason = short(one_line(re.sub(r"^Input should (be|have) ", r"must \1 ", reason)), 600)
     return f"{path}: {reason}" if isinstance(fault["input"], dict) else f"{path} = {value}: {reason}"
 
 
