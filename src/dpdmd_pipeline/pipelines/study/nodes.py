@@ -105,7 +105,7 @@ def _change(run: _Run, changes: RunOptions) -> _Run:
     run = run._replace(options=_with_changes(run.options, changes.train))
     if changes.anchors:
         anchor_options = _with_changes(run.anchor_options, _anchor_changes(changes))
-        anchors = make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options)
+        anchors = make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options, run.options)
         run = run._replace(anchors=anchors, anchor_options=anchor_options)
     check_optimizers(run.options)
     check_anchors(run.anchors, run.rows(), run.embeddings, run.teacher, run.backbone, run.anchor_options, run.options)
