@@ -49,9 +49,15 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
     """
     from dpdmd_pipeline.planning.disk import full_disks
     from dpdmd_pipeline.planning.gpu import students_too_large
+    from dpdmd_pipeline.planning.stages import log_costs
 
     try:
-        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
+        if lines := [*_refused_options(plan)]:
+            return lines
+        lines = [*students_too_large(plan, device_memory)]
+        if not lines:
+            log_costs(plan)
+        return [*lines, *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
 
@@ -60,7 +66,8 @@ def _refused_options(plan: Plan) -> Iterator[str]:
     """Options that the teacher's config does not allow."""
     model, steps, first = plan.model, plan.backbone.num_steps, None
     try:
-        first = anchor_steps(plan.anchors, model, steps)[0]
+        if plan.trained or "anchors" in plan.folders:
+            first = anchor_steps(plan.anchors, model, steps)[0]
     except ValueError as error:
         yield one_line(error)
     for group, options in plan.trained.items():
