@@ -114,3 +114,84 @@ def make_deep_compression_autoencoder():
         scaling_factor=0.41407,
         **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in both.items()},
     )
+
+
+CHAT_TEMPLATE = (  # of Qwen3, for one question of a user
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def make_qwen_tokenizer():
+    """Qwen's tokenizer without merges: one token per byte and per special word, and a chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen_config(kind, tokenizer, **values):
+    """Config of a tiny language model of Qwen's shape."""
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        **values,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """An untrained ZImagePipeline directory: 32x32 pixels to 16x8x8 latents, Z-Image's shift, scale and patches."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from transformers import Qwen3Config, Qwen3Model
+
+    folder = tmp_path_factory.mktemp("z_image") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = make_qwen_tokenizer()
+        ZImagePipeline(
+            tokenizer=tokenizer,
+            text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer)),
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8, 16),
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                latent_channels=16,
+                norm_num_groups=4,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            transformer=make_single_stream_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_single_stream_transformer():
+    from diffusers import ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 8, 8],
+        axes_lens=[256, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # zeros in an untrained network, so that a wrong padding would not show
+    return transformer
