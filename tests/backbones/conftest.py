@@ -195,3 +195,48 @@ def make_single_stream_transformer():
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token)  # zeros in an untrained network, so that a wrong padding would not show
     return transformer
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory):
+    """An untrained QwenImagePipeline directory: 32x32 pixels to 16x8x8 latents, Qwen-Image's scheduler."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    folder = tmp_path_factory.mktemp("qwen_image") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = make_qwen_tokenizer()
+        QwenImagePipeline(
+            tokenizer=tokenizer,
+            text_encoder=make_vision_language_model(tokenizer),
+            vae=AutoencoderKLQwenImage(
+                base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+            ),
+            transformer=make_dual_stream_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_vision_language_model(tokenizer):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextConfig
+
+    text = qwen_config(
+        Qwen2_5_VLTextConfig, tokenizer, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}
+    )
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def make_dual_stream_transformer():
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import QwenImagePipeline
 from safetensors.torch import load_file, save_file
 from tests.raising import refuses
 from torch import Tensor
@@ -74,6 +75,16 @@ SPECIMENS = {
         options(20),
         {},
         {"max_sequence_length": 20, "use_resolution_binning": False},
+    ),
+    "qwen_image": Specimen(
+        "qwen_image",
+        "tiny_qwen_image",
+        "shifted",
+        options(256),
+        {},
+        {"max_sequence_length": 256},
+        lambda latents: QwenImagePipeline._pack_latents(latents, len(latents), *latents.shape[1:]),
+        lambda tokens, size: QwenImagePipeline._unpack_latents(tokens, size, size, 4).squeeze(2),
     ),
     "z_image": Specimen("z_image", "tiny_z_image", "shifted", options(64), {}, {"max_sequence_length": 64}),
 }
