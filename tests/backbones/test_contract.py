@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
+from tests.backbones.conftest import normalised
 from tests.raising import refuses
 from torch import Tensor
 
@@ -75,6 +76,15 @@ SPECIMENS = {
         options(20),
         {},
         {"max_sequence_length": 20, "use_resolution_binning": False},
+    ),
+    "flux2_klein": Specimen(
+        "flux2_klein",
+        "tiny_flux2_klein",
+        "shifted",
+        options(128),
+        {},
+        {"max_sequence_length": 128},
+        from_pipeline=lambda latents, _: normalised(Flux2KleinPipeline._patchify_latents(latents)),
     ),
     "qwen_image": Specimen(
         "qwen_image",
@@ -308,7 +318,7 @@ def test_a_sample_is_guided_inside_the_interval_only(backbone, model, cond, unco
 def drawn(specimen, pipeline, latents, num_steps, scale, kind="latent", resolution=RESOLUTION):
     """Pictures or latents of the family's own pipeline."""
     images = pipeline(
-        list(PROMPTS),  # Z-Image's writes its chat template into the list
+        prompt=list(PROMPTS),  # Z-Image's writes its chat template into the list
         num_inference_steps=num_steps,
         latents=specimen.to_pipeline(latents),
         height=resolution,
