@@ -101,7 +101,8 @@ def _change(run: _Run, changes: RunOptions) -> _Run:
     options, anchor_options = changed_options(run.options, run.anchor_options, changes)
     run = run._replace(options=options, anchor_options=anchor_options)
     if changes.anchors:
-        run = run._replace(anchors=make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options))
+        inputs = run.prompts, run.embeddings, run.teacher, run.backbone
+        run = run._replace(anchors=make_anchors(*inputs, anchor_options, options))
     check_optimizers(run.options)
     check_anchors(run.anchors, run.rows(), run.embeddings, run.teacher, run.backbone, run.anchor_options, run.options)
     return run
