@@ -24,7 +24,7 @@ from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflo
 from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
 from dpdmd_pipeline.limits import read_json, write_json
 
-_COPIED = {".json", ".model", ".txt"}
+_COPIED = {".jinja", ".json", ".model", ".txt"}
 _WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component
 # names of the ModelSpec convention and of the trainers that write it
 _ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}
