@@ -82,6 +82,11 @@ def pipeline_class(family: str) -> Any:
     return _module(family).load.pipeline_class
 
 
+def teacher_grid(family: str) -> str | None:
+    """Name of the grid of a flow family's own schedule, in `flow_sigmas`; None for diffusion models."""
+    return getattr(_module(family).load, "grid", None)
+
+
 def guidance_arguments(family: str, scale: float) -> dict[str, Any]:
     """Arguments of the family's pipeline call for a guidance scale; 1 is none in all families."""
     return _module(family).load.guidance_arguments(scale)
