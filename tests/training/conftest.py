@@ -24,6 +24,8 @@ RECIPE = {
     "roles": "full",
     "lora": LORA,
     "precision": "float32",
+    "start_from": None,
+    "fake_score_from": "start",
     "seed": 3,
     "max_steps": 4,
     "warmup": 0,

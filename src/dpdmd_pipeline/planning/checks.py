@@ -77,6 +77,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
             check_backbone(plan.backbone, options)
+            check_start(plan.teacher, plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
             if options.anchored_steps and first is not None:
@@ -233,6 +234,25 @@ def check_backbone(backbone: BackboneOptions, recipe: Recipe) -> None:
             f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "
             "backbone.guidance_scale=1 has no guidance: set guidance_interval=[0.0, 1.0]"
         )
+
+
+def check_start(teacher: Path, backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that the weights of a warm start fit the network and the recipe's roles."""
+    if not recipe.start_from:
+        return
+    import torch
+
+    from dpdmd_pipeline.backbones.start import load_start
+    from dpdmd_pipeline.planning.weightless import weightless
+    from dpdmd_pipeline.training.roles import check_room, lora_roles
+
+    model = backbone.load(teacher, "cpu")
+    start = load_start(Path(recipe.start_from), model, backbone.family)
+    if recipe.roles == "lora":
+        with torch.device("meta"):
+            roles = lora_roles(weightless(model, teacher), recipe.lora, seed=0, gradient_checkpointing=False)
+        for view in (roles.student, roles.fake_score)[: 1 if recipe.fake_score_from == "teacher" else 2]:
+            check_room(start, view.adapter_state(), f"lora.{view.adapter}_rank")
 
 
 def check_speed(teacher: Path, options: TrainOptions) -> None:

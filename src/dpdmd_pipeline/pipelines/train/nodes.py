@@ -12,8 +12,8 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state_folder, student_identity
+from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed, check_start
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, recipe_facts, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
@@ -54,6 +54,7 @@ def train_student(
     if finished_student and (trained := _reuse(finished_student, identity, recipe, groups if is_new else None)):
         return trained
     check_speed(teacher, options)
+    check_start(teacher, backbone, recipe)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
@@ -72,7 +73,7 @@ def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -
     return {
         "backbone": backbone.model_dump(mode="json"),
         "anchors": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "train": recipe.model_dump(mode="json"),
+        "train": recipe_facts(recipe),
     }
 
 
