@@ -101,15 +101,15 @@ def files_of_at_most(size):
 @pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 def test_a_full_disk_in_the_middle_of_a_state_is_one_line_and_leaves_the_one_before(tmp_path, background):
     writer = Writer(Checkpoints(tmp_path), background, group=None, writes=True)
-    writer.save(1, state(1.0), finished=False)
+    writer.save(1, state(1.0), finished=False, last=False)
     writer.wait()
     large = {"weights": {"w": torch.zeros(1_000_000)}}
     with files_of_at_most(1_000_000), refuses(OSError, str(tmp_path / "step_0000002"), "file size limit") as error:
-        writer.save(2, large, finished=False)
+        writer.save(2, large, finished=False, last=False)
         writer.wait()
     assert "\n" not in str(error.value)
     assert files(tmp_path) == files_of(1) and not writer.failed()
-    writer.save(2, large, finished=False)  # after a remedy
+    writer.save(2, large, finished=False, last=False)  # after a remedy
     writer.wait()
     assert Checkpoints(tmp_path).latest() == 2
 
@@ -117,7 +117,7 @@ def test_a_full_disk_in_the_middle_of_a_state_is_one_line_and_leaves_the_one_bef
 def test_a_state_is_written_as_it_was_when_its_write_began(tmp_path):
     """On a CPU a state's tensors are the network's own, which change while the state is written."""
     writer, weights = Writer(Checkpoints(tmp_path), True, group=None, writes=True), torch.zeros(10_000_000)
-    writer.save(1, {"w": weights}, finished=False)
+    writer.save(1, {"w": weights}, finished=False, last=False)
     weights += 1
     writer.wait()
     assert not Checkpoints(tmp_path).load_latest()[1]["w"].any()
@@ -138,7 +138,7 @@ KILLER = textwrap.dedent(
         if child == 0:
             states = Writer(checkpoints, background, group=None, writes=True)
             for step in range(1 + checkpoints.latest(), 100_000):
-                states.save(step, {"w": torch.full((100_000,), float(step))}, finished=False)
+                states.save(step, {"w": torch.full((100_000,), float(step))}, finished=False, last=False)
                 if step > 1:
                     os.write(writer, b"%d\\n" % (step - background))
         os.close(writer)

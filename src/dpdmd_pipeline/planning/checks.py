@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,11 +48,12 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
-    from dpdmd_pipeline.planning.disk import full_disks
+    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks
     from dpdmd_pipeline.planning.gpu import students_too_large
 
     try:
-        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
+        too_large = students_too_large(plan, device_memory), copies_too_large(plan), full_disks(plan)
+        return [*_refused_options(plan)] or [*chain(*too_large)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
 

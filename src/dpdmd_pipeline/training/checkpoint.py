@@ -119,10 +119,6 @@ class Checkpoints:
         """Steps of the newest complete state, whose content is not checked; 0 if there is no state."""
         return max(map(_step, self._manifests()), default=0)
 
-    def holds(self, step: int) -> bool:
-        """True if there is a state after `step` steps; its content is not checked."""
-        return self._manifest(step).is_file()
-
     def _manifest(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}.json"
 
@@ -149,10 +145,14 @@ class Writer:
     writes: bool  # this process takes part
     _pending: Future | None = field(default=None, init=False)
 
-    def save(self, step: int, state: Mapping[str, Any], *, finished: bool) -> None:
-        """Write a state as `Checkpoints.save` does; raises the error of an earlier write, if there was one."""
+    def save(self, step: int, state: Mapping[str, Any], *, finished: bool, last: bool) -> None:
+        """Write a state as `Checkpoints.save` does, the `last` one without a copy.
+
+        Raises:
+            OSError: if this or the earlier state could not be written.
+        """
         self.wait()
-        if self.writes and self.background:
+        if self.writes and self.background and not last:
             pool, state = ThreadPoolExecutor(1), BlockingAsyncStager().stage(state)
             self._pending = pool.submit(self.checkpoints.save, step, state, finished=finished, group=self.group)
             pool.shutdown(wait=False)  # its thread ends with the write

@@ -70,7 +70,7 @@ def distill(
             yield record
     finally:  # closed early: keep the finished cycles. A cycle cut off half-way would not repeat exactly.
         if between_cycles and done > saved:
-            save(run, state, writer, done)
+            save(run, state, writer, done, stopping=True)
         writer.wait()
 
 

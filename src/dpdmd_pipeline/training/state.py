@@ -90,17 +90,17 @@ def resume(state: State, checkpoints: Checkpoints) -> int:
     return cycles
 
 
-def save(run: Run, state: State, writer: Writer, cycles: int) -> None:
+def save(run: Run, state: State, writer: Writer, cycles: int, *, stopping: bool = False) -> None:
     """Write the state after `cycles` cycles; after the last one set the final weights and keep the student alone.
 
-    All processes must call this: each holds a shard of a sharded network.
+    All processes must call this: each holds a shard of a sharded network. With `stopping` no training follows.
     """
     finished = cycles == run.recipe.max_steps
     if finished:
         _set_final_weights(state)
     parts = {"student": state.parts["student"]} if finished else state.stateful()
     states = {name: part.state_dict() for name, part in parts.items()}
-    writer.save(cycles, {"history": state.history, **states}, finished=finished)
+    writer.save(cycles, {"history": state.history, **states}, finished=finished, last=finished or stopping)
 
 
 @torch.no_grad()
