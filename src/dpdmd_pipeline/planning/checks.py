@@ -47,7 +47,7 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
-    from dpdmd_pipeline.planning.disk import full_disks
+    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks
     from dpdmd_pipeline.planning.gpu import students_too_large
     from dpdmd_pipeline.planning.stages import log_costs
 
@@ -57,7 +57,7 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         lines = [*students_too_large(plan, device_memory)]
         if not lines:
             log_costs(plan)
-        return [*lines, *full_disks(plan)]
+        return [*lines, *copies_too_large(plan), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
 

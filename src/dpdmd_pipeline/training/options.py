@@ -46,6 +46,7 @@ class Execution(StrictModel):
     # Checkpoints and records
     checkpoint_every: Count  # cycles between checkpoints
     checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
+    checkpoint_background: bool  # training goes on while one is written, from a copy in host memory
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
     ratio_every: Count  # cycles between comparisons of both losses' gradient norms, two more backward passes
     log_every: Count  # cycles between lines in the log

@@ -123,4 +123,5 @@ def mean_distance(latents: Tensor) -> Tensor:
 
 def _means(run: Run, values: dict[str, Tensor]) -> dict[str, float]:
     """Means over the processes, which must choose the same cycle although their roundings may differ."""
-    return {name: run.accelerator.reduce(value, reduction="mean").item() for name, value in values.items()}
+    means = run.accelerator.reduce(torch.stack([*values.values()]), reduction="mean").tolist()
+    return dict(zip(values, means, strict=True))

@@ -193,7 +193,7 @@ def test_an_unfinished_state_that_is_not_resumed_is_named_with_its_cycle_size_an
     train()
     (state,) = (path for path in (tmp_path / "state").iterdir() if path.is_dir())
     (checkpoint,) = state.glob("step_*.json")
-    for path in (checkpoint, checkpoint.with_suffix(".pt")):
+    for path in (checkpoint.with_suffix(""), checkpoint):
         path.rename(path.with_stem("step_0000001"))
     caplog.clear()
     train(decay=0.5)

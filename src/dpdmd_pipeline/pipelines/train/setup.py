@@ -30,7 +30,7 @@ class Job:
     checkpoints: Checkpoints
 
 
-def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dict]]:
+def start(job: Job) -> tuple[Any, Iterator[dict]]:
     """Roles, and the records of the new cycles; training happens while these are consumed."""
     from dpdmd_pipeline.backbones.start import load_start
     from dpdmd_pipeline.training.distill import distill
@@ -57,7 +57,7 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dic
         teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
     )
-    return roles, distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
+    return roles, distill(model, roles, data, recipe, job.checkpoints, options.execution())
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
