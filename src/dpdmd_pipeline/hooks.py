@@ -18,6 +18,7 @@ from kedro.framework.hooks import hook_impl
 
 from dpdmd_pipeline.planning import files, options
 from dpdmd_pipeline.planning.judging import option
+from dpdmd_pipeline.planning.launcher import Launcher, launches_of, rendezvous_of
 from dpdmd_pipeline.planning.messages import DEFAULT_ENVIRONMENTS, error_line
 from dpdmd_pipeline.wording import one_line
 
@@ -28,16 +29,15 @@ class ConfigHooks:
     """Refuse a run that cannot succeed before anything is loaded, and a downloaded teacher that cannot be read."""
 
     _check_download: Callable[[], list[str]] = list  # no lines
+    _meeting: Any = None  # of several machines
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
         from kedro.validation import ParameterValidationError
 
-        if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise click.ClickException(
-                f"WORLD_SIZE = {world_size}: every process would run the whole pipeline; start one `kedro run`, "
-                "without torchrun or accelerate launch: training starts its own processes"
-            )
+        if Launcher.of(os.environ).local_rank:
+            log.info("this process ends: the launcher's first one on this machine starts others for the GPUs")
+            raise SystemExit(0)
         loader = context.config_loader
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
         try:
@@ -68,6 +68,28 @@ class ConfigHooks:
 
         _refuse(refuse_run(pipeline, catalog, env))
         self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
+        self._meet_machines(launches_of(pipeline, catalog))
+
+    def _meet_machines(self, launches: dict[str, Any]) -> None:
+        """Wait for the run's other machines; a machine other than the first only helps, and ends with the run."""
+        try:
+            _refuse([Launcher.of(os.environ).refused(launches)])
+            if several := rendezvous_of(launches):
+                from dpdmd_pipeline.training.launch import meet_or_help
+
+                self._meeting = meet_or_help(*several)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+    @hook_impl(tryfirst=True)
+    def after_pipeline_run(self) -> None:
+        if self._meeting:
+            self._meeting.end()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        if self._meeting:
+            self._meeting.leave()
 
     @hook_impl
     def after_dataset_loaded(self, dataset_name) -> None:

@@ -28,8 +28,8 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.pipelines.train.progress import _recorded_signals
 from dpdmd_pipeline.planning.checks import check_anchors
+from dpdmd_pipeline.training.signals import recorded_signals
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -307,7 +307,7 @@ def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_recorded_and_the_second_interrupts(number, second):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with _recorded_signals() as signals:
+    with recorded_signals() as signals:
         signal.raise_signal(number)
         assert signals == [number]
         if second:

@@ -1,16 +1,14 @@
 """Progress of a run for its user: a bar, lines in the log, and a stop between two cycles on Ctrl-C."""
 
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from typing import Any
+from contextlib import closing
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.signals import recorded_signals
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +33,7 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
     begin = time.monotonic()
     with (
-        _recorded_signals() as signals,
+        recorded_signals() as signals,
         closing(records),
         Progress(TextColumn("{task.description}"), *columns) as progress,
     ):
@@ -49,24 +47,3 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
             if signals and cycle < recipe.max_steps:
                 log.warning("%s: stopped after cycle %d; run the same command to continue", name, cycle)
                 raise KeyboardInterrupt
-
-
-@contextmanager
-def _recorded_signals() -> Iterator[list[int]]:
-    """Record the first Ctrl-C or SIGTERM, so that the run ends between two cycles; the second interrupts at once."""
-    signals: list[int] = []
-
-    def record(number: int, _frame: Any) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
-        yield signals
-        return
-    before = {number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
