@@ -15,13 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import (
-    Conditioning,
-    PipelineBackbone,
-    TokenLimit,
-    tokenizer_length,
-    tokenizer_names,
-)
+from dpdmd_pipeline.backbones.base import PipelineBackbone
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.dpdmd.noise import (
     NoiseLevel,
     vp_level,
