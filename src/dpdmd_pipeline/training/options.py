@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import PositiveFloat, model_validator
 
-from dpdmd_pipeline.bounds import Count, Few, Size, StrictModel
+from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
@@ -48,7 +48,7 @@ class Execution(StrictModel):
     checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
     checkpoint_background: bool  # training goes on while one is written, from a copy in host memory
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
-    ratio_every: Count  # cycles between comparisons of both losses' gradient norms, two more backward passes
+    ratio_every: CountOrZero  # cycles between comparisons of both losses' gradient norms; 0: none
     log_every: Count  # cycles between lines in the log
 
     @property

@@ -40,7 +40,7 @@ def start(job: Job) -> tuple[Any, Iterator[dict]]:
     backbone, options = job.backbone, job.options
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
     # A checkpoint replaces all trained weights
-    path = None if resumed else recipe.start_from
+    path = None if job.checkpoints.latest() else recipe.start_from
     roles = make_roles(
         model,
         recipe,
