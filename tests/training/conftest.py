@@ -64,6 +64,8 @@ EXECUTION = {
     "checkpoint_every": 2,
     "keep_last": 2,
     "log_every": 2,
+    "previews": 0,
+    "track": [],
     "checkpoint_minutes": 60,
     "ratio_every": 2,
     "student_micro_batch": 2,

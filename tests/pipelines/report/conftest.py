@@ -131,6 +131,7 @@ def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
         + [{"text": text, "train": False, "eval": True} for text in texts],
         "train_history": made_history(1.0),
         "train_history_dmd": made_history(0.0),
+        "train_strip": Image.new("RGB", (200, 60), (9, 9, 9)),
         **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
         "options": OPTIONS,
         "environment": "base",

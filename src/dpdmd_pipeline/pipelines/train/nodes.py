@@ -16,6 +16,7 @@ from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_
 from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 from dpdmd_pipeline.wording import differences, reuse_refusal
 
@@ -108,6 +109,7 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
     import torch
 
     from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+    from dpdmd_pipeline.training.tracking import tracked
 
     name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
@@ -121,7 +123,8 @@ def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
         try:
             records = train_in_processes(job) if several else start(job, resumed)[1]
-            follow(records, cycles, recipe, job.options.log_every)
+            with tracked(name, checkpoints.folder, job.options) as track:
+                follow(records, cycles, recipe, job.options.log_every, track)
         except torch.OutOfMemoryError as error:
             raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
         if job.options.compile != "none":
@@ -177,6 +180,8 @@ def _write_student(folder: Path, job: Job, weights: dict[str, Any], header: Any,
     else:
         save_student(folder, student, header)
     save_history(folder, history)
+    with suppress(FileNotFoundError):  # a training without previews
+        shutil.copytree(job.checkpoints.folder / PREVIEWS, folder / PREVIEWS)
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
