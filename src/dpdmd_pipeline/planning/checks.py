@@ -26,7 +26,7 @@ from dpdmd_pipeline.wording import differences, listed, one_line, validation_fau
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 
-def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
+def refuse_run(pipeline: Any, catalog: Any, arguments: str = "") -> list[str]:
     """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks."""
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
@@ -38,7 +38,7 @@ def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
     except (ValueError, OSError) as error:
-        return [describe(error, env)]
+        return [describe(error, arguments)]
 
 
 def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:

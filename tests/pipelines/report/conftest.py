@@ -134,7 +134,7 @@ def made_inputs(texts=("a red circle", "a blue square", HOSTILE), **changes):
         "train_strip": Image.new("RGB", (200, 60), (9, 9, 9)),
         **{f"grid_{name}": Image.new("RGB", (90, 10 * len(texts)), colour) for name, colour in COLOURS.items()},
         "options": OPTIONS,
-        "environment": "base",
+        "run_arguments": "",
         "prompts_options": group("prompts"),
         "evaluate_options": group("evaluate"),
         "student": made_student("dp_dmd"),

@@ -333,9 +333,9 @@ def test_grids_of_the_first_prompts_have_their_labels():
 def test_the_page_shows_how_to_reproduce_the_run_in_its_environment():
     for page in make_report(**made_inputs()):
         assert "make distill" in page and "dvc exp run -S" in page and "--env" not in page
-    for page in make_report(**made_inputs(environment="sd35")):
+    for page in make_report(**made_inputs(run_arguments="--env sd35 ")):
         assert "kedro run --env sd35 --pipeline=distill" in page and "conf/base" not in page
-        assert "kedro run --env sd35 --pipeline=distill --params train.diversity_weight=1" in page
+        assert "kedro run --env sd35 --pipeline=distill --params run=weight-1,train.diversity_weight=1" in page
         assert "make distill" not in page and "dvc exp" not in page
 
 

@@ -27,7 +27,7 @@ def make_report(
     options: ReportOptions,
     prompts_options: Any,
     evaluate_options: Any,
-    environment: str,
+    run_arguments: str,
 ) -> tuple[str, str]:
     """Render the page as HTML, which needs no other file, and as Markdown, which links pictures in its own folder.
 
@@ -37,7 +37,7 @@ def make_report(
         grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first `evaluate.grid_prompts` prompts.
         train_strip: PIL image of both students during the training.
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
-        environment: folder of conf/ that the run used.
+        run_arguments: arguments of `kedro run` that chose its folders.
     """
     described = describe_metrics(metrics)
     groups = student_options({"dmd": student_dmd, "dp_dmd": student}, metrics)
@@ -56,7 +56,7 @@ def make_report(
         "strip": data_uri(train_strip, options),
         "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
         "options": option_tables(groups),
-        "environment": environment,
+        "run_arguments": run_arguments,
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)

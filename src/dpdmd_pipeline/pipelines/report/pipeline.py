@@ -10,7 +10,7 @@ def create_pipeline(**kwargs) -> Pipeline:
     results = ["metrics", "scores", "prompts", "train_history", "train_history_dmd"]
     grids = ["grid_teacher", "grid_dmd", "grid_dp_dmd", "train_strip"]
     options = ["params:report", "params:prompts", "params:evaluate"]
-    inputs = [*results, *grids, "student", "student_dmd", *options, "environment"]
+    inputs = [*results, *grids, "student", "student_dmd", *options, "run_arguments"]
     reports = ["report_html", "report_md"]
     rows = ["scores", "train_history", "train_history_dmd"]
     plots = ["plot_losses", "plot_watched", "plot_prompts"]
