@@ -66,6 +66,8 @@ EXECUTION = {
     "checkpoint_every": 2,
     "keep_last": 2,
     "log_every": 2,
+    "previews": 0,
+    "track": [],
     "checkpoint_minutes": 60,
     "checkpoint_background": True,
     "ratio_every": 2,

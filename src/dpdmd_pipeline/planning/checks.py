@@ -5,6 +5,7 @@ Each `check_` function raises a ValueError that names the options, their values 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from dpdmd_pipeline.wording import differences, listed, one_line, validation_fau
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 
-def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
+def refuse_run(pipeline: Any, catalog: Any, arguments: str = "") -> list[str]:
     """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks."""
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
@@ -37,7 +38,7 @@ def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
     except (ValueError, OSError) as error:
-        return [describe(error, env)]
+        return [describe(error, arguments)]
 
 
 def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
@@ -76,6 +77,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 resolve_device(options.device)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
+                check_trackers(options)
             check_backbone(plan.backbone, options)
             check_start(plan.teacher, plan.backbone, options)
             check_recipe(plan.anchors, options)
@@ -279,3 +281,23 @@ def check_optimizers(options: TrainOptions) -> None:
             f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
             "(the extra `8bit` of this project), or set kind=adamw"
         )
+
+
+def check_trackers(options: TrainOptions) -> None:
+    """Check that the programs that follow the training are installed, and that Weights & Biases has a login."""
+    for name in options.track:
+        if find_spec(name) is None:
+            raise ValueError(f"track has {name}, which is not installed: `pip install {name}`, or leave it out")
+    if "wandb" in options.track and not _has_wandb_login():
+        raise ValueError("track has wandb, which has no login: run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _has_wandb_login() -> bool:
+    from netrc import NetrcParseError, netrc
+
+    if "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc(os.environ.get("NETRC")).hosts)
+    except (OSError, NetrcParseError):
+        return False

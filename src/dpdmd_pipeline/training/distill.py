@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -23,6 +24,7 @@ from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.draws import Sample, SampleDraws, graded_step, micro_batches
 from dpdmd_pipeline.training.optimizer import learning_rate_share
 from dpdmd_pipeline.training.options import Execution
+from dpdmd_pipeline.training.preview import save_row
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.run import Run, TrainingData, prepare
@@ -64,6 +66,7 @@ def distill(
             done, between_cycles = cycle + 1, True
             if run.accelerator.is_main_process:
                 checkpoints.write_losses([record])
+                save_rows(state, checkpoints.folder)
             if _checkpoint_is_due(run, done, math.inf if writer.failed() else time.monotonic() - saved_at):
                 save(run, state, writer, done)
                 saved, saved_at = done, time.monotonic()
@@ -72,6 +75,13 @@ def distill(
         if between_cycles and done > saved:
             save(run, state, writer, done, stopping=True)
         writer.wait()
+
+
+def save_rows(state: State, folder: Path) -> None:
+    """Write the pictures of the last measurement, if there was one."""
+    pictures = state.watch.pictures if state.watch else {}
+    while pictures:
+        save_row(folder, *pictures.popitem())
 
 
 def _checkpoint_is_due(run: Run, done: int, seconds: float) -> bool:

@@ -10,6 +10,8 @@ from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "dvclive", "trackio"]  # of accelerate
+
 
 class TrainLaunchOptions(LaunchOptions):
     """Processes that share a student's training."""
@@ -50,6 +52,8 @@ class Execution(StrictModel):
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
     ratio_every: CountOrZero  # cycles between comparisons of both losses' gradient norms; 0: none
     log_every: Count  # cycles between lines in the log
+    previews: CountOrZero  # first prompts of the watch whose pictures are kept
+    track: list[Tracker]  # programs that get losses and pictures while training; nothing is sent without them
 
     @property
     def sharded(self) -> bool:

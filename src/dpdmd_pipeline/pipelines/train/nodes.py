@@ -16,6 +16,7 @@ from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_
 from dpdmd_pipeline.planning.identity import check_embeddings, open_state, recipe_facts, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 from dpdmd_pipeline.wording import differences, reuse_refusal
 
@@ -109,6 +110,7 @@ def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
     import torch
 
     from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+    from dpdmd_pipeline.training.tracking import tracked
 
     name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
@@ -121,7 +123,8 @@ def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
         if cycles < recipe.max_steps:
             try:
                 records = train_in_processes(job) if several else start(job)[1]
-                follow(records, cycles, recipe, job.options.log_every)
+                with tracked(name, checkpoints.folder, job.options) as track:
+                    follow(records, cycles, recipe, job.options.log_every, track)
             except torch.OutOfMemoryError as error:
                 raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
             if job.options.compile != "none":
@@ -178,6 +181,8 @@ def _write_student(folder: Path, job: Job, header: Any, history: list[dict[str, 
     else:
         save_student(folder, student, header)
     save_history(folder, history)
+    with suppress(FileNotFoundError):  # a training without previews
+        shutil.copytree(job.checkpoints.folder / PREVIEWS, folder / PREVIEWS)
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
