@@ -198,8 +198,11 @@ def _with_caches(
     embeddings = cache_embeddings(folder / "embeddings", prompts, teacher, backbone, train.device)
     few = {"seeds_per_prompt": 1, "batch_size": min(len(prompts), 2 * train.batch_size)}
     recipes = {mode: AnchorRecipe(**{**recipe, **few, "mode": mode}) for mode in ("cached", "online")}
+    every_prompt = train.model_copy(update={"max_steps": len(prompts)})
     anchors = {
-        mode: save_and_load(folder / mode, make_anchors(records, embeddings, teacher, backbone, anchor_recipe))
+        mode: save_and_load(
+            folder / mode, make_anchors(records, embeddings, teacher, backbone, anchor_recipe, every_prompt)
+        )
         for mode, anchor_recipe in recipes.items()
     }
     return Workload(folder, teacher, backbone, recipes["online"], train, prompts, embeddings, anchors)

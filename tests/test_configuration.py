@@ -122,6 +122,14 @@ def test_a_learning_rate_that_the_roles_do_not_read_is_refused_on_the_command_li
             assert lines == [] if name == read else all(fact in lines[0] for fact in facts) and len(lines) == 1
 
 
+def test_an_option_that_is_unread_and_out_of_bounds_has_one_line():
+    from dpdmd_pipeline.pipelines.train.pipeline import create_pipeline
+
+    made = loader("base", train={"student": {"lora_learning_rate": -1}})
+    (line,) = refused_options(made, {"train": create_pipeline()})
+    assert "train.roles=full" in line
+
+
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )

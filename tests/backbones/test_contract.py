@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
+from tests.backbones.conftest import normalised
 from tests.raising import refuses
 from torch import Tensor
 
@@ -74,6 +76,25 @@ SPECIMENS = {
         options(20),
         {},
         {"max_sequence_length": 20, "use_resolution_binning": False},
+    ),
+    "flux2_klein": Specimen(
+        "flux2_klein",
+        "tiny_flux2_klein",
+        "shifted",
+        options(128),
+        {},
+        {"max_sequence_length": 128},
+        from_pipeline=lambda latents, _: normalised(Flux2KleinPipeline._patchify_latents(latents)),
+    ),
+    "qwen_image": Specimen(
+        "qwen_image",
+        "tiny_qwen_image",
+        "shifted",
+        options(256),
+        {},
+        {"max_sequence_length": 256},
+        lambda latents: QwenImagePipeline._pack_latents(latents, len(latents), *latents.shape[1:]),
+        lambda tokens, size: QwenImagePipeline._unpack_latents(tokens, size, size, 4).squeeze(2),
     ),
     "z_image": Specimen("z_image", "tiny_z_image", "shifted", options(64), {}, {"max_sequence_length": 64}),
 }
@@ -297,7 +318,7 @@ def test_a_sample_is_guided_inside_the_interval_only(backbone, model, cond, unco
 def drawn(specimen, pipeline, latents, num_steps, scale, kind="latent", resolution=RESOLUTION):
     """Pictures or latents of the family's own pipeline."""
     images = pipeline(
-        list(PROMPTS),  # Z-Image's writes its chat template into the list
+        prompt=list(PROMPTS),  # Z-Image's writes its chat template into the list
         num_inference_steps=num_steps,
         latents=specimen.to_pipeline(latents),
         height=resolution,

@@ -136,6 +136,19 @@ def test_a_plain_call_draws_with_a_folder_of_any_precision(exports, request, tmp
     assert pipe("a prompt", **use.call).images[0].size == (RESOLUTION, RESOLUTION)
 
 
+@pytest.mark.parametrize("name", ["sd3_explicit", "sdxl_uneven"])
+def test_with_the_folders_own_pipeline_a_call_takes_the_trained_arguments(exports, name):
+    folder = exports[name].file("diffusers")
+    use = diffusers_use(exports[name].export.student.header, exports[name].teacher)
+    own = {"custom_pipeline": str(folder / "pipeline.py"), "trust_remote_code": True}
+    pipes = [DiffusionPipeline.from_pretrained(folder, **use.load, **code) for code in ({}, own)]
+    plain, bare = (
+        pipe("a prompt", generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
+        for pipe, call in zip(pipes, (use.call, {}), strict=True)
+    )
+    assert torch.equal(plain, bare)
+
+
 def test_text_encoders_in_several_files_keep_their_index(exports, tmp_path):
     exported = exports["sd3_shifted"]
     teacher = shutil.copytree(exported.teacher, tmp_path / "teacher")

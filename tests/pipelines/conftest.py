@@ -183,5 +183,5 @@ def embeddings(tiny_teacher: Path, tmp_path_factory) -> ShardedTensors:
 def anchors(tiny_teacher: Path, embeddings, tmp_path_factory) -> ShardedTensors:
     from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(), train_options())
     return cached(tmp_path_factory.mktemp("anchored") / "anchors", shards)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
@@ -18,19 +20,19 @@ from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.planning.teacher import unreadable_teacher
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import differences, listed, one_line
+from dpdmd_pipeline.wording import differences, listed, one_line, validation_faults
+
+Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 
 def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
-    """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks.
-
-    Runs of `study` and `beyond` are not checked here: their node checks every student before it trains the first.
-    """
+    """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks."""
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
         return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
     try:
-        if lines := [*unreadable_teacher(pipeline, catalog), *unjudgeable(pipeline, catalog)]:
+        checks = unreadable_teacher, unjudgeable, refused_runs
+        if lines := [line for check in checks for line in check(pipeline, catalog)]:
             return lines
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
@@ -74,6 +76,41 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
         except ValueError as error:
             yield f"{group}: {one_line(error)}"
+
+
+def refused_runs(pipeline: Any, catalog: Any) -> Iterator[str]:
+    """One line for each recipe of a study whose changes cannot work."""
+    for name in sorted(pipeline.inputs()):
+        study = catalog.get(name).load() if name.startswith("params:") else None
+        for run, changes in getattr(study, "active_runs", {}).items():
+            try:
+                train, anchors = (catalog.get(f"params:{group}").load() for group in ("train", "anchors"))
+                train, anchors = changed_options(train, anchors, changes)
+                check_recipe(anchors, train)
+                check_optimizers(train)
+            except ValueError as error:
+                yield f"{name.removeprefix('params:')}.runs.{run}: {one_line(error)}"
+
+
+def changed_options(train: TrainOptions, anchors: AnchorRecipe, run: Any) -> tuple[TrainOptions, AnchorRecipe]:
+    """Options of one recipe of a study; own anchors are drawn online, which alone changes a student.
+
+    Raises:
+        ValueError: if a change is invalid, or leaves a teacher start no step of the student.
+    """
+    train = _with_changes("train", train, run.train)
+    if run.anchors:
+        anchors = _with_changes("anchors", anchors, {"mode": "online", **run.anchors})
+    if run.teacher_start:
+        run.teacher_start.check_landing(train.num_steps)
+    return train, anchors
+
+
+def _with_changes(group: str, options: Options, changes: dict[str, Any]) -> Options:
+    try:
+        return type(options)(**{**options.model_dump(), **changes})
+    except ValidationError as error:
+        raise ValueError(f"{group}: {validation_faults(error)}") from error
 
 
 def anchor_steps(options: AnchorRecipe, model: Any, num_steps: int) -> list[int]:

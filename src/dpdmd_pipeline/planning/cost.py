@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dpdmd_pipeline.training.options import Execution
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 BACKWARD = 2  # F: one for the gradient of the inputs, one for that of the weights
 
@@ -55,6 +55,12 @@ class TeacherSettings:
 def calls_of(guidance_scale: float) -> int:
     """Forward passes of one guided call of the teacher."""
     return 1 if guidance_scale == 1 else 2
+
+
+def anchored_prompts(prompts: int, options: AnchorRecipe, recipe: Recipe | None) -> tuple[int, int]:
+    """Prompts in a cache of anchors, and anchors of each: all prompts, unless training draws fewer samples."""
+    draws = recipe.max_steps * recipe.batch_size if recipe else prompts
+    return (draws, 1) if draws < prompts else (prompts, options.seeds_per_prompt)
 
 
 def anchor_passes(steps: Sequence[int], with_denoised: bool, guidance_scale: float) -> Passes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,7 @@ def written_bytes(plan: Plan) -> dict[str, int]:
         if plan.anchors.mode == "cached":
             sizes["anchors"] = anchor_bytes(
                 plan.model.latent_shape,
-                plan.prompts[1] * plan.anchors.seeds_per_prompt,
+                math.prod(plan.anchored),
                 len(plan.anchors.anchor_levels),
                 with_denoised=plan.anchors.with_denoised,
                 dtype=getattr(torch, plan.anchors.dtype),

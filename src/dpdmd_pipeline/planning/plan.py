@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
+from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.planning.cost import anchored_prompts
 from dpdmd_pipeline.planning.identity import state_folder, student_identity, texts_digest
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
@@ -31,6 +33,13 @@ class Plan:
     reused: frozenset[str] = frozenset()  # published caches that belong to this run
     states: Mapping[str, Path] = field(default_factory=dict)  # folders of the students' checkpoints, if known
     finished: frozenset[str] = frozenset()  # students that are published already
+    train: TrainOptions | None = None  # of the students that draw from the anchors; None: of any number of samples
+
+    @property
+    def anchored(self) -> tuple[int, int]:
+        """Prompts in the cache of anchors, and anchors of each; the prompts must be known."""
+        _, trained = self.prompts
+        return anchored_prompts(trained, self.anchors, self.train)
 
     @cached_property
     def model(self) -> Any:
@@ -69,15 +78,29 @@ def make_plan(pipeline: Any, catalog: Any) -> Plan | None:
     if from_hub and outputs & {"student", "student_dmd"}:  # checkpoints of embedded students are small
         written.add("train_state")
     prompts = _written_prompts(pipeline, catalog)
+    train = catalog.get("params:train").load() if "params:train" in catalog else None
     plan = Plan(
         teacher=teacher.load_configs() if from_hub else teacher.load(),
         backbone=BackboneOptions.model_validate(catalog.get("params:backbone").load()),
         anchors=AnchorRecipe.model_validate(catalog.get("params:anchors").load()),
         trained={group: TrainOptions.model_validate(catalog.get(f"params:{group}").load()) for group in groups},
+        train=train and TrainOptions.model_validate(train),
         prompts=(prompts.total, len(prompts.rows)) if prompts else _most_prompts(pipeline, catalog),
         folders={name: Path(catalog.get(name)._filepath) for name in sorted(written)},
     )
+    if groups and "anchors" not in outputs:
+        _check_draws(plan, catalog)
     return plan if prompts is None else _with_reused(plan, catalog, prompts)
+
+
+def _check_draws(plan: Plan, catalog: Any) -> None:
+    """StageError if the anchors on the disk were made for a training that draws fewer samples."""
+    anchors = _load_cache(catalog, "anchors", {})
+    there = anchors and anchors.manifest.get("anchored_prompts")
+    if there and plan.prompts and plan.train and there < plan.anchored[0]:
+        draws = f"train.max_steps={plan.train.max_steps} x train.batch_size={plan.train.batch_size}"
+        fact = f"the anchors are of {there} prompts, {draws} draws more: make them with the same --params"
+        raise StageError(fact, stage="anchors")
 
 
 def _written_prompts(pipeline: Any, catalog: Any) -> WrittenPrompts | None:
@@ -126,6 +149,8 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
         "rows": fingerprint(prompts.rows),
         "embeddings": embeddings.fingerprint,
     }
+    if plan.anchors.mode == "cached":
+        facts["anchored_prompts"] = plan.anchored[0]
     anchors = _load_cache(catalog, "anchors", facts)
     # Online anchors are a cache without rows.
     if anchors is None or any(settings[name] != value for name, value in anchors.manifest.get("backbone", {}).items()):

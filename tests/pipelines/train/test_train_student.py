@@ -238,7 +238,7 @@ def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, 
 
 def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embeddings, tmp_path):
     half = backbone_options(dtype="bfloat16")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options(), train_options())
     inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", None, half, anchor_options()
     with refuses(ValueError, "backbone.dtype=bfloat16", "train.precision=float32"):
         train_student(PROMPTS, embeddings, *inputs, train_options())
@@ -270,7 +270,7 @@ def test_compiled_networks_do_not_outlive_the_training(train):
 
 def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):
     options = anchor_options(mode="online")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options)
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options, train_options())
     _, history = train(cached(tmp_path / "online", shards), options)
     assert len(history) == 2 and history[0]["diversity_loss"] > 0
 

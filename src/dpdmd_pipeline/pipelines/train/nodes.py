@@ -17,7 +17,7 @@ from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import differences, unused
+from dpdmd_pipeline.wording import differences, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: Mappin
             if header.identity != identity and groups:
                 changes = [*differences(header.recipe or {}, groups)]
                 state = f"the finished student in {finished_student}"
-                line = unused(state, folder_size(finished_student), changes, "anchors or code")
+                line = reuse_refusal(state, folder_size(finished_student), changes, "anchors or code")
                 log.warning("%s: %s", method_name(recipe), line)
         return None
     check_content(weight_file(finished_student))
@@ -225,6 +225,6 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
                 axis.plot(*zip(*points, strict=True), label=name, color=color)
         if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
             axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
-        axis.set(title=title, xlabel="student turns", yscale="linear" if teacher else "log")
+        axis.set(title=title, xlabel="cycles", yscale="linear" if teacher else "log")
         axis.legend()
     return figure
