@@ -160,7 +160,7 @@ class PassCounter:
         self.node = node.name
 
     def count(self, module, _args, output) -> None:
-        if type(module).__name__ in ("SD3Transformer2DModel", "UNet2DConditionModel"):
+        if type(module).__name__.endswith(("Transformer2DModel", "UNet2DConditionModel")):
             self.passes[self.node] += len(output[0])
 
 
@@ -174,11 +174,13 @@ def check_costs(costs, passes, made: DataCatalog) -> None:
     assert costs["evaluate"].passes.forward == passes["sample_images"] / 16 * 2
     for stage in costs.keys() - {"train_dmd", "train"}:
         size = sum(folder_size(Path(made[name]._filepath)) for name in WRITTEN[stage])
-        assert size == pytest.approx(costs[stage].written, rel=0.03, abs=60_000), stage
+        assert size == pytest.approx(costs[stage].written, rel=0.03, abs=120_000), stage
     keep_last, states = made["params:train"].load().keep_last, made["train_state"].load()
     for student, stage in (("student_dmd", "train_dmd"), ("student", "train")):
         size = (costs[stage].written - folder_size(made[student].load())) / (keep_last + 1)
-        assert min(map(folder_size, states.iterdir())) == pytest.approx(size, rel=0.03, abs=60_000)
+        assert min(folder_size(path) for path in states.iterdir() if path.is_dir()) == pytest.approx(
+            size, rel=0.03, abs=60_000
+        )
 
 
 class Networks:
@@ -242,7 +244,11 @@ def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path, e
         assert header.kind == roles and header.timesteps == [999, 749, 499, 249]
 
 
-TODAY = {"z_image": ("tiny_z_image", 64)}  # environment: fixture of its teacher, tokens
+TODAY = {  # environment: fixture of its teacher, tokens
+    "z_image": ("tiny_z_image", 64),
+    "flux2_klein": ("tiny_flux2_klein", 128),
+    "qwen_image": ("tiny_qwen_image", 256),
+}
 
 
 @pytest.mark.parametrize("roles, precision", [("lora", "bfloat16"), ("full", "float32")])
