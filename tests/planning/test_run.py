@@ -200,8 +200,8 @@ def test_states_need_no_room_for_those_of_this_student_and_room_beside_all_other
     need, own = written_bytes(planned)["train_state"], tmp_path / "state" / "own"
     other = tmp_path / "state" / "other"
     for folder in (own, other):
-        folder.mkdir(parents=True)
-        (folder / "step_0000001.pt").write_bytes(bytes(need // 3))
+        (folder / "step_0000001").mkdir(parents=True)
+        (folder / "step_0000001" / "0.bin").write_bytes(bytes(need // 3))
     for states, free in (({}, need), ({"train": own}, need - need // 3), ({"train": tmp_path / "absent"}, need)):
         full_disk(monkeypatch, free - 1)
         assert len(refusals(replace(planned, states=states))) == 1

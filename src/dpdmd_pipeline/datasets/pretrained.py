@@ -14,7 +14,7 @@ from kedro.io import AbstractDataset
 from dpdmd_pipeline.limits import read_json
 
 INDEX = "model_index.json"
-TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model is T5's
+TEXT_FILES = ("*.jinja", "*.json", "*.txt", "*.model")  # configs, tokenizers, chat templates; *.model is T5's
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}

@@ -117,7 +117,6 @@ class CycleCost:
 
     student_update: Passes  # including its anchors if they are computed online
     fake_score_updates: Passes  # all of one cycle
-    ratio: Passes  # one measurement of the two gradients' norms, which `ratio_every` makes rare
     warmup: Passes  # the fake-score updates before the first cycle, together
 
     @property
@@ -133,11 +132,9 @@ def cycle_cost(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -
     mean = Passes(*(fmean(getattr(update, kind) for update in updates) for kind in kinds))
     rollouts = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
     fresh, reused = (fake_score_update(recipe, execution, draws=draws) for draws in (True, False))
-    compared = recipe.anchored_steps + _backward_of_dmd(recipe, graded_steps(recipe)[0]) if recipe.anchored_steps else 0
     return CycleCost(
         student_update=mean,
         fake_score_updates=rollouts * fresh + (recipe.fake_score_turns - rollouts) * reused,
-        ratio=_graded(execution, 0, compared),
         warmup=recipe.fake_score_warmup * fresh,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,20 @@ def full_disks(plan: Plan) -> Iterator[str]:
             log.info("disk: %s; %.1f GiB are free on the disk of %s", text, free / GIB, folder)
         if needed > free:
             yield f"disk of {folder}: {text} are needed, {free / GIB:.1f} GiB are free: {_remedies(plan, missing)}"
+
+
+def copies_too_large(plan: Plan) -> Iterator[str]:
+    """One line for each student whose checkpoint, copied in order to be written, exceeds the machine's memory."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for group, options in plan.trained.items():
+        if options.checkpoint_background and group not in plan.finished:
+            machines = options.launch.machines if options.sharded else 1
+            size = plan.estimates.checkpoint_bytes(options.recipe()) // machines
+            text = f"{group}: a checkpoint is written from a copy in host memory, {size / GIB:.1f} GiB"
+            if size > GIB:
+                log.info("%s of %.1f GiB", text, installed / GIB)
+            if size > installed:
+                yield f"{text}; there are {installed / GIB:.1f} GiB: set {group}.checkpoint_background=false"
 
 
 def written_bytes(plan: Plan) -> dict[str, int]:
@@ -114,7 +129,7 @@ def _missing_bytes(plan: Plan, name: str, size: int) -> int:
 
 def _missing_checkpoint_bytes(plan: Plan, group: str, options: TrainOptions) -> int:
     folder = plan.states.get(group)
-    if group in plan.finished or (folder and Checkpoints(folder).holds(options.max_steps)):
+    if group in plan.finished or (folder and Checkpoints(folder).latest() == options.max_steps):
         return 0
     return max(0, _checkpoint_bytes(plan, options) - (folder_size(folder) if folder else 0))
 

@@ -44,7 +44,7 @@ from dpdmd_pipeline.planning.weightless import (
     bytes_of,
     conditioning_like,
     count_pass,
-    move_to_fake_cpu,
+    move_to_fake,
     weightless,
 )
 from dpdmd_pipeline.training.options import Execution
@@ -147,7 +147,7 @@ class MemoryModel:
             with torch.device("meta"):
                 roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
             with self.fake:
-                move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *roles.networks])
+                move_to_fake([roles.teacher, roles.student, roles.fake_score, *roles.networks], "cpu")
             self._roles[key] = roles
         return self._roles[key]
 
