@@ -3,7 +3,14 @@
 import shutil
 
 import pytest
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_z_image  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones import FAMILIES
@@ -17,6 +24,8 @@ TEACHERS = {
     "sdxl": ("tiny_sdxl", 0),
     "sana": ("tiny_sana", 7),
     "z_image": ("tiny_z_image", 40),
+    "qwen_image": ("tiny_qwen_image", 20),
+    "flux2_klein": ("tiny_flux2_klein", 40),
 }
 
 
