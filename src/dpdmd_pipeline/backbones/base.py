@@ -38,6 +38,9 @@ class Backbone(Protocol):
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
 
+    def empty_model(self) -> nn.Module:
+        """The network without weights, on the meta device."""
+
     def schedule(self, num_steps: int) -> NoiseLevel:
         """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
 
@@ -159,6 +162,10 @@ class PipelineBackbone:
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
         return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
+
+    def empty_model(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.network_class.from_config(self._config)
 
     def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float, latents: Tensor, level: NoiseLevel) -> Tensor:
         return uncond_x0 + scale * (cond_x0 - uncond_x0)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpdmd_pipeline.backbones import COMPONENTS
+from dpdmd_pipeline.backbones import COMPONENTS, network_folder
 from dpdmd_pipeline.backbones.base import load_quietly, pipeline_class, token_limits
 from dpdmd_pipeline.backbones.networks import check_keys, network_config, shapes_of
 from dpdmd_pipeline.backbones.options import BackboneOptions
@@ -110,6 +110,20 @@ def _faults_of(folder: Path) -> Iterator[list[str]]:
         line = short(one_line(error), 600)
         expected = isinstance(error, ValueError | OSError) and str(folder) in line
         lines.append(line if expected else f"{folder} cannot be read ({type(error).__name__}: {line}): copy it again")
+
+
+def pipeline_numbers(folder: Path, family: str) -> tuple[int, int]:
+    """Numbers in the weights of a pipeline, and of its denoising network alone, by the configs."""
+    numbers = {}
+    for part, kind in _classes(folder, family).items():
+        if hasattr(kind, "state_dict"):
+            with load_quietly(), torch.device("meta"):
+                if hasattr(kind, "load_config"):
+                    network = kind.from_config(network_config(kind, folder / part))
+                else:
+                    network = kind(kind.config_class.from_pretrained(folder / part))
+            numbers[part] = sum(weight.numel() for weight in network.parameters())
+    return sum(numbers.values()), numbers[network_folder(folder).name]
 
 
 # ---- the index and the links

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.random_teacher import CLIP_LENGTH, CONFIGS, make_weightless_teacher
+from benchmarks.random_teacher import CONFIGS, make_weightless_teacher
 from kedro.config import OmegaConfigLoader
 from tests.backbones.conftest import make_qwen_tokenizer
 
@@ -20,30 +20,13 @@ from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[3] / "conf"
 GB = 10**9
-# stabilityai/stable-diffusion-xl-base-1.0
-UNET = {
-    "sample_size": 128,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-VAE = {
+VAE = {  # of SD3's sizes, without scale and shift
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "sample_size": 1024,
-    "scaling_factor": 0.13025,
 }
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +38,8 @@ def sd35(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory) -> Path:
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-
-    from dpdmd_pipeline.shapes.models import make_tokenizer
-
     folder = tmp_path_factory.mktemp("sdxl")
-    with torch.device("meta"):
-        networks = {"unet": UNet2DConditionModel(**UNET), "vae": AutoencoderKL(**VAE)}
-    assert sum(weight.numel() for weight in networks["unet"].parameters()) == 2_567_463_684  # as published
-    tokenizers = dict.fromkeys(("tokenizer", "tokenizer_2"), make_tokenizer(CLIP_LENGTH))
-    scheduler = EulerDiscreteScheduler(**BETAS)
-    parts = {**networks, "scheduler": scheduler, "text_encoder": None, "text_encoder_2": None, **tokenizers}
-    StableDiffusionXLPipeline(**parts).save_config(folder)
-    for name, part in {**networks, "scheduler": scheduler}.items():
-        part.save_config(folder / name)
-    for name, tokenizer in tokenizers.items():
-        tokenizer.save_pretrained(folder / name)
+    make_weightless_teacher(folder, CONFIGS["sdxl"])
     return folder
 
 
