@@ -51,9 +51,9 @@ class BackboneOptions(StrictModel):
 
     family: Literal[FAMILIES]  # name of a file in `backbones/`
     resolution: Size  # of the pictures, in pixels
-    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
+    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of a language model; 0 for a teacher without them
     num_steps: Few  # of the teacher's sampling
-    guidance_scale: float = Field(ge=1)  # in the sense of the teacher's own pipeline; 1 is none
+    guidance_scale: float = Field(ge=1)  # s in u + s (c - u); 1 is none. Z-Image's pipeline counts s - 1
     # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks; everything outside them is float32
