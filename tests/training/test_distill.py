@@ -35,6 +35,15 @@ def test_training_moves_student_and_fake_score_and_leaves_the_teacher(start, tmp
     assert [("grad_ratio" in row) for row in history] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_comparing_the_gradients_changes_nothing_and_can_be_off(start, tmp_path, every):
+    _, records = start(tmp_path / "every_second", max_steps=2)
+    _, compared = start(tmp_path / "other", {"ratio_every": every}, max_steps=2)
+    for row, other in zip(records, compared, strict=True):
+        assert ("grad_ratio" in other) == bool(every)
+        assert row.items() - {"grad_ratio": row.get("grad_ratio")}.items() <= other.items()
+
+
 @pytest.mark.parametrize("variant", ["dp_dmd", "dmd", "two_anchored_steps", "tangent", "through_the_first_step"])
 def test_losses_of_the_tiny_run_are_those_on_record(start, tmp_path, variant):
     changes = {

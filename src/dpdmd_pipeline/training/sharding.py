@@ -7,7 +7,7 @@ or not, can load a checkpoint of shards (decision 0013).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -74,19 +74,20 @@ def unsynced(network: FSDPModule) -> Iterator[None]:
         network.set_requires_gradient_sync(True)
 
 
-def gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Norm of a loss's gradient over all processes; leaves earlier, exchanged gradients as they are.
+def norm_of_added_shards(backward: Callable[[], object], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Run a backward pass; returns the norm of the gradient that it adds, over all processes.
 
-    A sharded network's graph does not lead to its shards, so this is an ordinary backward pass. It must not be
-    `unsynced`, and no gradient of an earlier pass may still wait for its exchange.
+    Hooks on shards never run: FSDP2 itself sets their gradients. So the earlier ones, exchanged before, are put aside.
+    The pass must not be `unsynced`, and no gradient of an earlier pass may still wait for its exchange.
     """
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    loss.backward(retain_graph=True)
+    backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     for parameter, grad in zip(parameters, before, strict=True):
-        parameter.grad = grad
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
     return whole(norm)
 
 

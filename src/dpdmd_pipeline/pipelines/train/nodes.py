@@ -12,10 +12,11 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state_folder, student_identity
+from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed, check_start
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, recipe_facts, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
 from dpdmd_pipeline.wording import differences, reuse_refusal
 
@@ -54,6 +55,7 @@ def train_student(
     if finished_student and (trained := _reuse(finished_student, identity, recipe, groups if is_new else None)):
         return trained
     check_speed(teacher, options)
+    check_start(teacher, backbone, recipe)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
@@ -72,7 +74,7 @@ def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -
     return {
         "backbone": backbone.model_dump(mode="json"),
         "anchors": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "train": recipe.model_dump(mode="json"),
+        "train": recipe_facts(recipe),
     }
 
 
@@ -108,6 +110,7 @@ def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
     import torch
 
     from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+    from dpdmd_pipeline.training.tracking import tracked
 
     name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
@@ -120,7 +123,8 @@ def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
         if cycles < recipe.max_steps:
             try:
                 records = train_in_processes(job) if several else start(job)[1]
-                follow(records, cycles, recipe, job.options.log_every)
+                with tracked(name, checkpoints.folder, job.options) as track:
+                    follow(records, cycles, recipe, job.options.log_every, track)
             except torch.OutOfMemoryError as error:
                 raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
             if job.options.compile != "none":
@@ -177,6 +181,8 @@ def _write_student(folder: Path, job: Job, header: Any, history: list[dict[str, 
     else:
         save_student(folder, student, header)
     save_history(folder, history)
+    with suppress(FileNotFoundError):  # a training without previews
+        shutil.copytree(job.checkpoints.folder / PREVIEWS, folder / PREVIEWS)
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:

@@ -32,13 +32,22 @@ class Job:
 
 def start(job: Job) -> tuple[Any, Iterator[dict]]:
     """Roles, and the records of the new cycles; training happens while these are consumed."""
+    from dpdmd_pipeline.backbones.start import load_start
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
     from dpdmd_pipeline.training.run import TrainingData
 
     backbone, options = job.backbone, job.options
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
-    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=options.sharded)
+    # A checkpoint replaces all trained weights
+    path = None if job.checkpoints.latest() else recipe.start_from
+    roles = make_roles(
+        model,
+        recipe,
+        gradient_checkpointing=options.gradient_checkpointing,
+        sharded=options.sharded,
+        start=load_start(Path(path), model, backbone.family) if path else None,
+    )
     levels = model.schedule(backbone.num_steps)
     data = TrainingData(
         embeddings=job.embeddings,
