@@ -240,15 +240,15 @@ def test_a_remedy_runs_in_the_environment_of_the_run(toy):
     assert "nowhere" in line and line.endswith("`kedro run --env other --pipelines train`")
 
 
-def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
+def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
     (toy / "conf/other").mkdir()
     with (toy / "conf/base/catalog.yml").open("a") as file:
-        file.write("environment: {type: MemoryDataset, data: base}\n")
+        file.write("run_arguments: {type: MemoryDataset, data: ''}\n")
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
-    stage.write_text(stage.read_text().replace('"prompts", "words"', '"environment", "words"'))
+    stage.write_text(stage.read_text().replace('"prompts", "words"', '"run_arguments", "words"'))
     for env in ("local", "other"):
         assert kedro(toy, "--env", env, "--pipelines", "prompts").code == 0
-        assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
+        assert json.loads((toy / "data/words.json").read_text()) == (["--env", "other"] if env == "other" else [])
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):

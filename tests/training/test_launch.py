@@ -46,7 +46,7 @@ def world(teacher):
     return backbone, InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
 
 
-def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100, **changes):
+def records_of(teacher, folder, micro_batch, sharded=False, execution=None, **changes):
     """Records of a run with two cycles and batches of four, alone or as one of several processes."""
     # Imported here: every process loads this module, and most tests need none of it
     from tests.training.conftest import ANCHOR_STEPS, GUIDANCE, NUM_STEPS, execution_with, recipe_with
@@ -66,9 +66,8 @@ def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100
     levels = teacher.anchor_levels[:1], backbone.schedule(NUM_STEPS)
     data = TrainingData(embeddings, [0, 1, 2], draw, *levels, GUIDANCE)
     sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch}
-    checkpoints = Checkpoints(folder)
-    execution = execution_with(checkpoint_every=checkpoint_every, **sizes)
-    return distill(backbone, roles, data, recipe, checkpoints, checkpoints.load_latest(), execution)
+    execution = execution_with(**{"checkpoint_every": 100, **sizes, **(execution or {})})
+    return distill(backbone, roles, data, recipe, Checkpoints(folder), execution)
 
 
 def train_runs(job, member):

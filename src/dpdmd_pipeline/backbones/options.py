@@ -29,13 +29,11 @@ class TeacherStart(StrictModel):
         scale = scale if self.guidance_scale is None else self.guidance_scale
         return self.steps * (1 if scale == 1 else 2)
 
-
-def late_landing(start: TeacherStart, num_steps: int) -> str | None:
-    """Error message if a start leaves a student of `num_steps` no step; else None."""
-    if start.landing < num_steps:
-        return None
-    remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
-    return f"teacher_start.landing is {start.landing}, the student has {num_steps} steps: {remedy}"
+    def check_landing(self, num_steps: int) -> None:
+        """Raise a ValueError if the start leaves a student of `num_steps` no step."""
+        if self.landing >= num_steps:
+            remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
+            raise ValueError(f"teacher_start.landing is {self.landing}, the student has {num_steps} steps: {remedy}")
 
 
 class PromptNoise(StrictModel):

@@ -44,7 +44,7 @@ from dpdmd_pipeline.planning.weightless import (
     bytes_of,
     conditioning_like,
     count_pass,
-    move_to_fake_cpu,
+    move_to_fake,
     weightless,
 )
 from dpdmd_pipeline.training.options import Execution
@@ -123,6 +123,10 @@ class MemoryModel:
         counter = torch.int64.itemsize if recipe.ema else 0  # of averaged cycles
         return bytes_of(networks) + self._moments(recipe) + average + counter
 
+    def student_bytes(self, recipe: Recipe) -> int:
+        """A finished student's weights on disk."""
+        return bytes_of(self._roles_of(recipe).student.state_dict().values())
+
     def pass_memory(self, recipe: Recipe, role: str, batch: int) -> PassMemory:
         """One graded pass of a role ("student" or "fake_score")."""
         if recipe.roles == "full" or recipe.lora.student_rank == recipe.lora.fake_score_rank:
@@ -143,7 +147,7 @@ class MemoryModel:
             with torch.device("meta"):
                 roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
             with self.fake:
-                move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *roles.networks])
+                move_to_fake([roles.teacher, roles.student, roles.fake_score, *roles.networks], "cpu")
             self._roles[key] = roles
         return self._roles[key]
 

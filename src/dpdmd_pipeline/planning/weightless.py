@@ -60,18 +60,18 @@ def conditioning_like(backbone: Backbone) -> Conditioning:
     }
 
 
-def move_to_fake_cpu(networks: Sequence[nn.Module]) -> None:
+def move_to_fake(networks: Sequence[nn.Module], device: torch.device | str) -> None:
     """Replace meta tensors by fake ones (under a FakeTensorMode): meta has no autocast and no attention kernels."""
     replacements: dict[int, Tensor] = {}
     for module in nn.ModuleList(networks).modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = replacements.setdefault(id(tensor), _empty_like(tensor))
+                    tensors[name] = replacements.setdefault(id(tensor), _empty_like(tensor, device))
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+def _empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

@@ -16,7 +16,15 @@ from dpdmd_pipeline.pipelines.prompts import nodes
 from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
-OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu", "launch": ONE}
+OPTIONS = {
+    "take": None,
+    "seed": 0,
+    "eval_share": None,
+    "batch_size": 2,
+    "shard_size": 2,
+    "device": "cpu",
+    "launch": ONE,
+}
 BACKBONE = {
     "family": "sd3",
     "resolution": 32,
@@ -189,6 +197,9 @@ def test_a_teacher_without_text_encoder_is_refused(tmp_path, prompts):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"take": 0},
+        {"take": 1.5},
+        {"seed": -1},
         {"eval_share": 0},
         {"eval_share": 1.0},
         {"eval_share": "x"},

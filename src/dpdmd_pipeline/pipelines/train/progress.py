@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,12 +19,13 @@ def method_name(recipe: Recipe) -> str:
     return "DP-DMD" if recipe.anchored_steps else "DMD"
 
 
-def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -> None:
+def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int, track: Callable[[dict], None]) -> None:
     """Run the loop to its end.
 
     Args:
         records: of the cycles after `done`, the cycles of an earlier run.
         log_every: cycles between lines in the log.
+        track: called with each record.
 
     Raises:
         KeyboardInterrupt: after the current cycle, if a signal asked to stop.
@@ -42,6 +43,7 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int) -
             images = (cycle - done) * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begin)
             facts = ", ".join(f"{word} {record[key]:.4f}" for key, word in _LOSSES.items()) + f", {images:.0f} images/s"
             progress.update(bar, completed=cycle, facts=facts)
+            track(record)
             if cycle % log_every == 0:
                 log.info("%s cycle %d/%d: %s", name, cycle, recipe.max_steps, facts)
             if signals and cycle < recipe.max_steps:
