@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
+# accelerate reads these, and would wait for processes that have ended
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
+
 
 class Launcher(NamedTuple):
     """Processes that a launcher has started, this one among them."""
