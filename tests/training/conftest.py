@@ -66,6 +66,7 @@ EXECUTION = {
     "log_every": 2,
     "checkpoint_minutes": 60,
     "ratio_every": 2,
+    "card_gib": None,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,
     "rollout_micro_batch": 2,

@@ -35,20 +35,38 @@ class Roles:
         return list(dict.fromkeys(role._shared[0] if isinstance(role, AdapterView) else role for role in roles))
 
 
-def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
-    """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group."""
+def make_roles(
+    backbone: Backbone,
+    recipe: Recipe,
+    *,
+    gradient_checkpointing: bool,
+    sharded: bool,
+    of_teacher: Backbone | None = None,
+) -> Roles:
+    """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group.
+
+    `of_teacher` loads the teacher in a dtype of its own; adapters share their base, of `backbone`.
+    """
     if recipe.roles == "full":
         shard_in = recipe.precision if sharded else None
-        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in)
+        return full_roles(
+            backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in, of_teacher=of_teacher
+        )
     return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
 
 
-def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, shard_in: Precision | None = None) -> Roles:
+def full_roles(
+    backbone: Backbone,
+    *,
+    gradient_checkpointing: bool,
+    shard_in: Precision | None = None,
+    of_teacher: Backbone | None = None,
+) -> Roles:
     """Three networks that start as the teacher; the trained ones have float32 weights.
 
     With `shard_in` each is sharded right after loading, for arithmetic of this precision.
     """
-    teacher = backbone.load_model().requires_grad_(False).eval()
+    teacher = (of_teacher or backbone).load_model().requires_grad_(False).eval()
     trained = []
     for _ in ("student", "fake score"):
         network = backbone.load_model(float32=True)
