@@ -65,10 +65,10 @@ REMEDIES = {
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Add the path and a remedy to OSErrors, and to the system's errors that safetensors reports."""
+def writing(path: Path) -> Iterator[Path]:
+    """Add the path and a remedy to OSErrors, and to the system's errors that safetensors reports; yields the path."""
     try:
-        yield
+        yield path
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None)
         if isinstance(error, SafetensorError):  # the system's error is in its text only

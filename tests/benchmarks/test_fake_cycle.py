@@ -1,4 +1,4 @@
-"""The estimate against a cycle of the real loop on fake tensors: few blocks of the real width; all of them: benchmarks/."""
+"""The estimate against a cycle of the real loop on fake tensors; here with one block of the real width."""
 
 from copy import deepcopy
 

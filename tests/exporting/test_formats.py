@@ -81,7 +81,7 @@ def test_lora_files_have_the_keys_of_their_readers(exports):
     assert load_header(exports["sdxl_v_lora"].file("lora")).lora_alpha == ALPHA
 
 
-@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora"])
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora", "z_image_lora"])
 def test_every_module_of_a_lora_changes_the_merged_weights(exports, name):
     exported = exports[name]
     before, after = load_file(network(exported.teacher) / WEIGHTS), load_file(exported.file("comfyui"))
@@ -97,6 +97,14 @@ def test_the_modelspec_metadata_have_architecture_title_and_licence(exports):
     assert (full["modelspec.title"], full["modelspec.license"]) == ("tiny", "apache-2.0")
     assert (full["modelspec.prediction_type"], full["modelspec.resolution"]) == ("v", "32x32")
     assert metadata(exports["sd3_shifted"].file("comfyui"))["modelspec.architecture"] == "stable-diffusion-3"
+
+
+def test_a_pipeline_that_gives_its_own_sigmas_gets_the_trained_ones_from_the_folders_shift(exports):
+    exported = exports["z_image_lora"]
+    scheduler = json.loads((exported.file("diffusers") / "scheduler/scheduler_config.json").read_text())
+    assert (scheduler["shift"], scheduler["shift_terminal"]) == (6.0, None)
+    assert diffusers_use(exported.case.header, exported.teacher).call["guidance_scale"] == 0  # none, as it counts
+    assert (exported.file("diffusers") / "tokenizer/chat_template.jinja").is_file()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

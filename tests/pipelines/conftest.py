@@ -72,6 +72,8 @@ TRAIN = {
     "checkpoint_every": 1,
     "ratio_every": 2,
     "log_every": 1,
+    "previews": 0,
+    "track": [],
     "watch": {**_TRAIN["watch"], "every": 0},
 }
 EVALUATE = {

@@ -5,22 +5,13 @@ import torch
 import torch.distributed as dist
 from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl  # noqa: F401
 from tests.raising import refuses
-from tests.training.conftest import OPTIMIZER
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.base import load_backbone
-from dpdmd_pipeline.training.optimizer import make_optimizer
-from dpdmd_pipeline.training.recipe import OptimizerRecipe
 from dpdmd_pipeline.training.roles import full_roles, trainable
-from dpdmd_pipeline.training.sharding import (
-    groups,
-    load_whole_state,
-    norm_of_added_shards,
-    unsynced,
-    whole_state,
-)
+from dpdmd_pipeline.training.sharding import groups, norm_of_added_shards, unsynced
 
 TEACHERS = {"sd3": ("tiny_teacher", 0), "sdxl": ("tiny_sdxl", 0), "sana": ("tiny_sana", 7)}
 
@@ -133,25 +124,6 @@ def test_gradients_before_an_exchange_are_added_to_the_next(family, loss):
     for ours, theirs in zip(gradients(sharded), gradients(plain), strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-
-
-def test_a_whole_state_is_that_of_the_whole_network_and_loads_into_either(family, loss):
-    """One update of each; then they exchange their states."""
-    pairs = []
-    for network in networks(family("sd3")):
-        optimizer = make_optimizer(trainable(network), OptimizerRecipe(**OPTIMIZER))
-        loss("sd3", network).backward()
-        optimizer.step()
-        pairs.append((network, optimizer))
-    states = [[whole_state(part.state_dict(), keep=True) for part in pair] for pair in pairs]
-    for theirs, ours in zip(*states, strict=True):
-        assert theirs.keys() == ours.keys()
-        for name in theirs:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
-    for pair, state in zip(pairs, reversed(states), strict=True):
-        for part, loaded in zip(pair, state, strict=True):
-            load_whole_state(part, loaded)
-            torch.testing.assert_close(whole_state(part.state_dict(), keep=True), loaded, rtol=0, atol=0)
 
 
 def test_a_network_without_blocks_is_not_sharded():

@@ -38,6 +38,9 @@ class Backbone(Protocol):
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
 
+    def empty_model(self) -> nn.Module:
+        """The network without weights, on the meta device."""
+
     def schedule(self, num_steps: int) -> NoiseLevel:
         """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
 
@@ -80,6 +83,11 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
 def pipeline_class(family: str) -> Any:
     """diffusers' pipeline of a family."""
     return _module(family).load.pipeline_class
+
+
+def teacher_grid(family: str) -> str | None:
+    """Name of the grid of a flow family's own schedule, in `flow_sigmas`; None for diffusion models."""
+    return getattr(_module(family).load, "grid", None)
 
 
 def guidance_arguments(family: str, scale: float) -> dict[str, Any]:
@@ -154,6 +162,10 @@ class PipelineBackbone:
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
         return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
+
+    def empty_model(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.network_class.from_config(self._config)
 
     def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float, latents: Tensor, level: NoiseLevel) -> Tensor:
         return uncond_x0 + scale * (cond_x0 - uncond_x0)

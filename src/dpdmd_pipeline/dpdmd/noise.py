@@ -34,7 +34,9 @@ class NoiseLevel:
         return (self[index] for index in range(len(self)))
 
     def to(self, device: torch.device | str) -> NoiseLevel:
-        return NoiseLevel(self.alpha.to(device), self.sigma.to(device), self.timestep.to(device))
+        waits = torch.device(device).type == "cpu"  # values must have arrived before they are read there
+        parts = self.alpha, self.sigma, self.timestep
+        return NoiseLevel(*(part.to(device, non_blocking=not waits) for part in parts))
 
 
 def flow_level(sigma: Tensor) -> NoiseLevel:

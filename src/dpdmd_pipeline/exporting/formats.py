@@ -36,7 +36,7 @@ class TrainedPipeline({name}):
     def __call__(self, *args, **kwargs):
         return super().__call__(*args, **TRAINED | kwargs)
 """
-_COPIED = {".json", ".model", ".txt"}
+_COPIED = {".jinja", ".json", ".model", ".txt"}
 _WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component
 # names of the ModelSpec convention and of the trainers that write it
 _ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}

@@ -65,7 +65,8 @@ def noise_the_prompt(backbone: Backbone, student: nn.Module, levels: NoiseLevel,
     """Let the student take its first step under embeddings with noise, which depends on the picture's seed."""
 
     def begin(cond: Conditioning, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        changed = {name: _with_noise(value, name, seeds, options) for name, value in cond.items()}
+        texts = {name: value for name, value in cond.items() if not name.endswith("_mask")}
+        changed = cond | {name: _with_noise(value, name, seeds, options) for name, value in texts.items()}
         return rollout(conditioned(backbone, student, changed), noise, levels[:2])
 
     return Start(1, begin)

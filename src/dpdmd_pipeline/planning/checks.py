@@ -5,6 +5,7 @@ Each `check_` function raises a ValueError that names the options, their values 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,7 @@ from dpdmd_pipeline.wording import differences, listed, one_line, validation_fau
 Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 
-def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
+def refuse_run(pipeline: Any, catalog: Any, arguments: str = "") -> list[str]:
     """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks."""
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
@@ -37,7 +38,7 @@ def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
     except (ValueError, OSError) as error:
-        return [describe(error, env)]
+        return [describe(error, arguments)]
 
 
 def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
@@ -47,11 +48,17 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
-    from dpdmd_pipeline.planning.disk import full_disks
+    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks
     from dpdmd_pipeline.planning.gpu import students_too_large
+    from dpdmd_pipeline.planning.stages import log_costs
 
     try:
-        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
+        if lines := [*_refused_options(plan)]:
+            return lines
+        lines = [*students_too_large(plan, device_memory)]
+        if not lines:
+            log_costs(plan)
+        return [*lines, *copies_too_large(plan), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
 
@@ -60,7 +67,8 @@ def _refused_options(plan: Plan) -> Iterator[str]:
     """Options that the teacher's config does not allow."""
     model, steps, first = plan.model, plan.backbone.num_steps, None
     try:
-        first = anchor_steps(plan.anchors, model, steps)[0]
+        if plan.trained or "anchors" in plan.folders:
+            first = anchor_steps(plan.anchors, model, steps)[0]
     except ValueError as error:
         yield one_line(error)
     for group, options in plan.trained.items():
@@ -69,7 +77,9 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 check_arithmetic(plan.backbone, options)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
+                check_trackers(options)
             check_backbone(plan.backbone, options)
+            check_start(plan.teacher, plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
             if options.anchored_steps and first is not None:
@@ -242,6 +252,25 @@ def check_arithmetic(backbone: BackboneOptions, options: TrainOptions) -> None:
         )
 
 
+def check_start(teacher: Path, backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that the weights of a warm start fit the network and the recipe's roles."""
+    if not recipe.start_from:
+        return
+    import torch
+
+    from dpdmd_pipeline.backbones.start import load_start
+    from dpdmd_pipeline.planning.weightless import weightless
+    from dpdmd_pipeline.training.roles import check_room, lora_roles
+
+    model = backbone.load(teacher, "cpu")
+    start = load_start(Path(recipe.start_from), model, backbone.family)
+    if recipe.roles == "lora":
+        with torch.device("meta"):
+            roles = lora_roles(weightless(model, teacher), recipe.lora, seed=0, gradient_checkpointing=False)
+        for view in (roles.student, roles.fake_score)[: 1 if recipe.fake_score_from == "teacher" else 2]:
+            check_room(start, view.adapter_state(), f"lora.{view.adapter}_rank")
+
+
 def check_speed(teacher: Path, options: TrainOptions) -> None:
     """Check that this machine can compile, and that the network has convolutions, if the options need it."""
     from dpdmd_pipeline.planning.weightless import network_class
@@ -266,3 +295,23 @@ def check_optimizers(options: TrainOptions) -> None:
             f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
             "(the extra `8bit` of this project), or set kind=adamw"
         )
+
+
+def check_trackers(options: TrainOptions) -> None:
+    """Check that the programs that follow the training are installed, and that Weights & Biases has a login."""
+    for name in options.track:
+        if find_spec(name) is None:
+            raise ValueError(f"track has {name}, which is not installed: `pip install {name}`, or leave it out")
+    if "wandb" in options.track and not _has_wandb_login():
+        raise ValueError("track has wandb, which has no login: run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _has_wandb_login() -> bool:
+    from netrc import NetrcParseError, netrc
+
+    if "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc(os.environ.get("NETRC")).hosts)
+    except (OSError, NetrcParseError):
+        return False

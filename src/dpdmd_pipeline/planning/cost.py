@@ -139,33 +139,26 @@ def cycle_cost(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -
     )
 
 
-def watch_cost(recipe: Recipe, teacher: TeacherSettings) -> Passes:
+def watch_cost(recipe: Recipe, teacher: TeacherSettings, prompts: int | None = None) -> Passes:
     """All passes of a run's measurements: the teacher's samples once, the student's at each measured cycle.
 
-    They are counted for `watch.prompts` prompts; with fewer training prompts there are fewer.
+    `prompts` is the number of training prompts; None: at least `watch.prompts`.
     """
     watch = recipe.watch
     if not watch.every:
         return Passes()
-    samples, measurements = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
+    watched = watch.prompts if prompts is None else min(prompts, watch.prompts)
+    samples, measurements = watched * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
     calls = calls_of(teacher.guidance_scale)
     of_teacher, of_student = calls * (teacher.num_steps + 1), recipe.num_steps + calls
     return Passes(samples * (of_teacher + measurements * of_student))
 
 
-def describe_cost(
-    recipe: Recipe, execution: Execution, teacher: TeacherSettings, forward_flops: float | None = None
-) -> list[str]:
-    """Lines for the log before a run; with the operations of one sample's forward pass, also the run's."""
+def describe_cycle(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -> str:
+    """A line for the log before a run."""
     cost = cycle_cost(recipe, execution, teacher)
-    name = "DP-DMD" if recipe.anchored_steps else "DMD"
-    samples = recipe.batch_size
-    run = samples * (recipe.max_steps * cost.cycle.total + cost.warmup.total) + watch_cost(recipe, teacher).total
-    lines = [
-        f"{name}: {cost.cycle.total:g} forwards per sample and cycle: student update {cost.student_update.total:g}, "
-        f"{recipe.fake_score_turns} fake-score updates {cost.fake_score_updates.total:g}",
-        f"{name}: {run:,.0f} forwards in {recipe.max_steps} cycles of {samples} samples",
-    ]
-    if forward_flops is not None:
-        lines[1] += f", {run * forward_flops / 1e15:,.3g} PFLOP at {forward_flops / 1e12:.3g} TFLOP each"
-    return lines
+    return (
+        f"{'DP-DMD' if recipe.anchored_steps else 'DMD'}: {cost.cycle.total:g} forwards per sample and cycle: "
+        f"student update {cost.student_update.total:g}, "
+        f"{recipe.fake_score_turns} fake-score updates {cost.fake_score_updates.total:g}"
+    )

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-from dpdmd_pipeline.planning.memory import GIB, Memory, MemoryModel, memory_model
+from dpdmd_pipeline.planning.memory import GIB, MemoryModel, memory_model
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.training.options import MICRO_BATCHES, Execution, TrainOptions
 from dpdmd_pipeline.training.recipe import Recipe
@@ -24,7 +23,7 @@ _TRAINED = ("student", "fake_score")
 
 
 def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
-    """One line for each student to train that does not fit on the GPU; logs the cost of each.
+    """One line for each student to train that does not fit on the GPU; logs the estimates.
 
     Args:
         plan: of the run.
@@ -35,13 +34,15 @@ def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
             continue
         try:
             free = planned_memory(options) if device_memory is None else device_memory
-            if free is not None:
-                options = with_micro_batches(plan.estimates, options, free)
-            needed = _log_costs(plan, options, None if free is None else plan.estimates)
+            if free is None:
+                continue
+            options = with_micro_batches(plan.estimates, options, free)
+            needed = plan.estimates.estimate(options.recipe(), options.execution())
         except ValueError as error:  # such as adapters that match no layer
             yield f"{group}: {one_line(error)}"
             continue
-        if needed and needed.total > free:
+        log.info("%s: estimated GPU memory: %s", group, needed)
+        if needed.total > free:
             helpful = describe_remedies(remedies(plan.estimates, options.recipe(), options.execution()))
             source = "are free" if options.card_gib is None else f"has the card of train.card_gib={options.card_gib:g}"
             yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB {source}: {helpful}"
@@ -94,26 +95,6 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
         f"out of GPU memory while training ({reason}); the estimate was {estimates.estimate(recipe, execution)}: "
         f"{describe_remedies(remedies(estimates, recipe, execution))}; finished cycles are kept"
     )
-
-
-def _log_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | None) -> Memory | None:
-    """Log network passes of a student's training and, with estimates, FLOP and memory; returns the memory."""
-    recipe, execution = options.recipe(), options.execution()
-    steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
-    online, steps_are_set = plan.anchors.mode == "online", None not in steps
-    teacher = TeacherSettings(
-        guidance_scale=plan.backbone.guidance_scale,
-        online_anchors=[step for step in steps if step] if online and steps_are_set else (),
-        with_denoised=plan.anchors.with_denoised,
-        num_steps=plan.backbone.num_steps,
-    )
-    lines = describe_cost(recipe, execution, teacher, estimates.forward_flops(recipe) if estimates else None)
-    if online and not steps_are_set:
-        lines.append("plus the anchor passes, which the anchors stage counts")
-    needed = estimates.estimate(recipe, execution) if estimates else None
-    for line in [*lines, f"estimated GPU memory: {needed}"] if needed else lines:
-        log.info("%s", line)
-    return needed
 
 
 # ---- options that save memory

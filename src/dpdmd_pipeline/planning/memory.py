@@ -145,6 +145,10 @@ class MemoryModel:
         counter = torch.int64.itemsize if recipe.ema else 0  # of averaged cycles
         return bytes_of(networks) + self._moments(recipe) + average + counter
 
+    def student_bytes(self, recipe: Recipe) -> int:
+        """A finished student's weights on disk."""
+        return bytes_of(self._roles_of(recipe).student.state_dict().values())
+
     def pass_memory(self, recipe: Recipe, role: str, batch: int) -> PassMemory:
         """One graded pass of a role ("student" or "fake_score")."""
         if recipe.roles == "full" or recipe.lora.student_rank == recipe.lora.fake_score_rank:

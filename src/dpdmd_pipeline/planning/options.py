@@ -13,7 +13,7 @@ from typing import Any
 
 from dpdmd_pipeline.wording import one_line, short
 
-_PROBE = "<runtime parameter>"
+_PROBE = "runtime-parameter"
 _NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 

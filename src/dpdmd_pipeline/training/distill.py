@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -24,12 +24,13 @@ from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.draws import Sample, SampleDraws, graded_step, micro_batches
 from dpdmd_pipeline.training.optimizer import learning_rate_share
 from dpdmd_pipeline.training.options import Execution
+from dpdmd_pipeline.training.preview import save_row
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.run import Run, TrainingData, prepare
 from dpdmd_pipeline.training.sharding import is_sharded
 from dpdmd_pipeline.training.speed import onto
-from dpdmd_pipeline.training.state import Record, State, copy_weights, resume, save
+from dpdmd_pipeline.training.state import Record, State, copy_weights, make_writer, resume, save
 from dpdmd_pipeline.training.watch import watch_cycle
 
 
@@ -39,23 +40,21 @@ def distill(
     data: TrainingData,
     recipe: Recipe,
     checkpoints: Checkpoints,
-    resumed: tuple[int, dict[str, Any]] | None,
     execution: Execution,
 ) -> Iterator[Record]:
     """Distil the teacher into `roles.student`, in place; yields the record of each new cycle.
 
-    At the end the student holds its final weights: the last, averaged or best ones.
-
-    Args:
-        checkpoints: written while the run goes on.
-        resumed: result of `checkpoints.load_latest`; its history goes into the next checkpoint.
+    It starts from the newest checkpoint, if there is one, and writes others. At the end the student holds its final
+    weights: the last, averaged or best ones.
 
     Raises:
         ValueError: if a loss or a gradient is not finite, with the cycle and the prompts' rows.
+        OSError: if a checkpoint could not be written, or if all are damaged.
     """
     run = prepare(backbone, roles, data, recipe, execution)
     state = State.of(run)
-    done = saved = resume(state, resumed)
+    done = saved = resume(state, checkpoints)
+    writer = make_writer(run, checkpoints)
     if run.accelerator.is_main_process:
         checkpoints.write_losses(state.history, anew=True)
     saved_at, between_cycles = time.monotonic(), True
@@ -67,21 +66,31 @@ def distill(
             done, between_cycles = cycle + 1, True
             if run.accelerator.is_main_process:
                 checkpoints.write_losses([record])
-            if _checkpoint_is_due(run, done, saved_at):
-                save(run, state, checkpoints, done)
+                save_rows(state, checkpoints.folder)
+            if _checkpoint_is_due(run, done, math.inf if writer.failed() else time.monotonic() - saved_at):
+                save(run, state, writer, done)
                 saved, saved_at = done, time.monotonic()
             yield record
     finally:  # closed early: keep the finished cycles. A cycle cut off half-way would not repeat exactly.
         if between_cycles and done > saved:
-            save(run, state, checkpoints, done)
+            save(run, state, writer, done, stopping=True)
+        writer.wait()
 
 
-def _checkpoint_is_due(run: Run, done: int, saved_at: float) -> bool:
-    """True after enough cycles or minutes and at the end; all processes must call this and get the same answer."""
+def save_rows(state: State, folder: Path) -> None:
+    """Write the pictures of the last measurement, if there was one."""
+    pictures = state.watch.pictures if state.watch else {}
+    while pictures:
+        save_row(folder, *pictures.popitem())
+
+
+def _checkpoint_is_due(run: Run, done: int, seconds: float) -> bool:
+    """True after enough cycles or seconds and at the end; all processes must call this and get the same answer."""
     if done % run.execution.checkpoint_every == 0 or done == run.recipe.max_steps:
         return True
-    seconds = torch.tensor(time.monotonic() - saved_at, device=run.accelerator.device)
-    return run.accelerator.reduce(seconds, reduction="mean").item() >= 60 * run.execution.checkpoint_minutes
+    if run.accelerator.num_processes > 1:  # on the CPU: no GPU is waited for
+        seconds = run.accelerator.reduce(torch.tensor(seconds), reduction="mean").item()
+    return seconds >= 60 * run.execution.checkpoint_minutes
 
 
 def train_cycle(run: Run, state: State, cycle: int) -> Record:

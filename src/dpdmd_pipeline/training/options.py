@@ -10,6 +10,7 @@ from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "dvclive", "trackio"]  # of accelerate
 MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
 _WITHOUT_GPU = 32  # samples of a micro-batch of `auto` that no GPU's memory limits
 
@@ -58,9 +59,12 @@ class Execution(StrictModel):
     # Checkpoints and records
     checkpoint_every: Count  # cycles between checkpoints
     checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
+    checkpoint_background: bool  # training goes on while one is written, from a copy in host memory
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
     ratio_every: CountOrZero  # cycles between comparisons of both losses' gradient norms; 0: none
     log_every: Count  # cycles between lines in the log
+    previews: CountOrZero  # first prompts of the watch whose pictures are kept
+    track: list[Tracker]  # programs that get losses and pictures while training; nothing is sent without them
 
     @property
     def sharded(self) -> bool:

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import EVERY_LEVEL, Backbone, Conditioning, conditioned, guided
+from dpdmd_pipeline.dpdmd.anchor import check_falling
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.training.anchors import AnchorBatch, Rows
@@ -126,6 +127,7 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
     if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:
         raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
+    check_falling([levels[0], *data.anchor_levels])
     speed_up(roles, execution)
     return Run(
         backbone=backbone,

@@ -116,6 +116,18 @@ TINY = {  # name -> ComfyUI's class of the family, with sizes that take the test
             "axes_dims_rope": (16, 24, 24),
         },
     ),
+    "Wan": (
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "ffn_dim": 64,
+            "text_dim": 32,
+            "num_heads": 1,
+            "num_layers": 1,
+        },
+    ),
     "Lumina2": ("Lumina2", _TINY_LUMINA),
     "ZImage": ("ZImage", _TINY_LUMINA | {"z_image_modulation": True, "time_scale": 1000.0}),  # not in older versions
     "OtherText": ("Lumina2", _TINY_LUMINA | {"cap_feat_dim": 48}),

@@ -117,13 +117,6 @@ def test_two_processes_leave_the_bytes_of_one(tmp_path, prompts, tiny_teacher):
     assert by_two == by_one and len(by_one) == 3
 
 
-def test_several_machines_may_encode_but_not_clean(tmp_path):
-    (tmp_path / "a.txt").write_text("a cat")
-    several = {"processes": 1, "machines": 2, "rendezvous": "first:29400"}
-    with refuses(ValueError, "prompts.launch.machines=2", "clean_prompts", "machines=1", "encode_prompts"):
-        clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options(launch=several))
-
-
 def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts, tiny_teacher, monkeypatch):
     loads = []
     load = BackboneOptions.load

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,9 @@ from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.planning import checks, disk
 from dpdmd_pipeline.planning.checks import refusals, refuse_run
+from dpdmd_pipeline.planning.plan import make_plan
+from dpdmd_pipeline.planning.stages import WRITTEN, stage_costs
+from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.checkpoint import LOSSES, Checkpoints
@@ -130,14 +134,51 @@ def run_line(datasets: DataCatalog) -> None:
     """Run the whole line, after the checks of the hooks; no network outlives its node, in float32 or bfloat16."""
     line = distill.create_pipeline()
     assert refuse_run(line, datasets) == []
+    costs = {cost.stage: cost for cost in stage_costs(make_plan(line, datasets))}
     hooks = _create_hook_manager()
     hooks.register(networks := Networks())
+    hooks.register(counter := PassCounter())
     gc.disable()  # a network in a cycle would stay on a GPU until Python happens to collect it
     try:
         SequentialRunner().run(line, datasets, hooks)
         assert networks.alive() == 0
     finally:
         gc.enable()
+        counter.handle.remove()
+    check_costs(costs, counter.passes, datasets)
+
+
+class PassCounter:
+    """Hook that counts the passes of samples through denoising networks, by node."""
+
+    def __init__(self) -> None:
+        self.passes, self.node = Counter(), ""
+        self.handle = torch.nn.modules.module.register_module_forward_hook(self.count)
+
+    @hook_impl
+    def before_node_run(self, node) -> None:
+        self.node = node.name
+
+    def count(self, module, _args, output) -> None:
+        if type(module).__name__ in ("SD3Transformer2DModel", "UNet2DConditionModel"):
+            self.passes[self.node] += len(output[0])
+
+
+def check_costs(costs, passes, made: DataCatalog) -> None:
+    """Compare the costs that were told before the run: passes exactly, bytes on the disk within 3 %."""
+    stages = ["prompts", *["anchors"] * ("make_anchors" in passes), "train_dmd", "train", "evaluate", "export"]
+    assert list(costs) == stages
+    for stage, node in {"anchors": "make_anchors", "train_dmd": "train_dmd", "train": "train_student"}.items():
+        assert stage not in costs or costs[stage].passes.forward == passes[node], stage
+    # On a CPU the two pictures of the only prompt fill a batch of 16
+    assert costs["evaluate"].passes.forward == passes["sample_images"] / 16 * 2
+    for stage in costs.keys() - {"train_dmd", "train"}:
+        size = sum(folder_size(Path(made[name]._filepath)) for name in WRITTEN[stage])
+        assert size == pytest.approx(costs[stage].written, rel=0.03, abs=60_000), stage
+    keep_last, states = made["params:train"].load().keep_last, made["train_state"].load()
+    for student, stage in (("student_dmd", "train_dmd"), ("student", "train")):
+        size = (costs[stage].written - folder_size(made[student].load())) / (keep_last + 1)
+        assert min(map(folder_size, states.iterdir())) == pytest.approx(size, rel=0.03, abs=60_000)
 
 
 class Networks:
@@ -295,7 +336,7 @@ def test_nothing_is_written_where_another_environment_writes(environment):
     own, base = loader(environment)["catalog"], loader("base")["catalog"]
     read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state", "metric_weights"}
     read_or_made_elsewhere |= {"shapes_clip", "clip_state", "clip_metrics"}  # of the embedded world, one for all
-    for name in base.keys() - read_or_made_elsewhere - {"environment"}:
+    for name in base.keys() - read_or_made_elsewhere - {"run_arguments"}:
         path = own[name].get("filepath") or own[name]["path"]
         assert f"/{environment}/" in path, f"write {name} into conf/{environment}/catalog.yml"
 

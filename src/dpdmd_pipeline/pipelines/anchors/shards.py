@@ -46,7 +46,7 @@ def _shard(load: LastLoaded, prompts: list[int], seeds: list[int], options: Anch
     teacher, batches = load(), []
     for start in range(0, len(prompts), options.batch_size):
         chunk = slice(start, start + options.batch_size)
-        batches.append(teacher(prompts[chunk], seeds[chunk]))
+        batches.append({name: value.cpu() for name, value in teacher(prompts[chunk], seeds[chunk]).items()})
     dtype = getattr(torch, options.dtype)
     latents = {name: torch.cat([batch[name] for batch in batches]).to(dtype) for name in batches[0]}
     return {"prompt": torch.tensor(prompts), "seed": torch.tensor(seeds), **latents}

@@ -30,11 +30,6 @@ def clean_prompts(
         Unique records {"text": str, "train": bool, "eval": bool}, and a report: `counts`, and for each file its
         counts and the first 1,000 dropped lines.
     """
-    if options.launch.machines > 1:
-        raise ValueError(
-            f"prompts.launch.machines={options.launch.machines}: each machine would write the same file of prompts. "
-            "Run the node clean_prompts on one with machines=1, then encode_prompts on all"
-        )
     surveys = [survey(raw_prompts)]
     if options.take is not None:
         surveys = [take(*surveys, options.take, options.seed)]

@@ -30,8 +30,9 @@ class Job:
     checkpoints: Checkpoints
 
 
-def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dict]]:
+def start(job: Job) -> tuple[Any, Iterator[dict]]:
     """Roles, and the records of the new cycles; training happens while these are consumed."""
+    from dpdmd_pipeline.backbones.start import load_start
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
     from dpdmd_pipeline.training.run import TrainingData
@@ -39,12 +40,15 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dic
     backbone, options, execution = job.backbone, job.options, job.options.execution().fitted_to(job.options.batch_size)
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
     of_teacher = backbone.load_teacher(job.teacher, options.device) if recipe.roles == "full" else model
+    # A checkpoint replaces all trained weights
+    path = None if job.checkpoints.latest() else recipe.start_from
     roles = make_roles(
         model,
         recipe,
         gradient_checkpointing=options.gradient_checkpointing,
         sharded=options.sharded,
         of_teacher=of_teacher,
+        start=load_start(Path(path), model, backbone.family) if path else None,
     )
     levels = model.schedule(backbone.num_steps)
     data = TrainingData(
@@ -56,7 +60,7 @@ def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dic
         guidance_scale=backbone.guidance_scale,
         of_teacher=of_teacher,
     )
-    return roles, distill(model, roles, data, recipe, job.checkpoints, resumed, execution)
+    return roles, distill(model, roles, data, recipe, job.checkpoints, execution)
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:

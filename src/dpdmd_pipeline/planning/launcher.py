@@ -1,0 +1,58 @@
+"""Launchers (torchrun, accelerate launch, srun) and machines of a run, which starts its processes itself.
+
+On each machine, the launcher's first process goes on and starts the others anew; the launcher's own others end at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+
+
+class Launcher(NamedTuple):
+    """Processes that a launcher has started, this one among them."""
+
+    source: str  # what it has set
+    local_rank: int
+    processes: int  # on each machine
+    machines: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Launcher:
+        """Read torchrun's variables, or those of a Slurm step; without any, this process is alone."""
+        if "WORLD_SIZE" not in environment and (tasks := environment.get("SLURM_STEP_NUM_TASKS")):
+            machines = int(environment["SLURM_STEP_NUM_NODES"])
+            return cls(f"srun: {tasks} tasks", int(environment["SLURM_LOCALID"]), int(tasks) // machines, machines)
+        size, processes = environment.get("WORLD_SIZE", "1"), int(environment.get("LOCAL_WORLD_SIZE", 1))
+        return cls(f"WORLD_SIZE={size}", int(environment.get("LOCAL_RANK", 0)), processes, int(size) // processes)
+
+    def refused(self, launches: Mapping[str, LaunchOptions]) -> str | None:
+        """The line for options that do not fit the launcher; None if they do, or if this process is alone."""
+        numbers = {name: getattr(self, name) for name in ("processes", "machines") if getattr(self, name) > 1}
+        for name, number in numbers.items():
+            given = {f"{group}.launch.{name}": getattr(launch, name) for group, launch in launches.items()}
+            if number not in given.values() or set(given.values()) - {1, number}:
+                options = ",".join(f"train.launch.{name}={number}" for name, number in numbers.items())
+                return (
+                    f"{self.source}, {self.processes} processes on each of {self.machines} machines: the run has "
+                    f"{given or 'no such options'}; add --params {options}, or start it once on each machine"
+                )
+        return None
+
+
+def launches_of(pipeline: Any, catalog: Any) -> dict[str, LaunchOptions]:
+    """The option `launch` of each stage of a run, by parameter group."""
+    groups = sorted(name.partition(":")[2] for name in pipeline.inputs() if name.startswith("params:"))
+    options = {group: catalog.get(f"params:{group}").load() for group in groups}
+    return {group: stage.launch for group, stage in options.items() if hasattr(stage, "launch")}
+
+
+def rendezvous_of(launches: Mapping[str, LaunchOptions]) -> tuple[str, int] | None:
+    """Rendezvous and number of the machines of a run; None for one machine, a ValueError if stages disagree."""
+    several = {group: (one.rendezvous, one.machines) for group, one in launches.items() if one.machines > 1}
+    if len(set(several.values())) > 1:
+        found = ", ".join(f"{group}.launch: machines={n}, rendezvous={name}" for group, (name, n) in several.items())
+        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {found}")
+    return next(iter(several.values()), None)
