@@ -6,6 +6,8 @@ Fake tensors have shapes and devices, no numbers.
                         fake tensors of "cuda", so this runs on fake tensors of the CPU, with the operations of CUDA's
                         autocast list that the CPU's lacks
     walk_on_cuda        an error if an operation mixes devices: all forward passes on fake tensors of "cuda"
+
+`bench_fake_cycle.py` runs them.
 """
 
 from __future__ import annotations
