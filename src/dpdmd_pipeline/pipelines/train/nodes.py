@@ -56,7 +56,12 @@ def train_student(
         return trained
     check_speed(teacher, options)
     check_start(teacher, backbone, recipe)
+    from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
+    from dpdmd_pipeline.planning.memory import memory_model
     from dpdmd_pipeline.training.checkpoint import Checkpoints
+
+    if options.is_automatic and (free := planned_memory(options)):
+        options = with_micro_batches(memory_model(teacher, backbone), options, free)
 
     decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
     folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
