@@ -71,6 +71,7 @@ EXECUTION = {
     "checkpoint_minutes": 60,
     "checkpoint_background": True,
     "ratio_every": 2,
+    "card_gib": None,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,
     "rollout_micro_batch": 2,

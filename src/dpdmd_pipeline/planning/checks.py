@@ -74,7 +74,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
     for group, options in plan.trained.items():
         try:
             if group not in plan.finished:  # a published student is reused on any machine
-                resolve_device(options.device)
+                check_arithmetic(plan.backbone, options)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
                 check_trackers(options)
@@ -235,6 +235,20 @@ def check_backbone(backbone: BackboneOptions, recipe: Recipe) -> None:
         raise ValueError(
             f"train.guidance_interval={list(recipe.guidance_interval)} needs a guided teacher, "
             "backbone.guidance_scale=1 has no guidance: set guidance_interval=[0.0, 1.0]"
+        )
+
+
+def check_arithmetic(backbone: BackboneOptions, options: TrainOptions) -> None:
+    """Check that the device exists and, if it is a GPU, that it computes in bfloat16 where the options need that."""
+    import torch
+
+    uses_bfloat16 = "bfloat16" in (options.precision, backbone.dtype, backbone.teacher_dtype)
+    if resolve_device(options.device).type != "cuda" or not uses_bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"train.precision={options.precision}: {torch.cuda.get_device_name()} has no bfloat16: take a GPU of "
+            "compute capability 8.0 or newer, or set train.precision=float32 and backbone.dtype=float32"
         )
 
 

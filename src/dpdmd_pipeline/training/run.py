@@ -36,6 +36,7 @@ class TrainingData:
     anchor_levels: Sequence[NoiseLevel]  # scalar level of each anchor
     teacher_levels: NoiseLevel  # the teacher's own schedule, [steps + 1]
     guidance_scale: float  # of the teacher
+    of_teacher: Backbone | None = None  # the teacher's adapter, if it is not that of the run
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ class Run:
     def guided_teacher(self, cond: Conditioning, interval: tuple[float, float] = EVERY_LEVEL) -> Denoise:
         """The teacher with classifier-free guidance; see `guided`."""
         scale, batch = self.data.guidance_scale, self.execution.guidance_batch
-        return guided(self.backbone, self.teacher, cond, self.uncond, scale, interval=interval, batch=batch)
+        backbone = self.data.of_teacher or self.backbone
+        return guided(backbone, self.teacher, cond, self.uncond, scale, interval=interval, batch=batch)
 
     # ---- gradients
 

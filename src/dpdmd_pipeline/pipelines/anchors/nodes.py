@@ -20,7 +20,7 @@ from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 
 log = logging.getLogger(__name__)
 
-IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"}  # of BackboneOptions
+IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype", "teacher_dtype"}  # of BackboneOptions
 
 
 def make_anchors(

@@ -27,7 +27,7 @@ def load_teacher(
     """Load the teacher as a function of prompts and seeds."""
     from dpdmd_pipeline.training.anchors import TeacherAnchors
 
-    model = backbone.load(teacher, options.device)
+    model = backbone.load_teacher(teacher, options.device)
     return TeacherAnchors(
         model,
         model.load_model(),

@@ -109,7 +109,7 @@ def _load_model(
     model = backbone.load(teacher, options.device)
     uncond = {name: value.to(model.device) for name, value in embeddings.rows([len(embeddings) - 1]).items()}
     if folder is None:
-        sampler = _teacher_sampler(model, uncond, backbone)
+        sampler = _teacher_sampler(backbone.load_teacher(teacher, options.device), uncond, backbone)
     else:
         sampler = _student_sampler(model, folder, backbone, uncond, start)
     return partial(_draw, model, sampler, embeddings, options)
