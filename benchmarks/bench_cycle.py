@@ -98,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
         times = _time_contenders(work, args, Path(folder) / "compiled")
         passes = {name: _count_passes(work, name) for name in times.cycles}
         measured = {name: _row(work, times, name, which, passes) | _compiling(times, name) for name in times.cycles}
-        shares = cycle_shares(work)
+        shares = {} if args.no_shares else cycle_shares(work)
     ratio = times.ratio_name
     record(
         args.result or "cycle",
@@ -302,4 +302,5 @@ if __name__ == "__main__":
     options = workload.parser(__doc__)
     options.add_argument("--only", nargs="*", choices=VARIANTS, help="variants to time; without a name, none")
     options.add_argument("--shared-networks", action="store_true", help="both loops train the same networks")
+    options.add_argument("--no-shares", action="store_true", help="leave out the shares of a cycle's time")
     main(options.parse_args())

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 
 # Read at the start: another commit may follow while the benchmark runs
 _HEAD = ["git", "rev-parse", "--short", "HEAD"]
@@ -33,7 +33,7 @@ def machine() -> dict[str, object]:
 
 
 def record(name: str, measured: dict[str, object]) -> None:
-    """Print the measurements and write them to results/<name>.json."""
+    """Print the measurements and write them to results/<name>.json, or into the folder $BENCHMARK_RESULTS."""
     about = {
         "date": date.today().isoformat(),
         "commit": _COMMIT,
@@ -41,7 +41,7 @@ def record(name: str, measured: dict[str, object]) -> None:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers", "kedro", "dvc")},
     }
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({"measured": measured, **about}, indent=2) + "\n")
     for key, value in measured.items():
         print(f"{key:48} {value:.4g}" if isinstance(value, float) else f"{key:48} {value}")

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, tokenizer_length, tokenizer_names
+from dpdmd_pipeline.backbones.base import FlowBackbone
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 
 

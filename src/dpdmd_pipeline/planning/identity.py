@@ -18,7 +18,7 @@ from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.publishing import files_hash, folder_size, sha256, write_atomically
 from dpdmd_pipeline.training.recipe import Recipe
-from dpdmd_pipeline.wording import differences, unused
+from dpdmd_pipeline.wording import differences, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def open_state(states: Path, identity: str, name: str, options: Mapping[str, Any
     if not folder.exists() and (unfinished := _unfinished(states, name)):
         other, progress, record = unfinished[-1]
         changes = [*differences(record["options"], options)]
-        log.warning("%s: %s", name, unused(f"{other} after {progress}", folder_size(other), changes))
+        log.warning("%s: %s", name, reuse_refusal(f"{other} after {progress}", folder_size(other), changes))
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": name, "last": last, "options": options})
     temporary = folder / f"{RECORD}.{os.getpid()}.tmp"  # several machines may write it

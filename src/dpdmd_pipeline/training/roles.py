@@ -41,17 +41,29 @@ class Roles:
 
 
 def make_roles(
-    backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool, start: Start | None = None
+    backbone: Backbone,
+    recipe: Recipe,
+    *,
+    gradient_checkpointing: bool,
+    sharded: bool,
+    start: Start | None = None,
+    of_teacher: Backbone | None = None,
 ) -> Roles:
     """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group.
 
     From `start` the student begins, and by the recipe the fake score too: it must know the student's distribution, and
-    one that still believes in the teacher's sees no difference to it in what the student has lost.
+    one that still believes in the teacher's sees no difference to it in what the student has lost. `of_teacher` loads
+    the teacher in a dtype of its own; adapters share their base, of `backbone`.
     """
     starts = {"student": start, "fake_score": start if recipe.fake_score_from == "start" else None}
     if recipe.roles == "full":
-        shard_in = recipe.precision if sharded else None
-        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in, starts=starts)
+        return full_roles(
+            backbone,
+            gradient_checkpointing=gradient_checkpointing,
+            shard_in=recipe.precision if sharded else None,
+            starts=starts,
+            of_teacher=of_teacher,
+        )
     roles = lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
     for name, start in starts.items():
         if start is not None:
@@ -65,12 +77,13 @@ def full_roles(
     gradient_checkpointing: bool,
     shard_in: Precision | None = None,
     starts: Mapping[str, Start | None] = MappingProxyType({}),
+    of_teacher: Backbone | None = None,
 ) -> Roles:
     """Three networks that start as the teacher, or as `starts` says; the trained ones have float32 weights.
 
     With `shard_in` each is sharded right after loading, for arithmetic of this precision.
     """
-    teacher = backbone.load_model().requires_grad_(False).eval()
+    teacher = (of_teacher or backbone).load_model().requires_grad_(False).eval()
     trained = []
     for role in ("student", "fake_score"):
         network = backbone.load_model(float32=True)

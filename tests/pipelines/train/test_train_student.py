@@ -28,8 +28,8 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.pipelines.train.progress import _recorded_signals
 from dpdmd_pipeline.planning.checks import check_anchors
+from dpdmd_pipeline.training.signals import recorded_signals
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -193,7 +193,7 @@ def test_an_unfinished_state_that_is_not_resumed_is_named_with_its_cycle_size_an
     train()
     (state,) = (path for path in (tmp_path / "state").iterdir() if path.is_dir())
     (checkpoint,) = state.glob("step_*.json")
-    for path in (checkpoint, checkpoint.with_suffix(".pt")):
+    for path in (checkpoint.with_suffix(""), checkpoint):
         path.rename(path.with_stem("step_0000001"))
     caplog.clear()
     train(decay=0.5)
@@ -266,7 +266,7 @@ def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, 
 
 def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embeddings, tmp_path):
     half = backbone_options(dtype="bfloat16")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options(), train_options())
     inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", None, half, anchor_options()
     with refuses(ValueError, "backbone.dtype=bfloat16", "train.precision=float32"):
         train_student(PROMPTS, embeddings, *inputs, train_options())
@@ -298,7 +298,7 @@ def test_compiled_networks_do_not_outlive_the_training(train):
 
 def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):
     options = anchor_options(mode="online")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options)
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options, train_options())
     _, history = train(cached(tmp_path / "online", shards), options)
     assert len(history) == 2 and history[0]["diversity_loss"] > 0
 
@@ -307,7 +307,7 @@ def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_recorded_and_the_second_interrupts(number, second):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with _recorded_signals() as signals:
+    with recorded_signals() as signals:
         signal.raise_signal(number)
         assert signals == [number]
         if second:
