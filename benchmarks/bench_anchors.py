@@ -61,13 +61,14 @@ def _stage(work: Workload, args: argparse.Namespace, which: str) -> tuple[float,
     )
     rows = list(range(len(work.prompts))) * SEEDS_PER_PROMPT
     records = [{"text": text, "train": True, "eval": False} for text in work.prompts]
-    lazy = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
+    every_prompt = work.train.model_copy(update={"max_steps": len(records)})
+    make = partial(make_anchors, records, work.embeddings, work.teacher, work.backbone, recipe, every_prompt)
+    lazy = make()
     family = work.backbone.load(work.teacher, args.device)
     network, number = family.load_model().requires_grad_(False).eval(), count()
 
     def stage() -> None:  # includes the manifest, which hashes the teacher
-        shards = make_anchors(records, work.embeddings, work.teacher, work.backbone, recipe)
-        ShardedDataset(filepath=str(work.folder / f"stage_{next(number)}")).save(shards)
+        ShardedDataset(filepath=str(work.folder / f"stage_{next(number)}")).save(make())
 
     bare = partial(_bare_teacher, work, family, network, rows, recipe.batch_size, lazy.manifest["anchor_steps"][-1])
     loading = work.backbone.load(work.teacher, args.device).load_model

@@ -112,6 +112,7 @@ def _prepare(project: Path, parameters: dict[str, dict], backbone: Any) -> tuple
     from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
     from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
     from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
+    from dpdmd_pipeline.training.options import TrainOptions
     from dpdmd_pipeline.training.recipe import AnchorRecipe
 
     data, teacher = project / "data", project / "data/06_models/shapes_teacher"
@@ -124,7 +125,7 @@ def _prepare(project: Path, parameters: dict[str, dict], backbone: Any) -> tuple
     shards = encode_prompts(prompts, teacher, backbone, stage)
     embeddings = _save_and_load("sharded.ShardedDataset", data / "05_model_input/embeddings", shards)
     recipe = AnchorRecipe(**parameters["anchors"])
-    shards = make_anchors(prompts, embeddings, teacher, backbone, recipe)
+    shards = make_anchors(prompts, embeddings, teacher, backbone, recipe, TrainOptions(**parameters["train"]))
     anchors = _save_and_load("sharded.ShardedDataset", data / "05_model_input/anchors", shards)
     return prompts, embeddings, anchors, teacher, recipe
 

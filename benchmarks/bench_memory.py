@@ -128,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
         measured |= at_full_size(Path(folder) / FULL_SIZE)
     about = {
         "bytes are": "MiB; a sum is that of its parts' maxima, which need not come at one time",
-        "the estimate": "has a second gradient, for train.ratio_every, and what a pass without gradient holds; "
-        f"its {RESERVED / 2**30:g} GiB for CUDA itself are left out",
+        "the estimate": "has the second gradient that torch sums up over the steps, and what a pass without gradient "
+        f"holds; its {RESERVED / 2**30:g} GiB for CUDA itself are left out",
         "settings": work.settings(),
     }
     record(args.result or "memory", {**measured, **about, **timing.conditions()})
@@ -218,7 +218,7 @@ def at_full_size(folder: Path) -> dict[str, Any]:
     numbers = make_weightless_teacher(folder, CONFIGS[FULL_SIZE])
     adapters, whole = (_estimated(folder, env) for env in ("sd35_lora_16gb", "sd35"))
     frozen_parts = sum(numbers[name] for name in numbers if name != "transformer")
-    # It has one gradient, not two: it compares no norms. All steps share one backward pass, and nothing is cached
+    # It has one gradient, not two: all steps share one backward pass, and it adds to no other. Nothing is cached
     published_parts = {
         "weights": whole["weights"],
         "text_encoders_and_autoencoder": frozen_parts * torch.bfloat16.itemsize,

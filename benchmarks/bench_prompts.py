@@ -52,7 +52,9 @@ def clean(folder: Path, count: int) -> dict[str, float]:
     start = time.perf_counter()
     if count != NOTHING:
         raw = PromptFileDataset(filepath=str(folder / "prompts.txt")).load()
-        options = PromptsOptions(eval_share=0.01, batch_size=1, shard_size=1, device="cpu", launch=ONE_PROCESS)
+        options = PromptsOptions(
+            take=None, seed=0, eval_share=0.01, batch_size=1, shard_size=1, device="cpu", launch=ONE_PROCESS
+        )
         prompts, report = clean_prompts(raw, raw, options)
         PromptFileDataset(filepath=str(folder / "prompts.jsonl")).save(prompts)
         unique = report["counts"]["prompts"]

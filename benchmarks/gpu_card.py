@@ -24,13 +24,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import timing
 import workload
 from dpdmd_pipeline.planning.cost import TeacherSettings, cycle_cost
+from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
 from dpdmd_pipeline.planning.memory import GIB, MemoryModel, memory_model
-from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.options import MICRO_BATCHES, TrainOptions
 from record import record
-from workload import Workload, load_parameters
+from workload import Workload
 
 KERNELS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -38,9 +38,10 @@ def main(args: argparse.Namespace) -> None:
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         work = workload.prepare(args, Path(folder))
-        own = {name: load_parameters(args.env)["train"][name] for name in MICRO_BATCHES}
-        micro = {name: min(size, args.batch) if isinstance(size, int) else size for name, size in own.items()}
-        options = work.options(**micro)
+        options = work.options(**dict.fromkeys(MICRO_BATCHES, "auto"))
+        if free := planned_memory(options):
+            options = with_micro_batches(memory_model(work.teacher, work.backbone), options, free)
+        micro = {name: getattr(options, name) for name in MICRO_BATCHES}
         measured = _cycles(work, options, args)
     measured["settings"] = work.settings() | micro
     record(args.result or f"card_{args.env}", {**measured, **timing.conditions()})

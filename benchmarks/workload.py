@@ -62,7 +62,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 class NoCheckpoints(Checkpoints):
     """Saves nothing: a benchmark does not keep its student."""
 
-    def save(self, step: int, state: dict[str, Any], *, finished: bool = False) -> None:
+    def save(self, *args: Any, **options: Any) -> None:
         pass
 
 
@@ -111,7 +111,7 @@ class Workload:
         checkpoints = NoCheckpoints(self.folder / "state")
         rows = list(range(len(self.prompts)))
         job = Job(rows, self.embeddings, self.anchors[mode], self.teacher, self.backbone, options, checkpoints)
-        return start(job, resumed=None)
+        return start(job)
 
     def reference(self, options: TrainOptions, roles: Roles | None = None, pictures_every: int = 1) -> PublishedLoop:
         """The published loop, with the same options.
@@ -198,8 +198,11 @@ def _with_caches(
     embeddings = cache_embeddings(folder / "embeddings", prompts, teacher, backbone, train.device)
     few = {"seeds_per_prompt": 1, "batch_size": min(len(prompts), 2 * train.batch_size)}
     recipes = {mode: AnchorRecipe(**{**recipe, **few, "mode": mode}) for mode in ("cached", "online")}
+    every_prompt = train.model_copy(update={"max_steps": len(prompts)})
     anchors = {
-        mode: save_and_load(folder / mode, make_anchors(records, embeddings, teacher, backbone, anchor_recipe))
+        mode: save_and_load(
+            folder / mode, make_anchors(records, embeddings, teacher, backbone, anchor_recipe, every_prompt)
+        )
         for mode, anchor_recipe in recipes.items()
     }
     return Workload(folder, teacher, backbone, recipes["online"], train, prompts, embeddings, anchors)

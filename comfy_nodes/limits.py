@@ -1,4 +1,4 @@
-"""Limits for files and texts of strangers, and long values cut for messages. Standard library only."""
+"""Limits for untrusted files and texts, and long values cut for messages. Standard library only."""
 
 from __future__ import annotations
 

@@ -122,6 +122,31 @@ def test_a_learning_rate_that_the_roles_do_not_read_is_refused_on_the_command_li
             assert lines == [] if name == read else all(fact in lines[0] for fact in facts) and len(lines) == 1
 
 
+def test_a_run_with_a_name_writes_into_folders_of_its_own_and_shares_caches():
+    plain, first, second = (loader("ci", **({"run": name} if name else {}))["catalog"] for name in ("", "a", "b-2.0"))
+    paths = {name: entry["filepath"] for name, entry in plain.items() if isinstance(entry.get("filepath"), str)}
+    own = {name for name in paths if Path(paths[name]) != Path(first[name]["filepath"])}
+    assert {"student", "student_dmd", "train_state", "images", "metrics", "report_{format}", "export"} <= own
+    assert not {"prompts", "embeddings", "anchors", "raw_prompts", "shapes_clip", "metric_weights"} & own
+    for name in own:
+        files = {Path(catalog[name]["filepath"]) for catalog in (plain, first, second)}
+        assert len(files) == 3 and "ci/runs/b-2.0/" in second[name]["filepath"]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", ".", "..", "-x", "a b", "x" * 65])
+def test_a_run_with_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(Exception, match=r"run = .*letters"):
+        loader("base", run=name)["catalog"]
+
+
+def test_an_option_that_is_unread_and_out_of_bounds_has_one_line():
+    from dpdmd_pipeline.pipelines.train.pipeline import create_pipeline
+
+    made = loader("base", train={"student": {"lora_learning_rate": -1}})
+    (line,) = refused_options(made, {"train": create_pipeline()})
+    assert "train.roles=full" in line
+
+
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -6,9 +6,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,36 @@ def test_a_metric_without_weights_is_named_and_the_run_ends_well_unless_it_is_st
     output = strict.end()
     assert strict.process.returncode == 3 and "Traceback" not in output
     assert [all(name in line for name in GAPS) for line in output.splitlines() if "Error:" in line] == [True]
+
+
+# ---- two machines
+
+
+def test_two_machines_train_both_students_and_the_first_one_alone_does_the_rest(finished, without):
+    project = without("data/06_models/ci/.train_state", "data/06_models/ci/student", "data/06_models/ci/student_dmd")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        launch = f"train.launch.machines=2,train.launch.rendezvous=127.0.0.1:{probe.getsockname()[1]}"
+    machines = [Run(project, "--pipeline=distill", "--params", launch) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        outputs = list(threads.map(Run.end, machines))
+    assert [machine.process.returncode for machine in machines] == [0, 0], outputs
+    first, other = sorted(outputs, key=lambda output: "this machine's part is done" in output)
+    assert all(f" {name} cycle 3/3" in first for name in ("DMD", "DP-DMD")) and "report.html" in first
+    assert "this machine's part is done" in other and "Running node" not in other
+    for student in ("student", "student_dmd"):
+        assert distance(project, finished[0], student) < 1e-5
+    histories = [path / "data/08_reporting/ci/train_history.json" for path in (project, finished[0])]
+    for together, alone in zip(*(json.loads(path.read_text()) for path in histories), strict=True):
+        assert together == pytest.approx(alone, rel=1e-4)
+
+
+def distance(ours: Path, theirs: Path, student: str) -> float:
+    """Distance of a student's weights in two projects, as a share of their length."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(project / WEIGHTS.format(student)) for project in (ours, theirs))
+    difference = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
+    return (difference / sum(weight.square().sum() for weight in theirs.values())).sqrt().item()
 
 
 # ---- broken off

@@ -156,7 +156,7 @@ def test_an_unfinished_folder_is_ignored(folder, ending):
     assert is_ignored_by_git(path) and is_ignored_by_dvc(path)
 
 
-@pytest.mark.parametrize("path", ["06_models/.train_state/0/step_0000002.pt", "06_models/.student.lock"])
+@pytest.mark.parametrize("path", ["06_models/.train_state/0/step_0000002/0.bin", "06_models/.student.lock"])
 def test_checkpoints_and_locks_are_ignored(path):
     assert is_ignored_by_git(f"data/{path}") and is_ignored_by_dvc(f"data/{path}")
 

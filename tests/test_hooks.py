@@ -240,15 +240,15 @@ def test_a_remedy_runs_in_the_environment_of_the_run(toy):
     assert "nowhere" in line and line.endswith("`kedro run --env other --pipelines train`")
 
 
-def test_a_stage_that_asks_for_it_is_given_the_environment_of_the_run(toy):
+def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
     (toy / "conf/other").mkdir()
     with (toy / "conf/base/catalog.yml").open("a") as file:
-        file.write("environment: {type: MemoryDataset, data: base}\n")
+        file.write("run_arguments: {type: MemoryDataset, data: ''}\n")
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
-    stage.write_text(stage.read_text().replace('"prompts", "words"', '"environment", "words"'))
+    stage.write_text(stage.read_text().replace('"prompts", "words"', '"run_arguments", "words"'))
     for env in ("local", "other"):
         assert kedro(toy, "--env", env, "--pipelines", "prompts").code == 0
-        assert json.loads((toy / "data/words.json").read_text()) == ["other" if env == "other" else "base"]
+        assert json.loads((toy / "data/words.json").read_text()) == (["--env", "other"] if env == "other" else [])
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
@@ -263,8 +263,11 @@ def test_broken_yaml_is_refused_with_file_and_line(toy):
     assert re.search(r"parameters\.yml.* line ", refusal(kedro(toy, "--pipelines", "train")))
 
 
-def test_one_process_of_many_is_refused(toy):
-    assert "WORLD_SIZE = 2" in refusal(kedro(toy, WORLD_SIZE="2"))
+def test_under_a_launcher_the_first_process_of_a_machine_goes_on_and_the_others_end(toy):
+    launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    assert "WORLD_SIZE=2" in refusal(kedro(toy, **launcher, LOCAL_RANK="0"))  # the toy has no stage for two
+    result = kedro(toy, **launcher, LOCAL_RANK="1")
+    assert result.code == 0 and "Running node" not in result.output, result.output
 
 
 def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):

@@ -20,7 +20,7 @@ from ..header import StudentHeader
 from ..noise import BatchStream, ImageStreams, image_seeds
 from ..schedules import Levels
 from .model import header_of, levels_of
-from .schema import denoise_input, schema, seed_input, show_text, steps_input
+from .schema import denoise_input, method_input, per_image_seed_input, schema, seed_input, show_text, steps_input
 
 
 class DPDMDSampler(io.ComfyNode):
@@ -81,19 +81,8 @@ class DPDMDSampler(io.ComfyNode):
 
 def _sampling_inputs() -> list[io.Input]:
     return [
-        io.Combo.Input(
-            "method",
-            options=[sampling.AUTO, *sampling.METHODS],
-            default=sampling.AUTO,
-            tooltip="auto: the method named in the student's file; without one, deterministic for flow models (SD3.5) "
-            "and re-noise for SDXL.",
-        ),
-        io.Boolean.Input(
-            "per_image_seed",
-            default=True,
-            tooltip="On: picture i of a batch equals the one that seed + i gives alone. Off: KSampler's noise, where "
-            "only the first picture can be reproduced alone.",
-        ),
+        method_input(),
+        per_image_seed_input(),
         io.Sigmas.Input(
             "sigmas", optional=True, tooltip="Your own noise levels, falling to 0. They replace steps and denoise."
         ),

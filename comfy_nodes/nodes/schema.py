@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 from server import PromptServer
 
+from .. import sampling
 from ..schedules import MAX_STEPS
 
 _CATEGORY = "DP-DMD"
@@ -51,6 +52,27 @@ def denoise_input() -> io.Float.Input:
         tooltip="Image-to-image: the share of the steps that runs, counted from the end. The levels stay the trained "
         "ones: of 4 steps, 0.75 runs the last 3 and 0.5 the last 2. On the published SD3.5 schedule 0.25 changes "
         "almost nothing.",
+    )
+
+
+def method_input() -> io.Combo.Input:
+    """The input for the way in which a few-step model takes its steps."""
+    return io.Combo.Input(
+        "method",
+        options=[sampling.AUTO, *sampling.METHODS],
+        default=sampling.AUTO,
+        tooltip="How the few-step model takes its steps. auto: as its file says; without a DP-DMD header, "
+        "deterministic for flow models and re-noise for SDXL. Lightning needs deterministic.",
+    )
+
+
+def per_image_seed_input() -> io.Boolean.Input:
+    """The input for noise per picture or per batch."""
+    return io.Boolean.Input(
+        "per_image_seed",
+        default=True,
+        tooltip="On: picture i of a batch equals the one that seed + i gives alone. Off: KSampler's noise, where only "
+        "the first picture can be reproduced alone.",
     )
 
 

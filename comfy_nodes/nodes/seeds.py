@@ -12,11 +12,11 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from .. import sampling, schedules, sheet
+from .. import schedules, sheet
 from ..noise import image_seeds
 from .model import header_of, levels_of
 from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures, unguided
-from .schema import schema, seed_input, show_text
+from .schema import method_input, schema, seed_input, show_text
 from .teacher_start import make_guider, negative_input, start_inputs
 
 MAX_SEEDS = 64
@@ -106,12 +106,7 @@ def _draft_inputs() -> list[io.Input]:
             tooltip="Number of the draft to finish with all steps; a click on a draft sets it. 0: none, and nothing "
             "after this node runs.",
         ),
-        io.Combo.Input(
-            "method",
-            options=[sampling.AUTO, *sampling.METHODS],
-            default=sampling.AUTO,
-            tooltip="How the few-step model takes its steps; see Teacher Start.",
-        ),
+        method_input(),
     ]
 
 
@@ -209,7 +204,8 @@ def _make_drafts(plan: _Plan, vae: Any, seed: int, count: int, rows: list[int]) 
     tiles, labels = [], []
     for steps in rows:
         latents = plan.draw(seed, list(range(count)), steps)
-        images = [vae.decode(latent[None]).flatten(0, -4) for latent in latents]  # one by one: the largest memory
+        # one by one: decoding takes the most memory; of a film, the first frame
+        images = [vae.decode(latent[None]).flatten(0, -4)[:1] for latent in latents]
         tiles.append(sheet.shrink(torch.cat(images).cpu()))
         prefix = f"{steps} step{'s' * (steps > 1)}, " if len(rows) > 1 else ""
         labels += [f"#{index + 1} {prefix}seed {each}" for index, each in enumerate(image_seeds(seed, count))]

@@ -8,12 +8,12 @@ import comfy.samplers
 from comfy_api.latest import io
 from torch import Tensor
 
-from .. import sampling, schedules
+from .. import schedules
 from ..schedules import MAX_STEPS
 from ..starts import join_levels
 from .model import header_of, levels_of
 from .sampler import as_intermediate, choose_method, conditions, draw, fit_latent, prepare_pictures
-from .schema import schema, seed_input, show_text
+from .schema import method_input, per_image_seed_input, schema, seed_input, show_text
 from .teacher_first import TeacherFirstGuider, check_models
 
 MAX_TEACHER_STEPS = 100
@@ -51,18 +51,8 @@ class DPDMDTeacherStart(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="An empty latent; its batch size is the number of pictures."),
                 seed_input("seed"),
                 *start_inputs(),
-                io.Combo.Input(
-                    "method",
-                    options=[sampling.AUTO, *sampling.METHODS],
-                    default=sampling.AUTO,
-                    tooltip="How the few-step model takes its steps. auto: as its file says; without a DP-DMD header, "
-                    "deterministic for flow models and re-noise for SDXL. Lightning needs deterministic.",
-                ),
-                io.Boolean.Input(
-                    "per_image_seed",
-                    default=True,
-                    tooltip="On: picture i of a batch equals the one that seed + i gives alone. Off: KSampler's noise.",
-                ),
+                method_input(),
+                per_image_seed_input(),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
 from dpdmd_pipeline.planning.conf_files import refused_files
-from dpdmd_pipeline.wording import one_line
+from dpdmd_pipeline.wording import one_line, short
 
 BASELINE_KEYS = ("anchored_steps", "diversity_weight", "stop_gradient")  # the differences between DP-DMD and DMD
 
@@ -39,6 +40,17 @@ class ConfigLoader(OmegaConfigLoader):
             super().__init__(conf_source, env, with_baseline(runtime_params or {}), **kwargs)
         except Exception as error:  # whatever the YAML and OmegaConf libraries raise
             raise click.ClickException(f"globals.yml of {conf_source} cannot be read: {one_line(error)}") from error
+
+
+def run_folder(name: str) -> str:
+    """Folder of a run below its environment's folders; `.` for a run without a name.
+
+    Raises:
+        ValueError: if the name is not a file name of plain characters.
+    """
+    if name != "" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", str(name)):
+        raise ValueError(f"run = {short(repr(name), 80)}: give up to 64 letters, digits, dots, dashes and underscores")
+    return f"runs/{name}" if name != "" else "."
 
 
 def with_baseline(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from kedro.framework.hooks import hook_impl
 
 from dpdmd_pipeline.planning import files, options
 from dpdmd_pipeline.planning.judging import option
-from dpdmd_pipeline.planning.messages import DEFAULT_ENVIRONMENTS, error_line
+from dpdmd_pipeline.planning.launcher import VARIABLES, Launcher, launches_of, rendezvous_of
+from dpdmd_pipeline.planning.messages import error_line, run_arguments
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
@@ -28,16 +29,15 @@ class ConfigHooks:
     """Refuse a run that cannot succeed before anything is loaded, and a downloaded teacher that cannot be read."""
 
     _check_download: Callable[[], list[str]] = list  # no lines
+    _meeting: Any = None  # of several machines
 
     @hook_impl(tryfirst=True)
     def after_context_created(self, context) -> None:
         from kedro.validation import ParameterValidationError
 
-        if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise click.ClickException(
-                f"WORLD_SIZE = {world_size}: every process would run the whole pipeline; start one `kedro run`, "
-                "without torchrun or accelerate launch: training starts its own processes"
-            )
+        if Launcher.of(os.environ).local_rank:
+            log.info("this process ends: the launcher's first one on this machine starts others for the GPUs")
+            raise SystemExit(0)
         loader = context.config_loader
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
         try:
@@ -54,20 +54,44 @@ class ConfigHooks:
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params, pipeline, catalog) -> None:
         _handle_sigterm_like_control_c()
-        project, env = Path(run_params["project_path"]), run_params["env"]
-        if env not in DEFAULT_ENVIRONMENTS and "environment" in catalog:
-            catalog.get("environment").save(env)
+        project, arguments = Path(run_params["project_path"]), _arguments(run_params)
+        if arguments and "run_arguments" in catalog:
+            catalog.get("run_arguments").save(arguments)
         only_missing = run_params.get("only_missing_outputs")
         try:
-            missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, env)]
+            missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, arguments)]
             _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
         from dpdmd_pipeline.planning.checks import refuse_run
         from dpdmd_pipeline.planning.teacher import unreadable_teacher
 
-        _refuse(refuse_run(pipeline, catalog, env))
+        _refuse(refuse_run(pipeline, catalog, arguments))
         self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
+        self._meet_machines(launches_of(pipeline, catalog))
+
+    def _meet_machines(self, launches: dict[str, Any]) -> None:
+        """Wait for the run's other machines; a machine other than the first only helps, and ends with the run."""
+        try:
+            _refuse([Launcher.of(os.environ).refused(launches)])
+            for name in VARIABLES:
+                os.environ.pop(name, None)
+            if several := rendezvous_of(launches):
+                from dpdmd_pipeline.training.launch import meet_or_help
+
+                self._meeting = meet_or_help(*several)
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+    @hook_impl(tryfirst=True)
+    def after_pipeline_run(self) -> None:
+        if self._meeting:
+            self._meeting.end()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        if self._meeting:
+            self._meeting.leave()
 
     @hook_impl
     def after_dataset_loaded(self, dataset_name) -> None:
@@ -124,7 +148,7 @@ class ErrorHooks:
         log.debug("the run failed", exc_info=error)
         project = Path(run_params["project_path"])
         dataset = files.label(self._dataset, catalog, project) if self._dataset else f"a file of {self._node}"
-        if line := error_line(error, dataset, run_params["env"]):
+        if line := error_line(error, dataset, _arguments(run_params)):
             raise click.ClickException(line) from error
 
 
@@ -140,6 +164,10 @@ def prepare_log_files() -> None:
             except OSError as error:
                 logger.removeHandler(handler)
                 log.debug("no log file %s: %s", path, error)
+
+
+def _arguments(run_params: dict[str, Any]) -> str:
+    return run_arguments(run_params["env"], (run_params.get("runtime_params") or {}).get("run"))
 
 
 def _refuse(lines: Iterable[str | None]) -> None:

@@ -1,4 +1,4 @@
-"""JSON and names in files of strangers, within limits; `comfy_nodes/limits.py`, which stands alone, has the same."""
+"""JSON and names in untrusted files, within limits; `comfy_nodes/limits.py`, which stands alone, has the same."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _FEW = 3  # names in a message
 
 
 def check_length(text: str) -> str:
-    """Return a text of strangers; a ValueError if it is longer than any of ours."""
+    """Return an untrusted text; a ValueError if it is longer than any of ours."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has {len(text)} characters, the limit is {MAX_CHARACTERS}")
     return text
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON of strangers; a ValueError if it is none, or deeper than any of ours."""
+    """Parse untrusted JSON; a ValueError if it is none, or deeper than any of ours."""
     depth = max(accumulate((letter in "[{") - (letter in "]}") for letter in text), default=0)
     if depth > MAX_DEPTH:
         raise ValueError(f"it has {depth} lists and objects in each other, the limit is {MAX_DEPTH}")
@@ -35,7 +35,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of strangers with one JSON object.
+    """Read an untrusted file with one JSON object.
 
     Raises:
         FileNotFoundError: if the file does not exist.

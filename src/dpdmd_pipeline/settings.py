@@ -4,7 +4,7 @@ import warnings
 
 from kedro import KedroDeprecationWarning
 
-from dpdmd_pipeline.configuration import ConfigLoader
+from dpdmd_pipeline.configuration import ConfigLoader, run_folder
 from dpdmd_pipeline.hooks import ConfigHooks, ErrorHooks, ReportHooks, prepare_log_files
 
 HOOKS = (ConfigHooks(), ErrorHooks(), ReportHooks())
@@ -15,6 +15,7 @@ CONFIG_LOADER_ARGS = {
     "default_run_env": "local",
     # Another environment, or --params, changes single options of a group and keeps the others.
     "merge_strategy": {"parameters": "soft"},
+    "custom_resolvers": {"run_folder": run_folder},
 }
 
 # The older spelling `kedro run --pipeline=distill` is welcome here.

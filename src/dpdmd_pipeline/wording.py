@@ -1,4 +1,4 @@
-"""Errors, counts, lists and differences as text, and the characters that texts of strangers may have."""
+"""Errors, counts, lists and differences as text, and the characters that untrusted texts may have."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,7 +49,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             yield f"{prefix}{name}={short(repr(old), 40)}, now {short(repr(new), 40)}"
 
 
-def unused(state: str, size: int, changes: Sequence[str], otherwise: str = "code") -> str:
+def reuse_refusal(state: str, size: int, changes: Sequence[str], otherwise: str = "code") -> str:
     """The line on finished work that does not belong to this run.
 
     Args:
@@ -57,7 +57,7 @@ def unused(state: str, size: int, changes: Sequence[str], otherwise: str = "code
         size: bytes on the disk.
         changes: differences from this run; if there are none, `otherwise` differs.
     """
-    return f"work begins anew: {state} ({size / 2**20:.1f} MiB) differs in {listed(changes, 3, '; ') or otherwise}"
+    return f"starting over: {state} ({size / 2**20:.1f} MiB) differs in {listed(changes, 3, '; ') or otherwise}"
 
 
 def grouped(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, list[Any]]:

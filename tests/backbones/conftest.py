@@ -114,3 +114,183 @@ def make_deep_compression_autoencoder():
         scaling_factor=0.41407,
         **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in both.items()},
     )
+
+
+CHAT_TEMPLATE = (  # of Qwen3, for one question of a user
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def make_qwen_tokenizer():
+    """Qwen's tokenizer without merges: one token per byte and per special word, and a chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def qwen_config(kind, tokenizer, **values):
+    """Config of a tiny language model of Qwen's shape."""
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        **{"num_hidden_layers": 3, **values},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """An untrained ZImagePipeline directory: 32x32 pixels to 16x8x8 latents, Z-Image's shift, scale and patches."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
+    from transformers import Qwen3Config, Qwen3Model
+
+    folder = tmp_path_factory.mktemp("z_image") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = make_qwen_tokenizer()
+        ZImagePipeline(
+            tokenizer=tokenizer,
+            text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer)),
+            vae=AutoencoderKL(
+                block_out_channels=(8, 8, 16),
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                latent_channels=16,
+                norm_num_groups=4,
+                scaling_factor=0.3611,
+                shift_factor=0.1159,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+            ),
+            transformer=make_single_stream_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_single_stream_transformer():
+    from diffusers import ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 8, 8],
+        axes_lens=[256, 32, 32],
+    )
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)  # zeros in an untrained network, so that a wrong padding would not show
+    return transformer
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory):
+    """An untrained QwenImagePipeline directory: 32x32 pixels to 16x8x8 latents, Qwen-Image's scheduler."""
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    folder = tmp_path_factory.mktemp("qwen_image") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = make_qwen_tokenizer()
+        QwenImagePipeline(
+            tokenizer=tokenizer,
+            text_encoder=make_vision_language_model(tokenizer),
+            vae=AutoencoderKLQwenImage(
+                base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
+            ),
+            transformer=make_dual_stream_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_vision_language_model(tokenizer):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextConfig
+
+    text = qwen_config(
+        Qwen2_5_VLTextConfig, tokenizer, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3]}
+    )
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision))
+
+
+def make_dual_stream_transformer():
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+KLEIN_MEANS, KLEIN_VARIANCES = torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16)  # of packed latents
+
+
+def normalised(latents):
+    """Packed latents of the tiny Klein's autoencoder as its network sees them."""
+    mean, variance = (value.view(1, -1, 1, 1) for value in (KLEIN_MEANS, KLEIN_VARIANCES))
+    return (latents - mean) / (variance + 1e-4).sqrt()
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_klein(tmp_path_factory):
+    """An untrained Flux2KleinPipeline directory: 32x32 pixels to 16x8x8 packed latents, Klein's scheduler."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("flux2_klein") / "teacher"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer = make_qwen_tokenizer()
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+        vae.bn.running_mean.copy_(KLEIN_MEANS)
+        vae.bn.running_var.copy_(KLEIN_VARIANCES)
+        Flux2KleinPipeline(
+            tokenizer=tokenizer,
+            text_encoder=Qwen3ForCausalLM(qwen_config(Qwen3Config, tokenizer, num_hidden_layers=28)),
+            vae=vae,
+            transformer=make_klein_transformer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        ).save_pretrained(folder)
+    return folder
+
+
+def make_klein_transformer():
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 32,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )

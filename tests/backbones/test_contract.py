@@ -5,22 +5,33 @@ The oracle is the family's own diffusers pipeline over the same folder.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
+from tests.backbones.conftest import normalised
 from tests.raising import refuses
+from torch import Tensor
 
 import dpdmd_pipeline.backbones
 from dpdmd_pipeline.backbones import network_folder
-from dpdmd_pipeline.backbones.base import FAMILIES, conditioned, guided, load_backbone, token_limits
+from dpdmd_pipeline.backbones.base import (
+    FAMILIES,
+    conditioned,
+    guidance_arguments,
+    guided,
+    load_backbone,
+    token_limits,
+)
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, noise_share
 from dpdmd_pipeline.dpdmd.sampling import rollout
 
-PROMPTS = ["a red circle", "a blue square", "one green triangle"]
+PROMPTS = ["a red circle", "a blue square", "one green triangle"]  # of different lengths in tokens
 RESOLUTION = 32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 NUM_STEPS = [
@@ -39,10 +50,12 @@ class Specimen(NamedTuple):
     options: dict[str, Any]  # of load_backbone
     components: dict[str, Any]  # arguments of from_pretrained
     call: dict[str, Any]  # of the pipeline's __call__
+    to_pipeline: Callable[[Tensor], Tensor] = Tensor.clone  # our latents [B, C, H, W] as the pipeline takes them
+    from_pipeline: Callable[[Tensor, int], Tensor] = lambda latents, _: latents  # and back, for pixels along a side
 
 
-def options(max_sequence_length: int) -> dict[str, Any]:
-    return {"resolution": RESOLUTION, "max_sequence_length": max_sequence_length, "level_range": (0.02, 0.98)}
+def options(max_sequence_length: int, resolution: int = RESOLUTION) -> dict[str, Any]:
+    return {"resolution": resolution, "max_sequence_length": max_sequence_length, "level_range": (0.02, 0.98)}
 
 
 SPECIMENS = {
@@ -64,6 +77,26 @@ SPECIMENS = {
         {},
         {"max_sequence_length": 20, "use_resolution_binning": False},
     ),
+    "flux2_klein": Specimen(
+        "flux2_klein",
+        "tiny_flux2_klein",
+        "shifted",
+        options(128),
+        {},
+        {"max_sequence_length": 128},
+        from_pipeline=lambda latents, _: normalised(Flux2KleinPipeline._patchify_latents(latents)),
+    ),
+    "qwen_image": Specimen(
+        "qwen_image",
+        "tiny_qwen_image",
+        "shifted",
+        options(256),
+        {},
+        {"max_sequence_length": 256},
+        lambda latents: QwenImagePipeline._pack_latents(latents, len(latents), *latents.shape[1:]),
+        lambda tokens, size: QwenImagePipeline._unpack_latents(tokens, size, size, 4).squeeze(2),
+    ),
+    "z_image": Specimen("z_image", "tiny_z_image", "shifted", options(64), {}, {"max_sequence_length": 64}),
 }
 
 
@@ -129,7 +162,7 @@ def test_every_file_that_loads_is_a_family_and_every_family_is_tested():
 
 
 def test_an_unknown_family_is_refused_with_the_choice(tmp_path):
-    with refuses(ValueError, "backbone.family is 'sd9'", "sd3, sdxl, sana"):
+    with refuses(ValueError, "backbone.family is 'sd9'", ", ".join(FAMILIES)):
         load_backbone("sd9", tmp_path)
 
 
@@ -155,8 +188,10 @@ def test_the_schedule_falls_from_noise_and_ends_clean(backbone, num_steps):
 def test_teacher_and_student_start_at_the_same_level(specimen, backbone, pipeline):
     teacher, student = backbone.schedule(30), backbone.student_schedule(specimen.grid, 4)
     assert teacher.sigma[0] == student.sigma[0] and teacher.timestep[0] == student.timestep[0]
-    pipeline.scheduler.set_timesteps(30)
-    torch.testing.assert_close(teacher.timestep[:-1].float(), pipeline.scheduler.timesteps.float(), rtol=0, atol=1e-4)
+    drawn(specimen, pipeline, noise(backbone), 5, 1.0)  # a pipeline may compute the levels itself
+    torch.testing.assert_close(
+        backbone.schedule(5).timestep[:-1].float(), pipeline.scheduler.timesteps.float(), rtol=0, atol=1e-4
+    )
 
 
 def test_random_levels_are_per_sample_and_rise_with_their_number(backbone):
@@ -243,7 +278,8 @@ def test_guidance_at_scale_1_is_no_guidance(backbone, model, cond, uncond):
     latents, level = noise(backbone), backbone.schedule(4)[1]
     plain = conditioned(backbone, model, cond)(latents, level)
     assert torch.equal(guided(backbone, model, cond, uncond, 1)(latents, level), plain)
-    torch.testing.assert_close(backbone.guide(plain, noise(backbone, seed=1), 1.0), plain, **TOLERANCE)
+    same = backbone.guide(plain, noise(backbone, seed=1), 1.0, latents, level)
+    torch.testing.assert_close(same, plain, **TOLERANCE)
 
 
 def test_guidance_grows_with_its_scale(backbone, model, cond, uncond):
@@ -279,35 +315,46 @@ def test_a_sample_is_guided_inside_the_interval_only(backbone, model, cond, unco
 # ---- against the pipeline
 
 
+def drawn(specimen, pipeline, latents, num_steps, scale, kind="latent", resolution=RESOLUTION):
+    """Pictures or latents of the family's own pipeline."""
+    images = pipeline(
+        prompt=list(PROMPTS),  # Z-Image's writes its chat template into the list
+        num_inference_steps=num_steps,
+        latents=specimen.to_pipeline(latents),
+        height=resolution,
+        width=resolution,
+        output_type=kind,
+        **guidance_arguments(specimen.family, scale),
+        **specimen.call,
+    ).images
+    return specimen.from_pipeline(images, resolution) if kind == "latent" else images
+
+
 @pytest.mark.parametrize(("num_steps", "scale"), NUM_STEPS)
 def test_denoise_and_step_give_the_latents_of_the_pipeline(
     specimen, backbone, model, pipeline, cond, uncond, num_steps, scale
 ):
     latents = noise(backbone)
-    expected = pipeline(
-        PROMPTS,
-        num_inference_steps=num_steps,
-        guidance_scale=scale,
-        latents=latents.clone(),
-        height=RESOLUTION,
-        width=RESOLUTION,
-        output_type="latent",
-        **specimen.call,
-    ).images
+    expected = drawn(specimen, pipeline, latents, num_steps, scale)
     with torch.no_grad():
         ours = rollout(guided(backbone, model, cond, uncond, scale), latents, backbone.schedule(num_steps))
     assert_same(ours, expected)
     assert (expected - latents).abs().max() > 0.1  # the network has an effect
 
 
+def test_pictures_of_another_size_are_those_of_the_pipeline(specimen, folder, model, pipeline, cond, uncond):
+    larger = load_backbone(specimen.family, folder, **{**specimen.options, "resolution": 2 * RESOLUTION})
+    latents = noise(larger)
+    expected = drawn(specimen, pipeline, latents, 4, 3.5, resolution=2 * RESOLUTION)
+    with torch.no_grad():
+        ours = rollout(guided(larger, model, cond, uncond, 3.5), latents, larger.schedule(4))
+    assert_same(ours, expected)
+
+
 def test_decode_gives_the_pictures_of_the_pipeline(specimen, backbone, pipeline):
     latents = noise(backbone)
-    call = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": RESOLUTION, "width": RESOLUTION}
-    drawn, expected = (
-        pipeline(PROMPTS, latents=latents.clone(), output_type=kind, **call, **specimen.call).images
-        for kind in ("latent", "pt")
-    )
-    images = backbone.decode(drawn)
+    clean, expected = (drawn(specimen, pipeline, latents, 4, 3.5, kind) for kind in ("latent", "pt"))
+    images = backbone.decode(clean)
     assert images.shape == (len(PROMPTS), 3, RESOLUTION, RESOLUTION)
     torch.testing.assert_close(images, expected, **TOLERANCE)
 

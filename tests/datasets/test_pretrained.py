@@ -163,6 +163,16 @@ def test_configs_are_downloaded_first_and_weights_on_loading(hub):
     assert dataset.load() == configs and files_in(configs) == NEEDED
 
 
+def test_the_bytes_of_a_download_are_known_before_it(hub, monkeypatch):
+    cache, dataset = hub(), PretrainedModelDataset(model=MODEL)
+    dataset.load_configs()
+    assert dataset.missing_bytes() == sum(len(FILES[name]) for name in NEEDED if name.endswith(".safetensors"))
+    dataset.load()
+    assert dataset.missing_bytes() == 0
+    configure(monkeypatch, cache, "http://127.0.0.1:9", offline=True)
+    assert dataset.missing_bytes() == 0
+
+
 def test_a_warm_cache_loads_without_a_network(offline):
     folder = warm_cache(offline)
     dataset = PretrainedModelDataset(model=MODEL)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.raising import refuses
 
-from dpdmd_pipeline.dpdmd.anchor import anchor_target, anchored_steps, teacher_anchors
+from dpdmd_pipeline.dpdmd.anchor import anchor_target, anchored_steps, check_falling, teacher_anchors
 from dpdmd_pipeline.dpdmd.losses import diversity_loss
 from dpdmd_pipeline.dpdmd.noise import flow_level, flow_schedule, flow_sigmas, step, vp_level, vp_schedule
 from dpdmd_pipeline.dpdmd.sampling import rollout
@@ -88,9 +88,8 @@ def test_the_target_at_the_clean_end_is_the_picture(levels):
 @schedules
 @pytest.mark.parametrize(("start", "end"), [(3, 3), (5, 2)])
 def test_an_anchor_that_is_not_less_noisy_is_refused_with_both_numbers(levels, start, end):
-    noise = randn(0, 1, *SHAPE)
     with refuses(ValueError, "anchor") as error:
-        anchor_target(noise, noise, levels[start], levels[end])
+        check_falling([levels[start], levels[end]])
     assert f"{levels[start].sigma:.3f}" in str(error.value)
     assert f"{levels[end].sigma:.3f}" in str(error.value)
 
@@ -169,4 +168,4 @@ def test_an_anchor_without_a_level_is_refused():
     with refuses(ValueError, "shorter"):
         anchored_steps(noise, [noise, noise], levels[0], [levels[1]])
     with refuses(ValueError, "0.750", "0.500"):
-        anchored_steps(noise, [noise, noise], levels[0], [levels[2], levels[1]])
+        check_falling([levels[0], levels[2], levels[1]])

@@ -84,6 +84,21 @@ def test_shifted_grid_is_the_scheduler_on_uniform_sigmas(num_steps, shift):
     torch.testing.assert_close(levels.timestep[:-1], scheduler.timesteps, rtol=0, atol=1.5e-4)
 
 
+@pytest.mark.parametrize("num_steps", [2, 4, 30])
+def test_a_dynamic_shift_is_the_exponential_and_a_terminal_level_stretches_the_schedule(num_steps):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps), mu=0.7)
+    sigmas = flow_sigmas(num_steps, float(np.exp(0.7)), "shifted", terminal=0.02)
+    torch.testing.assert_close(sigmas, scheduler.sigmas, rtol=1e-5, atol=1e-6)
+    assert sigmas[-2].item() == pytest.approx(0.02)
+
+
+def test_one_step_has_nothing_to_stretch():
+    assert flow_sigmas(1, 2.0, "shifted", terminal=0.02).tolist() == [1, 0]
+
+
 def test_the_two_grids_at_shift_3_are_the_published_numbers():
     published = torch.tensor([1, 0.8577, 0.6022, 0.0089, 0])
     torch.testing.assert_close(flow_sigmas(4, 3.0, "diffusers"), published, rtol=0, atol=5e-5)

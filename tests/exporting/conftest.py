@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_sdxl_v,
+    tiny_z_image,
+)
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.student_file import save_lora, save_student
@@ -53,7 +61,7 @@ def vp(prediction: str, timesteps: list[int], **facts: Any) -> StudentHeader:
 
 
 LORA = {"kind": "lora", "lora_rank": RANK, "lora_alpha": ALPHA}
-SHIFTED = flow_sigmas(4, 3.0, "shifted").tolist()
+SHIFTED, SHIFTED_6 = (flow_sigmas(4, shift, "shifted").tolist() for shift in (3.0, 6.0))
 CASES = {
     "sd3_shifted": Case("shifted_teacher", flow("sd3", SHIFTED)),
     "sd3_official": Case("shifted_teacher", flow("sd3", flow_sigmas(4, 3.0, "diffusers").tolist()), 7),
@@ -64,6 +72,9 @@ CASES = {
     "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120])),
     "sdxl_renoise": Case("tiny_sdxl", vp("eps", TRAILING, sampler="renoise")),
     "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9),
+    "flux2_klein": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0), 100),
+    "qwen_image": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0]), 200),
+    "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40),
 }
 
 

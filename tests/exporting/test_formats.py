@@ -81,7 +81,7 @@ def test_lora_files_have_the_keys_of_their_readers(exports):
     assert load_header(exports["sdxl_v_lora"].file("lora")).lora_alpha == ALPHA
 
 
-@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora"])
+@pytest.mark.parametrize("name", ["sd3_lora", "sdxl_v_lora", "z_image_lora"])
 def test_every_module_of_a_lora_changes_the_merged_weights(exports, name):
     exported = exports[name]
     before, after = load_file(network(exported.teacher) / WEIGHTS), load_file(exported.file("comfyui"))
@@ -97,6 +97,14 @@ def test_the_modelspec_metadata_have_architecture_title_and_licence(exports):
     assert (full["modelspec.title"], full["modelspec.license"]) == ("tiny", "apache-2.0")
     assert (full["modelspec.prediction_type"], full["modelspec.resolution"]) == ("v", "32x32")
     assert metadata(exports["sd3_shifted"].file("comfyui"))["modelspec.architecture"] == "stable-diffusion-3"
+
+
+def test_a_pipeline_that_gives_its_own_sigmas_gets_the_trained_ones_from_the_folders_shift(exports):
+    exported = exports["z_image_lora"]
+    scheduler = json.loads((exported.file("diffusers") / "scheduler/scheduler_config.json").read_text())
+    assert (scheduler["shift"], scheduler["shift_terminal"]) == (6.0, None)
+    assert diffusers_use(exported.case.header, exported.teacher).call["guidance_scale"] == 0  # none, as it counts
+    assert (exported.file("diffusers") / "tokenizer/chat_template.jinja").is_file()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -126,6 +134,19 @@ def test_a_plain_call_draws_with_a_folder_of_any_precision(exports, request, tmp
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / folder, **use.load)
     assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {torch.float32}
     assert pipe("a prompt", **use.call).images[0].size == (RESOLUTION, RESOLUTION)
+
+
+@pytest.mark.parametrize("name", ["sd3_explicit", "sdxl_uneven"])
+def test_with_the_folders_own_pipeline_a_call_takes_the_trained_arguments(exports, name):
+    folder = exports[name].file("diffusers")
+    use = diffusers_use(exports[name].export.student.header, exports[name].teacher)
+    own = {"custom_pipeline": str(folder / "pipeline.py"), "trust_remote_code": True}
+    pipes = [DiffusionPipeline.from_pretrained(folder, **use.load, **code) for code in ({}, own)]
+    plain, bare = (
+        pipe("a prompt", generator=torch.Generator().manual_seed(0), output_type="latent", **call).images
+        for pipe, call in zip(pipes, (use.call, {}), strict=True)
+    )
+    assert torch.equal(plain, bare)
 
 
 def test_text_encoders_in_several_files_keep_their_index(exports, tmp_path):

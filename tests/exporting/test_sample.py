@@ -33,7 +33,8 @@ def test_diffusers_alone_draws_the_latents_of_our_sampler(exports, drawn_by_diff
     name, form = job.split("/")
     ours, theirs = latents(exports[name], form), drawn_by_diffusers[job]
     assert ours.std() > 0.1 and not torch.allclose(ours[0], ours[1], atol=0.1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # relative to their size: random eps networks at timestep 999 draw latents of up to 50
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.std().item())
 
 
 # ---- pictures

@@ -72,6 +72,8 @@ TRAIN = {
     "checkpoint_every": 1,
     "ratio_every": 2,
     "log_every": 1,
+    "previews": 0,
+    "track": [],
     "watch": {**_TRAIN["watch"], "every": 0},
 }
 EVALUATE = {
@@ -183,5 +185,5 @@ def embeddings(tiny_teacher: Path, tmp_path_factory) -> ShardedTensors:
 def anchors(tiny_teacher: Path, embeddings, tmp_path_factory) -> ShardedTensors:
     from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(), train_options())
     return cached(tmp_path_factory.mktemp("anchored") / "anchors", shards)

@@ -3,7 +3,14 @@
 import shutil
 
 import pytest
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones import FAMILIES
@@ -12,7 +19,14 @@ from dpdmd_pipeline.planning.memory import MemoryModel
 from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.roles import full_roles
 
-TEACHERS = {"sd3": ("tiny_teacher", 0), "sdxl": ("tiny_sdxl", 0), "sana": ("tiny_sana", 7)}
+TEACHERS = {
+    "sd3": ("tiny_teacher", 0),
+    "sdxl": ("tiny_sdxl", 0),
+    "sana": ("tiny_sana", 7),
+    "flux2_klein": ("tiny_flux2_klein", 100),
+    "qwen_image": ("tiny_qwen_image", 200),
+    "z_image": ("tiny_z_image", 40),
+}
 
 
 @pytest.fixture
@@ -47,8 +61,8 @@ def test_embeddings_have_the_shapes_given_by_the_configs(family, name):
 def test_a_family_is_estimated_from_its_configs(family, name):
     backbone, folder = family(name, weights=False)
     model = MemoryModel(backbone, folder, conditioning_like(backbone), 3.5)
-    recipe = recipe_with(batch_size=64)
-    sizes = dict.fromkeys(("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch"), 64)
+    recipe = recipe_with(batch_size=16)
+    sizes = dict.fromkeys(("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch"), 16)
     checkpointed, plain = (
         model.estimate(recipe, execution_with(gradient_checkpointing=checkpointing, **sizes)).activations
         for checkpointing in (True, False)
@@ -56,7 +70,7 @@ def test_a_family_is_estimated_from_its_configs(family, name):
     assert checkpointed < plain and model.forward_flops(recipe) > 0
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "sana", "z_image"])
 def test_weights_are_those_of_the_real_networks(family, name):
     backbone, folder = family(name)
     roles = full_roles(backbone, gradient_checkpointing=False)

@@ -14,8 +14,8 @@ def unfinished(tmp_path):
     """A state of a teacher, broken off in its second network."""
     folder = open_state(tmp_path, "a" * 64, "teacher", OPTIONS)
     for name in ("text_encoders/step_0000030", "vae/step_0000040"):
-        (folder / name).parent.mkdir()
-        (folder / name).with_suffix(".pt").write_bytes(bytes(3 << 20))
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.bin").write_bytes(bytes(3 << 20))
         (folder / name).with_suffix(".json").write_text("{}")
     return folder
 

@@ -12,7 +12,15 @@ import torch
 import transformers.utils
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from safetensors.torch import load_file, save_file
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_sdxl_v,
+    tiny_z_image,
+)
 from tests.pipelines.conftest import backbone_options
 from tests.raising import refuses
 
@@ -33,6 +41,7 @@ INDEX, DENOISER, ENCODER, VAE = (
 SCHEDULER, TOKENIZER = "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"
 WEIGHTS, ENCODER_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 DEEP = "[" * 100_000
+Z_IMAGE = {"family": "z_image", "max_sequence_length": 64}
 
 
 @pytest.fixture
@@ -55,6 +64,9 @@ def test_a_whole_teacher_has_no_fault(world_teacher):
         ("tiny_sdxl", {"family": "sdxl", "max_sequence_length": 0}),
         ("tiny_sdxl_v", {"family": "sdxl", "max_sequence_length": 0}),
         ("tiny_sana", {"family": "sana", "max_sequence_length": 16}),
+        ("tiny_z_image", Z_IMAGE),
+        ("tiny_flux2_klein", {"family": "flux2_klein", "max_sequence_length": 100}),
+        ("tiny_qwen_image", {"family": "qwen_image", "max_sequence_length": 200}),
     ],
 )
 def test_a_whole_teacher_of_another_family_has_no_fault(request, name, options):
@@ -232,6 +244,51 @@ def test_every_damaged_part_has_a_line(teacher):
 
 
 # ---- names of files and packages
+
+
+def without_template(folder: Path) -> None:
+    (folder / "tokenizer/chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (changed(SCHEDULER, shift=3.0), ["few-step student", "shift is 3", "Tongyi-MAI/Z-Image"]),
+        (changed(SCHEDULER, stochastic_sampling=True), ["scheduler has stochastic_sampling", "SDE"]),
+        (changed(SCHEDULER, algorithm_type="sde-dpmsolver++"), ["scheduler has algorithm_type: sde-dpmsolver++"]),
+        (changed(DENOISER, cap_feat_dim=16), ["cap_embedder"]),
+        (without_template, ["tokenizer", "chat_template"]),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer"]),
+    ],
+)
+def test_a_teacher_with_a_chat_template_is_refused_by_its_fact(tiny_z_image, tmp_path, damage, words):  # noqa: F811
+    folder = shutil.copytree(tiny_z_image, tmp_path / "teacher")
+    damage(folder)
+    (line,) = faulty_parts(folder, backbone_options(**Z_IMAGE))
+    assert "\n" not in line and all(word in line for word in [str(folder), *words]), line
+
+
+def test_a_teacher_loads_as_it_lies_on_the_hub(tiny_z_image, tmp_path):  # noqa: F811
+    """Weights in bfloat16 and in several files, the text encoder saved with its head, the template in the config."""
+    from transformers import Qwen3ForCausalLM
+
+    folder = shutil.copytree(tiny_z_image, tmp_path / "teacher")
+    loaded = backbone_options(**Z_IMAGE, dtype="bfloat16").load(folder, "cpu")
+    network, encoder = loaded.load_model(), Qwen3ForCausalLM.from_pretrained(folder / "text_encoder")
+    for name, part in (("transformer", network), ("text_encoder", encoder)):
+        for file in (folder / name).glob("*.safetensors"):
+            file.unlink()
+        part.bfloat16().save_pretrained(folder / name, max_shard_size="50KB")
+        assert len([*(folder / name).glob("*-of-*.safetensors")]) > 1
+    template = (folder / "tokenizer/chat_template.jinja").read_text()
+    without_template(folder)
+    changed("tokenizer/tokenizer_config.json", chat_template=template)(folder)
+    assert [*faulty_parts(folder, backbone_options(**Z_IMAGE))] == []
+    again = backbone_options(**Z_IMAGE, dtype="bfloat16").load(folder, "cpu")
+    weights = again.load_model().state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    for name, value in loaded.encode(["a red circle"]).items():
+        torch.testing.assert_close(again.encode(["a red circle"])[name], value, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("pickle_beside", [False, True])

@@ -24,6 +24,8 @@ RECIPE = {
     "roles": "full",
     "lora": LORA,
     "precision": "float32",
+    "start_from": None,
+    "fake_score_from": "start",
     "seed": 3,
     "max_steps": 4,
     "warmup": 0,
@@ -64,8 +66,12 @@ EXECUTION = {
     "checkpoint_every": 2,
     "keep_last": 2,
     "log_every": 2,
+    "previews": 0,
+    "track": [],
     "checkpoint_minutes": 60,
+    "checkpoint_background": True,
     "ratio_every": 2,
+    "card_gib": None,
     "student_micro_batch": 2,
     "fake_score_micro_batch": 2,
     "rollout_micro_batch": 2,
@@ -132,8 +138,7 @@ def start(backbone, embeddings, ask_teacher):
         data = TrainingData(embeddings, [0, 1, 2], draw, ask_teacher.anchor_levels[:anchored], levels, GUIDANCE)
         roles = make_roles(backbone, recipe, gradient_checkpointing=checkpointing, sharded=False)
         checkpoints = Checkpoints(folder)
-        resumed = checkpoints.load_latest()
         options = execution_with(gradient_checkpointing=checkpointing, **(execution or {}))
-        return roles, distill(backbone, roles, data, recipe, checkpoints, resumed, options)
+        return roles, distill(backbone, roles, data, recipe, checkpoints, options)
 
     return start_run

@@ -3,6 +3,9 @@
 import gc
 import json
 import os
+import resource
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,15 @@ def test_training_moves_student_and_fake_score_and_leaves_the_teacher(start, tmp
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     assert [row["step"] for row in history] == [1, 2, 3, 4]
     assert [("grad_ratio" in row) for row in history] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_comparing_the_gradients_changes_nothing_and_can_be_off(start, tmp_path, every):
+    _, records = start(tmp_path / "every_second", max_steps=2)
+    _, compared = start(tmp_path / "other", {"ratio_every": every}, max_steps=2)
+    for row, other in zip(records, compared, strict=True):
+        assert ("grad_ratio" in other) == bool(every)
+        assert row.items() - {"grad_ratio": row.get("grad_ratio")}.items() <= other.items()
 
 
 @pytest.mark.parametrize("variant", ["dp_dmd", "dmd", "two_anchored_steps", "tangent", "through_the_first_step"])
@@ -88,8 +100,7 @@ def test_the_checkpoint_on_disk_survives_a_failed_step(start, tmp_path):
         next(roles.fake_score.parameters()).fill_(torch.nan)
     with refuses(ValueError, "fake_score_loss", "nan", "step 4"):
         list(records)
-    step, _ = Checkpoints(tmp_path).load_latest()
-    assert step == 2
+    assert Checkpoints(tmp_path).latest() == 2
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
@@ -193,12 +204,64 @@ def test_losses_are_in_a_file_as_they_come_and_a_resumed_run_continues_it(start,
     stopped.close()
 
 
-@pytest.mark.parametrize("minutes, steps", [(1e-9, 1), (60, None)])
-def test_a_checkpoint_also_comes_after_so_many_minutes(start, tmp_path, minutes, steps):
-    _, records = start(tmp_path, execution={"checkpoint_every": 100, "checkpoint_minutes": minutes})
+def test_a_full_disk_ends_the_run_with_one_line_and_the_same_command_continues_it(start, tmp_path):
+    history = [*start(tmp_path / "whole", max_steps=3)[1]]
+    _, records = start(tmp_path / "full", execution={"checkpoint_every": 1}, max_steps=3)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        done = [next(records), next(records)]  # the first checkpoint is on the disk: the second one waits for it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+        with refuses(OSError, str(tmp_path / "full" / "step_"), "file size limit") as error:
+            done += records
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    saved = Checkpoints(tmp_path / "full").latest()
+    assert "\n" not in str(error.value) and saved in (1, 2)
+    assert [*start(tmp_path / "full", max_steps=3)[1]] == history[saved:]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Reads of tensors' values and tensors made of numbers, by function: on a GPU, each waits for all earlier work."""
+    counts = Counter()
+
+    def counted(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            frame = sys._getframe(1)
+            while frame.f_code.co_name.startswith("<"):  # a comprehension
+                frame = frame.f_back
+            if any(package in frame.f_code.co_filename for package in ("dpdmd_pipeline", "diffusers")):
+                counts[frame.f_code.co_name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("__bool__", "__float__", "__int__", "cpu", "item", "numpy", "tolist"):
+        counted(torch.Tensor, name)
+    counted(torch, "tensor")
+    return counts
+
+
+@pytest.mark.parametrize("variant", ["lora", "tangent", "watched"])
+def test_a_cycle_reads_its_record_and_nothing_else(start, tmp_path, reads, variant):
+    changes = {"lora": {"roles": "lora"}, "tangent": {"target": "tangent", "anchored_steps": 2}, "watched": WATCHED}
+    micro_batches = {"student_micro_batch": 1, "fake_score_micro_batch": 1, "checkpoint_every": 100}
+    _, records = start(tmp_path, execution=micro_batches, **changes.get(variant, {}))
+    next(records)  # in the second cycle nothing is new
+    reads.clear()
     next(records)
-    state = Checkpoints(tmp_path).load_latest()
-    assert (state and state[0]) == steps
+    measured = {"_means": 1, "watch_cycle": 2} if variant == "watched" else {}  # of the teacher, once in a run
+    assert reads == {"fetch_record": 1, **measured}
+
+
+@pytest.mark.parametrize("minutes, steps", [(1e-9, 1), (60, 0)])
+def test_a_checkpoint_also_comes_after_so_many_minutes(start, tmp_path, minutes, steps):
+    options = {"checkpoint_every": 100, "checkpoint_minutes": minutes, "checkpoint_background": False}
+    _, records = start(tmp_path, execution=options)
+    next(records)
+    assert Checkpoints(tmp_path).latest() == steps
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -15,7 +15,8 @@ from functools import cache
 import pytest
 from tests.raising import refuses
 
-from dpdmd_pipeline.training.launch import Launch, OtherMachineError, _join, launched
+from dpdmd_pipeline.training.launch import Launch, _join, launched
+from dpdmd_pipeline.training.machines import OtherMachineError, meet
 
 TWO = Launch(processes=2, machines=1, rendezvous=None, run="test", cuda=False)
 BEST = {"every": 1, "prompts": 2, "images_per_prompt": 2, "level": 0.4, "keep": "best", "diversity_floor": 0.9}
@@ -45,7 +46,7 @@ def world(teacher):
     return backbone, InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
 
 
-def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100, **changes):
+def records_of(teacher, folder, micro_batch, sharded=False, execution=None, **changes):
     """Records of a run with two cycles and batches of four, alone or as one of several processes."""
     # Imported here: every process loads this module, and most tests need none of it
     from tests.training.conftest import ANCHOR_STEPS, GUIDANCE, NUM_STEPS, execution_with, recipe_with
@@ -65,9 +66,8 @@ def records_of(teacher, folder, micro_batch, sharded=False, checkpoint_every=100
     levels = teacher.anchor_levels[:1], backbone.schedule(NUM_STEPS)
     data = TrainingData(embeddings, [0, 1, 2], draw, *levels, GUIDANCE)
     sizes = {"student_micro_batch": micro_batch, "fake_score_micro_batch": micro_batch}
-    checkpoints = Checkpoints(folder)
-    execution = execution_with(checkpoint_every=checkpoint_every, **sizes)
-    return distill(backbone, roles, data, recipe, checkpoints, checkpoints.load_latest(), execution)
+    execution = execution_with(**{"checkpoint_every": 100, **sizes, **(execution or {})})
+    return distill(backbone, roles, data, recipe, Checkpoints(folder), execution)
 
 
 def train_runs(job, member):
@@ -265,16 +265,16 @@ def test_interrupted_for_good_the_processes_are_killed():
     assert not multiprocessing.active_children()
 
 
-def meet(_, member):
-    member.wait_for_all()
-    member.report({"rank": member.rank})
+def report_rank(job, member):
+    member.report({job: member.gather(member.rank)})
     return True
 
 
 def machine(launch, result):
     """Write the reports that a machine's starting process receives, or its exit code."""
     try:
-        outcome = list(launched(meet, None, launch))
+        outcome = list(launched(report_rank, "ranks", launch))
+        meet(launch.rendezvous, launch.machines).end()
     except SystemExit as end:
         outcome = f"exit {end.code}"
     result.write_text(str(outcome))
@@ -301,8 +301,9 @@ def results_of_two_machines(target, folder):
     return sorted((folder / str(number)).read_text() for number in range(2))
 
 
-def test_two_machines_meet_and_one_receives_the_reports(tmp_path):
-    assert results_of_two_machines(machine, tmp_path) == ["[{'rank': 0}]", "exit 0"]
+def test_two_machines_share_a_job_until_the_first_one_ends_the_run(tmp_path):
+    first, second = results_of_two_machines(machine, tmp_path)
+    assert first == "[{'ranks': [0, 1]}]" and second == "exit 0"
 
 
 def test_after_a_failure_one_machine_has_the_error_and_the_other_the_hint_to_look_there(tmp_path):
@@ -311,19 +312,7 @@ def test_after_a_failure_one_machine_has_the_error_and_the_other_the_hint_to_loo
     assert second == "ValueError: rank-1-error, traceback: True"
 
 
-def test_a_rendezvous_without_an_address_is_refused():
-    launch = Launch(processes=1, machines=2, rendezvous="no.such.host.invalid:29400", run="test", cuda=False)
-    with refuses(ValueError, "launch.rendezvous=no.such.host.invalid:29400"):
-        list(launched(meet, None, launch))
-
-
-@pytest.mark.parametrize(
-    "size, facts",
-    [(4096, "launch.processes=4096.* GPUs.* [0-9]+:.*device=cpu"), (1, "^1 .* 1 times 4096 ")],
-    ids=["GPUs", "processes"],
-)
-def test_too_few_gpus_and_too_few_processes_are_refused(monkeypatch, size, facts):
+def test_too_few_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(size))
-    with pytest.raises(ValueError, match=facts):
-        _join(Launch(processes=4096, machines=1, rendezvous=None, run="test", cuda=True))
+    with pytest.raises(ValueError, match="launch.processes=4096.* GPUs.* [0-9]+:.*device=cpu"):
+        _join(Launch(processes=4096, machines=1, rendezvous=None, run="test", cuda=True), None)

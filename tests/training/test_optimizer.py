@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.training.conftest import OPTIMIZER
 
-from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.optimizer import make_optimizer, norm_of_added_gradient
 from dpdmd_pipeline.training.recipe import OptimizerRecipe
 
 LAYOUTS = {"plain": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -47,3 +47,20 @@ def test_a_loaded_state_continues_with_this_runs_kernels_whatever_saved_it(fused
         assert bool(resumed.param_groups[0]["fused"]) == fused
         update(weight, resumed, range(3, 6))
         torch.testing.assert_close(weight.detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_measured_pass_adds_its_gradient_and_keeps_no_copy_of_it():
+    weights = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(3)]
+    inputs = [torch.randn(2, 64), torch.randn(2, 64)]
+
+    def loss(number):
+        return (inputs[number] @ weights[0] @ weights[1]).square().mean()  # the third weight has no gradient
+
+    expected = [torch.autograd.grad(loss(number), weights[:2]) for number in range(2)]
+    loss(0).backward()
+    earlier = [weight.grad for weight in weights]
+    norm = norm_of_added_gradient(loss(1).backward, weights, lambda grad: grad)
+    assert norm == torch.stack([grad.norm() for grad in expected[1]]).norm()
+    for weight, before, first, second in zip(weights, earlier, *expected, strict=False):
+        assert weight.grad is before and torch.equal(before, first + second)  # added in place
+    assert weights[2].grad is None and not weights[0]._backward_hooks

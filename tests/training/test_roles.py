@@ -1,14 +1,17 @@
 """One base with two adapters behaves like three networks, at a third of the memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.raising import refuses
-from tests.training.conftest import LORA
+from tests.training.conftest import LORA, recipe_with
 
 from dpdmd_pipeline.backbones.base import conditioned
+from dpdmd_pipeline.backbones.start import Start
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds
 from dpdmd_pipeline.training.recipe import LoraRecipe
-from dpdmd_pipeline.training.roles import full_roles, lora_roles, trainable
+from dpdmd_pipeline.training.roles import full_roles, lora_roles, make_roles, start_adapter, trainable
 
 
 def adapted(backbone, *, gradient_checkpointing):
@@ -90,6 +93,47 @@ def test_lora_roles_hold_one_network_and_a_quarter(backbone):
     assert one < sum(numbers.values()) <= 1.25 * one
     assert len(trainable(roles.teacher)) == 0 and len(trainable(roles.student)) > 0
     assert not {id(p) for p in trainable(roles.student)} & {id(p) for p in trainable(roles.fake_score)}
+
+
+def foreign_start(backbone, rank, targets=("to_q", "to_out.0")):
+    """A random LoRA of this rank, and the network with it."""
+    network = backbone.load_model()
+    layers = {n: m.weight for n, m in network.named_modules() if n.endswith(targets) and hasattr(m, "weight")}
+    generator = torch.Generator().manual_seed(2)
+    state = {}
+    for name, weight in layers.items():
+        state[f"{name}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator) / 4
+        state[f"{name}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator) / 4
+    start = Start(Path("lora.safetensors"), "sd3", state)
+    start.load_into(network)
+    return start, network
+
+
+@pytest.mark.parametrize("roles", ["full", "lora"])
+@pytest.mark.parametrize("fake_score_from", ["start", "teacher"])
+def test_from_a_lora_of_no_larger_rank_the_roles_begin_as_the_network_with_it(
+    backbone, embeddings, roles, fake_score_from
+):
+    start, network = foreign_start(backbone, rank=2)
+    recipe = recipe_with(roles=roles, fake_score_from=fake_score_from, lora={**LORA, "alpha_per_rank": 0.5})
+    made = make_roles(backbone, recipe, gradient_checkpointing=False, sharded=False, start=start)
+    expected, plain = (denoised(backbone, model, embeddings) for model in (network, backbone.load_model()))
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    for role in ("teacher", "student", "fake_score"):
+        begins_there = role == "student" or (role, fake_score_from) == ("fake_score", "start")
+        actual = denoised(backbone, getattr(made, role), embeddings)
+        torch.testing.assert_close(actual, expected if begins_there else plain, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_has_no_room_for_its_start_is_refused_with_the_option(backbone):
+    roles = lora_roles(backbone, LoraRecipe(**LORA), seed=0, gradient_checkpointing=False)
+    start, _ = foreign_start(backbone, rank=3)
+    with refuses(ValueError, "lora.fake_score_rank", "3"):  # it has 2
+        start_adapter(roles.fake_score, start, 1.0)
+    with refuses(ValueError, "lora.targets", "to_k"):
+        start_adapter(roles.student, foreign_start(backbone, 1, ("to_k",))[0], 1.0)
+    with refuses(ValueError, "roles=full"):
+        start_adapter(roles.student, Start(Path("student.safetensors"), "sd3", None), 1.0)
 
 
 def test_targets_that_match_nothing_are_refused(backbone):

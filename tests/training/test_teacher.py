@@ -81,28 +81,6 @@ def test_a_fit_resumes_exactly(tmp_path):
     assert torch.equal(run(tmp_path / "killed"), whole)
 
 
-def test_a_resumed_fit_holds_no_moment_in_the_checkpoints_file(tmp_path, monkeypatch):
-    """The file is mapped, and deleted while the fit goes on."""
-    optimizers = []
-    load = torch.optim.AdamW.load_state_dict
-    monkeypatch.setattr(
-        torch.optim.AdamW, "load_state_dict", lambda self, state: (load(self, state), optimizers.append(self))
-    )
-    model, checkpoints = nn.Linear(3, 3), Checkpoints(tmp_path)
-    arguments = model, lambda _: model(torch.ones(3)).sum(), FitRecipe(steps=4, learning_rate=0.1)
-    next(fit(*arguments, seed=0, checkpoints=checkpoints, checkpoint_every=1))
-    mapped = checkpoints.load_latest()
-    monkeypatch.setattr(checkpoints, "load_latest", lambda: mapped)
-    next(fit(*arguments, seed=0, checkpoints=checkpoints, checkpoint_every=1))
-
-    def addresses(moments):
-        return {value.data_ptr() for values in moments.values() for value in values.values()}
-
-    (optimizer,) = optimizers
-    in_file, in_use = addresses(mapped[1]["optimizer"]["state"]), addresses(optimizer.state)
-    assert len(in_file) == len(in_use) == 6 and not in_file & in_use
-
-
 @pytest.mark.parametrize(
     ("family", "parts", "network", "pooled"), [("sd3", SD3, "transformer", 64), ("sdxl", SDXL, "unet", 32)]
 )

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-FAMILIES = ("sd3", "sdxl", "sana")  # files of this folder
+FAMILIES = ("sd3", "sdxl", "sana", "flux2_klein", "qwen_image", "z_image")  # files of this folder
 COMPONENTS = ("transformer", "unet")  # names of the denoising network in a pipeline's folder
 
 

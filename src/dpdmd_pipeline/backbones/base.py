@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,11 +14,10 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.networks import load_network, network_config
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.limits import first_names, read_json
-
-Conditioning = dict[str, Tensor]  # batch-first; fits a safetensors shard as it is
 
 GuidanceBatch = Literal["joint", "apart"]
 EVERY_LEVEL = (0.0, 1.0)  # as a guidance interval
@@ -40,6 +38,9 @@ class Backbone(Protocol):
     def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
         """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
 
+    def empty_model(self) -> nn.Module:
+        """The network without weights, on the meta device."""
+
     def schedule(self, num_steps: int) -> NoiseLevel:
         """The teacher's own sampling schedule, [num_steps + 1]: noisiest first, clean last."""
 
@@ -50,7 +51,7 @@ class Backbone(Protocol):
         """Per-sample levels [B, 1, 1, 1] for DMD and the fake score, from uniform numbers [B] in [0, 1)."""
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Embeddings of prompts; of [""] for the unconditional branch."""
+        """Embeddings of prompts, all of one shape (see `padded`); of [""] for the unconditional branch."""
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's embeddings, as `encode` names them, without the batch; reads configs only."""
@@ -58,11 +59,14 @@ class Backbone(Protocol):
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         """x0 in float32, [B, C, H, W]."""
 
-    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance as in this family's pipeline."""
+    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float, latents: Tensor, level: NoiseLevel) -> Tensor:
+        """Classifier-free guidance of predictions at the latents' level; 1 is none (see `guidance_arguments`)."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], [B, 3, H, W]."""
+
+    def distilled(self) -> str | None:
+        """The fact that shows that the folder holds a few-step student and no teacher; None if none does."""
 
 
 def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
@@ -79,6 +83,21 @@ def load_backbone(family: str, folder: Path, **options: Any) -> Backbone:
 def pipeline_class(family: str) -> Any:
     """diffusers' pipeline of a family."""
     return _module(family).load.pipeline_class
+
+
+def teacher_grid(family: str) -> str | None:
+    """Name of the grid of a flow family's own schedule, in `flow_sigmas`; None for diffusion models."""
+    return getattr(_module(family).load, "grid", None)
+
+
+def guidance_arguments(family: str, scale: float) -> dict[str, Any]:
+    """Arguments of the family's pipeline call for a guidance scale; 1 is none in all families."""
+    return _module(family).load.guidance_arguments(scale)
+
+
+def token_limits(family: str, folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
+    """Limits of a teacher's tokenizers, by the names of their folders; reads their configs only."""
+    return _module(family).token_limits(folder, max_sequence_length)
 
 
 def _module(family: str) -> Any:
@@ -144,18 +163,42 @@ class PipelineBackbone:
         dtype = torch.float32 if float32 else self.dtype
         return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
 
-    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float) -> Tensor:
+    def empty_model(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.network_class.from_config(self._config)
+
+    def guide(self, cond_x0: Tensor, uncond_x0: Tensor, scale: float, latents: Tensor, level: NoiseLevel) -> Tensor:
         return uncond_x0 + scale * (cond_x0 - uncond_x0)
+
+    @staticmethod
+    def guidance_arguments(scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale}
+
+    def distilled(self) -> str | None:
+        return None
 
     def _latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, H, W) of the latents at the configured resolution, which must divide into the network's patches."""
         vae = self.autoencoder_class.load_config(self.folder, subfolder="vae")
+        channels, pixels, patch = self._latent_sizes(vae)
+        if self.resolution % (pixels * patch):
+            raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {pixels * patch}")
+        return channels, self.resolution // pixels, self.resolution // pixels
+
+    def _latent_sizes(self, vae: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Channels, pixels of the picture per latent pixel along one side, latent pixels per patch along one side."""
         blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
-        pixels = 2 ** (len(blocks) - 1)  # of the picture per latent pixel, along one side
-        multiple = pixels * self._config.get("patch_size", 1)
-        if self.resolution % multiple:
-            raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {multiple}")
-        return self._config["in_channels"], self.resolution // pixels, self.resolution // pixels
+        return self._config["in_channels"], 2 ** (len(blocks) - 1), self._config.get("patch_size", 1)
+
+    def _check_text_width(self, width: int) -> None:
+        """Check that the text encoder's embeddings have the width that the network takes."""
+        config = read_json(self.folder / "text_encoder" / "config.json")
+        hidden = config.get("text_config", config)["hidden_size"]
+        if hidden != width:
+            raise ValueError(
+                f"{self.folder}: the text encoder has embeddings of {hidden} numbers, the transformer takes {width}: "
+                "give the text encoder that belongs to the teacher"
+            )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -200,19 +243,30 @@ def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 class FlowBackbone(PipelineBackbone):
-    """Levels of a flow model with a static shift."""
+    """Levels of a flow model; the shift may depend on the picture's size and on the number of sampling steps."""
 
     prediction = "flow"
+    grid = "diffusers"  # of the teacher's own schedule, in `flow_sigmas`; shifted if the pipeline computes the sigmas
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        self.shift = static_shift(read_json(self.folder / "scheduler" / "scheduler_config.json"), self.folder)
+        self._scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        self.shift = self._shift()
 
     def schedule(self, num_steps: int) -> NoiseLevel:
-        return self.student_schedule("diffusers", num_steps)
+        return self.student_schedule(self.grid, num_steps)
 
     def student_schedule(self, grid: str | list[float], num_steps: int) -> NoiseLevel:
-        return flow_student_schedule(grid, num_steps, self.shift).to(self.device)
+        terminal = self._scheduler.get("shift_terminal")
+        return flow_student_schedule(grid, num_steps, self._shift(num_steps), terminal).to(self.device)
+
+    def _shift(self, num_steps: int | None = None) -> float:
+        """Shift of a schedule of `num_steps`; without a number, that of random levels and of the header.
+
+        A family whose pipeline computes the shift overrides this where the scheduler has use_dynamic_shifting: the
+        scheduler of an exported student has a static one.
+        """
+        return static_shift(self._scheduler, self.folder)
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
         return random_flow_level(uniform, self.level_range, self.shift).to(self.device)
@@ -232,38 +286,6 @@ def static_shift(scheduler: Mapping[str, Any], teacher: Path | str = "the teache
     if scheduler.get("use_dynamic_shifting"):
         raise ValueError(f"{teacher}: the scheduler has use_dynamic_shifting, only a static shift is supported")
     return shift
-
-
-# ---- prompts that are too long
-
-
-def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
-    """Count the tokens of each prompt, special ones included."""
-    return [len(ids) for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
-
-
-@dataclass(frozen=True)
-class TokenLimit:
-    """The length to which a tokenizer truncates prompts."""
-
-    tokens: int  # the most of a prompt
-    count: Callable[[Any, Sequence[str]], list[int]] = count_tokens  # of each prompt, as this limit counts them
-
-
-def token_limits(family: str, folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:
-    """Limits of a teacher's tokenizers, by the names of their folders; reads their configs only."""
-    return _module(family).token_limits(folder, max_sequence_length)
-
-
-def tokenizer_names(folder: Path) -> list[str]:
-    """Folders of a teacher's tokenizers, without those that have no text encoder."""
-    names = sorted(path.parent.name for path in folder.glob("tokenizer*/tokenizer_config.json"))
-    return [name for name in names if (folder / name.replace("tokenizer", "text_encoder")).is_dir()]
-
-
-def tokenizer_length(tokenizer: Path) -> int:
-    """The most tokens that the text encoder takes, by the config in a tokenizer's folder; special ones included."""
-    return int(read_json(tokenizer / "tokenizer_config.json")["model_max_length"])
 
 
 # ---- guidance
@@ -291,7 +313,7 @@ def guided(
     Args:
         cond: batch of B.
         uncond: batch of 1, expanded to B.
-        scale: as defined by the family's own pipeline.
+        scale: of guidance; 1 is none in all families.
         interval: range of `noise_share`, ends included, in which a sample is guided; outside it gets the conditional
             prediction (arXiv:2404.07724). Both halves are computed at every level.
         batch: ``joint`` runs both halves in one batch of 2 B, ``apart`` in two of B, which takes less memory. The
@@ -312,7 +334,7 @@ def guided(
             cond_x0, uncond_x0 = backbone.denoise(model, torch.cat([latents, latents]), levels, both).chunk(2)
         else:
             cond_x0, uncond_x0 = (backbone.denoise(model, latents, level, half) for half in (cond, uncond))
-        x0 = backbone.guide(cond_x0, uncond_x0, scale)
+        x0 = backbone.guide(cond_x0, uncond_x0, scale, latents, level)
         if interval == EVERY_LEVEL:
             return x0
         share = noise_share(level)

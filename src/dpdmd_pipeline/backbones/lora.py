@@ -12,33 +12,33 @@ from torch import Tensor
 
 from dpdmd_pipeline.limits import first_names
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+A, B = ".lora_A.weight", ".lora_B.weight"
 _KOHYA = "lora_unet_"
-_KOHYA_ENDINGS = {_A: ".lora_down.weight", _B: ".lora_up.weight"}
+_KOHYA_ENDINGS = {A: ".lora_down.weight", B: ".lora_up.weight"}
 _PEFT_ENDINGS = {kohya: peft for peft, kohya in _KOHYA_ENDINGS.items()}
 
 
 def check_lora(state: Mapping[str, Tensor], rank: int) -> None:
     """Hold an adapter against its rank: it has peft's keys, and both factors of every module."""
-    modules = {name.removesuffix(_A).removesuffix(_B) for name in state}
-    unpaired = sorted(state.keys() ^ {module + ending for module in modules for ending in (_A, _B)})
+    modules = {name.removesuffix(A).removesuffix(B) for name in state}
+    unpaired = sorted(state.keys() ^ {module + ending for module in modules for ending in (A, B)})
     if unpaired or not state:
         keys = first_names(unpaired) or "no keys"
-        raise ValueError(f"this is not a LoRA of pairs <module>{_A} and <module>{_B}: {keys}")
+        raise ValueError(f"this is not a LoRA of pairs <module>{A} and <module>{B}: {keys}")
     for name in sorted(state):
-        stored_rank = state[name].shape[0 if name.endswith(_A) else 1]  # A is [rank, in, ...], B [out, rank, ...]
+        stored_rank = state[name].shape[0 if name.endswith(A) else 1]  # A is [rank, in, ...], B [out, rank, ...]
         if stored_rank != rank:
             raise ValueError(f"dpdmd.lora_rank is {rank}, but {name} has rank {stored_rank}")
 
 
 def modules_of(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the modules that an adapter with peft's keys changes."""
-    return sorted(name.removesuffix(_A) for name in state if name.endswith(_A))
+    return sorted(name.removesuffix(A) for name in state if name.endswith(A))
 
 
 def change_of(state: Mapping[str, Tensor], module: str) -> Tensor:
     """B A of one module in float32, in the shape of its weight."""
-    down, up = state[module + _A].float(), state[module + _B].float()
+    down, up = state[module + A].float(), state[module + B].float()
     return (up.flatten(1) @ down.flatten(1)).view(len(up), *down.shape[1:])
 
 
@@ -63,7 +63,7 @@ def transformer_from_peft(state: Mapping[str, Tensor], scale: float) -> dict[str
     The format has no alpha, and readers assume alpha = rank: the scale is multiplied into B.
     """
     return {
-        f"transformer.{name}": scale * value.float() if name.endswith(_B) else value for name, value in state.items()
+        f"transformer.{name}": scale * value.float() if name.endswith(B) else value for name, value in state.items()
     }
 
 
@@ -74,7 +74,7 @@ def kohya_from_peft(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tens
     """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
-        ending = _A if name.endswith(_A) else _B
+        ending = A if name.endswith(A) else B
         word = _kohya_word(name.removesuffix(ending))
         tensors[word + _KOHYA_ENDINGS[ending]] = value
         tensors[f"{word}.alpha"] = torch.tensor(float(alpha))

@@ -69,7 +69,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Hold weight files against a network: the same names with the same shapes, no more and no less."""
-    stored = stored_shapes(paths)
+    check_shapes(paths[0], stored_shapes(paths), shapes)
+
+
+def check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Hold the names and shapes in a file against a network's; see `check_keys`."""
     resized = [name for name in stored.keys() & shapes.keys() if stored[name] != shapes[name]]
     faults = {
         "unknown": sorted(stored.keys() - shapes.keys()),
@@ -78,4 +82,4 @@ def check_keys(paths: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]) -> 
     }
     counts = [f"{len(keys)} {fault} ({first_names(keys)})" for fault, keys in faults.items() if keys]
     if counts:
-        raise ValueError(f"{paths[0]} does not fit the network: keys {' and '.join(counts)}")
+        raise ValueError(f"{path} does not fit the network: keys {' and '.join(counts)}")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import Backbone
 
 Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class TeacherStart(StrictModel):
@@ -29,13 +30,11 @@ class TeacherStart(StrictModel):
         scale = scale if self.guidance_scale is None else self.guidance_scale
         return self.steps * (1 if scale == 1 else 2)
 
-
-def late_landing(start: TeacherStart, num_steps: int) -> str | None:
-    """Error message if a start leaves a student of `num_steps` no step; else None."""
-    if start.landing < num_steps:
-        return None
-    remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
-    return f"teacher_start.landing is {start.landing}, the student has {num_steps} steps: {remedy}"
+    def check_landing(self, num_steps: int) -> None:
+        """Raise a ValueError if the start leaves a student of `num_steps` no step."""
+        if self.landing >= num_steps:
+            remedy = f"give 1 to {num_steps - 1}" if num_steps > 1 else "a student of one step leaves the teacher none"
+            raise ValueError(f"teacher_start.landing is {self.landing}, the student has {num_steps} steps: {remedy}")
 
 
 class PromptNoise(StrictModel):
@@ -53,12 +52,15 @@ class BackboneOptions(StrictModel):
 
     family: Literal[FAMILIES]  # name of a file in `backbones/`
     resolution: Size  # of the pictures, in pixels
-    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
+    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of a language model; 0 for a teacher without them
     num_steps: Few  # of the teacher's sampling
-    guidance_scale: float = Field(ge=1)  # in the sense of the teacher's own pipeline; 1 is none
+    guidance_scale: float = Field(ge=1)  # s in u + s (c - u); 1 is none. Z-Image's pipeline counts s - 1
     # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
-    dtype: Literal["float32", "bfloat16", "float16"]  # of the networks; everything outside them is float32
+    dtype: Dtype  # of the networks; everything outside them is float32
+    # of the teacher where it is a network of its own: for anchors, its pictures, and training with roles=full. Adapters
+    # share their base, in `dtype`. null: dtype
+    teacher_dtype: Dtype | None = None
 
     @field_validator("level_range")
     @classmethod
@@ -71,6 +73,10 @@ class BackboneOptions(StrictModel):
     def evaluations(self) -> int:
         """Evaluations of the teacher's network for one of its pictures; guidance takes two for each step."""
         return self.num_steps * (1 if self.guidance_scale == 1 else 2)
+
+    def load_teacher(self, folder: Path, device: Device) -> "Backbone":
+        """Load the adapter in the frozen teacher's own dtype."""
+        return self.model_copy(update={"dtype": self.teacher_dtype or self.dtype}).load(folder, device)
 
     def load(self, folder: Path, device: Device) -> "Backbone":
         """Load the adapter for a teacher's folder, as in `load_backbone`."""
@@ -93,6 +99,8 @@ def resolve_device(device: Device) -> Any:
     """Resolve to a torch.device that exists; `auto` is CUDA if torch finds it, else the CPU."""
     import torch
 
+    if device != "cpu" and not torch.cuda.is_available():
+        _check_driver(torch._C._cuda_getDriverVersion() if torch.version.cuda else 0, torch.version.cuda)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -101,3 +109,12 @@ def resolve_device(device: Device) -> Any:
             "or install a torch that fits your driver"
         )
     return torch.device(device)
+
+
+def _check_driver(version: int, needed: str | None) -> None:
+    """Raise a ValueError if there is a GPU's driver (CUDA 12.4 is 12040) that is older than torch's CUDA."""
+    if needed and 0 < version // 1000 < int(needed.split(".")[0]):
+        raise ValueError(
+            f"the NVIDIA driver is for CUDA {version // 1000}.{version % 1000 // 10}, torch needs one for {needed}: "
+            "update the driver, install a torch for that CUDA, or set device=cpu"
+        )

@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, count_tokens
+from dpdmd_pipeline.backbones.base import FlowBackbone
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit, count_tokens
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 
 

@@ -12,7 +12,8 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Conditioning, FlowBackbone, TokenLimit, tokenizer_length, tokenizer_names
+from dpdmd_pipeline.backbones.base import FlowBackbone
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, x0_from_velocity
 
 
@@ -54,10 +55,8 @@ class SD3(FlowBackbone):
 
     @cached_property
     def _text(self) -> StableDiffusion3Pipeline:
-        with torch.device("meta"):  # without weights: `encode_prompt` reads the config
-            transformer = SD3Transformer2DModel.from_config(self._config)
         without_t5 = {} if (self.folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-        return self._load_text(transformer=transformer, **without_t5)
+        return self._load_text(transformer=self.empty_model(), **without_t5)  # `encode_prompt` reads its config
 
 
 def token_limits(folder: Path, max_sequence_length: int) -> dict[str, TokenLimit]:

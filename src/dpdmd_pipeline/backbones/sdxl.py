@@ -15,13 +15,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import (
-    Conditioning,
-    PipelineBackbone,
-    TokenLimit,
-    tokenizer_length,
-    tokenizer_names,
-)
+from dpdmd_pipeline.backbones.base import PipelineBackbone
+from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit, tokenizer_length, tokenizer_names
 from dpdmd_pipeline.dpdmd.noise import (
     NoiseLevel,
     vp_level,
@@ -96,14 +91,15 @@ class SDXL(PipelineBackbone):
 
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         # original size, crop, target size of a picture without scaling and cropping (arXiv:2307.01952, 2.2)
-        size = [self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]
+        sizes = latents.new_full((len(latents), 6), self.resolution, dtype=self.dtype)  # made on the device
+        sizes[:, 2:4] = 0
         output = model(
             latents.to(self.dtype),
             level.timestep.flatten().expand(len(latents)),
             encoder_hidden_states=cond["prompt_embeds"].to(self.dtype),
             added_cond_kwargs={
                 "text_embeds": cond["pooled_embeds"].to(self.dtype),
-                "time_ids": torch.tensor([size], dtype=self.dtype, device=latents.device).expand(len(latents), -1),
+                "time_ids": sizes,
             },
         ).sample
         return self._to_x0(latents, output.float(), level)

@@ -14,7 +14,7 @@ from kedro.io import AbstractDataset
 from dpdmd_pipeline.limits import read_json
 
 INDEX = "model_index.json"
-TEXT_FILES = ("*.json", "*.txt", "*.model")  # configs and tokenizers; *.model is T5's
+TEXT_FILES = ("*.jinja", "*.json", "*.txt", "*.model")  # configs, tokenizers, chat templates; *.model is T5's
 WEIGHTS = "*.safetensors"
 VARIANTS = "*.fp16*.safetensors"  # the same weights, rounded; options decide the precision
 WEIGHT_NAMES = {"diffusers": "diffusion_pytorch_model.safetensors", "transformers": "model.safetensors"}
@@ -45,6 +45,16 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early."""
         return self._folder(with_weights=False)
 
+    def missing_bytes(self) -> int:
+        """Bytes of weights that loading will download; 0 if the hub cannot be asked."""
+        if Path(self.model).expanduser().is_dir():
+            return 0
+        try:
+            files = self._download(with_weights=True, dry_run=True)
+        except OSError:
+            return 0
+        return sum(file.file_size or 0 for file in files if file.will_download)
+
     def save(self, data: Any) -> None:
         raise ValueError(f"{self.model} is read-only: leave out the stage `teacher`, which trains embedded teachers")
 
@@ -62,7 +72,8 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
                 raise FileNotFoundError(f"{error}: {remedy}") from None
         return folder
 
-    def _download(self, with_weights: bool) -> Path:
+    def _download(self, with_weights: bool, *, dry_run: bool = False) -> Any:
+        """Path of the folder in the hub's cache; with `dry_run` the hub's facts about every file."""
         from huggingface_hub import snapshot_download
 
         _check_hub_id(self.model)
@@ -72,7 +83,8 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
             # Repositories hold more: single-file copies, other frameworks' weights, pictures.
             patterns = [INDEX, *(f"{component}/{kind}" for component in components(folder) for kind in kinds)]
             options = {"allow_patterns": patterns, "ignore_patterns": [VARIANTS]}
-            return Path(snapshot_download(self.model, revision=self.revision, **options))
+            result = snapshot_download(self.model, revision=self.revision, dry_run=dry_run, **options)
+            return result if dry_run else Path(result)
 
     def _exists(self) -> bool:
         """True if the configs can be loaded; otherwise raises the reason, which no other stage can mend."""
@@ -80,6 +92,13 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 
     def _describe(self) -> dict[str, Any]:
         return {"model": self.model, "revision": self.revision}
+
+
+def hub_cache() -> Path:
+    """Folder of everything that was downloaded from the hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 # ---- a pipeline's folder

@@ -104,7 +104,7 @@ class PromptFile:
         for line in self._text_lines():
             value = "" if is_blank(line.text) else line.json()
             if isinstance(value, dict):
-                value = value[_key(value, f"{self.path}, line {line.number}")]
+                value = value[text_key(value, f"{self.path}, line {line.number}")]
             if not isinstance(value, str):
                 raise line.error(f"expected a string, got {value!r:.60}")
             if fault := refused_character(value):  # spelt as an escape
@@ -119,7 +119,7 @@ class PromptFile:
                 if len(row) < 2 and is_blank("".join(row)):
                     yield Line(start, "")
                 elif header is None:
-                    header, column = row, row.index(_key(row, f"the header of {self.path}"))
+                    header, column = row, row.index(text_key(row, f"the header of {self.path}"))
                 elif len(row) != len(header):
                     counts = f"{len(row)} fields, but {len(header)} in the header"
                     raise ValueError(f"{self.path}, line {start}: {counts}; put texts with commas in quotes")
@@ -135,7 +135,7 @@ class PromptFile:
 
         try:
             with parquet.ParquetFile(self.path) as file:
-                column = _key(file.schema_arrow.names, f"the schema of {self.path}")
+                column = text_key(file.schema_arrow.names, f"the schema of {self.path}")
                 batches = file.iter_batches(columns=[column], batch_size=4096)
                 for row, scalar in enumerate(chain.from_iterable(batch.column(0) for batch in batches), 1):
                     yield Line(row, _parquet_text(f"{self.path}, row {row}", scalar))
@@ -168,16 +168,18 @@ class PromptFileDataset(AbstractDataset[Iterable[dict], PromptFile]):
     """A prompt file in the catalog; loading opens nothing, so the file may be missing until it is read.
 
     Args:
-        filepath: ends in .txt, .jsonl, .csv or .parquet; only .jsonl can be saved.
+        filepath: ends in .txt, .jsonl, .csv or .parquet, of which only .jsonl can be saved; or hf:// (`hub_prompts`).
         metadata: ignored; for Kedro plugins.
     """
 
     def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        self._filepath = Path(filepath)
+        self._filepath, self._url = Path(filepath), filepath
         self.metadata = metadata
 
     def load(self) -> PromptFile:
-        return PromptFile(self._filepath)
+        from dpdmd_pipeline.datasets.hub_prompts import SCHEME, HubPrompts
+
+        return HubPrompts.of(self._url) if str(self._url).startswith(SCHEME) else PromptFile(self._filepath)
 
     def save(self, data: Iterable[dict]) -> None:
         """Stream records into a .jsonl file that is complete or absent."""
@@ -235,6 +237,11 @@ def _parquet_text(position: str, scalar: Any) -> str:
         text = scalar.as_py()
     except UnicodeDecodeError as error:
         raise ValueError(f"{position}, byte {error.start} of the text: not UTF-8; save it as UTF-8") from error
+    return checked_text(position, text)
+
+
+def checked_text(position: str, text: Any) -> str:
+    """A text of a table, "" for a missing one; a ValueError with its position if it cannot be a prompt."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -245,7 +252,8 @@ def _parquet_text(position: str, scalar: Any) -> str:
     return text
 
 
-def _key(names: Iterable[str], source: str) -> str:
+def text_key(names: Iterable[str], source: str) -> str:
+    """The column of the prompts, or the key of an object's; a ValueError if it is missing or ambiguous."""
     for key in KEYS:
         if (count := list(names).count(key)) > 1:
             raise ValueError(f"{source} has {count} columns {key!r}: rename all but one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,16 +29,17 @@ def anchor_target(noise: Tensor, anchor: Tensor, start: NoiseLevel, end: NoiseLe
     Args:
         noise: latents at level `start`, [B, C, H, W]; pure noise, or an earlier anchor.
         anchor: teacher latents at level `end`, same shape, in scaled VAE units, as is the target.
-        start, end: scalar levels.
-
-    Raises:
-        ValueError: if `end` is not less noisy than `start`.
+        start, end: scalar levels that have passed `check_falling`, which reads them: on a GPU that takes a wait.
     """
     ratio = end.sigma / start.sigma
-    denominator = end.alpha - ratio * start.alpha
-    if not denominator > 0:
-        raise ValueError(f"anchor level sigma {end.sigma:.3f} must be below the start level {start.sigma:.3f}")
-    return (anchor - ratio * noise) / denominator
+    return (anchor - ratio * noise) / (end.alpha - ratio * start.alpha)
+
+
+def check_falling(levels: Sequence[NoiseLevel]) -> None:
+    """Raise a ValueError if a scalar level is not less noisy than the one before it."""
+    for start, end in pairwise(levels):
+        if not end.alpha - end.sigma / start.sigma * start.alpha > 0:
+            raise ValueError(f"anchor level sigma {end.sigma:.3f} must be below the start level {start.sigma:.3f}")
 
 
 def teacher_anchors(teacher: Denoise, noise: Tensor, levels: NoiseLevel, anchor_steps: Sequence[int]) -> list[Tensor]:
@@ -66,7 +68,7 @@ def anchored_steps(
     """Chain anchors into steps: from the noise to the first, from the first to the second, and so on.
 
     One anchor is the paper. With more, each later step starts at the teacher's own latents. `start` is the level of the
-    noise; `ends` are the falling scalar levels of the anchors.
+    noise; `ends` are the scalar levels of the anchors, which fall (see `check_falling`).
     """
     steps, latents, level = [], noise, start
     for anchor, end in zip(anchors, ends, strict=True):

@@ -34,7 +34,9 @@ class NoiseLevel:
         return (self[index] for index in range(len(self)))
 
     def to(self, device: torch.device | str) -> NoiseLevel:
-        return NoiseLevel(self.alpha.to(device), self.sigma.to(device), self.timestep.to(device))
+        waits = torch.device(device).type == "cpu"  # values must have arrived before they are read there
+        parts = self.alpha, self.sigma, self.timestep
+        return NoiseLevel(*(part.to(device, non_blocking=not waits) for part in parts))
 
 
 def flow_level(sigma: Tensor) -> NoiseLevel:
@@ -61,7 +63,9 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifted"]) -> Tensor:
+def flow_sigmas(
+    num_steps: int, shift: float, grid: Literal["diffusers", "shifted"], terminal: float | None = None
+) -> Tensor:
     """Falling noise levels of a flow sampler, [num_steps + 1] in float32, last 0.
 
     Args:
@@ -69,14 +73,17 @@ def flow_sigmas(num_steps: int, shift: float, grid: Literal["diffusers", "shifte
         grid: ``shifted`` is linspace(1, 1/n, n) shifted once (1, .9, .75, .5, 0 at shift 3). ``diffusers`` is
             FlowMatchEulerDiscreteScheduler.set_timesteps, which shifts its end point twice (1, .858, .602,
             .009, 0): the grid of the published student.
+        terminal: last level above 0, to which the distances from 1 are stretched (diffusers' shift_terminal).
     """
     smallest = 1 / num_steps
     if grid == "diffusers":
         smallest = shift_sigma(torch.tensor(1 / NUM_TRAIN_TIMESTEPS, dtype=torch.float64), shift).item()
     elif grid != "shifted":
         raise ValueError(f"grid is {grid!r}: choose diffusers or shifted, or give the levels")
-    uniform = torch.linspace(1, smallest, num_steps, dtype=torch.float64)
-    return torch.cat([shift_sigma(uniform, shift), torch.zeros(1, dtype=torch.float64)]).float()
+    sigmas = shift_sigma(torch.linspace(1, smallest, num_steps, dtype=torch.float64), shift)
+    if terminal and num_steps > 1:  # one step starts at 1, where there is nothing to stretch
+        sigmas = 1 - (1 - sigmas) * (1 - terminal) / (1 - sigmas[-1])
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def flow_schedule(sigmas: Tensor | Sequence[float]) -> NoiseLevel:
@@ -91,18 +98,20 @@ def flow_schedule(sigmas: Tensor | Sequence[float]) -> NoiseLevel:
     return flow_level(sigmas)
 
 
-def flow_student_schedule(grid: str | Sequence[float], num_steps: int, shift: float) -> NoiseLevel:
+def flow_student_schedule(
+    grid: str | Sequence[float], num_steps: int, shift: float, terminal: float | None = None
+) -> NoiseLevel:
     """A student's flow schedule, [num_steps + 1], last clean.
 
     Args:
         grid: a name of `flow_sigmas`, or num_steps sigmas above 0, which are not shifted.
-        shift: the family's static shift.
+        shift, terminal: of the family's schedules, as in `flow_sigmas`.
 
     Raises:
         ValueError: if the grid has an unknown name, another number of levels, or does not fall from at most 1.
     """
     if isinstance(grid, str):
-        return flow_schedule(flow_sigmas(num_steps, shift, grid))
+        return flow_schedule(flow_sigmas(num_steps, shift, grid, terminal))
     if len(grid) != num_steps:
         raise ValueError(f"grid has {len(grid)} levels, num_steps={num_steps} needs as many")
     return flow_schedule([*grid, 0.0])

@@ -17,7 +17,12 @@ from dpdmd_pipeline.exporting.schedulers import DiffusersUse
 if TYPE_CHECKING:
     from dpdmd_pipeline.exporting.formats import Export
 
-_COMFYUI_SHIFT = 3.0  # ComfyUI's default for an SD3 file
+# ComfyUI's node that sets the shift of a flow model, and the shift without it; families not named need the DP-DMD nodes
+_COMFYUI_SHIFTS = {
+    "sd3": ("ModelSamplingSD3", 3.0),
+    "z_image": ("ModelSamplingAuraFlow", 3.0),
+    "qwen_image": ("ModelSamplingAuraFlow", 1.15),
+}
 
 
 def write_card(export: Export, use: DiffusersUse, losses: Mapping[str, Loss]) -> str:
@@ -54,10 +59,10 @@ def _stock_nodes(header: StudentHeader) -> str:
             "ComfyUI."
         )
     scheduler = _stock_scheduler(header)
-    if scheduler is None:
+    if scheduler is None or (header.prediction == "flow" and header.family not in _COMFYUI_SHIFTS):
         return "Use the DP-DMD nodes, or enter the sigmas below: no stock scheduler has the trained levels."
-    patched = header.prediction == "flow" and header.shift != _COMFYUI_SHIFT
-    patch = f"`ModelSamplingSD3` with `shift={header.shift}`, then " if patched else ""
+    node, shift = _COMFYUI_SHIFTS.get(header.family, ("", header.shift))
+    patch = "" if header.shift == shift else f"`{node}` with `shift={header.shift}`, then "
     return f"With stock nodes: {patch}`KSampler` with `euler`, `{scheduler}`, {header.num_steps} steps and cfg 1.0."
 
 

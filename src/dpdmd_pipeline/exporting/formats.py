@@ -24,7 +24,19 @@ from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflo
 from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
 from dpdmd_pipeline.limits import read_json, write_json
 
-_COPIED = {".json", ".model", ".txt"}
+# diffusers stores no arguments of a call; its one place for other defaults is a pipeline's own class
+_PIPELINE = """from diffusers import {name}
+
+TRAINED = {call!r}
+
+
+class TrainedPipeline({name}):
+    \"""{name} with this student's steps, levels and guidance for arguments that a call leaves out.\"""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **TRAINED | kwargs)
+"""
+_COPIED = {".jinja", ".json", ".model", ".txt"}
 _WEIGHT_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}  # by the library of a component
 # names of the ModelSpec convention and of the trainers that write it
 _ARCHITECTURES = {"sd3": "stable-diffusion-3", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -137,6 +149,9 @@ class Export:
         self._save(folder / network.name / WEIGHTS, self.student.weights, self.student.merged_header)
         write_json(folder / network.name / "config.json", read_json(network / "config.json"))
         write_json(folder / "model_index.json", index | {"scheduler": ["diffusers", type(scheduler).__name__]})
+        call = dict(diffusers_use(self.student.header, self.teacher).call)
+        code = _PIPELINE.format(name=index["_class_name"], call=call)
+        (folder / "pipeline.py").write_text(code, encoding="utf-8")
 
     def _write_lora(self, path: Path) -> dict[str, Loss]:
         """Write a LoRA that diffusers and ComfyUI load with the right scale; returns the loss by its precision.

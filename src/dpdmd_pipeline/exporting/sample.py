@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
-from dpdmd_pipeline.backbones.options import Device, TeacherStart, late_landing, resolve_device
+from dpdmd_pipeline.backbones.options import Device, TeacherStart, resolve_device
 from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import check_content
@@ -82,7 +82,12 @@ class OpenStudent:
 
 def open_student(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> OpenStudent:
     """Load an export; see `sample`."""
-    backbone, header = _backbone(path, teacher, device, dtype), load_header(path)
+    return load_onto(_backbone(path, teacher, device, dtype), path)
+
+
+def load_onto(backbone: Backbone, path: Path) -> OpenStudent:
+    """Load a student of the backbone's family; its weights may lie in the backbone's own folder."""
+    header = load_header(path)
     check_prediction(path, header, backbone.prediction, backbone.folder)
     network = backbone.load_model()
     if backbone.folder != path:
@@ -129,8 +134,7 @@ def _check_start(path: Path, teacher: Path | None, options: TeacherStart) -> Non
     if teacher is None:
         raise ValueError("teacher_start needs teacher=, the pipeline folder whose network takes the first steps")
     header = load_header(path)
-    if line := late_landing(options, header.num_steps):
-        raise ValueError(line)
+    options.check_landing(header.num_steps)
     if options.guidance_scale is None and _teacher_guidance(header) is None:
         raise ValueError(f"{path} has no recipe with the teacher's guidance: give teacher_start a guidance_scale")
 

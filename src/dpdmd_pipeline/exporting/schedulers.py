@@ -17,7 +17,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from dpdmd_pipeline.backbones.base import static_shift
+from dpdmd_pipeline.backbones.base import guidance_arguments, static_shift, teacher_grid
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.limits import read_json
 
@@ -45,7 +45,7 @@ def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
     absent = {name for name, value in index.items() if value == [None, None]}
     facts = {
         "num_inference_steps": header.num_steps,
-        "guidance_scale": header.guidance,
+        **guidance_arguments(header.family, header.guidance),
         **schedule.arguments,
         "height": header.resolution,
         "width": header.resolution,
@@ -100,9 +100,11 @@ def _flow_schedule(header: StudentHeader, teacher_config: dict[str, Any]) -> Tra
     """
     trained = torch.tensor(header.sigmas)
     fixed = {"stochastic_sampling": header.sampler == "renoise"}
-    for shift, shift_terminal in _shifts(header.sigmas, float(static_shift(teacher_config))):
+    even = torch.linspace(1, 1 / header.num_steps, header.num_steps).tolist()  # of pipelines that give their own
+    own = even if teacher_grid(header.family) == "shifted" else None
+    for shift, shift_terminal in _shifts(header.sigmas, float(header.shift or static_shift(teacher_config))):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=shift_terminal, **fixed)
-        scheduler.set_timesteps(header.num_steps)
+        scheduler.set_timesteps(header.num_steps, sigmas=own)
         if (scheduler.sigmas - trained).abs().max() <= _ROUNDING:
             sigmas = [round(_shift(sigma, 1 / shift), 8) for sigma in header.sigmas[:-1]]
             return TrainedSchedule(FlowMatchEulerDiscreteScheduler.from_config(scheduler.config), {"sigmas": sigmas})

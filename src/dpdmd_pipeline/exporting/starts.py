@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, guided
-from dpdmd_pipeline.backbones.options import PromptNoise, TeacherStart, late_landing
+from dpdmd_pipeline.backbones.options import PromptNoise, TeacherStart
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import rollout, sample_seeds
 
@@ -41,8 +41,7 @@ def start_with_teacher(
     Raises:
         ValueError: if no step is left to the student, or the levels between are too close for the teacher's steps.
     """
-    if line := late_landing(options, len(levels) - 1):
-        raise ValueError(line)
+    options.check_landing(len(levels) - 1)
     between = levels_between(backbone, levels[0], levels[options.landing], options.steps)
     if options.guidance_scale is not None:
         scale = options.guidance_scale
@@ -66,7 +65,8 @@ def noise_the_prompt(backbone: Backbone, student: nn.Module, levels: NoiseLevel,
     """Let the student take its first step under embeddings with noise, which depends on the picture's seed."""
 
     def begin(cond: Conditioning, noise: Tensor, seeds: Sequence[int]) -> Tensor:
-        changed = {name: _with_noise(value, name, seeds, options) for name, value in cond.items()}
+        texts = {name: value for name, value in cond.items() if not name.endswith("_mask")}
+        changed = cond | {name: _with_noise(value, name, seeds, options) for name, value in texts.items()}
         return rollout(conditioned(backbone, student, changed), noise, levels[:2])
 
     return Start(1, begin)

@@ -5,10 +5,13 @@ Each `check_` function raises a ValueError that names the options, their values 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
@@ -18,24 +21,24 @@ from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.planning.teacher import unreadable_teacher
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorLevel, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import differences, listed, one_line
+from dpdmd_pipeline.wording import differences, listed, one_line, validation_faults
+
+Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 
-def refuse_run(pipeline: Any, catalog: Any, env: str | None = None) -> list[str]:
-    """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks.
-
-    Runs of `study` and `beyond` are not checked here: their node checks every student before it trains the first.
-    """
+def refuse_run(pipeline: Any, catalog: Any, arguments: str = "") -> list[str]:
+    """One line for each reason why a Kedro run cannot succeed, before its first node; for the hooks."""
     teacher = catalog.get("teacher") if "teacher" in catalog else None
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
         return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
     try:
-        if lines := [*unreadable_teacher(pipeline, catalog), *unjudgeable(pipeline, catalog)]:
+        checks = unreadable_teacher, unjudgeable, refused_runs
+        if lines := [line for check in checks for line in check(pipeline, catalog)]:
             return lines
         plan = make_plan(pipeline, catalog)
         return refusals(plan) if plan else []
     except (ValueError, OSError) as error:
-        return [describe(error, env)]
+        return [describe(error, arguments)]
 
 
 def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
@@ -45,11 +48,17 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
-    from dpdmd_pipeline.planning.disk import full_disks
+    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks
     from dpdmd_pipeline.planning.gpu import students_too_large
+    from dpdmd_pipeline.planning.stages import log_costs
 
     try:
-        return [*_refused_options(plan)] or [*students_too_large(plan, device_memory), *full_disks(plan)]
+        if lines := [*_refused_options(plan)]:
+            return lines
+        lines = [*students_too_large(plan, device_memory)]
+        if not lines:
+            log_costs(plan)
+        return [*lines, *copies_too_large(plan), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
 
@@ -58,22 +67,60 @@ def _refused_options(plan: Plan) -> Iterator[str]:
     """Options that the teacher's config does not allow."""
     model, steps, first = plan.model, plan.backbone.num_steps, None
     try:
-        first = anchor_steps(plan.anchors, model, steps)[0]
+        if plan.trained or "anchors" in plan.folders:
+            first = anchor_steps(plan.anchors, model, steps)[0]
     except ValueError as error:
         yield one_line(error)
     for group, options in plan.trained.items():
         try:
             if group not in plan.finished:  # a published student is reused on any machine
-                resolve_device(options.device)
+                check_arithmetic(plan.backbone, options)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
+                check_trackers(options)
             check_backbone(plan.backbone, options)
+            check_start(plan.teacher, plan.backbone, options)
             check_recipe(plan.anchors, options)
             levels = model.student_schedule(options.grid, options.num_steps)
             if options.anchored_steps and first is not None:
                 _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
         except ValueError as error:
             yield f"{group}: {one_line(error)}"
+
+
+def refused_runs(pipeline: Any, catalog: Any) -> Iterator[str]:
+    """One line for each recipe of a study whose changes cannot work."""
+    for name in sorted(pipeline.inputs()):
+        study = catalog.get(name).load() if name.startswith("params:") else None
+        for run, changes in getattr(study, "active_runs", {}).items():
+            try:
+                train, anchors = (catalog.get(f"params:{group}").load() for group in ("train", "anchors"))
+                train, anchors = changed_options(train, anchors, changes)
+                check_recipe(anchors, train)
+                check_optimizers(train)
+            except ValueError as error:
+                yield f"{name.removeprefix('params:')}.runs.{run}: {one_line(error)}"
+
+
+def changed_options(train: TrainOptions, anchors: AnchorRecipe, run: Any) -> tuple[TrainOptions, AnchorRecipe]:
+    """Options of one recipe of a study; own anchors are drawn online, which alone changes a student.
+
+    Raises:
+        ValueError: if a change is invalid, or leaves a teacher start no step of the student.
+    """
+    train = _with_changes("train", train, run.train)
+    if run.anchors:
+        anchors = _with_changes("anchors", anchors, {"mode": "online", **run.anchors})
+    if run.teacher_start:
+        run.teacher_start.check_landing(train.num_steps)
+    return train, anchors
+
+
+def _with_changes(group: str, options: Options, changes: dict[str, Any]) -> Options:
+    try:
+        return type(options)(**{**options.model_dump(), **changes})
+    except ValidationError as error:
+        raise ValueError(f"{group}: {validation_faults(error)}") from error
 
 
 def anchor_steps(options: AnchorRecipe, model: Any, num_steps: int) -> list[int]:
@@ -191,6 +238,39 @@ def check_backbone(backbone: BackboneOptions, recipe: Recipe) -> None:
         )
 
 
+def check_arithmetic(backbone: BackboneOptions, options: TrainOptions) -> None:
+    """Check that the device exists and, if it is a GPU, that it computes in bfloat16 where the options need that."""
+    import torch
+
+    uses_bfloat16 = "bfloat16" in (options.precision, backbone.dtype, backbone.teacher_dtype)
+    if resolve_device(options.device).type != "cuda" or not uses_bfloat16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"train.precision={options.precision}: {torch.cuda.get_device_name()} has no bfloat16: take a GPU of "
+            "compute capability 8.0 or newer, or set train.precision=float32 and backbone.dtype=float32"
+        )
+
+
+def check_start(teacher: Path, backbone: BackboneOptions, recipe: Recipe) -> None:
+    """Check that the weights of a warm start fit the network and the recipe's roles."""
+    if not recipe.start_from:
+        return
+    import torch
+
+    from dpdmd_pipeline.backbones.start import load_start
+    from dpdmd_pipeline.planning.weightless import weightless
+    from dpdmd_pipeline.training.roles import check_room, lora_roles
+
+    model = backbone.load(teacher, "cpu")
+    start = load_start(Path(recipe.start_from), model, backbone.family)
+    if recipe.roles == "lora":
+        with torch.device("meta"):
+            roles = lora_roles(weightless(model, teacher), recipe.lora, seed=0, gradient_checkpointing=False)
+        for view in (roles.student, roles.fake_score)[: 1 if recipe.fake_score_from == "teacher" else 2]:
+            check_room(start, view.adapter_state(), f"lora.{view.adapter}_rank")
+
+
 def check_speed(teacher: Path, options: TrainOptions) -> None:
     """Check that this machine can compile, and that the network has convolutions, if the options need it."""
     from dpdmd_pipeline.planning.weightless import network_class
@@ -215,3 +295,23 @@ def check_optimizers(options: TrainOptions) -> None:
             f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
             "(the extra `8bit` of this project), or set kind=adamw"
         )
+
+
+def check_trackers(options: TrainOptions) -> None:
+    """Check that the programs that follow the training are installed, and that Weights & Biases has a login."""
+    for name in options.track:
+        if find_spec(name) is None:
+            raise ValueError(f"track has {name}, which is not installed: `pip install {name}`, or leave it out")
+    if "wandb" in options.track and not _has_wandb_login():
+        raise ValueError("track has wandb, which has no login: run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _has_wandb_login() -> bool:
+    from netrc import NetrcParseError, netrc
+
+    if "WANDB_API_KEY" in os.environ or os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return True
+    try:
+        return any("wandb" in host for host in netrc(os.environ.get("NETRC")).hosts)
+    except (OSError, NetrcParseError):
+        return False

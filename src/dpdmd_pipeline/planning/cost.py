@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dpdmd_pipeline.training.options import Execution
-from dpdmd_pipeline.training.recipe import Recipe
+from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 BACKWARD = 2  # F: one for the gradient of the inputs, one for that of the weights
 
@@ -55,6 +55,12 @@ class TeacherSettings:
 def calls_of(guidance_scale: float) -> int:
     """Forward passes of one guided call of the teacher."""
     return 1 if guidance_scale == 1 else 2
+
+
+def anchored_prompts(prompts: int, options: AnchorRecipe, recipe: Recipe | None) -> tuple[int, int]:
+    """Prompts in a cache of anchors, and anchors of each: all prompts, unless training draws fewer samples."""
+    draws = recipe.max_steps * recipe.batch_size if recipe else prompts
+    return (draws, 1) if draws < prompts else (prompts, options.seeds_per_prompt)
 
 
 def anchor_passes(steps: Sequence[int], with_denoised: bool, guidance_scale: float) -> Passes:
@@ -111,7 +117,6 @@ class CycleCost:
 
     student_update: Passes  # including its anchors if they are computed online
     fake_score_updates: Passes  # all of one cycle
-    ratio: Passes  # one measurement of the two gradients' norms, which `ratio_every` makes rare
     warmup: Passes  # the fake-score updates before the first cycle, together
 
     @property
@@ -127,42 +132,33 @@ def cycle_cost(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -
     mean = Passes(*(fmean(getattr(update, kind) for update in updates) for kind in kinds))
     rollouts = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
     fresh, reused = (fake_score_update(recipe, execution, draws=draws) for draws in (True, False))
-    compared = recipe.anchored_steps + _backward_of_dmd(recipe, graded_steps(recipe)[0]) if recipe.anchored_steps else 0
     return CycleCost(
         student_update=mean,
         fake_score_updates=rollouts * fresh + (recipe.fake_score_turns - rollouts) * reused,
-        ratio=_graded(execution, 0, compared),
         warmup=recipe.fake_score_warmup * fresh,
     )
 
 
-def watch_cost(recipe: Recipe, teacher: TeacherSettings) -> Passes:
+def watch_cost(recipe: Recipe, teacher: TeacherSettings, prompts: int | None = None) -> Passes:
     """All passes of a run's measurements: the teacher's samples once, the student's at each measured cycle.
 
-    They are counted for `watch.prompts` prompts; with fewer training prompts there are fewer.
+    `prompts` is the number of training prompts; None: at least `watch.prompts`.
     """
     watch = recipe.watch
     if not watch.every:
         return Passes()
-    samples, measurements = watch.prompts * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
+    watched = watch.prompts if prompts is None else min(prompts, watch.prompts)
+    samples, measurements = watched * watch.images_per_prompt, -(-recipe.max_steps // watch.every)
     calls = calls_of(teacher.guidance_scale)
     of_teacher, of_student = calls * (teacher.num_steps + 1), recipe.num_steps + calls
     return Passes(samples * (of_teacher + measurements * of_student))
 
 
-def describe_cost(
-    recipe: Recipe, execution: Execution, teacher: TeacherSettings, forward_flops: float | None = None
-) -> list[str]:
-    """Lines for the log before a run; with the operations of one sample's forward pass, also the run's."""
+def describe_cycle(recipe: Recipe, execution: Execution, teacher: TeacherSettings) -> str:
+    """A line for the log before a run."""
     cost = cycle_cost(recipe, execution, teacher)
-    name = "DP-DMD" if recipe.anchored_steps else "DMD"
-    samples = recipe.batch_size
-    run = samples * (recipe.max_steps * cost.cycle.total + cost.warmup.total) + watch_cost(recipe, teacher).total
-    lines = [
-        f"{name}: {cost.cycle.total:g} forwards per sample and cycle: student update {cost.student_update.total:g}, "
-        f"{recipe.fake_score_turns} fake-score updates {cost.fake_score_updates.total:g}",
-        f"{name}: {run:,.0f} forwards in {recipe.max_steps} cycles of {samples} samples",
-    ]
-    if forward_flops is not None:
-        lines[1] += f", {run * forward_flops / 1e15:,.3g} PFLOP at {forward_flops / 1e12:.3g} TFLOP each"
-    return lines
+    return (
+        f"{'DP-DMD' if recipe.anchored_steps else 'DMD'}: {cost.cycle.total:g} forwards per sample and cycle: "
+        f"student update {cost.student_update.total:g}, "
+        f"{recipe.fake_score_turns} fake-score updates {cost.fake_score_updates.total:g}"
+    )

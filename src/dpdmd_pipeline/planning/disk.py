@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,8 @@ import torch
 
 from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.planning.memory import GIB
-from dpdmd_pipeline.planning.plan import Plan
+from dpdmd_pipeline.planning.plan import TRAINED, Plan
+from dpdmd_pipeline.planning.teacher import pipeline_numbers
 from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.publishing import Folders, folder_size, link_target
 from dpdmd_pipeline.training.checkpoint import Checkpoints
@@ -20,8 +23,10 @@ from dpdmd_pipeline.training.options import TrainOptions
 log = logging.getLogger(__name__)
 
 SMALLER = {
-    "embeddings": "half as many prompts",
+    "embeddings": "half as many prompts (prompts.take)",
     "anchors": "half the anchors.seeds_per_prompt",
+    "images": "half the evaluate.images_per_prompt",
+    "pictures": "half the evaluate.images_per_prompt",
     "train_state": "train.roles=lora, or another disk for data/06_models",
 }
 
@@ -43,22 +48,53 @@ def full_disks(plan: Plan) -> Iterator[str]:
             yield f"disk of {folder}: {text} are needed, {free / GIB:.1f} GiB are free: {_remedies(plan, missing)}"
 
 
+def copies_too_large(plan: Plan) -> Iterator[str]:
+    """One line for each student whose checkpoint, copied in order to be written, exceeds the machine's memory."""
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for group, options in plan.trained.items():
+        if options.checkpoint_background and group not in plan.finished:
+            machines = options.launch.machines if options.sharded else 1
+            size = plan.estimates.checkpoint_bytes(options.recipe()) // machines
+            text = f"{group}: a checkpoint is written from a copy in host memory, {size / GIB:.1f} GiB"
+            if size > GIB:
+                log.info("%s of %.1f GiB", text, installed / GIB)
+            if size > installed:
+                yield f"{text}; there are {installed / GIB:.1f} GiB: set {group}.checkpoint_background=false"
+
+
 def written_bytes(plan: Plan) -> dict[str, int]:
-    """Bytes of the caches and of one student's checkpoints, if they can be computed."""
-    sizes = {}
-    if plan.prompts is not None:
-        sizes["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts[0])
-        if plan.anchors.mode == "cached":
-            sizes["anchors"] = anchor_bytes(
-                plan.model.latent_shape,
-                plan.prompts[1] * plan.anchors.seeds_per_prompt,
-                len(plan.anchors.anchor_levels),
-                with_denoised=plan.anchors.with_denoised,
-                dtype=getattr(torch, plan.anchors.dtype),
-            )
+    """Bytes of the large outputs, if they can be computed: caches, pictures, weights, one student's checkpoints."""
+    sizes = {"teacher": plan.download}
+    if plan.prompts is not None and plan.drawn:
+        pictures = plan.prompts.evaluated * plan.drawn.facts["images_per_prompt"] * len(plan.drawn.evaluations)
+        pixels = 3 * plan.backbone.resolution**2
+        sizes["images"] = pictures * (pixels + 3 * torch.int64.itemsize)  # with model, prompt and seed
+        sizes["pictures"] = pictures * pixels * plan.drawn.as_files  # at most: as files they are compressed
+    if plan.prompts is not None and "embeddings" in plan.folders:
+        sizes["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts.total)
+    if plan.prompts is not None and "anchors" in plan.folders and plan.anchors.mode == "cached":
+        sizes["anchors"] = anchor_bytes(
+            plan.model.latent_shape,
+            math.prod(plan.anchored),
+            len(plan.anchors.anchor_levels),
+            with_denoised=plan.anchors.with_denoised,
+            dtype=getattr(torch, plan.anchors.dtype),
+        )
     if plan.trained and "train_state" in plan.folders:
+        sizes |= {TRAINED[g]: plan.estimates.student_bytes(options.recipe()) for g, options in plan.trained.items()}
         sizes["train_state"] = max(_checkpoint_bytes(plan, options) for options in plan.trained.values())
+    if plan.exported and plan.is_pretrained:
+        sizes["export"] = _export_bytes(plan, *plan.exported)
     return sizes
+
+
+def _export_bytes(plan: Plan, formats: Sequence[str], dtype: str) -> int:
+    """Weights of the whole pipeline and of the network alone, as many as there are forms of each."""
+    pipeline, network = pipeline_numbers(plan.teacher, plan.backbone.family)
+    numbers = pipeline * ("diffusers" in formats) + network * ("comfyui" in formats)
+    if "lora" in formats and plan.train and plan.train.roles == "lora":
+        numbers += plan.estimates.student_bytes(plan.train.recipe()) // torch.float32.itemsize
+    return numbers * getattr(torch, dtype).itemsize
 
 
 def embedding_bytes(cond: Conditioning, prompts: int) -> int:
@@ -83,15 +119,17 @@ def _missing_bytes(plan: Plan, name: str, size: int) -> int:
     """Bytes still to write. The cache of another run stays beside the new one until that is complete."""
     if name == "train_state":
         return max(_missing_checkpoint_bytes(plan, group, options) for group, options in plan.trained.items())
-    if name in plan.reused:
+    if name in plan.reused or any(name == TRAINED[group] for group in plan.finished):
         return 0
+    if name == "teacher":
+        return size
     # An unfinished cache is continued, or deleted before the first shard is written.
     return max(0, size - folder_size(Folders.of(plan.folders[name]).partial))
 
 
 def _missing_checkpoint_bytes(plan: Plan, group: str, options: TrainOptions) -> int:
     folder = plan.states.get(group)
-    if group in plan.finished or (folder and Checkpoints(folder).holds(options.max_steps)):
+    if group in plan.finished or (folder and Checkpoints(folder).latest() == options.max_steps):
         return 0
     return max(0, _checkpoint_bytes(plan, options) - (folder_size(folder) if folder else 0))
 
@@ -102,7 +140,7 @@ def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
     for name, size in sorted(missing.items(), key=lambda item: -item[1]):
         if name == "train_state":
             phrases.append(SMALLER[name])
-        elif size:
+        elif size and name in SMALLER:
             phrases.append(f"{SMALLER[name]} saves {size / 2 / GIB:.1f} GiB")
     if anchors := missing.get("anchors"):
         if plan.anchors.dtype == "float32":

@@ -13,21 +13,21 @@ from dpdmd_pipeline.publishing import link_target
 RAW_FILES = ("raw_prompts", "raw_eval_prompts")  # the prompts stage knows which of them it needs
 
 
-def missing_inputs(pipeline: Any, catalog: Any, project: Path, env: str | None) -> Iterator[str]:
+def missing_inputs(pipeline: Any, catalog: Any, project: Path, arguments: str) -> Iterator[str]:
     """One line for each input that neither a file nor an earlier node provides; ValueError if a dataset is broken."""
-    missing = [name for name in sorted(pipeline.inputs()) if not _exists(name, catalog, env)]
+    missing = [name for name in sorted(pipeline.inputs()) if not _exists(name, catalog, arguments)]
     stages = _stages_by_output() if any(not name.startswith("params:") for name in missing) else {}
     for name in missing:
         if name.startswith("params:"):
             group = name.removeprefix("params:")
             yield f"{group}: no such parameter group: write it into conf/base/parameters_{group}.yml"
         elif name in stages:
-            yield f"missing {label(name, catalog, project)}: run {stage_command(stages[name], env)} first"
+            yield f"missing {label(name, catalog, project)}: run {stage_command(stages[name], arguments)} first"
         else:
             yield f"missing {label(name, catalog, project)}: put it there, or name another in conf or --params"
 
 
-def _exists(name: str, catalog: Any, env: str | None) -> bool:
+def _exists(name: str, catalog: Any, arguments: str) -> bool:
     if name not in catalog:
         return False
     if name in RAW_FILES or getattr(catalog.get(name), "optional", False):
@@ -35,7 +35,7 @@ def _exists(name: str, catalog: Any, env: str | None) -> bool:
     try:
         return name.startswith("params:") or name == "parameters" or catalog.exists(name)
     except Exception as error:
-        line = error_line(error, name, env)
+        line = error_line(error, name, arguments)
         if line is None:
             raise
         raise ValueError(line) from error

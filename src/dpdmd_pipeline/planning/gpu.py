@@ -11,39 +11,79 @@ from typing import Any
 import torch
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
-from dpdmd_pipeline.planning.cost import TeacherSettings, describe_cost
-from dpdmd_pipeline.planning.memory import GIB, Memory, MemoryModel, memory_model
+from dpdmd_pipeline.planning.memory import GIB, MemoryModel, memory_model
 from dpdmd_pipeline.planning.plan import Plan
-from dpdmd_pipeline.training.options import Execution, TrainOptions
+from dpdmd_pipeline.training.options import MICRO_BATCHES, Execution, TrainOptions
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
 
 _TRAINED = ("student", "fake_score")
-_MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
 
 
 def students_too_large(plan: Plan, device_memory: int | None) -> Iterator[str]:
-    """One line for each student to train that does not fit on the GPU; logs the cost of each.
+    """One line for each student to train that does not fit on the GPU; logs the estimates.
 
     Args:
         plan: of the run.
-        device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
+        device_memory: free bytes on the GPU; None takes train.card_gib, or asks the GPU that a student is trained on.
     """
     for group, options in plan.trained.items():
         if group in plan.finished:
             continue
         try:
-            on_gpu = device_memory is not None or resolve_device(options.device).type == "cuda"
-            needed = _log_costs(plan, options, plan.estimates if on_gpu else None)
+            free = planned_memory(options) if device_memory is None else device_memory
+            if free is None:
+                continue
+            options = with_micro_batches(plan.estimates, options, free)
+            needed = plan.estimates.estimate(options.recipe(), options.execution())
         except ValueError as error:  # such as adapters that match no layer
             yield f"{group}: {one_line(error)}"
             continue
-        free = torch.cuda.mem_get_info()[0] if on_gpu and device_memory is None else device_memory
-        if needed and needed.total > free:
+        log.info("%s: estimated GPU memory: %s", group, needed)
+        if needed.total > free:
             helpful = describe_remedies(remedies(plan.estimates, options.recipe(), options.execution()))
-            yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB are free: {helpful}"
+            source = "are free" if options.card_gib is None else f"has the card of train.card_gib={options.card_gib:g}"
+            yield f"{group} needs about {needed} of GPU memory, {free / GIB:.1f} GiB {source}: {helpful}"
+
+
+def planned_memory(options: TrainOptions) -> int | None:
+    """Bytes of GPU memory for each process of a training: train.card_gib, or what is free; None on a CPU."""
+    free = None
+    if resolve_device(options.device).type == "cuda":
+        torch.cuda.empty_cache()  # what finished stages left in this process
+        free = torch.cuda.mem_get_info()[0]
+        of_others = range(1, min(options.launch.processes, torch.cuda.device_count()))
+        # Not `mem_get_info`, which would hold memory on each: this process does not train there
+        free = min([free, *(torch.cuda.get_device_properties(number).total_memory for number in of_others)])
+    if options.card_gib is None:
+        return free
+    if free is not None and options.card_gib * GIB > free:
+        log.warning(
+            "train.card_gib=%g overrides the %.1f GiB that are free on the smallest GPU: a training that needs more "
+            "stops when it has used them up",
+            *(options.card_gib, free / GIB),
+        )
+    return round(options.card_gib * GIB)
+
+
+def with_micro_batches(estimates: MemoryModel, options: TrainOptions, free: int) -> TrainOptions:
+    """Replace each micro-batch of `auto` by the largest that fits into the free bytes, or by 1 if none does."""
+    automatic = [name for name in MICRO_BATCHES if getattr(options, name) == "auto"]
+    share, recipe = options.batch_size // options.launch.total, options.recipe()
+    sizes = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
+    options = options.model_copy(update=dict.fromkeys(automatic, 1))
+    for name in automatic:
+        for size in sizes:
+            larger = options.model_copy(update={name: size})
+            if estimates.estimate(recipe, larger.execution()).total <= free:
+                options = larger
+                break
+    if automatic:
+        chosen = ", ".join(f"train.{name}={getattr(options, name)}" for name in automatic)
+        log.info("for %.1f GiB of GPU memory: %s", free / GIB, chosen)
+    return options
 
 
 def explain_out_of_memory(error: BaseException, teacher: Path, backbone: BackboneOptions, options: TrainOptions) -> str:
@@ -55,26 +95,6 @@ def explain_out_of_memory(error: BaseException, teacher: Path, backbone: Backbon
         f"out of GPU memory while training ({reason}); the estimate was {estimates.estimate(recipe, execution)}: "
         f"{describe_remedies(remedies(estimates, recipe, execution))}; finished cycles are kept"
     )
-
-
-def _log_costs(plan: Plan, options: TrainOptions, estimates: MemoryModel | None) -> Memory | None:
-    """Log network passes of a student's training and, with estimates, FLOP and memory; returns the memory."""
-    recipe, execution = options.recipe(), options.execution()
-    steps = [level.steps for level in plan.anchors.anchor_levels[: options.anchored_steps]]
-    online, steps_are_set = plan.anchors.mode == "online", None not in steps
-    teacher = TeacherSettings(
-        guidance_scale=plan.backbone.guidance_scale,
-        online_anchors=[step for step in steps if step] if online and steps_are_set else (),
-        with_denoised=plan.anchors.with_denoised,
-        num_steps=plan.backbone.num_steps,
-    )
-    lines = describe_cost(recipe, execution, teacher, estimates.forward_flops(recipe) if estimates else None)
-    if online and not steps_are_set:
-        lines.append("plus the anchor passes, which the anchors stage counts")
-    needed = estimates.estimate(recipe, execution) if estimates else None
-    for line in [*lines, f"estimated GPU memory: {needed}"] if needed else lines:
-        log.info("%s", line)
-    return needed
 
 
 # ---- options that save memory
@@ -99,7 +119,7 @@ def describe_remedies(options: Iterable[tuple[str, int]]) -> str:
 
 def _smaller(recipe: Recipe, execution: Execution) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Changes of recipe and execution to try, by their description."""
-    halved = {name: getattr(execution, name) // 2 for name in _MICRO_BATCHES if getattr(execution, name) > 1}
+    halved = {name: getattr(execution, name) // 2 for name in MICRO_BATCHES if getattr(execution, name) > 1}
     sharded, unsharded = (
         {"launch": execution.launch.model_copy(update={"sharding": sharding})} for sharding in ("fsdp2", "none")
     )

@@ -16,9 +16,9 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.errors import MissingInputError, StageError
-from dpdmd_pipeline.publishing import files_hash, folder_size, write_atomically
+from dpdmd_pipeline.publishing import files_hash, folder_size, sha256, write_atomically
 from dpdmd_pipeline.training.recipe import Recipe
-from dpdmd_pipeline.wording import differences, unused
+from dpdmd_pipeline.wording import differences, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,31 @@ def student_identity(recipe: Recipe, backbone: BackboneOptions, anchors: Any, ro
     """Identity of a student: recipe, teacher settings, anchors, training prompts and code, hexadecimal."""
     unread = {"lora"} if recipe.roles == "full" else set()
     unread |= {"watch"} if recipe.watch.keep == "last" else set()
-    options = recipe.model_dump(mode="json", exclude=unread), backbone.model_dump(mode="json")
+    unread |= set() if recipe.start_from else {"start_from", "fake_score_from"}
+    facts = {name: value for name, value in recipe_facts(recipe).items() if name not in unread}
     code = code_hash("pipelines.train.setup", f"backbones.{backbone.family}")
-    return fingerprint(*options, anchors.fingerprint, rows, code)
+    return fingerprint(facts, backbone.model_dump(mode="json"), anchors.fingerprint, rows, code)
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """The options of a recipe for JSON; a warm start goes by its file's name and the start of its hash.
+
+    Raises:
+        OSError: if that file is missing.
+    """
+    from dpdmd_pipeline.backbones.start import start_file
+
+    options = recipe.model_dump(mode="json")
+    if recipe.start_from:
+        file = start_file(Path(recipe.start_from))
+        status = file.stat()
+        options["start_from"] = f"{file.name} {_file_hash(file, status.st_size, status.st_mtime_ns)[:16]}"
+    return options
+
+
+@cache
+def _file_hash(file: Path, *_: int) -> str:
+    return sha256(file)
 
 
 # ---- folders of checkpoints
@@ -103,7 +125,7 @@ def open_state(states: Path, identity: str, name: str, options: Mapping[str, Any
     if not folder.exists() and (unfinished := _unfinished(states, name)):
         other, progress, record = unfinished[-1]
         changes = [*differences(record["options"], options)]
-        log.warning("%s: %s", name, unused(f"{other} after {progress}", folder_size(other), changes))
+        log.warning("%s: %s", name, reuse_refusal(f"{other} after {progress}", folder_size(other), changes))
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"name": name, "last": last, "options": options})
     temporary = folder / f"{RECORD}.{os.getpid()}.tmp"  # several machines may write it

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import late_landing
 from dpdmd_pipeline.metrics.errors import not_installed
 from dpdmd_pipeline.wording import counted, listed, short
 
@@ -31,8 +30,10 @@ def unjudgeable(pipeline: Any, catalog: Any) -> Iterator[str]:
         yield from _missing_packages(option(catalog, "evaluate", "by"))
     start = option(catalog, "evaluate", "teacher_start")
     if start and {"sample_images", "train_dmd"} <= nodes:
-        line = late_landing(start, option(catalog, "train_dmd", "num_steps"))
-        yield from [f"evaluate.{line}"] * bool(line)
+        try:
+            start.check_landing(option(catalog, "train_dmd", "num_steps"))
+        except ValueError as error:
+            yield f"evaluate.{error}"
 
 
 def foreign_line(texts: Iterable[str]) -> str | None:

@@ -2,12 +2,14 @@
 
 One process holds, in bytes:
 
-    weights       all networks: the teacher in backbone.dtype, trained weights in float32; with adapters one base
-    gradients     of the network being trained; twice if the two losses' gradients are compared (train.ratio_every)
+    weights       all networks: the teacher in its own dtype, trained weights in float32; with adapters one base
+    gradients     of the network being trained; twice while a backward pass through several sampling steps adds to an
+                  earlier one, since torch sums up a weight's gradients of all steps before it adds them
     optimizer     two moments of every trained weight, and a counter
     average       a copy of the student's trained weights, for train.ema or train.watch.keep=best
-    activations   the largest of: passes * saved + max(calls * block, casts); the workspace of AdamW; the student's
-                  rollout for the fake score (a block of train.rollout_micro_batch samples)
+    activations   with the gradients the largest of: forward passes (saved, casts), the teacher's (calls * block),
+                  backward (saved of the other passes, block), the workspace of an AdamW that is not fused, and the
+                  student's rollout for the fake score (a block of train.rollout_micro_batch samples)
     reserved      RESERVED
 
 These are counted on networks without weights (`weightless`); a test compares the counts with real networks on the CPU:
@@ -22,13 +24,15 @@ If trained networks are sharded, each process holds its shard of their weights, 
 tensors are whole for a while (decision 0006). The activations include the weights and gradients of two blocks and of
 everything outside the blocks. The gradients include one that waits for the last backward pass of its update.
 
-Not measured on a GPU: the choice of attention kernel there, the allocator's fragmentation, and RESERVED, a guess at
-CUDA's context and the workspaces of its libraries. Everything else is exact up to small tensors.
+`benchmarks/fake_cycle.py` holds all of this to the real loop on fake tensors. Not measured on a GPU: the choice of
+attention kernel there, the allocator's fragmentation, and RESERVED, a guess at CUDA's context and the workspaces of its
+libraries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -44,7 +48,7 @@ from dpdmd_pipeline.planning.weightless import (
     bytes_of,
     conditioning_like,
     count_pass,
-    move_to_fake_cpu,
+    move_to_fake,
     weightless,
 )
 from dpdmd_pipeline.training.options import Execution
@@ -54,6 +58,8 @@ from dpdmd_pipeline.training.sharding import groups
 
 GIB = 2**30
 RESERVED = GIB  # bytes; a guess, see above
+_TRAINED = ("student", "fake_score")
+_COUNTED = 2  # largest batch whose pass is counted
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,22 @@ class MemoryModel:
         teacher: that folder.
         cond: embeddings of one prompt, or tensors like them.
         guidance_scale: of the teacher.
+        teacher_dtype: of a teacher that is a network of its own; None: that of the backbone.
+        device: of the run, which decides what autocast casts and what attention keeps.
     """
 
-    def __init__(self, backbone: Backbone, teacher: Path, cond: Conditioning, guidance_scale: float) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        teacher: Path,
+        cond: Conditioning,
+        guidance_scale: float,
+        teacher_dtype: torch.dtype | None = None,
+        device: str = "cuda",
+    ) -> None:
+        self.device, of_teacher = device, copy(backbone)
+        of_teacher.dtype = teacher_dtype or backbone.dtype
+        self.of_teacher = weightless(of_teacher, teacher)
         self.backbone, self.cond, self.calls = weightless(backbone, teacher), cond, calls_of(guidance_scale)
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._roles: dict[str, Roles] = {}
@@ -99,16 +118,19 @@ class MemoryModel:
         all_weights = bytes_of(
             tensor for network in roles.networks for tensor in (*network.parameters(), *network.buffers())
         )
-        whole = {role: bytes_of(trainable(getattr(roles, role))) for role in ("student", "fake_score")}
+        whole = {role: bytes_of(trainable(getattr(roles, role))) for role in _TRAINED}
         student, fake_score = (-(-size // execution.shards) for size in whole.values())
-        compared = 2 if recipe.anchored_steps else 1
-        waiting = {role: size * _has_waiting_gradient(recipe, execution, role) for role, size in whole.items()}
+        phases = [(0, self._rollout(recipe, execution))]
+        for role in _TRAINED:
+            phases += self._phases(recipe, execution, role, whole[role])
+        gradients, activations = max(phases, key=sum)
+        unsharded = _unsharded_bytes(roles.student) if execution.sharded else 0
         return Memory(
             weights=all_weights - sum(whole.values()) + student + fake_score,
-            gradients=max(compared * student + waiting["student"], fake_score + waiting["fake_score"]),
+            gradients=gradients,
             optimizer=-(-self._moments(recipe) // execution.shards),
             average=student if _keeps_average(recipe) else 0,
-            activations=max(self._activations(recipe, execution), student, fake_score),
+            activations=activations + unsharded,
         )
 
     def forward_flops(self, recipe: Recipe) -> float:
@@ -123,17 +145,26 @@ class MemoryModel:
         counter = torch.int64.itemsize if recipe.ema else 0  # of averaged cycles
         return bytes_of(networks) + self._moments(recipe) + average + counter
 
+    def student_bytes(self, recipe: Recipe) -> int:
+        """A finished student's weights on disk."""
+        return bytes_of(self._roles_of(recipe).student.state_dict().values())
+
     def pass_memory(self, recipe: Recipe, role: str, batch: int) -> PassMemory:
         """One graded pass of a role ("student" or "fake_score")."""
         if recipe.roles == "full" or recipe.lora.student_rank == recipe.lora.fake_score_rank:
             role = "student"  # both networks are alike
+        if batch > _COUNTED:  # all sizes grow evenly with the batch
+            one, two = (self.pass_memory(recipe, role, size) for size in (1, _COUNTED))
+            return one.extended(two, batch - 1)
         key = recipe.model_dump_json(include={"roles", "lora", "precision"}), role, batch
         if key not in self._passes:
             roles = self._roles_of(recipe)
             network = getattr(roles, role)
             inner = network if recipe.roles == "full" else roles.networks[0]
             with self.fake:
-                self._passes[key] = count_pass(self.backbone, network, inner, self.cond, batch, recipe.precision)
+                self._passes[key] = count_pass(
+                    self.backbone, network, inner, self.cond, batch, recipe.precision, self.device
+                )
         return self._passes[key]
 
     def _roles_of(self, recipe: Recipe) -> Roles:
@@ -141,9 +172,10 @@ class MemoryModel:
         key = recipe.model_dump_json(include={"roles", "lora"})
         if key not in self._roles:
             with torch.device("meta"):
-                roles = make_roles(self.backbone, recipe, gradient_checkpointing=False, sharded=False)
+                whole = {"gradient_checkpointing": False, "sharded": False}
+                roles = make_roles(self.backbone, recipe, of_teacher=self.of_teacher, **whole)
             with self.fake:
-                move_to_fake_cpu([roles.teacher, roles.student, roles.fake_score, *roles.networks])
+                move_to_fake([roles.teacher, roles.student, roles.fake_score, *roles.networks], self.device)
             self._roles[key] = roles
         return self._roles[key]
 
@@ -152,33 +184,43 @@ class MemoryModel:
         optimizers = ((roles.student, recipe.student), (roles.fake_score, recipe.fake_score))
         return sum(_moment_bytes(trainable(role), optimizer.kind) for role, optimizer in optimizers)
 
-    def _activations(self, recipe: Recipe, execution: Execution) -> int:
-        """The largest of both updates and the rollout between them, plus tensors that are whole meanwhile."""
-        student = self._update(recipe, execution, "student", waiting_passes(recipe))
-        fake_score = self._update(recipe, execution, "fake_score", 1)
-        unsharded = _unsharded_bytes(self._roles_of(recipe).student) if execution.sharded else 0
-        return max(student, fake_score, self._rollout(recipe, execution)) + unsharded
-
     def _rollout(self, recipe: Recipe, execution: Execution) -> int:
         """The student draws samples for the fake score, without gradient."""
         updates = 1 if recipe.fake_rollout == "shared" else recipe.fake_score_turns
         samples = updates * recipe.batch_size // execution.launch.total
         counted = self.pass_memory(recipe, "student", min(execution.rollout_micro_batch, samples))
-        return max(counted.block, 0 if execution.sharded else counted.casts)
+        return counted.block + (0 if execution.sharded else counted.casts)
 
-    def _update(self, recipe: Recipe, execution: Execution, role: str, passes: int) -> int:
+    def _phases(self, recipe: Recipe, execution: Execution, role: str, whole: int) -> list[tuple[int, int]]:
+        """Gradients and activations in the phases of an update: forward, teacher, backward, optimizer."""
         counted = self.pass_memory(recipe, role, getattr(execution, f"{role}_micro_batch"))
+        passes = waiting_passes(recipe) if role == "student" else 1
         calls = self.calls if role == "student" and execution.guidance_batch == "joint" else 1
-        if execution.gradient_checkpointing:
-            casts = 0 if execution.sharded else counted.casts  # shards are gathered in the arithmetic's precision
-            return passes * counted.saved_between + max(calls * counted.block, casts)
-        return passes * counted.saved + calls * counted.block
+        saved, casts = counted.saved, 0
+        if execution.gradient_checkpointing:  # without it, autograd saves the casts, too
+            saved, casts = counted.saved_between, counted.casts
+        several = _backward_passes(recipe, execution, role) > 1
+        before, during, after = several * whole, whole * (1 + (several and passes > 1)), whole
+        if execution.sharded:  # whole are the gradients that wait for an exchange, or for those of other steps
+            casts = 0  # shards are gathered in the arithmetic's precision
+            after = -(-whole // execution.shards)
+            measured = role == "student" and recipe.anchored_steps and execution.ratio_every
+            before = during = (2 if measured else 1) * after + (whole if several or passes > 1 else 0)
+        others = passes - 1 if passes > 1 else 1
+        workspace = 0 if execution.fused or getattr(recipe, role).kind != "adamw" else after
+        return [
+            (before, passes * saved + casts),
+            (before, passes * saved + calls * counted.block),
+            (during, others * saved + counted.block),
+            (after, workspace),
+        ]
 
 
 def memory_model(teacher: Path, backbone: BackboneOptions) -> MemoryModel:
     """Memory estimates of any recipe over this teacher, from its configs."""
     model = backbone.load(teacher, "cpu")
-    return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale)
+    dtype = getattr(torch, backbone.teacher_dtype or backbone.dtype)
+    return MemoryModel(model, teacher, conditioning_like(model), backbone.guidance_scale, dtype)
 
 
 def waiting_passes(recipe: Recipe) -> int:
@@ -197,12 +239,11 @@ def _keeps_average(recipe: Recipe) -> bool:
     return bool(recipe.ema) or recipe.watch.keep == "best"
 
 
-def _has_waiting_gradient(recipe: Recipe, execution: Execution, role: str) -> bool:
-    """True if whole gradients wait for the exchange in the last of several backward passes of an update."""
+def _backward_passes(recipe: Recipe, execution: Execution, role: str) -> int:
+    """Backward passes of one update, whose gradients add up."""
     share = recipe.batch_size // execution.launch.total
-    micro_batches = -(-share // getattr(execution, f"{role}_micro_batch"))
     losses = 2 if role == "student" and recipe.anchored_steps else 1
-    return execution.sharded and micro_batches * losses > 1
+    return losses * -(-share // getattr(execution, f"{role}_micro_batch"))
 
 
 def _unsharded_bytes(network: nn.Module) -> int:

@@ -20,19 +20,24 @@ _TEXTS = {os.strerror(number): number for number in REMEDIES}
 _TEXTS |= {"PytorchStreamWriter failed writing": errno.ENOSPC, "unexpected pos": errno.ENOSPC}
 
 
-def stage_command(stages: str, env: str | None = None) -> str:
-    """`kedro run --env sd35 --pipelines prompts`, with backticks."""
+def run_arguments(env: str | None, run: str | None) -> str:
+    """Arguments of `kedro run` that choose the folders of a run, each with a space after it: `--env sd35 `."""
     environment = "" if env in DEFAULT_ENVIRONMENTS else f"--env {shlex.quote(env)} "
-    return f"`kedro run {environment}--pipelines {stages}`"
+    return environment + (f"--params run={shlex.quote(run)} " if run else "")
 
 
-def describe(error: BaseException, env: str | None = None) -> str:
+def stage_command(stages: str, arguments: str = "") -> str:
+    """`kedro run --env sd35 --pipelines prompts`, with backticks; see `run_arguments`."""
+    return f"`kedro run {arguments}--pipelines {stages}`"
+
+
+def describe(error: BaseException, arguments: str = "") -> str:
     """The error in one line; the command follows where it names a stage."""
     line = one_line(error)
-    return f"{line}: run {stage_command(error.stage, env)}" if isinstance(error, StageError) else line
+    return f"{line}: run {stage_command(error.stage, arguments)}" if isinstance(error, StageError) else line
 
 
-def error_line(error: BaseException, dataset: str = "", env: str | None = None) -> str | None:
+def error_line(error: BaseException, dataset: str = "", arguments: str = "") -> str | None:
     """One line for an error that a user can mend; None for a bug.
 
     A user can mend what the disk refuses, what a dataset cannot read, and what this package refuses by itself.
@@ -40,7 +45,7 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
     Args:
         error: as it left a node or a dataset, in Kedro's wrapping or without.
         dataset: being read or written, for errors that do not name a file.
-        env: environment of the run.
+        arguments: of the run, for commands; see `run_arguments`.
     """
     from kedro.io import DatasetError
 
@@ -58,7 +63,7 @@ def error_line(error: BaseException, dataset: str = "", env: str | None = None) 
         return f"{dataset or 'a dataset'} cannot be read: {one_line(cause)}; delete it, {AGAIN}"
     # Other types from our frames (TypeError, KeyError, RuntimeError of torch) are bugs.
     mendable = isinstance(cause, ValueError | FloatingPointError) or type(cause).__name__ == "SafetensorError"
-    return describe(cause, env) if mendable and _is_ours(cause) else None
+    return describe(cause, arguments) if mendable and _is_ours(cause) else None
 
 
 def _disk_line(error: BaseException, dataset: str) -> str | None:

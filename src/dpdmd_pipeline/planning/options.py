@@ -13,7 +13,7 @@ from typing import Any
 
 from dpdmd_pipeline.wording import one_line, short
 
-_PROBE = "<runtime parameter>"
+_PROBE = "runtime-parameter"
 _NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
@@ -65,8 +65,9 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
     share = parameters["prompts"].get("eval_share") if isinstance(parameters.get("prompts"), dict) else None
     if share is not None and "raw_eval_prompts" in loader.runtime_params:
         yield f"raw_eval_prompts: prompts.eval_share={share} takes the prompts from raw_prompts: give one of both"
-    if isinstance(train := loader.runtime_params.get("train"), dict):
-        yield from _unread_rates(train, parameters["train"].get("roles"))
+    train = loader.runtime_params.get("train")
+    unread = _unread_rates(train, parameters["train"].get("roles")) if isinstance(train, dict) else {}
+    yield from unread.values()
     lines: list[str] = []
     for group, model in sorted(TypeExtractor(pipelines).extract_types_from_pipelines().items()):
         if group not in parameters or not (isinstance(model, type) and issubclass(model, BaseModel)):
@@ -74,18 +75,27 @@ def refused_options(loader: Any, pipelines: dict[str, Any]) -> Iterator[str]:
         try:
             model.model_validate(parameters[group])
         except ValidationError as error:
-            lines += [_option_line(group, model, fault) for fault in error.errors(include_url=False)]
+            faults = error.errors(include_url=False)
+            lines += [
+                _option_line(group, model, fault)
+                for fault in faults
+                if (group.removesuffix("_dmd"), *fault["loc"]) not in unread
+            ]
     # The baseline copies the options of `train`: one line tells both.
     yield from (line for line in lines if line == (own := line.replace("train_dmd.", "train.", 1)) or own not in lines)
 
 
-def _unread_rates(train: dict[str, Any], roles: Any) -> Iterator[str]:
-    """Lines for learning rates on the command line that belong to the other kind of roles."""
+def _unread_rates(train: dict[str, Any], roles: Any) -> dict[tuple[str, ...], str]:
+    """Lines for learning rates on the command line that belong to the other kind of roles, by their option."""
     names = "learning_rate", "lora_learning_rate"
     unread, read = names if roles == "lora" else reversed(names)
-    for path, options in (("train.student", train.get("student")), ("train.fake_score", train.get("fake_score"))):
-        if isinstance(options, dict) and unread in options:
-            yield f"{path}.{unread} = {options[unread]!r}: train.roles={roles} does not read it: set {path}.{read}"
+    optimizers = {role: train[role] for role in ("student", "fake_score") if isinstance(train.get(role), dict)}
+    lines = {}
+    for role, rates in optimizers.items():
+        if unread in rates:
+            option = f"train.{role}.{unread} = {rates[unread]!r}"
+            lines["train", role, unread] = f"{option}: train.roles={roles} does not read it: set train.{role}.{read}"
+    return lines
 
 
 def _refused_name(loader: Any, name: str, groups: set[str]) -> str | None:

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpdmd_pipeline.backbones import COMPONENTS
-from dpdmd_pipeline.backbones.base import load_quietly, pipeline_class
+from dpdmd_pipeline.backbones import COMPONENTS, network_folder
+from dpdmd_pipeline.backbones.base import load_quietly, pipeline_class, token_limits
 from dpdmd_pipeline.backbones.networks import check_keys, network_config, shapes_of
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.backbones.tensor_files import check_finite, open_tensors
+from dpdmd_pipeline.backbones.texts import count_tokens
 from dpdmd_pipeline.datasets.pretrained import INDEX, components, weight_files
 from dpdmd_pipeline.limits import first_names, read_json
 from dpdmd_pipeline.wording import one_line, short
@@ -69,6 +70,11 @@ def faulty_parts(folder: Path, backbone: BackboneOptions, *, is_complete: bool =
             model = backbone.load(folder, "cpu")
             model.schedule(backbone.num_steps)
             model.conditioning_shapes()
+            for part, limit in token_limits(backbone.family, folder, backbone.max_sequence_length).items():
+                if limit.count is not count_tokens:  # a chat template may be missing
+                    limit.count(classes[part].from_pretrained(folder / part, local_files_only=True), [""])
+            if reason := model.distilled():
+                raise ValueError(f"{folder} holds a few-step student, no teacher: {reason}")
         yield from lines
 
 
@@ -82,6 +88,7 @@ def _fault(folder: Path, kind: type, is_complete: bool) -> str | None:
         elif folder.name == "scheduler":
             config = kind.load_config(folder)
             _check_integers(config)
+            _refuse_noise(folder, config)
             kind.from_config(config)
         elif folder.name.startswith("tokenizer"):
             _check_tokenizer(folder, kind)
@@ -103,6 +110,20 @@ def _faults_of(folder: Path) -> Iterator[list[str]]:
         line = short(one_line(error), 600)
         expected = isinstance(error, ValueError | OSError) and str(folder) in line
         lines.append(line if expected else f"{folder} cannot be read ({type(error).__name__}: {line}): copy it again")
+
+
+def pipeline_numbers(folder: Path, family: str) -> tuple[int, int]:
+    """Numbers in the weights of a pipeline, and of its denoising network alone, by the configs."""
+    numbers = {}
+    for part, kind in _classes(folder, family).items():
+        if hasattr(kind, "state_dict"):
+            with load_quietly(), torch.device("meta"):
+                if hasattr(kind, "load_config"):
+                    network = kind.from_config(network_config(kind, folder / part))
+                else:
+                    network = kind(kind.config_class.from_pretrained(folder / part))
+            numbers[part] = sum(weight.numel() for weight in network.parameters())
+    return sum(numbers.values()), numbers[network_folder(folder).name]
 
 
 # ---- the index and the links
@@ -156,6 +177,14 @@ def _check_links(folder: Path, classes: Mapping[str, type]) -> None:
 
 
 # ---- parts
+
+
+def _refuse_noise(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a scheduler that adds noise in each step: anchors are points on the teacher's ODE."""
+    algorithm = str(config.get("algorithm_type"))
+    if config.get("stochastic_sampling") or algorithm.startswith("sde"):
+        value = "stochastic_sampling: true" if config.get("stochastic_sampling") else f"algorithm_type: {algorithm:.80}"
+        raise ValueError(f"{folder} has {value}, an SDE: give the teacher's deterministic scheduler (an ODE)")
 
 
 def _check_tokenizer(folder: Path, kind: Any) -> None:

@@ -6,14 +6,15 @@ They are fake tensors on which the real code runs once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones import network_folder
@@ -24,7 +25,7 @@ from dpdmd_pipeline.limits import read_json
 Storages = dict[int, Any]  # by identity; holding a storage keeps its identity from being reused
 
 # torch's counter does not know the CPU's attention kernel; its operations follow from the shapes of its inputs
-_ATTENTION = {
+_CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
 
@@ -60,18 +61,18 @@ def conditioning_like(backbone: Backbone) -> Conditioning:
     }
 
 
-def move_to_fake_cpu(networks: Sequence[nn.Module]) -> None:
+def move_to_fake(networks: Sequence[nn.Module], device: torch.device | str) -> None:
     """Replace meta tensors by fake ones (under a FakeTensorMode): meta has no autocast and no attention kernels."""
     replacements: dict[int, Tensor] = {}
     for module in nn.ModuleList(networks).modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = replacements.setdefault(id(tensor), _empty_like(tensor))
+                    tensors[name] = replacements.setdefault(id(tensor), _empty_like(tensor, device))
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+def _empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -105,9 +106,23 @@ class PassMemory:
     casts: int
     flops: float
 
+    def extended(self, other: PassMemory, times: float) -> PassMemory:
+        """This pass, and `times` its difference to one of a larger batch."""
+        names = ("saved", "saved_between", "block", "casts")
+        sizes = {
+            name: getattr(self, name) + round(times * (getattr(other, name) - getattr(self, name))) for name in names
+        }
+        return replace(self, **sizes)
+
 
 def count_pass(
-    backbone: Any, network: nn.Module, inner: nn.Module, cond: Conditioning, batch: int, precision: str
+    backbone: Any,
+    network: nn.Module,
+    inner: nn.Module,
+    cond: Conditioning,
+    batch: int,
+    precision: str,
+    device: str,
 ) -> PassMemory:
     """Run one graded pass and add up the storages that autograd keeps, each once and without parameters.
 
@@ -118,6 +133,7 @@ def count_pass(
         cond: tensors like the embeddings of one prompt.
         batch: samples of the pass.
         precision: of the arithmetic, "float32" or "bfloat16".
+        device: of the networks' fake tensors.
     """
     outside: Storages = {}
     between: Storages = {}
@@ -130,19 +146,21 @@ def count_pass(
             return function(*args)
 
     inner.enable_gradient_checkpointing(checkpoint)
-    autocast = precision == "bfloat16"
-    latents = torch.zeros(batch, *backbone.latent_shape)
-    level = NoiseLevel(*(torch.full((batch, 1, 1, 1), 0.5) for _ in range(2)), torch.full((batch, 1, 1, 1), 500))
-    cond = {name: torch.zeros(batch, *value.shape[1:], dtype=value.dtype) for name, value in cond.items()}
+    casts = precision == "bfloat16"
     with (
-        FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter,
+        torch.device(device),
+        FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter,
         _saved_tensors_in(outside),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        autocast(device) if casts else nullcontext(),
+        _CudaAttention() if device == "cuda" else nullcontext(),
     ):
-        backbone.denoise(network, latents, level, cond)
+        latents = torch.zeros(batch, *backbone.latent_shape)
+        level = NoiseLevel(*(torch.full((batch, 1, 1, 1), value) for value in (0.5, 0.5, 500)))
+        inputs = {name: torch.zeros(batch, *value.shape[1:], dtype=value.dtype) for name, value in cond.items()}
+        backbone.denoise(network, latents, level, inputs)
     parameters = _storages([*network.parameters(), *inner.parameters()])
     everything = outside | {name: storage for block in blocks for name, storage in block.items()}
-    cast = [p for p in inner.parameters() if autocast and p.requires_grad and p.dtype == torch.float32]
+    cast = [p for p in inner.parameters() if casts and p.requires_grad and p.dtype == torch.float32]
     return PassMemory(
         saved=_size(everything, parameters),
         saved_between=_size(outside | between, parameters),
@@ -150,6 +168,41 @@ def count_pass(
         casts=bytes_of(cast) // 2,
         flops=counter.get_total_flops() / batch,
     )
+
+
+@contextmanager
+def autocast(device: str) -> Iterator[None]:
+    """Autocast to bfloat16; `torch.autocast` turns CUDA's off where there is no GPU."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+class _CudaAttention(TorchFunctionMode):
+    """Attention by the kernels that keep no matrix; torch chooses them on a real GPU alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (tensor.to(torch.bfloat16) for tensor in (query, key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True)[0]
 
 
 @contextmanager

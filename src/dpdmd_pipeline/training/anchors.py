@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpdmd_pipeline.backbones.base import Backbone, GuidanceBatch, guided
+from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch, guided
 from dpdmd_pipeline.dpdmd.anchor import teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds
@@ -50,7 +50,7 @@ class TeacherAnchors:
     def __post_init__(self) -> None:
         self.teacher.requires_grad_(False).eval()
         self.levels = self.backbone.schedule(self.num_steps)
-        self.uncond = self.embeddings.rows([len(self.embeddings) - 1])
+        self.uncond = self._cond([len(self.embeddings) - 1])
 
     @property
     def anchor_levels(self) -> list[NoiseLevel]:
@@ -62,19 +62,22 @@ class TeacherAnchors:
         """Anchors of B samples, by rows of the embeddings and seeds of the noise.
 
         Returns:
-            anchor_0 ..., and denoised_0 ... with `with_denoised`; each [B, C, H, W] in float32 on the CPU.
+            anchor_0 ..., and denoised_0 ... with `with_denoised`; each [B, C, H, W] in float32.
         """
-        device = self.levels.sigma.device
-        cond = {name: value.to(device) for name, value in self.embeddings.rows(prompts).items()}
-        uncond = {name: value.to(device) for name, value in self.uncond.items()}
+        cond, uncond = self._cond(prompts), self.uncond
         teacher = guided(self.backbone, self.teacher, cond, uncond, self.guidance_scale, batch=self.guidance_batch)
-        noise = noise_from_seeds(seeds, self.backbone.latent_shape).to(device)
+        noise = noise_from_seeds(seeds, self.backbone.latent_shape).to(self.backbone.device, non_blocking=True)
         anchors = teacher_anchors(teacher, noise, self.levels, self.anchor_steps)
         tensors = {f"anchor_{index}": anchor for index, anchor in enumerate(anchors)}
         if self.with_denoised:
             pairs = zip(anchors, self.anchor_levels, strict=True)
             tensors |= {f"denoised_{index}": teacher(anchor, level) for index, (anchor, level) in enumerate(pairs)}
-        return {name: value.cpu() for name, value in tensors.items()}
+        return tensors
+
+    def _cond(self, prompts: Sequence[int]) -> Conditioning:
+        """Embeddings on the backbone's device."""
+        rows = self.embeddings.rows(prompts)
+        return {name: value.to(self.backbone.device, non_blocking=True) for name, value in rows.items()}
 
 
 def _batch(prompts: Sequence[int], noise: Tensor, tensors: dict[str, Tensor], anchored_steps: int) -> AnchorBatch:

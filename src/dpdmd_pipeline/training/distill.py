@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -24,12 +24,13 @@ from dpdmd_pipeline.training.checkpoint import Checkpoints
 from dpdmd_pipeline.training.draws import Sample, SampleDraws, graded_step, micro_batches
 from dpdmd_pipeline.training.optimizer import learning_rate_share
 from dpdmd_pipeline.training.options import Execution
+from dpdmd_pipeline.training.preview import save_row
 from dpdmd_pipeline.training.recipe import Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
 from dpdmd_pipeline.training.run import Run, TrainingData, prepare
 from dpdmd_pipeline.training.sharding import is_sharded
 from dpdmd_pipeline.training.speed import onto
-from dpdmd_pipeline.training.state import Record, State, copy_weights, resume, save
+from dpdmd_pipeline.training.state import Record, State, copy_weights, make_writer, resume, save
 from dpdmd_pipeline.training.watch import watch_cycle
 
 
@@ -39,23 +40,21 @@ def distill(
     data: TrainingData,
     recipe: Recipe,
     checkpoints: Checkpoints,
-    resumed: tuple[int, dict[str, Any]] | None,
     execution: Execution,
 ) -> Iterator[Record]:
     """Distil the teacher into `roles.student`, in place; yields the record of each new cycle.
 
-    At the end the student holds its final weights: the last, averaged or best ones.
-
-    Args:
-        checkpoints: written while the run goes on.
-        resumed: result of `checkpoints.load_latest`; its history goes into the next checkpoint.
+    It starts from the newest checkpoint, if there is one, and writes others. At the end the student holds its final
+    weights: the last, averaged or best ones.
 
     Raises:
         ValueError: if a loss or a gradient is not finite, with the cycle and the prompts' rows.
+        OSError: if a checkpoint could not be written, or if all are damaged.
     """
     run = prepare(backbone, roles, data, recipe, execution)
     state = State.of(run)
-    done = saved = resume(state, resumed)
+    done = saved = resume(state, checkpoints)
+    writer = make_writer(run, checkpoints)
     if run.accelerator.is_main_process:
         checkpoints.write_losses(state.history, anew=True)
     saved_at, between_cycles = time.monotonic(), True
@@ -67,21 +66,31 @@ def distill(
             done, between_cycles = cycle + 1, True
             if run.accelerator.is_main_process:
                 checkpoints.write_losses([record])
-            if _checkpoint_is_due(run, done, saved_at):
-                save(run, state, checkpoints, done)
+                save_rows(state, checkpoints.folder)
+            if _checkpoint_is_due(run, done, math.inf if writer.failed() else time.monotonic() - saved_at):
+                save(run, state, writer, done)
                 saved, saved_at = done, time.monotonic()
             yield record
     finally:  # closed early: keep the finished cycles. A cycle cut off half-way would not repeat exactly.
         if between_cycles and done > saved:
-            save(run, state, checkpoints, done)
+            save(run, state, writer, done, stopping=True)
+        writer.wait()
 
 
-def _checkpoint_is_due(run: Run, done: int, saved_at: float) -> bool:
-    """True after enough cycles or minutes and at the end; all processes must call this and get the same answer."""
+def save_rows(state: State, folder: Path) -> None:
+    """Write the pictures of the last measurement, if there was one."""
+    pictures = state.watch.pictures if state.watch else {}
+    while pictures:
+        save_row(folder, *pictures.popitem())
+
+
+def _checkpoint_is_due(run: Run, done: int, seconds: float) -> bool:
+    """True after enough cycles or seconds and at the end; all processes must call this and get the same answer."""
     if done % run.execution.checkpoint_every == 0 or done == run.recipe.max_steps:
         return True
-    seconds = torch.tensor(time.monotonic() - saved_at, device=run.accelerator.device)
-    return run.accelerator.reduce(seconds, reduction="mean").item() >= 60 * run.execution.checkpoint_minutes
+    if run.accelerator.num_processes > 1:  # on the CPU: no GPU is waited for
+        seconds = run.accelerator.reduce(torch.tensor(seconds), reduction="mean").item()
+    return seconds >= 60 * run.execution.checkpoint_minutes
 
 
 def train_cycle(run: Run, state: State, cycle: int) -> Record:
@@ -180,7 +189,7 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
             cond=run.cond(anchors.prompts),
             share=len(indices) / len(run.batch_indices),
             last=indices[-1] == run.batch_indices[-1],
-            compare_gradients=first and cycle % run.execution.ratio_every == 0,
+            compare_gradients=first and _ratio_is_due(run, cycle),
             graded_step=graded_step(run.recipe, cycle),
         )
         # First steps: go where the teacher goes from this noise. L_div is back-propagated at once; with stop-gradient
@@ -190,7 +199,7 @@ def update_student(run: Run, cycle: int) -> tuple[dict[str, Tensor], list[int]]:
         dmd, dmd_norm = backward_dmd(run, part, latents, compare=diversity_norm is not None)
         values = {"dmd_loss": part.share * dmd, "diversity_loss": part.share * diversity}
         if diversity_norm is not None:
-            values["grad_ratio"] = run.recipe.diversity_weight * (diversity_norm / dmd_norm)
+            values["grad_ratio"] = diversity_norm / dmd_norm
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value
         prompts += part.anchors.prompts
@@ -204,10 +213,10 @@ def backward_diversity(run: Run, part: MicroBatch) -> tuple[Tensor, Tensor, Tens
     """Back-propagate lambda L_div through the anchored steps.
 
     Returns:
-        L_div; the student's latents after these steps, [B, C, H, W]; the norm of L_div's gradient, None if it was not
-        measured or no step is anchored.
+        L_div; the student's latents after these steps, [B, C, H, W]; the norm of its weighted gradient, None if it was
+        not measured or no step is anchored.
     """
-    recipe, norm = run.recipe, None
+    recipe = run.recipe
     noise = onto(run.accelerator.device, part.anchors.noise)
     with run.gradient_sync(run.student, sync=_syncs_each_backward(run, part)):
         diversity, latents = follow_anchors(
@@ -221,11 +230,9 @@ def backward_diversity(run: Run, part: MicroBatch) -> tuple[Tensor, Tensor, Tens
         )
         if not diversity.requires_grad:  # no step is anchored
             return diversity, latents, None
-        if part.compare_gradients:
-            norm = run.student_gradient_norm(diversity)
         # Without stop-gradient L_DMD goes back through the same steps
-        keep_graph = not recipe.stop_gradient
-        run.accelerator.backward(part.share * recipe.diversity_weight * diversity, retain_graph=keep_graph)
+        keep_graph, weighted = not recipe.stop_gradient, part.share * recipe.diversity_weight * diversity
+        norm = run.backward_student(weighted, measured=part.compare_gradients, retain_graph=keep_graph)
     return diversity.detach(), latents, norm
 
 
@@ -233,7 +240,7 @@ def backward_dmd(run: Run, part: MicroBatch, latents: Tensor, *, compare: bool) 
     """Back-propagate L_DMD through the remaining steps, from `latents` on.
 
     Returns:
-        L_DMD; the norm of its gradient, None without `compare`.
+        L_DMD; the norm of its gradient in this part, None without `compare`.
     """
     recipe = run.recipe
     with run.gradient_sync(run.student, sync=part.last or _syncs_each_backward(run, part)):
@@ -250,8 +257,7 @@ def backward_dmd(run: Run, part: MicroBatch, latents: Tensor, *, compare: bool) 
             fresh=part.draws.fresh(),
             graded_step=part.graded_step,
         )
-        norm = run.student_gradient_norm(dmd) if compare else None
-        run.accelerator.backward(part.share * dmd)
+        norm = run.backward_student(part.share * dmd, measured=compare)
     return dmd.detach(), norm
 
 
@@ -262,6 +268,11 @@ def _anchored_steps(run: Run, noise: Tensor, batch: AnchorBatch) -> list[Anchore
     if run.recipe.target == "secant":
         return steps
     return [step._replace(target=onto(device, x0)) for step, x0 in zip(steps, batch.denoised, strict=True)]
+
+
+def _ratio_is_due(run: Run, cycle: int) -> bool:
+    every = run.execution.ratio_every
+    return every > 0 and cycle % every == 0
 
 
 def _syncs_each_backward(run: Run, part: MicroBatch) -> bool:

@@ -20,7 +20,7 @@ class LaunchOptions(StrictModel):
 
     processes: Few  # on each machine; with CUDA, one per GPU
     machines: Few  # the same command on each, at the same time, over one shared file system
-    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d{1,5}$")  # host:port of one machine; null if there is only one
+    rendezvous: str | None = Field(pattern=r"^[^:\s]+:\d{1,5}$")  # host:port of the first machine; null on a single one
 
     @property
     def total(self) -> int:

@@ -1,13 +1,13 @@
-"""AdamW of a trained network, and the student's learning rate over the cycles."""
+"""AdamW of a trained network, norms of its gradients, and the student's learning rate over the cycles."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 
@@ -47,6 +47,30 @@ def _lay_out_as_the_weights(optimizer: torch.optim.Optimizer) -> None:
         for name, value in moments.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
                 moments[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def norm_of_added_gradient(
+    backward: Callable[[], object], parameters: Sequence[nn.Parameter], mean: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Run a backward pass; returns the norm of the gradient that it adds, of which no copy is kept.
+
+    Args:
+        backward: the pass.
+        parameters: leaves; a hook sees each one's gradient before it is added to that of earlier passes.
+        mean: of a tensor over all processes.
+    """
+    norms: dict[int, Tensor] = {}
+
+    def measure(number: int, grad: Tensor) -> None:
+        norms[number] = mean(grad).norm()
+
+    hooks = [parameter.register_hook(partial(measure, number)) for number, parameter in enumerate(parameters)]
+    try:
+        backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([norms[number] for number in sorted(norms)]).norm()
 
 
 def learning_rate_share(recipe: Recipe, cycle: int) -> float:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import PositiveFloat, model_validator
+from pydantic import Field, PlainSerializer, PositiveFloat, WrapValidator, model_validator
 
-from dpdmd_pipeline.bounds import Count, Few, Size, StrictModel
+from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "dvclive", "trackio"]  # of accelerate
+MICRO_BATCHES = ("student_micro_batch", "fake_score_micro_batch", "rollout_micro_batch")
+_WITHOUT_GPU = 32  # samples of a micro-batch of `auto` that no GPU's memory limits
+
+
+def _size_or_auto(value: Any, check: Any) -> Any:
+    return value if value == "auto" else check(value)
+
+
+# auto: the largest that fits on the GPU, see `planning.gpu.with_micro_batches`
+MicroBatch = Annotated[Size, WrapValidator(_size_or_auto), PlainSerializer(lambda value: value)]
 
 
 class TrainLaunchOptions(LaunchOptions):
@@ -30,12 +42,13 @@ class Execution(StrictModel):
     launch: TrainLaunchOptions  # processes that share each batch
 
     # Memory
+    card_gib: Annotated[float, Field(gt=0, le=100_000)] | None  # GPU memory to plan for; null: what the GPU has free
     gradient_checkpointing: bool  # less memory, one more forward pass per graded one
-    student_micro_batch: Size  # samples that one backward pass of the student sees; gradients add up
-    fake_score_micro_batch: Size  # the same for the fake score
+    student_micro_batch: MicroBatch  # samples that one backward pass of the student sees; gradients add up
+    fake_score_micro_batch: MicroBatch  # the same for the fake score
     # Samples that the student draws at once for the fake score. Its weights are fixed during all fake-score updates of
     # a cycle, so this may be more than one batch.
-    rollout_micro_batch: Size
+    rollout_micro_batch: MicroBatch
     guidance_batch: Literal["joint", "apart"]  # both halves of a guided call in one batch, or one after the other
 
     # Speed
@@ -46,9 +59,12 @@ class Execution(StrictModel):
     # Checkpoints and records
     checkpoint_every: Count  # cycles between checkpoints
     checkpoint_minutes: PositiveFloat  # minutes between checkpoints, if so many cycles take longer
+    checkpoint_background: bool  # training goes on while one is written, from a copy in host memory
     keep_last: Few  # checkpoints on the disk while training; a damaged one is skipped for the one before
-    ratio_every: Count  # cycles between comparisons of both losses' gradient norms, two more backward passes
+    ratio_every: CountOrZero  # cycles between comparisons of both losses' gradient norms; 0: none
     log_every: Count  # cycles between lines in the log
+    previews: CountOrZero  # first prompts of the watch whose pictures are kept
+    track: list[Tracker]  # programs that get losses and pictures while training; nothing is sent without them
 
     @property
     def sharded(self) -> bool:
@@ -60,11 +76,18 @@ class Execution(StrictModel):
         """Shards of each trained network."""
         return self.launch.total if self.sharded else 1
 
+    @property
+    def is_automatic(self) -> bool:
+        """True if a micro-batch is to be chosen by the GPU's memory."""
+        return any(getattr(self, name) == "auto" for name in MICRO_BATCHES)
+
     def fitted_to(self, batch_size: int) -> Execution:
-        """The same without micro-batches larger than a process's share of the batch."""
+        """The same without `auto`, and without micro-batches larger than a process's share of the batch."""
         share = batch_size // self.launch.total
-        sizes = {name: min(share, getattr(self, name)) for name in ("student_micro_batch", "fake_score_micro_batch")}
-        return self.model_copy(update=sizes)
+        sizes = {name: getattr(self, name) for name in MICRO_BATCHES}
+        sizes = {name: _WITHOUT_GPU if size == "auto" else size for name, size in sizes.items()}
+        trained = {name: min(share, sizes[name]) for name in MICRO_BATCHES[:2]}
+        return self.model_copy(update=sizes | trained)
 
 
 class OptimizerOptions(OptimizerRecipe):
@@ -104,6 +127,8 @@ class TrainOptions(Execution, Recipe):
                 )
         if self.roles == "lora":
             raise ValueError("roles=lora cannot be sharded, its adapters are small: set launch.sharding=none")
+        if self.launch.machines > 1 and self.is_automatic and self.card_gib is None:
+            raise ValueError("micro-batches of auto may differ between machines, shards need the same: set card_gib")
         for role in ("student", "fake_score"):
             if getattr(self, role).kind == "adamw_8bit":
                 raise ValueError(f"{role}.kind=adamw_8bit cannot be sharded: set kind=adamw or launch.sharding=none")

@@ -100,6 +100,10 @@ class Recipe(StrictModel):
     roles: Literal["full", "lora"]  # three networks, or one frozen base with two adapters
     lora: LoraRecipe  # read if roles=lora
     precision: Precision  # of the trained networks' arithmetic; their weights are float32
+    # Warm start: file or folder with the weights that student and fake score begin with, see `backbones.start`; null:
+    # the teacher's
+    start_from: Annotated[str, Field(min_length=1)] | None
+    fake_score_from: Literal["start", "teacher"]  # weights that the fake score begins with
 
     # Length of the run, and the student's optimization
     seed: Seed  # of all random draws

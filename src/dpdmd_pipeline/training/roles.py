@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpdmd_pipeline.backbones.base import Backbone
+from dpdmd_pipeline.backbones.lora import A, B
+from dpdmd_pipeline.backbones.start import Start
+from dpdmd_pipeline.limits import first_names
 from dpdmd_pipeline.training.recipe import LoraRecipe, Precision, Recipe
 from dpdmd_pipeline.training.sharding import shard
 
@@ -35,23 +40,55 @@ class Roles:
         return list(dict.fromkeys(role._shared[0] if isinstance(role, AdapterView) else role for role in roles))
 
 
-def make_roles(backbone: Backbone, recipe: Recipe, *, gradient_checkpointing: bool, sharded: bool) -> Roles:
-    """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group."""
+def make_roles(
+    backbone: Backbone,
+    recipe: Recipe,
+    *,
+    gradient_checkpointing: bool,
+    sharded: bool,
+    start: Start | None = None,
+    of_teacher: Backbone | None = None,
+) -> Roles:
+    """Load the networks of a recipe; full ones `sharded` over the processes, which must have joined a group.
+
+    From `start` the student begins, and by the recipe the fake score too: it must know the student's distribution, and
+    one that still believes in the teacher's sees no difference to it in what the student has lost. `of_teacher` loads
+    the teacher in a dtype of its own; adapters share their base, of `backbone`.
+    """
+    starts = {"student": start, "fake_score": start if recipe.fake_score_from == "start" else None}
     if recipe.roles == "full":
-        shard_in = recipe.precision if sharded else None
-        return full_roles(backbone, gradient_checkpointing=gradient_checkpointing, shard_in=shard_in)
-    return lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
+        return full_roles(
+            backbone,
+            gradient_checkpointing=gradient_checkpointing,
+            shard_in=recipe.precision if sharded else None,
+            starts=starts,
+            of_teacher=of_teacher,
+        )
+    roles = lora_roles(backbone, recipe.lora, seed=recipe.seed, gradient_checkpointing=gradient_checkpointing)
+    for name, start in starts.items():
+        if start is not None:
+            start_adapter(getattr(roles, name), start, recipe.lora.alpha_per_rank)
+    return roles
 
 
-def full_roles(backbone: Backbone, *, gradient_checkpointing: bool, shard_in: Precision | None = None) -> Roles:
-    """Three networks that start as the teacher; the trained ones have float32 weights.
+def full_roles(
+    backbone: Backbone,
+    *,
+    gradient_checkpointing: bool,
+    shard_in: Precision | None = None,
+    starts: Mapping[str, Start | None] = MappingProxyType({}),
+    of_teacher: Backbone | None = None,
+) -> Roles:
+    """Three networks that start as the teacher, or as `starts` says; the trained ones have float32 weights.
 
     With `shard_in` each is sharded right after loading, for arithmetic of this precision.
     """
-    teacher = backbone.load_model().requires_grad_(False).eval()
+    teacher = (of_teacher or backbone).load_model().requires_grad_(False).eval()
     trained = []
-    for _ in ("student", "fake score"):
+    for role in ("student", "fake_score"):
         network = backbone.load_model(float32=True)
+        if start := starts.get(role):
+            start.load_into(network)
         if shard_in:
             shard(network, shard_in)
         if gradient_checkpointing:
@@ -92,6 +129,34 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
     if gradient_checkpointing:
         base.enable_gradient_checkpointing(partial(_checkpoint_under_its_adapter, layers))
     return Roles(AdapterView(base, layers, None), *(AdapterView(base, layers, name) for name in ranks))
+
+
+@torch.no_grad()
+def start_adapter(view: AdapterView, start: Start, scale: float) -> None:
+    """Write a LoRA of at most the adapter's rank into it; the rows of a larger rank stay random, times zero.
+
+    Raises:
+        ValueError: if the adapter has no room for it.
+    """
+    state = view.adapter_state()
+    check_room(start, state, f"lora.{view.adapter}_rank")
+    for name, value in start.adapter.items():
+        if name.endswith(A):
+            state[name][: len(value)] = value.to(state[name])
+        else:
+            state[name][:, : value.shape[1]] = value.to(state[name]) / scale
+
+
+def check_room(start: Start, state: Mapping[str, Tensor], option: str) -> None:
+    """Hold a start against an adapter, given by its state and the option of its rank; ValueError if it does not fit."""
+    if start.adapter is None:
+        raise ValueError(f"start_from={start.file} has whole weights, not a LoRA: set roles=full with it")
+    if others := sorted(start.adapter.keys() - state.keys()):
+        modules = sorted({name.removesuffix(A).removesuffix(B) for name in others})
+        raise ValueError(f"start_from={start.file} changes {first_names(modules)}: add them to lora.targets")
+    rank = max(len(value) for name, value in start.adapter.items() if name.endswith(A))
+    if rank > (available := len(next(value for name, value in state.items() if name.endswith(A)))):
+        raise ValueError(f"start_from={start.file} has rank {rank}, {option} is {available}: set it to {rank} or more")
 
 
 class AdapterView(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +13,16 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import EVERY_LEVEL, Backbone, Conditioning, conditioned, guided
+from dpdmd_pipeline.dpdmd.anchor import check_falling
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.training.anchors import AnchorBatch, Rows
 from dpdmd_pipeline.training.draws import Draws, process_share
-from dpdmd_pipeline.training.optimizer import make_optimizer
+from dpdmd_pipeline.training.optimizer import make_optimizer, norm_of_added_gradient
 from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
 from dpdmd_pipeline.training.roles import Roles, trainable
-from dpdmd_pipeline.training.sharding import gradient_norm, is_sharded, unsynced, whole
+from dpdmd_pipeline.training.sharding import is_sharded, norm_of_added_shards, unsynced, whole
 from dpdmd_pipeline.training.speed import onto, speed_up
 
 
@@ -35,6 +36,7 @@ class TrainingData:
     anchor_levels: Sequence[NoiseLevel]  # scalar level of each anchor
     teacher_levels: NoiseLevel  # the teacher's own schedule, [steps + 1]
     guidance_scale: float  # of the teacher
+    of_teacher: Backbone | None = None  # the teacher's adapter, if it is not that of the run
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Run:
     def guided_teacher(self, cond: Conditioning, interval: tuple[float, float] = EVERY_LEVEL) -> Denoise:
         """The teacher with classifier-free guidance; see `guided`."""
         scale, batch = self.data.guidance_scale, self.execution.guidance_batch
-        return guided(self.backbone, self.teacher, cond, self.uncond, scale, interval=interval, batch=batch)
+        backbone = self.data.of_teacher or self.backbone
+        return guided(backbone, self.teacher, cond, self.uncond, scale, interval=interval, batch=batch)
 
     # ---- gradients
 
@@ -100,14 +103,15 @@ class Run:
             return nullcontext()
         return unsynced(role.network) if is_sharded(role.network) else self.accelerator.no_sync(role.network)
 
-    def student_gradient_norm(self, loss: Tensor) -> Tensor:
-        """Norm of a loss's mean gradient over all processes, in the student's weights; adds no gradient."""
+    def backward_student(self, loss: Tensor, *, measured: bool, retain_graph: bool = False) -> Tensor | None:
+        """Add a loss's gradient to the student's; returns its norm, as a mean over all processes, if `measured`."""
+        backward = partial(self.accelerator.backward, loss, retain_graph=retain_graph)
+        if not measured:
+            return backward()
         weights = trainable(self.student.network)
         if is_sharded(self.student.network):
-            return gradient_norm(loss, weights)
-        grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        means = (self.accelerator.reduce(grad, reduction="mean") for grad in grads if grad is not None)
-        return torch.stack([mean.norm() for mean in means]).norm()
+            return norm_of_added_shards(backward, weights)
+        return norm_of_added_gradient(backward, weights, partial(self.accelerator.reduce, reduction="mean"))
 
 
 def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe, execution: Execution) -> Run:
@@ -123,6 +127,7 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
     if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:
         raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
+    check_falling([levels[0], *data.anchor_levels])
     speed_up(roles, execution)
     return Run(
         backbone=backbone,

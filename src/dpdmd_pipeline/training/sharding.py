@@ -1,22 +1,21 @@
 """Trained networks sharded over the processes (torch's FSDP2): none holds all weights, gradients and moments of one.
 
-A block's weights are gathered for its own computation and freed again (decision 0006). Checkpoints are always whole, so
-any number of processes, sharded or not, can load them.
+A block's weights are gathered for its own computation and freed again (decision 0006). Any number of processes, sharded
+or not, can load a checkpoint of shards (decision 0013).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dpdmd_pipeline.training.recipe import Precision
 
@@ -75,84 +74,23 @@ def unsynced(network: FSDPModule) -> Iterator[None]:
         network.set_requires_gradient_sync(True)
 
 
-def gradient_norm(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Norm of a loss's gradient over all processes; leaves earlier, exchanged gradients as they are.
+def norm_of_added_shards(backward: Callable[[], object], parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Run a backward pass; returns the norm of the gradient that it adds, over all processes.
 
-    A sharded network's graph does not lead to its shards, so this is an ordinary backward pass. It must not be
-    `unsynced`, and no gradient of an earlier pass may still wait for its exchange.
+    Hooks on shards never run: FSDP2 itself sets their gradients. So the earlier ones, exchanged before, are put aside.
+    The pass must not be `unsynced`, and no gradient of an earlier pass may still wait for its exchange.
     """
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    loss.backward(retain_graph=True)
+    backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     for parameter, grad in zip(parameters, before, strict=True):
-        parameter.grad = grad
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
     return whole(norm)
 
 
 def whole(value: Tensor) -> Tensor:
     """Gather a tensor that may be sharded; all processes must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-# ---- states
-
-
-def whole_state(state: Any, *, keep: bool) -> Any:
-    """Gather the shards in the state of a network or an optimizer, one tensor at a time, on the CPU.
-
-    All processes must call this. Everything that is not sharded stays as it is. Processes without `keep` take part, and
-    get None for every sharded tensor.
-    """
-    if isinstance(state, Mapping):
-        return {name: whole_state(value, keep=keep) for name, value in state.items()}
-    if isinstance(state, DTensor):
-        tensor = _gathered(state)
-        return tensor.cpu() if keep else None
-    return state
-
-
-def _gathered(value: DTensor) -> Tensor:
-    """Gather a tensor whose rows are sharded, with one blocking exchange.
-
-    `full_tensor` does the same with an asynchronous exchange. Over gloo it once ended a process with a segmentation
-    fault in the wait (torch 2.14).
-    """
-    if value.placements != (Shard(0),):
-        return value.full_tensor()
-    group, own = value.device_mesh.get_group(), value.to_local()
-    processes, rows = dist.get_world_size(group), len(value)
-    # torch.chunk split the rows: all parts have the same size but the last ones, which are shorter or empty
-    padded = own.new_zeros(-(-rows // processes), *own.shape[1:])
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in range(processes)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat(parts)[:rows]
-
-
-def load_whole_state(target: Any, state: Mapping[str, Any]) -> None:
-    """Load a whole state, each process its shard. Nothing is exchanged, so all must have the same state."""
-    if isinstance(target, nn.Module):
-        own = target.state_dict()
-        state = {name: _shard_like(own.get(name), value) for name, value in state.items()}
-    elif isinstance(target, torch.optim.Optimizer):
-        parameters = [parameter for group in target.param_groups for parameter in group["params"]]
-        moments = {
-            number: {name: _copied(_shard_like(parameters[number], value)) for name, value in values.items()}
-            for number, values in state["state"].items()
-        }
-        state = {**state, "state": moments}
-    target.load_state_dict(state)
-
-
-def _copied(value: Any) -> Any:
-    """Copy a tensor: an optimizer would keep a checkpoint's, which is mapped from a file that will be deleted."""
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _shard_like(own: Any, value: Any) -> Any:
-    """This process's shard of a whole tensor, sharded like `own`; a value of another shape (a counter) stays whole."""
-    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
-        return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)

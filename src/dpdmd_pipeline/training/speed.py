@@ -38,7 +38,7 @@ def _compile(networks: Sequence[nn.Module], *, whole: bool) -> None:
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
 
-    # Measuring a gradient's norm goes through a graph twice: its buffers must outlive the first time.
+    # Without stop-gradient both losses go back through one graph: its buffers must outlive the first time.
     functorch.donated_buffer = False
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
     for network in networks:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from dpdmd_pipeline.training.checkpoint import Checkpoints
+from dpdmd_pipeline.training.checkpoint import Checkpoints, Writer, flat, load_part, new_tensor
 from dpdmd_pipeline.training.roles import trainable
 from dpdmd_pipeline.training.run import Run
-from dpdmd_pipeline.training.sharding import load_whole_state, whole_state
+from dpdmd_pipeline.training.sharding import is_sharded
 from dpdmd_pipeline.training.watch import Watch
 
 Record = dict[str, float]
@@ -56,33 +57,50 @@ class State:
         return {**self.parts, **{name: part for name, part in optional.items() if part is not None}}
 
 
-def resume(state: State, checkpoint: tuple[int, dict[str, Any]] | None) -> int:
-    """Continue from a checkpoint, if there is one; returns the number of finished cycles."""
-    if checkpoint is None:
+def make_writer(run: Run, checkpoints: Checkpoints) -> Writer:
+    """Writer of a run's states. All processes write their shards; networks that each holds whole, the first one."""
+    sharded = is_sharded(run.student.network)
+    group = dist.new_group(backend="gloo") if sharded else None  # its own: the loop exchanges at the same time
+    writes = sharded or run.accelerator.is_main_process
+    return Writer(checkpoints, run.execution.checkpoint_background, group, writes)
+
+
+def resume(state: State, checkpoints: Checkpoints) -> int:
+    """Continue from the newest checkpoint, if there is one; returns the number of finished cycles."""
+    parts = state.stateful()
+    tensors = flat({name: part.state_dict() for name, part in parts.items() if isinstance(part, nn.Module)})
+    optimizers = {name: part for name, part in parts.items() if isinstance(part, torch.optim.Optimizer)}
+    weights = {name: [p for group in part.param_groups for p in group["params"]] for name, part in optimizers.items()}
+
+    def target(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        if name in tensors:
+            return tensors[name]
+        part, _, number, *_ = name.split("/")  # "student_optimizer/state/17/exp_avg"
+        weight = weights[part][int(number)]
+        return torch.empty_like(weight, dtype=dtype) if size == weight.shape else new_tensor(name, size, dtype)
+
+    loaded = checkpoints.load_latest(target)
+    if loaded is None:
         return 0
-    cycles, saved = checkpoint
-    state.history = list(saved["history"])
-    for name, part in state.stateful().items():
-        if name in saved:
-            load_whole_state(part, saved[name])
+    cycles, saved = loaded
+    state.history = saved["history"]
+    for name, part in parts.items():
+        if name in saved and not isinstance(part, nn.Module):  # networks have been loaded in place
+            load_part(part, saved[name])
     return cycles
 
 
-def save(run: Run, state: State, checkpoints: Checkpoints, cycles: int) -> None:
+def save(run: Run, state: State, writer: Writer, cycles: int, *, stopping: bool = False) -> None:
     """Write the state after `cycles` cycles; after the last one set the final weights and keep the student alone.
 
-    All processes must call this: each holds a shard of a sharded network.
+    All processes must call this: each holds a shard of a sharded network. With `stopping` no training follows.
     """
     finished = cycles == run.recipe.max_steps
     if finished:
         _set_final_weights(state)
     parts = {"student": state.parts["student"]} if finished else state.stateful()
     states = {name: part.state_dict() for name, part in parts.items()}
-    writes = run.accelerator.is_main_process
-    content = {"history": state.history, **whole_state(states, keep=writes)}
-    if writes:
-        checkpoints.save(cycles, content, finished=finished)
-    run.accelerator.wait_for_everyone()
+    writer.save(cycles, {"history": state.history, **states}, finished=finished, last=finished or stopping)
 
 
 @torch.no_grad()

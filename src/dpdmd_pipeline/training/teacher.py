@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, add_noise, flow_level, vp_level
 from dpdmd_pipeline.shapes.models import make_pipeline, make_sdxl_pipeline
 from dpdmd_pipeline.shapes.world import NUM_MODES, NUM_PROMPTS, RESOLUTION, SHAPES, captions, gallery
-from dpdmd_pipeline.training.checkpoint import Checkpoints
-from dpdmd_pipeline.training.sharding import load_whole_state
+from dpdmd_pipeline.training.checkpoint import Checkpoints, load_part
 from dpdmd_pipeline.training.teacher_recipe import DecoderRecipe, FitRecipe, TeacherRecipe
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def fit(
     stateful = {"modules": modules, "optimizer": optimizer, "schedule": schedule}
     start, state = checkpoints.load_latest() or (0, {})
     for name, content in state.items():
-        load_whole_state(stateful[name], content)
+        load_part(stateful[name], content)
     for step in range(start, recipe.steps):
         loss = loss_at(torch.Generator().manual_seed(seed + step))
         if not loss.isfinite():

@@ -1,4 +1,4 @@
-"""Diversity and quality of a student while it trains, measured in latents: no image is decoded.
+"""Diversity and quality of a student while it trains, measured in latents; pictures are decoded for people only.
 
     latent_diversity    RMS distance between two latents of one prompt, mean over pairs and prompts; falls in a collapse
     correction          RMS change that the teacher makes to a re-noised latent; small if the teacher finds it likely
@@ -20,6 +20,7 @@ from dpdmd_pipeline.dpdmd.algorithm import student_pictures
 from dpdmd_pipeline.dpdmd.noise import add_noise
 from dpdmd_pipeline.dpdmd.sampling import rollout
 from dpdmd_pipeline.training.draws import SampleDraws, micro_batches
+from dpdmd_pipeline.training.preview import decode_row
 from dpdmd_pipeline.training.recipe import Recipe, WatchRecipe
 from dpdmd_pipeline.training.run import Run
 
@@ -40,6 +41,7 @@ class Watch:
     rows: list[int]  # of the prompts, each as often as it has images
     teacher: dict[str, float] = field(default_factory=dict)  # its measurements; empty until measured
     best: dict[str, float] = field(default_factory=dict)  # rank and number of the best cycle; empty until there is one
+    pictures: dict[int, Tensor] = field(default_factory=dict)  # rows to be saved, by cycle; 0 is the teacher's
 
     @classmethod
     def of(cls, recipe: Recipe, prompts: Sequence[int]) -> Watch:
@@ -79,14 +81,29 @@ def watch_cycle(run: Run, watch: Watch, cycle: int) -> tuple[dict[str, Tensor], 
     """
     device = run.accelerator.device
     if not watch.teacher:
-        watch.teacher = _means(run, measure(run, watch, _draw_teacher))
-    measured, is_best = measure(run, watch, _draw_student), False
+        watch.teacher = _means(run, _measure_and_show(run, watch, _draw_teacher, 0))
+    measured, is_best = _measure_and_show(run, watch, _draw_student, cycle + 1), False
     if watch.recipe.keep == "best":
         means = _means(run, measured)
         is_best = watch.is_best(cycle, means["latent_diversity"], means["correction"])
         measured["best_step"] = torch.tensor(int(watch.best["step"]), device=device)
     teacher = {f"{name}_teacher": torch.tensor(value, device=device) for name, value in watch.teacher.items()}
     return {**measured, **teacher}, is_best
+
+
+def _measure_and_show(run: Run, watch: Watch, draw: Draw, cycle: int) -> dict[str, Tensor]:
+    """Measure a sampler; the main process decodes what it drew for the first prompts."""
+    latents: list[Tensor] = []
+
+    def remembered(*arguments: Any) -> Tensor:
+        latents.append(draw(*arguments))
+        return latents[-1]
+
+    values = measure(run, watch, remembered)
+    if (count := run.execution.previews) and run.accelerator.is_main_process:
+        by_prompt = torch.cat(latents).unflatten(0, (-1, watch.recipe.images_per_prompt))
+        watch.pictures[cycle] = decode_row(run.backbone, by_prompt[:count])
+    return values
 
 
 @torch.no_grad()
@@ -123,4 +140,5 @@ def mean_distance(latents: Tensor) -> Tensor:
 
 def _means(run: Run, values: dict[str, Tensor]) -> dict[str, float]:
     """Means over the processes, which must choose the same cycle although their roundings may differ."""
-    return {name: run.accelerator.reduce(value, reduction="mean").item() for name, value in values.items()}
+    means = run.accelerator.reduce(torch.stack([*values.values()]), reduction="mean").tolist()
+    return dict(zip(values, means, strict=True))

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.model_patcher
@@ -114,6 +115,18 @@ TINY = {  # name -> ComfyUI's class of the family, with sizes that take the test
             "attention_head_dim": 64,
             "joint_attention_dim": 32,
             "axes_dims_rope": (16, 24, 24),
+        },
+    ),
+    "Wan": (
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "ffn_dim": 64,
+            "text_dim": 32,
+            "num_heads": 1,
+            "num_layers": 1,
         },
     ),
     "Lumina2": ("Lumina2", _TINY_LUMINA),
@@ -237,6 +250,14 @@ def TestPatch(model, path):  # noqa: N802
     model = model.clone()
     key, weight = next((key, value) for key, value in model.model.state_dict().items() if value.ndim == 2)
     model.add_patches({key: ("diff", (torch.full_like(weight, 0.01),))})
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", path="STRING")
+def TestLatentFormat(model, path):  # noqa: N802
+    """A model whose latents come from another VAE."""
+    model = model.clone()
+    model.add_object_patch("latent_format", comfy.latent_formats.Flux())
     return (model,)
 
 

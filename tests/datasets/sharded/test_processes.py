@@ -27,6 +27,7 @@ from tests.datasets.sharded.caches import (
 from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, writing
+from dpdmd_pipeline.training.machines import meet
 
 PRELOADED = get_context("forkserver")  # loading torch is most of a process's time
 PRELOADED.set_forkserver_preload(["torch.distributed.launcher.api"])  # not this package: tests/forked.py has the same
@@ -122,7 +123,8 @@ def wait_until(condition, seconds: float = 120) -> None:
 
 def save_on_a_machine(folder: Path, rendezvous: str) -> None:
     ShardedDataset(filepath=str(folder)).save(shards_of_two(machines=2, rendezvous=rendezvous))
-    sys.exit(7)  # only the machine with rank 0 returns from saving
+    meet(rendezvous, 2).end()
+    sys.exit(7)  # only the first machine returns from saving
 
 
 def test_two_machines_write_one_cache_and_one_of_them_goes_on(folder, whole):

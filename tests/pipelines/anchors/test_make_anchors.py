@@ -1,8 +1,20 @@
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pydantic import ValidationError
-from tests.pipelines.conftest import PROMPTS, TWO, anchor_options, backbone_options, cached, contents, shared_by_two
+from tests.pipelines.conftest import (
+    PROMPTS,
+    TWO,
+    anchor_options,
+    backbone_options,
+    cached,
+    contents,
+    shared_by_two,
+    train_options,
+)
 from tests.raising import refuses
 
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors, make_manifest
@@ -14,7 +26,12 @@ def make(tiny_teacher, embeddings, tmp_path):
 
     def make_cache(backbone=None, **changes):
         shards = make_anchors(
-            PROMPTS, embeddings, tiny_teacher, backbone or backbone_options(), anchor_options(**changes)
+            PROMPTS,
+            embeddings,
+            tiny_teacher,
+            backbone or backbone_options(),
+            anchor_options(**changes),
+            train_options(),
         )
         return cached(tmp_path / "anchors", shared_by_two(shards) if shards.launch else shards)
 
@@ -84,7 +101,8 @@ def test_the_tangent_target_is_stored_with_denoised(make):
 def test_online_nothing_is_computed_and_the_facts_are_the_same(anchors, make):
     online = make(mode="online")
     assert len(online) == 0
-    assert {**online.manifest, "options": None} == {**anchors.manifest, "options": None}
+    only_cached = {"anchored_prompts": 2}
+    assert {**online.manifest, **only_cached, "options": None} == {**anchors.manifest, "options": None}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +121,9 @@ def test_online_nothing_is_computed_and_the_facts_are_the_same(anchors, make):
 def test_the_fingerprint_depends_on_the_options_that_change_the_anchors(
     anchors, tiny_teacher, embeddings, changes, same
 ):
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(**changes))
+    shards = make_anchors(
+        PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(**changes), train_options()
+    )
     assert (shards.fingerprint == anchors.fingerprint) == same
 
 
@@ -111,19 +131,23 @@ def test_the_fingerprint_depends_on_the_options_that_change_the_anchors(
     "changes", [{"num_steps": 7}, {"guidance_scale": 3.0}, {"dtype": "bfloat16"}, {"resolution": 64}]
 )
 def test_other_options_of_the_teacher_make_another_cache(anchors, tiny_teacher, embeddings, changes):
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(**changes), anchor_options())
+    shards = make_anchors(
+        PROMPTS, embeddings, tiny_teacher, backbone_options(**changes), anchor_options(), train_options()
+    )
     assert shards.fingerprint != anchors.fingerprint
 
 
 def test_other_prompts_make_another_cache(anchors, tiny_teacher, embeddings):
     prompts = [*PROMPTS[:2], {**PROMPTS[2], "train": True}]
-    shards = make_anchors(prompts, embeddings, tiny_teacher, backbone_options(), anchor_options())
+    shards = make_anchors(prompts, embeddings, tiny_teacher, backbone_options(), anchor_options(), train_options())
     assert shards.fingerprint != anchors.fingerprint
 
 
 def test_other_code_makes_another_cache_also_in_the_teachers_family(anchors, tiny_teacher, embeddings, monkeypatch):
     def identity():
-        return make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options()).fingerprint
+        return make_anchors(
+            PROMPTS, embeddings, tiny_teacher, backbone_options(), anchor_options(), train_options()
+        ).fingerprint
 
     assert identity() == anchors.fingerprint
     hashed = []
@@ -170,3 +194,38 @@ def test_a_level_outside_the_teachers_schedule_is_refused(make, level):
 def test_an_anchor_level_can_be_the_end_of_the_students_first_step(make):
     landing = make(anchor_levels=[{"first_step": {"grid": "shifted", "num_steps": 4}}])
     assert landing.manifest["anchor_steps"] == make(anchor_levels=[{"sigma": 0.75}]).manifest["anchor_steps"]
+
+
+# ---- only what is drawn
+
+
+MANY = [{"text": f"{number} red circles", "train": number % 10 < 9, "eval": True} for number in range(40)]  # 36 train
+
+
+@pytest.fixture
+def choose(monkeypatch, tiny_teacher):
+    """Rows and anchors of each row in the cache of a training that draws some samples."""
+    monkeypatch.setattr("dpdmd_pipeline.pipelines.anchors.nodes.check_embeddings", lambda *_: None)
+
+    def chosen(prompts, cycles, seed=0):
+        recipe, embeddings = train_options(max_steps=cycles), SimpleNamespace(fingerprint="", manifest={})
+        shards = make_anchors(
+            prompts, embeddings, tiny_teacher, backbone_options(), anchor_options(seed=seed), recipe
+        ).shards
+        return Counter(row for shard in shards.values() for row in shard.args[1])
+
+    return chosen
+
+
+def test_training_that_draws_fewer_samples_than_prompts_has_one_anchor_for_each_draw(choose):
+    trained = [row for row, record in enumerate(MANY) if record["train"]]
+    assert choose(MANY, 18) == choose(MANY, 1000) == dict.fromkeys(trained, 5)  # 36 draws: all that there is
+    few = choose(MANY, 4)
+    assert len(few) == 8 and set(few) < set(trained) and set(few.values()) == {1}
+    assert set(few) < set(choose(MANY, 5)) and set(few) != set(choose(MANY, 4, seed=1))
+
+
+def test_one_prompt_more_changes_at_most_one_of_the_chosen(choose):
+    more = [{"text": "a blue square", "train": True, "eval": False}, *MANY]
+    before = {MANY[row]["text"] for row in choose(MANY, 4)}
+    assert len(before - {more[row]["text"] for row in choose(more, 4)}) <= 1

@@ -56,7 +56,7 @@ def student(tiny_teacher, tmp_path_factory):
 
 
 def test_the_catalog_gets_a_folder_with_every_form_that_the_student_has(student, tiny_teacher, tmp_path):
-    write = export_student(student, tiny_teacher, {}, backbone_options(), ExportOptions(**OPTIONS), "base")
+    write = export_student(student, tiny_teacher, {}, backbone_options(), ExportOptions(**OPTIONS), "")
     dataset = ModelFolderDataset(filepath=str(tmp_path / "export"))
     dataset.save(write)
     files = {path.relative_to(tmp_path / "export").as_posix() for path in dataset.load().rglob("*") if path.is_file()}
@@ -73,7 +73,7 @@ def measured(model):
 
 def card_with(metrics, student, teacher, folder):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(student, teacher, metrics, backbone_options(), options, "base")(folder)
+    export_student(student, teacher, metrics, backbone_options(), options, "")(folder)
     return (folder / "README.md").read_text()
 
 
@@ -108,7 +108,7 @@ def test_a_student_without_measurements_is_exported_with_a_warning(student, tiny
     inputs = {
         "student": student,
         "teacher": tiny_teacher,
-        "environment": "base",
+        "run_arguments": "",
         **{f"params:{name}": groups[name] for name in groups},
     }
     catalog = DataCatalog({name: MemoryDataset(value) for name, value in inputs.items()})
@@ -122,14 +122,14 @@ def test_a_student_without_measurements_is_exported_with_a_warning(student, tiny
 
 def test_the_command_on_the_card_names_the_environment_whose_results_it_replaces(student, tiny_teacher, tmp_path):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(student, tiny_teacher, {}, backbone_options(), options, "my sd35")(tmp_path)
+    export_student(student, tiny_teacher, {}, backbone_options(), options, "--env 'my sd35' ")(tmp_path)
     command = "`kedro run --env 'my sd35' --pipelines evaluate,export`"
     assert command in (tmp_path / "README.md").read_text()
 
 
 def test_the_card_lists_the_options_in_the_students_header(student, tiny_teacher, tmp_path):
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(student, tiny_teacher, {}, backbone_options(), options, "base")(tmp_path)
+    export_student(student, tiny_teacher, {}, backbone_options(), options, "")(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "| `train.diversity_weight` | `7.0` |" in card and "| `backbone.resolution` | `32` |" in card
     assert front_matter(card)["license"] == "apache-2.0"
@@ -141,7 +141,7 @@ def test_a_student_without_a_recipe_is_exported_with_a_warning(student, tiny_tea
     foreign.mkdir()
     save_student(foreign, network, StudentHeader("sd3", [1.0, 0.5, 0.0]))
     options = ExportOptions(**OPTIONS | {"formats": ["comfyui"]})
-    export_student(foreign, tiny_teacher, {}, backbone_options(), options, "base")(tmp_path / "export")
+    export_student(foreign, tiny_teacher, {}, backbone_options(), options, "")(tmp_path / "export")
     assert "`train." not in (tmp_path / "export" / "README.md").read_text()
     assert any("recipe" in record.getMessage() and str(foreign) in record.getMessage() for record in caplog.records)
 
@@ -153,7 +153,7 @@ def front_matter(card):
 def exported(student, teacher, folder, **changes):
     """Card of an export, and header of its weights."""
     options = ExportOptions(**OPTIONS | UNKNOWN | changes)
-    export_student(student, teacher, {}, backbone_options(), options, "base")(folder)
+    export_student(student, teacher, {}, backbone_options(), options, "")(folder)
     return (folder / "README.md").read_text(), load_metadata(folder / "comfyui" / "tiny-student.safetensors")
 
 

@@ -7,7 +7,7 @@ from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.pipelines.prompts import cleaning
-from dpdmd_pipeline.pipelines.prompts.cleaning import clean_text, split_by_files, split_by_hash, survey
+from dpdmd_pipeline.pipelines.prompts.cleaning import clean_text, split_by_files, split_by_hash, survey, take
 
 prompt = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
 prompts = st.lists(prompt).filter(lambda lines: any(clean_text(line) for line in lines))
@@ -120,3 +120,47 @@ def test_a_file_without_prompts_is_refused(tmp_path):
         survey(write(tmp_path, []))
     with pytest.raises(ValueError, match=r"prompts\.txt .*\b2\b.*blank"):
         survey(write(tmp_path, [" ", "\t", ""]))
+
+
+# ---- some of many
+
+
+def taken(folder, lines, count, seed=0):
+    result = take(survey(write(folder, lines)), count, seed)
+    return result, [record["text"] for record in split_by_files(result, survey(write(folder, ["a dog"], "eval.txt")))]
+
+
+MANY = [f"{number} cats" for number in range(300)]
+
+
+def test_a_sample_has_its_size_and_the_order_of_the_file_and_depends_on_the_seed(folder):
+    result, texts = taken(folder, [*MANY, *MANY, " "], 50)
+    assert texts[-1] == "a dog" and len(texts) == 51 and texts[:-1] == [text for text in MANY if text in texts]
+    report = result.report()
+    assert (report["kept"], report["not_taken"], report["repeated"], report["empty"]) == (50, 250, 300, 1)
+    assert len(set(texts) & set(taken(folder, MANY, 50, seed=1)[1])) < 26
+    assert taken(folder, MANY, 300)[1] == [*MANY, "a dog"]
+
+
+def test_a_larger_sample_or_file_keeps_most_of_the_smaller_ones(folder):
+    _, texts = taken(folder, MANY, 50)
+    assert set(texts) < set(taken(folder, MANY, 60)[1])
+    assert len(set(texts) - set(taken(folder, ["a bird", *MANY[::-1]], 50)[1])) <= 1
+
+
+def test_a_sample_is_independent_of_the_share_for_evaluation(folder):
+    result, _ = taken(folder, MANY, 100)
+    counts = split_by_hash(result, 0.5).count()
+    assert counts["prompts"] == 100 and 35 < counts["eval"] < 65
+
+
+def test_a_text_that_is_not_taken_may_still_evaluate(folder):
+    result = take(survey(write(folder, MANY)), 1, 0)
+    records = list(split_by_files(result, survey(write(folder, MANY[:2], "eval.txt"))))
+    assert sum(record["train"] for record in records) == 1 and sum(record["eval"] for record in records) == 2
+    assert len({record["text"] for record in records}) == len(records)
+
+
+def test_more_than_there_is_cannot_be_taken(folder):
+    with refuses(ValueError, "prompts.take=3", "prompts.txt", "2 different"):
+        taken(folder, ["a", "b", "a"], 3)

@@ -16,7 +16,15 @@ from dpdmd_pipeline.pipelines.prompts import nodes
 from dpdmd_pipeline.pipelines.prompts.nodes import clean_prompts, encode_prompts
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 
-OPTIONS = {"eval_share": None, "batch_size": 2, "shard_size": 2, "device": "cpu", "launch": ONE}
+OPTIONS = {
+    "take": None,
+    "seed": 0,
+    "eval_share": None,
+    "batch_size": 2,
+    "shard_size": 2,
+    "device": "cpu",
+    "launch": ONE,
+}
 BACKBONE = {
     "family": "sd3",
     "resolution": 32,
@@ -109,13 +117,6 @@ def test_two_processes_leave_the_bytes_of_one(tmp_path, prompts, tiny_teacher):
     assert by_two == by_one and len(by_one) == 3
 
 
-def test_several_machines_may_encode_but_not_clean(tmp_path):
-    (tmp_path / "a.txt").write_text("a cat")
-    several = {"processes": 1, "machines": 2, "rendezvous": "first:29400"}
-    with refuses(ValueError, "prompts.launch.machines=2", "clean_prompts", "machines=1", "encode_prompts"):
-        clean_prompts(*[PromptFile(tmp_path / "a.txt")] * 2, options(launch=several))
-
-
 def test_text_encoders_load_once_and_only_for_a_missing_shard(tmp_path, prompts, tiny_teacher, monkeypatch):
     loads = []
     load = BackboneOptions.load
@@ -196,6 +197,9 @@ def test_a_teacher_without_text_encoder_is_refused(tmp_path, prompts):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"take": 0},
+        {"take": 1.5},
+        {"seed": -1},
         {"eval_share": 0},
         {"eval_share": 1.0},
         {"eval_share": "x"},

@@ -69,7 +69,8 @@ def test_the_html_needs_no_other_file():
 def test_each_row_holds_one_prompt_and_the_three_models_in_order():
     html, _ = make_report(**made_inputs())
     images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"]
-    strips = [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in images]
+    *strips, training = [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in images]
+    assert training.size == made_inputs()["train_strip"].size
     assert [strip.size for strip in strips] == [(90, 10)] * 9
     assert [strip.getpixel((5, 5)) for strip in strips] == list(COLOURS.values()) * 3
 
@@ -79,7 +80,7 @@ def test_each_row_of_pictures_belongs_to_its_prompt():
     for row in range(3):
         grids["grid_teacher"].paste((row, row, row), (0, 10 * row, 90, 10 * row + 10))
     html, _ = make_report(**grids)
-    images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"][::3]
+    images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"][:-1:3]
     strips = [Image.open(io.BytesIO(base64.b64decode(image.split(",")[1]))) for image in images]
     assert [strip.getcolors() for strip in strips] == [[(900, (row, row, row))] for row in range(3)]
 
@@ -99,7 +100,7 @@ def test_a_teacher_start_is_one_more_column_of_the_numbers_and_no_more_pictures(
         assert "DMD + teacher start" in page and "41.5" in page and "2 x torn" in page
     assert "DMD + teacher start" not in "".join(make_report(**made_inputs()))
     images = [attrs for tag, attrs in Tags(make_report(**inputs)[0]).tags if tag == "img"]
-    assert len(images) == 9
+    assert len(images) == 9 + 1  # and the strip of the training
     show_result(inputs["metrics"], "", "")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines if line.startswith("DMD + teacher start")] == ["9"]
@@ -119,7 +120,7 @@ def test_the_markdown_shows_the_pictures_of_the_catalog_in_its_own_folder():
     _, md = make_report(**made_inputs())
     config = OmegaConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
     catalog = DataCatalog.from_config(config)
-    names = ("report_md", "grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve")
+    names = ("report_md", "grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve", "train_strip")
     page, *pictures = (Path(catalog.get(name)._filepath) for name in names)
     assert {page.parent / name for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", md)} == set(pictures)
 
@@ -182,7 +183,7 @@ def test_the_page_embeds_only_the_configured_prompts_and_pixels():
     small = ReportOptions(max_prompts=2, max_strip_width=45, curve_points=50)
     html, _ = make_report(**made_inputs(options=small))
     images = [attrs["src"] for tag, attrs in Tags(html).tags if tag == "img"]
-    assert len(images) == 6
+    assert len(images) == 6 + 1
     assert Image.open(io.BytesIO(base64.b64decode(images[0].split(",")[1]))).size == (45, 5)
     assert "first 2 of 3" in html
 
@@ -332,9 +333,9 @@ def test_grids_of_the_first_prompts_have_their_labels():
 def test_the_page_shows_how_to_reproduce_the_run_in_its_environment():
     for page in make_report(**made_inputs()):
         assert "make distill" in page and "dvc exp run -S" in page and "--env" not in page
-    for page in make_report(**made_inputs(environment="sd35")):
+    for page in make_report(**made_inputs(run_arguments="--env sd35 ")):
         assert "kedro run --env sd35 --pipeline=distill" in page and "conf/base" not in page
-        assert "kedro run --env sd35 --pipeline=distill --params train.diversity_weight=1" in page
+        assert "kedro run --env sd35 --pipeline=distill --params run=weight-1,train.diversity_weight=1" in page
         assert "make distill" not in page and "dvc exp" not in page
 
 

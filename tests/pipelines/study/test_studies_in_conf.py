@@ -9,8 +9,8 @@ from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.anchors.nodes import make_manifest
-from dpdmd_pipeline.pipelines.study import nodes
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
+from dpdmd_pipeline.planning.checks import changed_options
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
@@ -33,8 +33,7 @@ def test_every_run_is_a_recipe_with_anchors_on_the_teachers_schedule(environment
     anchors, train = AnchorRecipe(**parameters["anchors"]), TrainOptions(**parameters["train"])
     study = StudyOptions(**parameters[group])
     for name, run in study.active_runs.items():
-        recipe = nodes._with_changes(train, run.train)
-        anchor_options = nodes._with_changes(anchors, nodes._anchor_changes(run))
+        recipe, anchor_options = changed_options(train, anchors, run)
         manifest = make_manifest([0], EMBEDDINGS, teacher, backbone, anchor_options)
         assert len(manifest["anchor_steps"]) >= recipe.anchored_steps, name
 

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from kedro.io import DataCatalog, MemoryDataset
 from tests.pipelines.conftest import (
     OPTIMIZER,
     PROMPTS,
@@ -19,6 +21,7 @@ from dpdmd_pipeline.pipelines.study import nodes
 from dpdmd_pipeline.pipelines.study.figure import rows_of
 from dpdmd_pipeline.pipelines.study.nodes import SHOWN, run_study, summarise, write_study
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
+from dpdmd_pipeline.planning.checks import refused_runs
 
 REPORTING = Path(__file__).parents[3] / "data/08_reporting"
 COMMITTED = sorted(path for path in REPORTING.rglob("*.json") if path.stem in ("study", "beyond", "variety"))
@@ -70,6 +73,25 @@ def test_runs_that_differ_in_their_start_share_the_trained_student(study, tmp_pa
     assert f'`teacher_start={{"steps": 2, "landing": 1}}`, {started} evaluations' in write_study(result)
 
 
+@pytest.mark.parametrize(
+    "changes, facts",
+    [
+        ({"train": {"num_stepz": 4}}, ["train", "num_stepz"]),
+        ({"train": {"num_steps": 0}}, ["train", "num_steps", "0"]),
+        ({"train": {"anchored_steps": 2}}, ["train.anchored_steps=2", "anchor_levels"]),
+        ({"train": {"student": {**OPTIMIZER, "kind": "adamw_8bit"}}}, ["student.kind=adamw_8bit"]),
+        ({"anchors": {"anchor_levels": [{"steps": -1}]}}, ["anchors", "anchor_levels.0.steps"]),
+        ({"teacher_start": {"steps": 2, "landing": 4}}, ["teacher_start.landing", "4"]),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_the_first_node(changes, facts):
+    groups = {"train": train_options(num_steps=4), "anchors": anchor_options(), "study": options(odd=changes)}
+    run = SimpleNamespace(inputs=lambda: {f"params:{name}" for name in groups})
+    catalog = DataCatalog({f"params:{name}": MemoryDataset(value) for name, value in groups.items()})
+    (line,) = refused_runs(run, catalog)
+    assert line.startswith("study.runs.odd: ") and all(fact in line for fact in facts) and "\n" not in line
+
+
 def test_a_run_has_one_start():
     with refuses(ValueError, "teacher_start", "prompt_noise"):
         options(both={**DMD, "teacher_start": {"steps": 2}, "prompt_noise": {"strength": 1.0}})
@@ -115,7 +137,7 @@ def test_the_table_names_what_each_run_changes(study):
 
 
 def test_invalid_changes_are_refused_before_the_first_run(study, tmp_path):
-    with pytest.raises(ValueError, match=r"^runs\.wrong: anchored_steps=9"):
+    with pytest.raises(ValueError, match=r"^runs\.wrong: train: anchored_steps=9"):
         study(options(wrong={"train": {"anchored_steps": 9}}), tmp_path)
     with pytest.raises(
         ValueError,

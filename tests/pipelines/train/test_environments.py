@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +29,9 @@ from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.train.nodes import train_student
 from dpdmd_pipeline.planning import checks, disk
 from dpdmd_pipeline.planning.checks import refusals, refuse_run
+from dpdmd_pipeline.planning.plan import make_plan
+from dpdmd_pipeline.planning.stages import WRITTEN, stage_costs
+from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.scoring.presets import choose
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.checkpoint import LOSSES, Checkpoints
@@ -130,14 +134,53 @@ def run_line(datasets: DataCatalog) -> None:
     """Run the whole line, after the checks of the hooks; no network outlives its node, in float32 or bfloat16."""
     line = distill.create_pipeline()
     assert refuse_run(line, datasets) == []
+    costs = {cost.stage: cost for cost in stage_costs(make_plan(line, datasets))}
     hooks = _create_hook_manager()
     hooks.register(networks := Networks())
+    hooks.register(counter := PassCounter())
     gc.disable()  # a network in a cycle would stay on a GPU until Python happens to collect it
     try:
         SequentialRunner().run(line, datasets, hooks)
         assert networks.alive() == 0
     finally:
         gc.enable()
+        counter.handle.remove()
+    check_costs(costs, counter.passes, datasets)
+
+
+class PassCounter:
+    """Hook that counts the passes of samples through denoising networks, by node."""
+
+    def __init__(self) -> None:
+        self.passes, self.node = Counter(), ""
+        self.handle = torch.nn.modules.module.register_module_forward_hook(self.count)
+
+    @hook_impl
+    def before_node_run(self, node) -> None:
+        self.node = node.name
+
+    def count(self, module, _args, output) -> None:
+        if type(module).__name__.endswith(("Transformer2DModel", "UNet2DConditionModel")):
+            self.passes[self.node] += len(output[0])
+
+
+def check_costs(costs, passes, made: DataCatalog) -> None:
+    """Compare the costs that were told before the run: passes exactly, bytes of tensors on the disk within 3 %."""
+    stages = ["prompts", *["anchors"] * ("make_anchors" in passes), "train_dmd", "train", "evaluate", "export"]
+    assert list(costs) == stages
+    for stage, node in {"anchors": "make_anchors", "train_dmd": "train_dmd", "train": "train_student"}.items():
+        assert stage not in costs or costs[stage].passes.forward == passes[node], stage
+    # On a CPU the two pictures of the only prompt fill a batch of 16
+    assert costs["evaluate"].passes.forward == passes["sample_images"] / 16 * 2
+    for stage in costs.keys() - {"train_dmd", "train"}:
+        folders = [Path(made[name]._filepath) for name in WRITTEN[stage]]
+        size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
+        assert size == pytest.approx(costs[stage].written, rel=0.03, abs=80_000), stage
+    train = made["params:train"].load()
+    copies = 1 + (2 + 4) * (train.keep_last + 1)  # the student; two networks and four moments in each checkpoint
+    for student, stage in (("student_dmd", "train_dmd"), ("student", "train")):
+        size = costs[stage].written / copies
+        assert folder_size(made[student].load()) == pytest.approx(size, rel=0.03, abs=60_000), stage
 
 
 class Networks:
@@ -199,6 +242,33 @@ def test_sdxl_goes_from_prompt_files_to_report_and_export(tiny_sdxl, tmp_path, e
     for name in ("student", "student_dmd"):
         header = load_header(made[name].load())
         assert header.kind == roles and header.timesteps == [999, 749, 499, 249]
+
+
+TODAY = {  # environment: fixture of its teacher, tokens
+    "z_image": ("tiny_z_image", 64),
+    "flux2_klein": ("tiny_flux2_klein", 128),
+    "qwen_image": ("tiny_qwen_image", 256),
+}
+
+
+@pytest.mark.parametrize("roles, precision", [("lora", "bfloat16"), ("full", "float32")])
+@pytest.mark.parametrize("environment", TODAY)
+def test_a_family_of_today_goes_from_prompt_files_to_report_and_export(
+    request, tmp_path, environment, roles, precision
+):
+    fixture, tokens = TODAY[environment]
+    backbone = {"max_sequence_length": tokens, "dtype": precision}
+    trained = dict.fromkeys(("train", "train_dmd"), {"roles": roles, "precision": precision})
+    made = catalog(environment, request.getfixturevalue(fixture), tmp_path, backbone=backbone, **trained)
+    run_line(made)
+    check_measurements(made)
+    losses = [row["diversity_loss"] for row in made["train_history"].load()]
+    assert all(0 < loss < 100 for loss in losses)
+    for name in ("student", "student_dmd"):
+        header = load_header(made[name].load())
+        assert (header.family, header.kind, header.num_steps) == (environment, roles, 4)
+    forms = {path.name for path in made["export"].load().iterdir()}
+    assert forms == {"README.md", "config.json", "diffusers", "comfyui", *(["lora"] if roles == "lora" else [])}
 
 
 def check_measurements(made: DataCatalog) -> None:
@@ -290,12 +360,12 @@ def test_a_run_on_a_real_card_stops_after_the_cycle_in_which_a_signal_comes(t5_t
 # ---- options of the environments
 
 
-@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb", "z_image"])
 def test_nothing_is_written_where_another_environment_writes(environment):
     own, base = loader(environment)["catalog"], loader("base")["catalog"]
     read_or_made_elsewhere = {"raw_prompts", "raw_eval_prompts", "teacher", "teacher_state", "metric_weights"}
     read_or_made_elsewhere |= {"shapes_clip", "clip_state", "clip_metrics"}  # of the embedded world, one for all
-    for name in base.keys() - read_or_made_elsewhere - {"environment"}:
+    for name in base.keys() - read_or_made_elsewhere - {"run_arguments"}:
         path = own[name].get("filepath") or own[name]["path"]
         assert f"/{environment}/" in path, f"write {name} into conf/{environment}/catalog.yml"
 
@@ -319,7 +389,7 @@ def test_adapters_have_the_learning_rate_of_their_own_environment(family):
     assert own.student.learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb"])
+@pytest.mark.parametrize("environment", ["sd35", "sdxl", "sd35_lora_16gb", "sdxl_lora_16gb", "z_image"])
 def test_the_baseline_differs_in_anchors_and_their_loss_alone(environment):
     parameters = loader(environment)["parameters"]
     ours, baseline = parameters["train"], parameters["train_dmd"]

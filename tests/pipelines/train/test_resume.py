@@ -21,8 +21,10 @@ HOW = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
 
 def trained(teacher, folder, micro_batch=4):
     """Records of several runs that advance together, so that one signal stops them all."""
+    # In the background, a kill may come before the checkpoint's end
+    execution = {"checkpoint_every": 2, "checkpoint_background": folder.name != "killed"}
     runs = [
-        records_of(teacher, folder / name, micro_batch, checkpoint_every=2, **RECIPE, **changes)
+        records_of(teacher, folder / name, micro_batch, execution=execution, **RECIPE, **changes)
         for name, changes in RUNS.items()
     ]
     try:

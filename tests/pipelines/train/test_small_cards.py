@@ -1,4 +1,4 @@
-"""The environments of small cards fit on them: estimated at full size, from the real models' configurations alone."""
+"""Every card takes the micro-batches that fit on it: estimated at full size, from the real models' configurations."""
 
 from pathlib import Path
 
@@ -8,25 +8,51 @@ from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.checks import refusals
+from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
+from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
-from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.options import MICRO_BATCHES, TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[3] / "conf"
-CARD = 16 * 10**9  # bytes
 CONFIG = {"sd35": "sd35_medium", "sdxl": "sdxl"}  # family -> its real configuration
+CARDS = (12, 16, 24, 48, 80)  # GB
+LEAST = {("sd35", "lora"): 12, ("sdxl", "lora"): 16, ("sd35", "full"): 80, ("sdxl", "full"): 1000}  # GB that are enough
+EIGHT = {"processes": 8, "machines": 1, "rendezvous": None, "sharding": "none"}
 
 
-def plan(teacher: Path, environment: str) -> Plan:
+def plan(teacher: Path, environment: str, **changes) -> Plan:
     config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # where there is no GPU, the options of one are not refused for that: the card is given
-    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu", "fused": False})}
+    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu"} | changes)}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
     return Plan(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
 
 
 @pytest.mark.parametrize("family", CONFIG)
-def test_adapters_one_picture_at_a_time_fit_on_a_card_of_16_gb(family, tmp_path):
+def test_every_card_gets_the_largest_micro_batches_that_fit_or_a_remedy(family, tmp_path):
     make_weightless_teacher(tmp_path, CONFIGS[CONFIG[family]])
-    assert refusals(plan(tmp_path, f"{family}_lora_16gb"), CARD) == []
+    first = plan(tmp_path, family)
+    sizes = {}
+    for roles in ("lora", "full"):
+        for card in CARDS:
+            planned = plan(tmp_path, family, roles=roles, card_gib=card * 1e9 / GIB)
+            vars(planned)["estimates"] = first.estimates  # counted once
+            lines = refusals(planned)
+            assert (lines == []) == (card >= LEAST[family, roles])
+            assert all("train.roles=lora" in line or roles == "lora" for line in lines)
+            sizes[roles, card] = chosen(planned)
+    assert sizes["lora", 12] < sizes["lora", 24] < sizes["lora", 80]  # more memory, larger micro-batches
+    eight = plan(tmp_path, family, launch=EIGHT | {"sharding": "fsdp2"}, card_gib=80e9 / GIB)
+    vars(eight)["estimates"] = first.estimates
+    assert refusals(eight) == [] and chosen(eight) == [4, 4, 4]  # each process's share of the batch
+    small = plan(tmp_path, f"{family}_lora_16gb")
+    vars(small)["estimates"] = first.estimates
+    assert refusals(small, 16 * 10**9) == []
+
+
+def chosen(planned: Plan) -> list[int]:
+    options = planned.trained["train"]
+    options = with_micro_batches(planned.estimates, options, planned_memory(options))
+    return [getattr(options, name) for name in MICRO_BATCHES]

@@ -28,8 +28,8 @@ from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.pipelines.train.progress import _recorded_signals
 from dpdmd_pipeline.planning.checks import check_anchors
+from dpdmd_pipeline.training.signals import recorded_signals
 
 DMD = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 
@@ -127,6 +127,34 @@ def test_a_published_student_is_reused_without_its_checkpoints(train, tmp_path, 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
 
 
+def test_a_student_starts_from_another_and_goes_by_that_files_content(train, tmp_path, caplog):
+    folder, _ = train(student={**TRAIN["student"], "learning_rate": 0.1})
+    start = shutil.copytree(folder, tmp_path / "start")
+    slow = {**TRAIN["student"], "learning_rate": 1e-9}
+    folder, _ = train(start_from=str(start), student=slow)
+    begun, finished = load_file(start / WEIGHTS), load_file(folder / WEIGHTS)
+    assert all(torch.allclose(finished[name], value, atol=1e-6) for name, value in begun.items())
+    assert str(tmp_path) not in str(load_header(folder).recipe)
+    with caplog.at_level("INFO"):
+        train(start_from=str(shutil.copytree(start, tmp_path / "elsewhere")), student=slow)
+    assert "reused" in caplog.text
+    caplog.clear()
+    first = next(iter(begun))
+    save_file({**begun, first: begun[first] + 1}, start / WEIGHTS)
+    with caplog.at_level("INFO"):
+        train(start_from=str(start), student=slow)
+    assert "reused" not in caplog.text
+
+
+def test_a_start_that_does_not_fit_is_refused_before_the_training(train, tmp_path):
+    folder, _ = train()
+    with refuses(ValueError, "roles=full", str(folder)):
+        train(start_from=str(folder), roles="lora")
+    with refuses(FileNotFoundError, "start_from", "nowhere"):
+        train(start_from=str(tmp_path / "nowhere"))
+    assert len(list((tmp_path / "state").glob("[!.]*"))) == 1
+
+
 @pytest.mark.parametrize("change", ["recipe", "no history", "foreign file"])
 def test_a_published_student_that_is_not_this_runs_is_not_reused(train, tmp_path, caplog, change):
     folder, _ = train()
@@ -165,7 +193,7 @@ def test_an_unfinished_state_that_is_not_resumed_is_named_with_its_cycle_size_an
     train()
     (state,) = (path for path in (tmp_path / "state").iterdir() if path.is_dir())
     (checkpoint,) = state.glob("step_*.json")
-    for path in (checkpoint, checkpoint.with_suffix(".pt")):
+    for path in (checkpoint.with_suffix(""), checkpoint):
         path.rename(path.with_stem("step_0000001"))
     caplog.clear()
     train(decay=0.5)
@@ -238,7 +266,7 @@ def test_embeddings_of_other_prompts_or_text_encoders_are_refused(tiny_teacher, 
 
 def test_teacher_and_trained_networks_work_in_one_precision(tiny_teacher, embeddings, tmp_path):
     half = backbone_options(dtype="bfloat16")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options())
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, half, anchor_options(), train_options())
     inputs = cached(tmp_path / "anchors", shards), tiny_teacher, tmp_path / "state", None, half, anchor_options()
     with refuses(ValueError, "backbone.dtype=bfloat16", "train.precision=float32"):
         train_student(PROMPTS, embeddings, *inputs, train_options())
@@ -270,7 +298,7 @@ def test_compiled_networks_do_not_outlive_the_training(train):
 
 def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp_path):
     options = anchor_options(mode="online")
-    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options)
+    shards = make_anchors(PROMPTS, embeddings, tiny_teacher, backbone_options(), options, train_options())
     _, history = train(cached(tmp_path / "online", shards), options)
     assert len(history) == 2 and history[0]["diversity_loss"] > 0
 
@@ -279,7 +307,7 @@ def test_online_anchors_train_a_student_too(train, tiny_teacher, embeddings, tmp
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_recorded_and_the_second_interrupts(number, second):
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with _recorded_signals() as signals:
+    with recorded_signals() as signals:
         signal.raise_signal(number)
         assert signals == [number]
         if second:

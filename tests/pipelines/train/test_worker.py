@@ -1,6 +1,9 @@
 """The stage in two processes, and the options refused before any of them starts."""
 
+import gc
+
 import pytest
+import torch
 from pydantic import ValidationError
 from tests.pipelines.conftest import ONE, OPTIMIZER, PROMPTS, TWO, anchor_options, backbone_options, train_options
 
@@ -8,6 +11,12 @@ from dpdmd_pipeline.backbones.base import PipelineBackbone
 from dpdmd_pipeline.backbones.student_file import load_header
 from dpdmd_pipeline.pipelines.train import nodes
 from dpdmd_pipeline.pipelines.train.nodes import train_student
+
+
+def weights():
+    """All parameters in this process."""
+    return [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
+
 
 ALONE, SHARED = ({**launch, "sharding": "none"} for launch in (ONE, TWO))
 
@@ -18,6 +27,13 @@ def test_a_student_of_two_processes_that_share_its_weights_is_written_as_one_of_
     def refuse(*_):
         raise AssertionError("this process starts others or writes a finished student: it needs no network")
 
+    def count_weights(job):
+        for record in train_in_processes(job):
+            assert [weight for weight in weights() if id(weight) not in before] == []
+            yield record
+
+    before, train_in_processes = {id(weight): weight for weight in weights()}, nodes.train_in_processes
+    monkeypatch.setattr(nodes, "train_in_processes", count_weights)
     monkeypatch.setattr(PipelineBackbone, "load_model", refuse)  # in this process, not in those that it starts
     inputs = PROMPTS, embeddings, anchors, tiny_teacher, tmp_path / "state", None, backbone_options(), anchor_options()
     write, history = train_student(*inputs, train_options(launch={**SHARED, "sharding": "fsdp2"}))

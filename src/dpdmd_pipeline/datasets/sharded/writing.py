@@ -32,7 +32,7 @@ from dpdmd_pipeline.datasets.sharded.files import (
     write_shard,
 )
 from dpdmd_pipeline.publishing import Folders, folder_size, locked, publish, recover, sha256, writing
-from dpdmd_pipeline.wording import counted, differences, unused
+from dpdmd_pipeline.wording import counted, differences, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _log_shards(data: LazyShards, folders: Folders, reports: Iterator[dict[str, 
         record, shards = read_manifest(folder), len([*folder.glob("*.safetensors")])
         if record and record["fingerprint"] != data.fingerprint and shards:
             changes = [*differences(record["manifest"], data.manifest)]
-            line = unused(f"{folder} with {counted(shards, 'shard')}", folder_size(folder), changes)
+            line = reuse_refusal(f"{folder} with {counted(shards, 'shard')}", folder_size(folder), changes)
             log.warning("%s: %s", folders.published.name, line)
     numbers = {name: number for number, name in enumerate(data.shards, start=1)}
     for report in reports:

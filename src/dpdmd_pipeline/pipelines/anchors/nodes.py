@@ -1,5 +1,7 @@
 """Nodes of the anchors stage."""
 
+import hashlib
+import heapq
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -9,19 +11,30 @@ from typing import Any
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
+from dpdmd_pipeline.pipelines.anchors.shards import load_teacher, make_shards
 from dpdmd_pipeline.planning.checks import anchor_steps
+from dpdmd_pipeline.planning.cost import anchored_prompts
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
+from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 
 log = logging.getLogger(__name__)
 
-IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype"}  # of BackboneOptions
+IN_THE_ANCHORS = {"family", "resolution", "num_steps", "guidance_scale", "dtype", "teacher_dtype"}  # of BackboneOptions
 
 
 def make_anchors(
-    prompts: Iterable[dict], embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorRecipe
+    prompts: Iterable[dict],
+    embeddings: Any,
+    teacher: Path,
+    backbone: BackboneOptions,
+    options: AnchorRecipe,
+    train: TrainOptions,
 ) -> LazyShards:
-    """Run the guided teacher K steps from seeded noise for every training prompt; cache seeds and latents."""
+    """Run the guided teacher K steps from seeded noise for the training prompts; cache seeds and latents.
+
+    If the students draw fewer samples than there are training prompts, as many prompts get one anchor each.
+    """
     check_embeddings(embeddings, prompts, teacher)
     rows = [row for row, record in enumerate(prompts) if record["train"]]
     manifest = make_manifest(rows, embeddings, teacher, backbone, options)
@@ -29,10 +42,25 @@ def make_anchors(
         log.info("anchors: online, computed in each cycle")
         shards = {}
     else:
-        load = LastLoaded(partial(_load_teacher, embeddings, teacher, backbone, options, manifest["anchor_steps"]))
-        shards = _shards(load, rows, options)
-    identity = fingerprint(manifest, code_hash("pipelines.anchors.nodes", f"backbones.{backbone.family}"))
+        count, seeds_per_prompt = anchored_prompts(len(rows), options, train)
+        if count < len(rows):
+            log.info("anchors: of %d prompts of %d, training draws no more samples", count, len(rows))
+            rows = _choose(prompts, count, options.seed)
+        manifest["anchored_prompts"] = count
+        load = LastLoaded(partial(load_teacher, embeddings, teacher, backbone, options, manifest["anchor_steps"]))
+        shards = make_shards(load, rows * seeds_per_prompt, options)  # prompts alternate within a shard
+    identity = fingerprint(manifest, code_hash("pipelines.anchors.shards", f"backbones.{backbone.family}"))
     return LazyShards(shards, identity, manifest, options.launch.of_shards(identity[:16], options.device))
+
+
+def _choose(prompts: Iterable[dict], count: int, seed: int) -> list[int]:
+    """Rows of some training prompts, by a hash of their texts: other prompts change few of them."""
+    keys = (
+        (hashlib.sha256(f"{seed}/{record['text']}".encode()).digest(), row)
+        for row, record in enumerate(prompts)
+        if record["train"]
+    )
+    return sorted(row for _, row in heapq.nsmallest(count, keys))
 
 
 def make_manifest(
@@ -55,47 +83,3 @@ def make_manifest(
         "anchor_steps": steps,
         "anchor_sigmas": [sigmas[step] for step in steps],
     }
-
-
-def _shards(load: LastLoaded, rows: list[int], options: AnchorRecipe) -> dict[str, Any]:
-    """Make one thunk per shard; the first one loads the teacher. Prompts alternate within a shard."""
-    from dpdmd_pipeline.dpdmd.sampling import sample_seeds
-
-    samples = rows * options.seeds_per_prompt
-    seeds = sample_seeds(options.seed, "anchors", 0, len(samples))
-    shards = {}
-    for start in range(0, len(samples), options.shard_size):
-        shard = slice(start, start + options.shard_size)
-        shards[f"{len(shards):05d}"] = partial(_shard, load, samples[shard], seeds[shard], options)
-    return shards
-
-
-def _load_teacher(
-    embeddings: Any, teacher: Path, backbone: BackboneOptions, options: AnchorRecipe, anchor_steps: list[int]
-) -> Any:
-    """Load the teacher as a function of prompts and seeds."""
-    from dpdmd_pipeline.training.anchors import TeacherAnchors
-
-    model = backbone.load(teacher, options.device)
-    return TeacherAnchors(
-        model,
-        model.load_model(),
-        embeddings,
-        num_steps=backbone.num_steps,
-        guidance_scale=backbone.guidance_scale,
-        anchor_steps=anchor_steps,
-        with_denoised=options.with_denoised,
-    )
-
-
-def _shard(load: LastLoaded, prompts: list[int], seeds: list[int], options: AnchorRecipe) -> dict[str, Any]:
-    """Compute one shard: prompt, seed, and the anchors in the dtype of the cache."""
-    import torch
-
-    teacher, batches = load(), []
-    for start in range(0, len(prompts), options.batch_size):
-        chunk = slice(start, start + options.batch_size)
-        batches.append(teacher(prompts[chunk], seeds[chunk]))
-    dtype = getattr(torch, options.dtype)
-    latents = {name: torch.cat([batch[name] for batch in batches]).to(dtype) for name in batches[0]}
-    return {"prompt": torch.tensor(prompts), "seed": torch.tensor(seeds), **latents}

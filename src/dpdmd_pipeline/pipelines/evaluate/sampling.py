@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, late_landing, resolve_device
+from dpdmd_pipeline.backbones.options import BackboneOptions, PromptNoise, TeacherStart, resolve_device
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, STARTED
@@ -38,8 +38,7 @@ def sample_images(
     headers = {name: load_header(folder) for name, folder in folders.items() if folder}
     evaluations = {"teacher": backbone.evaluations, **{name: header.num_steps for name, header in headers.items()}}
     if start:
-        if line := late_landing(start, evaluations[STARTED]):
-            raise ValueError(f"evaluate.{line}")
+        start.check_landing(evaluations[STARTED])
         evaluations[STARTED] += start.evaluations(backbone.guidance_scale) - start.landing
     manifest = {
         "models": {name: folder_hash(folder or teacher) for name, folder in folders.items()},
@@ -110,7 +109,7 @@ def _load_model(
     model = backbone.load(teacher, options.device)
     uncond = {name: value.to(model.device) for name, value in embeddings.rows([len(embeddings) - 1]).items()}
     if folder is None:
-        sampler = _teacher_sampler(model, uncond, backbone)
+        sampler = _teacher_sampler(backbone.load_teacher(teacher, options.device), uncond, backbone)
     else:
         sampler = _student_sampler(model, folder, backbone, uncond, start)
     return partial(_draw, model, sampler, embeddings, options)
@@ -156,18 +155,12 @@ def _student_sampler(
     model: Any, folder: Path, backbone: BackboneOptions, uncond: dict[str, Any], options: StartOptions | None
 ) -> Callable:
     """Function from conditioning and seeds to clean latents, as the student's file describes its steps."""
-    from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
-    from dpdmd_pipeline.exporting.sample import OpenStudent, draw_latents
+    from dpdmd_pipeline.exporting.sample import draw_latents, load_onto
     from dpdmd_pipeline.exporting.starts import noise_the_prompt, start_with_teacher
 
-    header = load_header(folder)
-    check_prediction(folder, header, model.prediction, model.folder)
-    network = model.load_model().requires_grad_(False).eval()
-    load_weights(folder, network, backbone.family)
-    student = OpenStudent(header, model, network, model.student_schedule(header.grid, header.num_steps))
-    start = None
+    student, start = load_onto(model, folder), None
     if isinstance(options, PromptNoise):
-        start = noise_the_prompt(model, network, student.levels, options)
+        start = noise_the_prompt(model, student.network, student.levels, options)
     elif options:
         teacher = model.load_model().requires_grad_(False).eval()
         start = start_with_teacher(model, teacher, uncond, student.levels, options, backbone.guidance_scale)

@@ -18,7 +18,7 @@ def export_student(
     metrics: dict,
     backbone: BackboneOptions,
     options: ExportOptions,
-    environment: str,
+    run_arguments: str,
 ) -> Callable[[Path], None]:
     """Check the student against the teacher; returns a function that writes every form and the card into a folder."""
     from dpdmd_pipeline.exporting.formats import Export, read_student
@@ -30,7 +30,7 @@ def export_student(
         student=loaded,
         teacher=teacher,
         metrics=_own_metrics(metrics, student),
-        measure=stage_command("evaluate,export", environment),
+        measure=stage_command("evaluate,export", run_arguments),
         **options.model_dump(include={"title", "formats", "dtype"}),
         **_origin(teacher, options),
     )

@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -37,11 +37,7 @@ class Survey:
     numbers: np.ndarray  # line numbers of the others, [n]
     hashes: np.ndarray  # of their clean texts, uint64 [n]
     first: np.ndarray  # index, among the n, of the first line with the same text, [n]
-
-    @property
-    def is_first(self) -> np.ndarray:
-        """True for each of the n lines that is kept, bool [n]."""
-        return self.first == np.arange(len(self.first))
+    kept: np.ndarray  # True for the lines that become prompts, bool [n]
 
     def texts(self) -> Iterator[str]:
         """Read the n clean texts again."""
@@ -49,12 +45,16 @@ class Survey:
 
     def dropped(self) -> Iterator[dict[str, Any]]:
         """Every dropped line with the reason, in the order of the file."""
-        repeated = np.flatnonzero(~self.is_first)
+        repeated = np.flatnonzero(self._repeated)
         numbers = np.concatenate([self.empty, self.numbers[repeated]])
         originals = np.concatenate([np.zeros_like(self.empty), self.numbers[self.first[repeated]]])
         for index in np.argsort(numbers):
             reason = f"repeats line {originals[index]}" if originals[index] else "empty"
             yield {"file": self.file.path.name, "line": int(numbers[index]), "reason": reason}
+
+    @property
+    def _repeated(self) -> np.ndarray:
+        return self.first != np.arange(len(self.first))
 
     def report(self) -> dict[str, Any]:
         """Counts, and the first MAX_LISTED dropped lines."""
@@ -62,9 +62,10 @@ class Survey:
             "file": self.file.path.name,
             "numbered_list": self.file.is_numbered_list(),
             "lines": self.num_lines,
-            "kept": int(self.is_first.sum()),
+            "kept": int(self.kept.sum()),
             "empty": len(self.empty),
-            "repeated": int((~self.is_first).sum()),
+            "repeated": int(self._repeated.sum()),
+            "not_taken": int((~self.kept & ~self._repeated).sum()),
             "dropped": list(islice(self.dropped(), MAX_LISTED)),
         }
 
@@ -85,7 +86,24 @@ def survey(file: PromptFile) -> Survey:
         raise ValueError(f"prompt file {file.path} has no prompt: its {num_lines} lines are blank")
     codes = np.array(hashes, dtype=np.uint64)
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first[inverse])
+    first = first[inverse]
+    kept = first == np.arange(len(first))
+    return Survey(file, num_lines, np.array(empty, np.int64), np.array(numbers, np.int64), codes, first, kept)
+
+
+def take(result: Survey, count: int, seed: int) -> Survey:
+    """Keep `count` of the prompts, chosen by a hash of text and seed: a file that grows changes few of them."""
+    rows = np.flatnonzero(result.kept)
+    if count > len(rows):
+        raise ValueError(
+            f"prompts.take={count}, but {result.file.path} has {len(rows)} different prompts: give at most as many, "
+            "or null for all"
+        )
+    # `split_by_hash` reads the hash's high bits; those of the product follow from all lower ones.
+    order = (result.hashes[rows] ^ np.uint64(_hash(str(seed)))) * np.uint64(0x9E3779B97F4A7C15)
+    kept = np.zeros_like(result.kept)
+    kept[rows[np.argpartition(order, count - 1)[:count]]] = True
+    return replace(result, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -114,15 +132,15 @@ class CleanPrompts:
 def split_by_files(train: Survey, evaluation: Survey) -> CleanPrompts:
     """Take training prompts, then the other evaluation prompts; a text in both files has both uses."""
     shared = np.isin(train.hashes, evaluation.hashes)
-    new = evaluation.is_first & ~np.isin(evaluation.hashes, train.hashes)
-    trained = np.stack([train.is_first, np.ones_like(shared), shared])
+    new = evaluation.kept & ~np.isin(evaluation.hashes, train.hashes[train.kept])
+    trained = np.stack([train.kept, np.ones_like(shared), shared])
     return CleanPrompts([(train, trained), (evaluation, np.stack([new, np.zeros_like(new), np.ones_like(new)]))])
 
 
 def split_by_hash(train: Survey, share: float) -> CleanPrompts:
     """Assign about `share` of the prompts to evaluation, the others to training; a text's use never changes."""
     evaluate = train.hashes < np.uint64(share * 2**64)
-    prompts = CleanPrompts([(train, np.stack([train.is_first, ~evaluate, evaluate]))])
+    prompts = CleanPrompts([(train, np.stack([train.kept, ~evaluate, evaluate]))])
     counts = prompts.count()
     for use in ("train", "eval"):
         if not counts[use]:

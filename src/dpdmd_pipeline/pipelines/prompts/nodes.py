@@ -10,7 +10,7 @@ from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.datasets.sharded import LastLoaded, LazyShards, fingerprint
 from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey
+from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_files, split_by_hash, survey, take
 from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.planning.identity import code_hash, text_side_hash, texts_digest
@@ -30,12 +30,9 @@ def clean_prompts(
         Unique records {"text": str, "train": bool, "eval": bool}, and a report: `counts`, and for each file its
         counts and the first 1,000 dropped lines.
     """
-    if options.launch.machines > 1:
-        raise ValueError(
-            f"prompts.launch.machines={options.launch.machines}: each machine would write the same file of prompts. "
-            "Run the node clean_prompts on one with machines=1, then encode_prompts on all"
-        )
     surveys = [survey(raw_prompts)]
+    if options.take is not None:
+        surveys = [take(*surveys, options.take, options.seed)]
     if options.eval_share is None:
         surveys.append(survey(raw_eval_prompts))
         prompts = split_by_files(*surveys)
@@ -51,12 +48,14 @@ def _log_survey(report: dict[str, Any]) -> None:
     name, lines = report["file"], report["lines"]
     if report["numbered_list"]:
         log.info("prompts: %s is a numbered list, its numbers are removed", name)
+    if report["not_taken"]:
+        log.info("prompts: %d of %d prompts of %s taken", report["kept"], report["kept"] + report["not_taken"], name)
     if report["dropped"]:
         log.warning(
             "prompts: %s: %d of %d lines kept, %d empty and %d repeated dropped (line by line in prompts_report)",
             *(report[key] for key in ("file", "kept", "lines", "empty", "repeated")),
         )
-    else:
+    elif not report["not_taken"]:
         log.info("prompts: %s: all %d lines kept", name, lines)
 
 

@@ -50,10 +50,11 @@ def _cut_strips(model: str, grid: Any, num_prompts: int, options: ReportOptions)
         )
     height = grid.height // num_prompts
     rows = range(min(num_prompts, options.max_prompts))
-    return [_data_uri(grid.crop((0, row * height, grid.width, (row + 1) * height)), options) for row in rows]
+    return [data_uri(grid.crop((0, row * height, grid.width, (row + 1) * height)), options) for row in rows]
 
 
-def _data_uri(image: Any, options: ReportOptions) -> str:
+def data_uri(image: Any, options: ReportOptions) -> str:
+    """A picture as a data URI of a PNG, no wider than the page shows it."""
     from PIL import Image
 
     if image.width > options.max_strip_width:

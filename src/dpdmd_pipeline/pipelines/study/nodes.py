@@ -6,9 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple, TypeVar
-
-from pydantic import ValidationError
+from typing import Any, NamedTuple
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.errors import StageError
@@ -18,12 +16,10 @@ from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.study.options import RunOptions, StudyOptions
 from dpdmd_pipeline.pipelines.study.students import Judge, Student, judge_student, make_all
 from dpdmd_pipeline.pipelines.train.nodes import train_student
-from dpdmd_pipeline.planning.checks import check_anchors, check_optimizers
+from dpdmd_pipeline.planning.checks import changed_options, check_anchors, check_optimizers
 from dpdmd_pipeline.planning.identity import student_identity
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
-
-Options = TypeVar("Options", TrainOptions, AnchorRecipe)
 
 SHOWN = {  # metrics of the table, with their kind
     "valid": "quality",
@@ -102,11 +98,11 @@ class _Run(NamedTuple):
 
 def _change(run: _Run, changes: RunOptions) -> _Run:
     """Apply changes and check the recipe; anchors that the cache lacks are drawn in every cycle."""
-    run = run._replace(options=_with_changes(run.options, changes.train))
+    options, anchor_options = changed_options(run.options, run.anchor_options, changes)
+    run = run._replace(options=options, anchor_options=anchor_options)
     if changes.anchors:
-        anchor_options = _with_changes(run.anchor_options, _anchor_changes(changes))
-        anchors = make_anchors(run.prompts, run.embeddings, run.teacher, run.backbone, anchor_options)
-        run = run._replace(anchors=anchors, anchor_options=anchor_options)
+        inputs = run.prompts, run.embeddings, run.teacher, run.backbone
+        run = run._replace(anchors=make_anchors(*inputs, anchor_options, options))
     check_optimizers(run.options)
     check_anchors(run.anchors, run.rows(), run.embeddings, run.teacher, run.backbone, run.anchor_options, run.options)
     return run
@@ -123,11 +119,6 @@ def _naming(run: str) -> Iterator[None]:
         raise ValueError(f"runs.{run}: {error}") from error
 
 
-def _anchor_changes(run: RunOptions) -> dict[str, Any]:
-    """Changes of the anchors; own anchors are drawn online, which alone changes a student."""
-    return {"mode": "online", **run.anchors} if run.anchors else {}
-
-
 def _record(changes: RunOptions, run: _Run) -> dict[str, Any]:
     """Changes of a run for study.json, and its network evaluations for a picture."""
     evaluations = run.options.num_steps
@@ -135,7 +126,7 @@ def _record(changes: RunOptions, run: _Run) -> dict[str, Any]:
         evaluations += start.evaluations(run.backbone.guidance_scale) - start.landing
     record = {
         "train": changes.train,
-        "anchors": _anchor_changes(changes),
+        "anchors": changes.anchors and {"mode": "online", **changes.anchors},
         **changes.model_dump(include={"teacher_start", "prompt_noise"}, exclude_none=True),
         "baseline": changes.baseline,
         "evaluations": evaluations,
@@ -152,20 +143,6 @@ def _make(
     identity = student_identity(run.options.recipe(), run.backbone, run.anchors, run.rows())
     judged = judge_student(partial(train_student, *run), judge, identity, changes[name].start)
     return {"run": name, "seed": seed, **judged}
-
-
-def _with_changes(options: Options, changes: dict[str, Any]) -> Options:
-    """Copy options with some changes; an error names the invalid ones."""
-    try:
-        return type(options)(**{**options.model_dump(), **changes})
-    except ValidationError as error:
-        raise ValueError("; ".join(map(_reason, error.errors()))) from error
-
-
-def _reason(fault: dict[str, Any]) -> str:
-    """pydantic's message, with option and value unless it is about a combination of options."""
-    words = fault["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(map(str, fault['loc']))}={fault['input']!r}: {words}" if fault["loc"] else words
 
 
 def summarise(study: dict[str, Any]) -> dict[str, dict[str, list]]:

@@ -12,12 +12,13 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.pipelines.train.progress import follow, method_name
 from dpdmd_pipeline.pipelines.train.setup import Job, start
-from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed
-from dpdmd_pipeline.planning.identity import check_embeddings, open_state, state_folder, student_identity
+from dpdmd_pipeline.planning.checks import check_anchors, check_backbone, check_speed, check_start
+from dpdmd_pipeline.planning.identity import check_embeddings, open_state, recipe_facts, state_folder, student_identity
 from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import differences, unused
+from dpdmd_pipeline.wording import differences, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +55,29 @@ def train_student(
     if finished_student and (trained := _reuse(finished_student, identity, recipe, groups if is_new else None)):
         return trained
     check_speed(teacher, options)
+    check_start(teacher, backbone, recipe)
     from dpdmd_pipeline.training.checkpoint import Checkpoints
 
     decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
     folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
     checkpoints = Checkpoints(folder, options.keep_last)
+    options = _fitted(options, teacher, backbone)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
-    state = _train(job, recipe)
+    records = _train(job, recipe)
     header = _make_header(backbone.load(teacher, "cpu"), backbone, recipe, identity, groups)
-    keys = dict.fromkeys(key for row in state["history"] for key in row)
-    history = [{**keys, **row} for row in state["history"]]  # None for values that were not measured in that cycle
-    return partial(_write_student, job=job, weights=state["student"], header=header, history=history), history
+    keys = dict.fromkeys(key for row in records for key in row)
+    history = [{**keys, **row} for row in records]  # None for values that were not measured in that cycle
+    return partial(_write_student, job=job, header=header, history=history), history
+
+
+def _fitted(options: TrainOptions, teacher: Path, backbone: BackboneOptions) -> TrainOptions:
+    """Options whose micro-batches of `auto` are numbers that fit on the card, if there is one to plan for."""
+    from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
+    from dpdmd_pipeline.planning.memory import memory_model
+
+    if options.is_automatic and (free := planned_memory(options)):
+        return with_micro_batches(memory_model(teacher, backbone), options, free)
+    return options
 
 
 def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -> dict[str, dict[str, Any]]:
@@ -72,7 +85,7 @@ def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -
     return {
         "backbone": backbone.model_dump(mode="json"),
         "anchors": anchors.model_dump(mode="json", exclude=NOT_IN_THE_RESULT),
-        "train": recipe.model_dump(mode="json"),
+        "train": recipe_facts(recipe),
     }
 
 
@@ -92,7 +105,7 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: Mappin
             if header.identity != identity and groups:
                 changes = [*differences(header.recipe or {}, groups)]
                 state = f"the finished student in {finished_student}"
-                line = unused(state, folder_size(finished_student), changes, "anchors or code")
+                line = reuse_refusal(state, folder_size(finished_student), changes, "anchors or code")
                 log.warning("%s: %s", method_name(recipe), line)
         return None
     check_content(weight_file(finished_student))
@@ -100,34 +113,35 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: Mappin
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
 
 
-def _train(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """Train to the end, from the newest checkpoint if there is one; returns the finished state, mapped from its file.
+def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
+    """Train to the end, from the newest checkpoint if there is one; returns the records of all cycles.
 
     No network outlives the training, and a process that only starts others loads none.
     """
     import torch
 
     from dpdmd_pipeline.planning.gpu import explain_out_of_memory
+    from dpdmd_pipeline.training.tracking import tracked
 
     name, checkpoints = method_name(recipe), job.checkpoints
     several = job.options.launch.total > 1  # then one of the processes locks the checkpoints
     with nullcontext() if several else checkpoints.locked():
-        resumed = checkpoints.load_latest()
-        cycles = resumed[0] if resumed else 0
+        cycles = checkpoints.latest()
         if cycles == recipe.max_steps:
             log.info("%s: finished student reused from %s", name, checkpoints.folder)
-            return resumed[1]
-        if cycles:
+        elif cycles:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
-        try:
-            records = train_in_processes(job) if several else start(job, resumed)[1]
-            follow(records, cycles, recipe, job.options.log_every)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
-        if job.options.compile != "none":
-            gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU
-        if finished := checkpoints.load_latest():
-            return finished[1]
+        if cycles < recipe.max_steps:
+            try:
+                records = train_in_processes(job) if several else start(job)[1]
+                with tracked(name, checkpoints.folder, job.options) as track:
+                    follow(records, cycles, recipe, job.options.log_every, track)
+            except torch.OutOfMemoryError as error:
+                raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
+            if job.options.compile != "none":
+                gc.collect()  # compiled blocks are in cycles, which would keep the networks on the GPU
+        if finished := checkpoints.load_latest(lambda *_: None):
+            return finished[1]["history"]
     raise ValueError(
         f"training has ended, but {checkpoints.folder} has no complete state: was it deleted, or is its disk faulty? "
         "Run the same command again"
@@ -160,8 +174,8 @@ def _make_header(
     return StudentHeader(**facts)
 
 
-def _write_student(folder: Path, job: Job, weights: dict[str, Any], header: Any, history: list[dict[str, Any]]) -> None:
-    """Write a finished state's student into a folder, whole or as its adapter, with its history."""
+def _write_student(folder: Path, job: Job, header: Any, history: list[dict[str, Any]]) -> None:
+    """Write the finished student into a folder, whole or as its adapter, with its history; no GPU is used."""
     import torch
 
     from dpdmd_pipeline.backbones.student_file import save_history, save_lora, save_student
@@ -171,12 +185,15 @@ def _write_student(folder: Path, job: Job, weights: dict[str, Any], header: Any,
     backbone = weightless(job.backbone.load(job.teacher, "cpu"), job.teacher)
     with torch.device("meta"):
         student = make_roles(backbone, job.options.recipe(), gradient_checkpointing=False, sharded=False).student
-    student.load_state_dict(weights, assign=True)
+    _, state = job.checkpoints.load_latest()
+    student.load_state_dict(state["student"], assign=True)
     if header.kind == "lora":
         save_lora(folder, student.adapter_state(), header)
     else:
         save_student(folder, student, header)
     save_history(folder, history)
+    with suppress(FileNotFoundError):  # a training without previews
+        shutil.copytree(job.checkpoints.folder / PREVIEWS, folder / PREVIEWS)
 
 
 def train_in_processes(job: Job) -> Iterator[dict]:
@@ -194,7 +211,7 @@ def train_share(job: Job, member: Any) -> bool:
     # The writing process holds the lock: it outlives a killed parent until its cycle is done.
     with job.checkpoints.locked() if member.rank == 0 else nullcontext():
         member.wait_for_all()
-        with closing(start(job, job.checkpoints.load_latest())[1]) as records:  # saves if the loop stops early
+        with closing(start(job)[1]) as records:  # saves if the loop stops early
             if member.asked_to_stop():
                 return False
             for record in records:
@@ -225,6 +242,6 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
                 axis.plot(*zip(*points, strict=True), label=name, color=color)
         if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
             axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
-        axis.set(title=title, xlabel="student turns", yscale="linear" if teacher else "log")
+        axis.set(title=title, xlabel="cycles", yscale="linear" if teacher else "log")
         axis.legend()
     return figure

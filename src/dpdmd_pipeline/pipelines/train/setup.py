@@ -30,25 +30,37 @@ class Job:
     checkpoints: Checkpoints
 
 
-def start(job: Job, resumed: tuple[int, dict] | None) -> tuple[Any, Iterator[dict]]:
+def start(job: Job) -> tuple[Any, Iterator[dict]]:
     """Roles, and the records of the new cycles; training happens while these are consumed."""
+    from dpdmd_pipeline.backbones.start import load_start
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
     from dpdmd_pipeline.training.run import TrainingData
 
-    backbone, options = job.backbone, job.options
+    backbone, options, execution = job.backbone, job.options, job.options.execution().fitted_to(job.options.batch_size)
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
-    roles = make_roles(model, recipe, gradient_checkpointing=options.gradient_checkpointing, sharded=options.sharded)
+    of_teacher = backbone.load_teacher(job.teacher, options.device) if recipe.roles == "full" else model
+    # A checkpoint replaces all trained weights
+    path = None if job.checkpoints.latest() else recipe.start_from
+    roles = make_roles(
+        model,
+        recipe,
+        gradient_checkpointing=options.gradient_checkpointing,
+        sharded=options.sharded,
+        of_teacher=of_teacher,
+        start=load_start(Path(path), model, backbone.family) if path else None,
+    )
     levels = model.schedule(backbone.num_steps)
     data = TrainingData(
         embeddings=job.embeddings,
         prompts=job.rows,
-        draw_anchors=_draw_anchors(job, model, roles.teacher),
+        draw_anchors=_draw_anchors(job, of_teacher, roles.teacher),
         anchor_levels=[levels[steps] for steps in job.anchors.manifest["anchor_steps"][: options.anchored_steps]],
         teacher_levels=levels,
         guidance_scale=backbone.guidance_scale,
+        of_teacher=of_teacher,
     )
-    return roles, distill(model, roles, data, recipe, job.checkpoints, resumed, options.execution())
+    return roles, distill(model, roles, data, recipe, job.checkpoints, execution)
 
 
 def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:

@@ -1,0 +1,64 @@
+"""Launchers (torchrun, accelerate launch, srun) and machines of a run, which starts its processes itself.
+
+On each machine, the launcher's first process goes on and starts the others anew; the launcher's own others end at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+
+# accelerate reads these, and would wait for processes that have ended
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
+
+
+class Launcher(NamedTuple):
+    """Processes that a launcher has started, this one among them."""
+
+    source: str  # what it has set
+    local_rank: int
+    processes: int  # on each machine
+    machines: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Launcher:
+        """Read torchrun's variables, or those of a Slurm step; without any, this process is alone."""
+        if "WORLD_SIZE" not in environment and (tasks := environment.get("SLURM_STEP_NUM_TASKS")):
+            machines = int(environment["SLURM_STEP_NUM_NODES"])
+            return cls(f"srun: {tasks} tasks", int(environment["SLURM_LOCALID"]), int(tasks) // machines, machines)
+        size, processes = environment.get("WORLD_SIZE", "1"), int(environment.get("LOCAL_WORLD_SIZE", 1))
+        return cls(f"WORLD_SIZE={size}", int(environment.get("LOCAL_RANK", 0)), processes, int(size) // processes)
+
+    def refused(self, launches: Mapping[str, LaunchOptions]) -> str | None:
+        """The line for a run without a stage that fits the launcher; None if there is one, or this process is alone."""
+
+        def fits(processes: int, machines: int) -> bool:
+            return self.processes in (1, processes) and self.machines in (1, machines)
+
+        shapes = {group: (one.processes, one.machines) for group, one in launches.items()}
+        if any(fits(*shape) for shape in [(1, 1), *shapes.values()]):
+            return None
+        found = ", ".join(f"{group}.launch has {shape[0]} on {shape[1]}" for group, shape in shapes.items())
+        return (
+            f"{self.source}, {self.processes} processes on each of {self.machines} machines: no stage of this run has "
+            f"as many ({found}); add --params train.launch.processes={self.processes},train.launch.machines="
+            f"{self.machines}, or start it once on each machine"
+        )
+
+
+def launches_of(pipeline: Any, catalog: Any) -> dict[str, LaunchOptions]:
+    """The option `launch` of each stage of a run, by parameter group."""
+    groups = sorted(name.partition(":")[2] for name in pipeline.inputs() if name.startswith("params:"))
+    options = {group: catalog.get(f"params:{group}").load() for group in groups}
+    return {group: stage.launch for group, stage in options.items() if hasattr(stage, "launch")}
+
+
+def rendezvous_of(launches: Mapping[str, LaunchOptions]) -> tuple[str, int] | None:
+    """Rendezvous and number of the machines of a run; None for one machine, a ValueError if stages disagree."""
+    several = {group: (one.rendezvous, one.machines) for group, one in launches.items() if one.machines > 1}
+    if len(set(several.values())) > 1:
+        found = ", ".join(f"{group}.launch: machines={n}, rendezvous={name}" for group, (name, n) in several.items())
+        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {found}")
+    return next(iter(several.values()), None)
