@@ -1,18 +1,22 @@
 """Costs of stages in words and counts; tests/pipelines/train/test_environments.py holds them to whole runs."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
-from tests.pipelines.conftest import anchor_options, train_options
+from kedro.runner import SequentialRunner
+from tests.pipelines.conftest import ONE, anchor_options, train_options
 from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFileDataset
 from dpdmd_pipeline.errors import StageError
+from dpdmd_pipeline.pipelines import anchors, prompts
+from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.planning.cost import Passes, anchored_prompts
-from dpdmd_pipeline.planning.plan import Counts, Plan, _check_draws, _most_prompts
+from dpdmd_pipeline.planning.plan import Counts, Plan, _check_draws, _most_prompts, _written_prompts
 from dpdmd_pipeline.planning.stages import StageCost, describe_stages, matmul_rate
 
 COSTS = [StageCost("prompts", Passes(), 27 * 2**30), StageCost("anchors", Passes(80_000), 2**30)]
@@ -71,10 +75,33 @@ def test_anchors_of_fewer_prompts_than_training_draws_are_refused_with_both_numb
     ],
 )
 def test_prompts_are_counted_before_they_are_cleaned(tmp_path, options, counts):
-    files = {"raw_prompts": "a\nb\n\nc\nd\n", "raw_eval_prompts": "e\nf\n"}
-    catalog = DataCatalog({"params:prompts": MemoryDataset(options)})
-    for name, text in files.items():
-        (tmp_path / f"{name}.txt").write_text(text)
-        catalog[name] = PromptFileDataset(filepath=str(tmp_path / f"{name}.txt"))
-    cleaning = Pipeline([Node(lambda *files: None, list(files), "prompts", name="clean_prompts")])
+    catalog = raw_files(tmp_path, options)
+    cleaning = Pipeline([Node(lambda *files: None, list(RAW), "prompts", name="clean_prompts")])
     assert _most_prompts(cleaning, catalog) == counts
+
+
+RAW = {"raw_prompts": "a\nb\n\nc\nd\n", "raw_eval_prompts": "e\nf\n"}
+
+
+def raw_files(folder, options) -> DataCatalog:
+    catalog = DataCatalog({"params:prompts": MemoryDataset(options)})
+    for name, text in RAW.items():
+        (folder / f"{name}.txt").write_text(text)
+        os.utime(folder / f"{name}.txt", (0, 0))
+        catalog[name] = PromptFileDataset(filepath=str(folder / f"{name}.txt"))
+    catalog["prompts"] = PromptFileDataset(filepath=str(folder / "prompts.jsonl"))
+    catalog["prompts_report"] = MemoryDataset()
+    return catalog
+
+
+def test_prompts_on_the_disk_count_only_if_they_are_this_runs_choice(tmp_path):
+    line, all_of_them = prompts.create_pipeline(), {"take": None, "seed": 0, "eval_share": None}
+    catalog = raw_files(tmp_path, all_of_them)
+    others = {"batch_size": 1, "shard_size": 1, "device": "cpu", "launch": ONE}
+    catalog["params:prompts"] = MemoryDataset(PromptsOptions(**all_of_them, **others))
+    SequentialRunner().run(line.only_nodes("clean_prompts"), catalog)
+    assert _written_prompts(line, catalog).counts == (6, 4, 2)
+    for other in ({"take": 3}, {"seed": 1}, {"eval_share": 0.5}):
+        catalog["params:prompts"] = MemoryDataset(all_of_them | other)
+        assert _written_prompts(line, catalog) is None
+        assert _written_prompts(anchors.create_pipeline(), catalog).counts == (6, 4, 2)  # not cleaned by this run
