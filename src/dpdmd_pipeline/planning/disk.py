@@ -23,7 +23,7 @@ from dpdmd_pipeline.training.options import TrainOptions
 log = logging.getLogger(__name__)
 
 SMALLER = {
-    "embeddings": "half as many prompts (prompts.take)",
+    "embeddings": "prompts.take with half as many prompts",
     "anchors": "half the anchors.seeds_per_prompt",
     "images": "half the evaluate.images_per_prompt",
     "pictures": "half the evaluate.images_per_prompt",
