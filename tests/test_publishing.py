@@ -1,6 +1,7 @@
 """Files and folders are replaced as a whole, one writer at a time, with the usual modes."""
 
 import errno
+import hashlib
 import os
 import stat
 import subprocess
@@ -22,6 +23,7 @@ from dpdmd_pipeline.publishing import (
     publish,
     recover,
     replacing,
+    sha256,
     write_atomically,
     write_text,
     writing,
@@ -176,3 +178,15 @@ def test_an_error_of_the_system_names_the_path_and_a_remedy(number, remedy):
     ):
         raise OSError(number, os.strerror(number))
     assert caught.value.errno == number
+
+
+def test_a_process_hashes_a_file_once_unless_it_changes(tmp_path, monkeypatch):
+    path, moved, reads, digest = tmp_path / "x", tmp_path / "y", [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: reads.append(1) or digest(*args))
+    path.write_bytes(b"a")
+    before = [sha256(path), sha256(path)]  # too new: a change within the clock's tick would not be seen
+    os.utime(path, (1, 1))
+    assert {*before, sha256(path), sha256(path), sha256(path.rename(moved))} == {hashlib.sha256(b"a").hexdigest()}
+    assert len(reads) == 3
+    moved.write_bytes(b"b")
+    assert sha256(moved) == hashlib.sha256(b"b").hexdigest()

@@ -12,7 +12,15 @@ from ..header import StudentHeader, read_header
 from ..schedules import Levels
 
 _ATTACHMENT = "dpdmd"  # the header's name in a model; attachments survive clones and LoRAs
-_FAMILIES = {"SD3": "sd3", "SDXL": "sdxl", "Sana": "sana"}  # ComfyUI's class of a model -> the header's word
+# ComfyUI's class of a model -> the header's word
+_FAMILIES = {
+    "SD3": "sd3",
+    "SDXL": "sdxl",
+    "Sana": "sana",
+    "Lumina2": "z_image",
+    "QwenImage": "qwen_image",
+    "Flux2": "flux2_klein",
+}
 
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:

@@ -18,7 +18,7 @@ from kedro.framework.hooks import hook_impl
 
 from dpdmd_pipeline.planning import files, options
 from dpdmd_pipeline.planning.judging import option
-from dpdmd_pipeline.planning.launcher import Launcher, launches_of, rendezvous_of
+from dpdmd_pipeline.planning.launcher import VARIABLES, Launcher, launches_of, rendezvous_of
 from dpdmd_pipeline.planning.messages import error_line, run_arguments
 from dpdmd_pipeline.wording import one_line
 
@@ -74,6 +74,8 @@ class ConfigHooks:
         """Wait for the run's other machines; a machine other than the first only helps, and ends with the run."""
         try:
             _refuse([Launcher.of(os.environ).refused(launches)])
+            for name in VARIABLES:
+                os.environ.pop(name, None)
             if several := rendezvous_of(launches):
                 from dpdmd_pipeline.training.launch import meet_or_help
 

@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,6 +207,9 @@ def _delete(folder: Path) -> None:
 
 # ---- contents and modes
 
+_HASHES: dict[tuple[int, ...], str] = {}  # by device, inode, size and time of the last change
+_TICK = 10**9  # nanoseconds; file systems store the time of a change more coarsely than they show it
+
 
 def sync(path: Path) -> None:
     """Flush a file, or the list of names in a folder, to the disk."""
@@ -222,9 +226,16 @@ def folder_size(folder: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file's content, hexadecimal. A process reads a file once, unless it changes."""
+    status = path.stat()
+    key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if key not in _HASHES:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if time.time_ns() - status.st_mtime_ns < _TICK:  # the next change may get the same time
+            return digest
+        _HASHES[key] = digest
+    return _HASHES[key]
 
 
 def files_hash(folder: Path, paths: Iterable[Path]) -> str:

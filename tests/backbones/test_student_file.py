@@ -207,6 +207,14 @@ def test_a_damaged_student_is_refused_by_its_path(tmp_path, network, part):
         load_weights(tmp_path, Network(), "sd3")
 
 
+def test_the_checksum_is_that_of_the_file_and_computed_without_reading_it_again(tmp_path, monkeypatch):
+    weights = {"b": torch.randn(3, 2), "a": torch.ones(5).half(), "c": torch.randn(2, 3).T, "d": torch.tensor(7)}
+    with monkeypatch.context() as patched:
+        patched.delattr("hashlib.file_digest")
+        save_weights(tmp_path / WEIGHTS, weights, FLOW.metadata())
+    check_content(tmp_path / WEIGHTS)
+
+
 def test_a_damaged_lora_is_refused_by_its_path(tmp_path):
     save_lora(tmp_path, adapter(), LORA)
     content = bytearray((tmp_path / ADAPTER).read_bytes())

@@ -1,11 +1,12 @@
 """A walk through ComfyUI's page, with a real server and a real browser.
 
-    COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT
+    COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT [nodes2]
 
-It adds the sampler by search, opens every example and checks that no node is missing, runs three examples with random
-weights, and reads the nodes' titles in every language. Screenshots and thumbnails go to OUT. It needs `pip install
-playwright` and a Chromium, on the path or in CHROMIUM. COMFY_PYTHON is ComfyUI's Python, if it has its own. The page
-can reach only the server.
+It adds the sampler by search, moves and connects nodes with the mouse, opens every example and checks that no node is
+missing, runs some examples with random weights, and reads the nodes' titles in every language. With `nodes2` the page
+draws the nodes as HTML (Nodes 2.0). Screenshots and thumbnails go to OUT. It needs `pip install playwright` and a
+Chromium, on the path or in CHROMIUM. COMFY_PYTHON is ComfyUI's Python, if it has its own. The page can reach only the
+server.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FOLDERS = {  # loader -> its folder of models
 }
 TIMEOUT = 300  # seconds, for a page or a run on a busy machine
 SIZE = {"width": 1600, "height": 1000}
-SETTINGS = {
+SETTINGS = {  # no tutorials and other first-start dialogs
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
@@ -80,13 +81,27 @@ SEEDS_FOR_SAMPLER = """() => {
     find("DPDMDDemoVAE").connect(0, seeds, "vae")
     seeds.connect(0, find("VAEDecode"), "samples")
 }"""
+PLACE_OF_SLOT = """([type, kind, name]) => {
+    const node = window.app.graph.findNodesByType(type)[0], isInput = kind === "inputs"
+    const slot = node[kind].findIndex(slot => slot.name === name)
+    const dot = document.querySelector(`[data-slot-key="${node.id}-${isInput ? "in" : "out"}-${slot}"]`)
+    if (dot) {  // Nodes 2.0
+        const { x, y, width, height } = dot.getBoundingClientRect()
+        return [x + width / 2, y + height / 2]
+    }
+    const { scale, offset } = window.app.canvas.ds, [x, y] = node.getConnectionPos(isInput, slot)
+    const corner = window.app.canvas.canvas.getBoundingClientRect()
+    return [(x + offset[0]) * scale + corner.x, (y + offset[1]) * scale + corner.y]
+}"""
+LINK = [("DPDMDLoader", "outputs", "model"), ("DPDMDSampler", "inputs", "model")]
 LOCALES = {"en": "en-US", "zh": "zh-CN", "ja": "ja-JP", "fr": "fr-FR"}
 
 
-def main(out: Path) -> None:
+def main(out: Path, nodes2: bool = False) -> None:
     """Walk through the page; screenshots and thumbnails go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as base, serving(Path(base)) as server:
+    settings = SETTINGS | {"Comfy.VueNodes.Enabled": nodes2}
+    with tempfile.TemporaryDirectory() as base, serving(Path(base), settings) as server:
         print(f"ComfyUI {server.get('system_stats')['system']['comfyui_version']}")
         check_served_files(server)
         make_files(server.base)
@@ -94,6 +109,7 @@ def main(out: Path) -> None:
             page = open_page(browser, server, "en")
             add_by_search(page, server, out)
             check_loader_width(page)
+            move_and_connect(page)
             for name in examples():
                 open_example(page, name, out)
             for name in RUNS:
@@ -113,11 +129,11 @@ def examples() -> list[str]:
 
 
 @contextlib.contextmanager
-def serving(base: Path) -> Iterator[ComfyServer]:
-    """A ComfyUI with the pack, without tutorials and other first-start dialogs."""
-    settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps(SETTINGS))
+def serving(base: Path, settings: dict) -> Iterator[ComfyServer]:
+    """A ComfyUI with the pack and with settings of its page."""
+    file = base / "user" / "default" / "comfy.settings.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(settings))
     server = ComfyServer(Path(os.environ["COMFYUI_PATH"]), os.environ.get("COMFY_PYTHON", sys.executable), base)
     try:
         server.wait_until_ready()
@@ -334,6 +350,28 @@ def check_loader_width(page: Any) -> None:
     print(f"loader: {width:.0f} wide")
 
 
+def move_and_connect(page: Any) -> None:
+    """Drag a link from the loader to the sampler, then the sampler by its title."""
+    load(page, "first_steps", read_example("first_steps"))
+    sampler = 'window.app.graph.findNodesByType("DPDMDSampler")[0]'
+    page.evaluate(f"() => {{ {sampler}.disconnectInput(0) }}")
+    drag(page, *(page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK))
+    assert page.evaluate(f"() => {sampler}.getInputNode(0)?.type") == "DPDMDLoader"
+    corner = page.evaluate(f"() => [...{sampler}.pos]")
+    x, y = page.evaluate(PLACE_OF_SLOT, LINK[1])
+    drag(page, (x + 60, y - 40 * page.evaluate("() => window.app.canvas.ds.scale")), (x + 90, y + 100))
+    assert page.evaluate(f"() => [...{sampler}.pos]") != corner
+    print("mouse: a link drawn, a node moved")
+
+
+def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:
+    page.mouse.move(*start)
+    page.mouse.down()
+    page.mouse.move(*end, steps=10)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+
+
 def node_types(page: Any) -> list[str]:
     return page.evaluate("() => window.app.graph._nodes.map(node => node.type)")
 
@@ -429,6 +467,6 @@ def check_titles(browser: Any, server: ComfyServer, language: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or "COMFYUI_PATH" not in os.environ:
-        sys.exit("usage: COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT")
-    main(Path(sys.argv[1]))
+    if sys.argv[2:] not in ([], ["nodes2"]) or len(sys.argv) < 2 or "COMFYUI_PATH" not in os.environ:
+        sys.exit("usage: COMFYUI_PATH=/path/to/ComfyUI python tests/comfy_nodes/browser_walk.py OUT [nodes2]")
+    main(Path(sys.argv[1]), nodes2=len(sys.argv) > 2)

@@ -237,16 +237,23 @@ def test_bad_values_are_refused_in_the_scheduler(server, sd3_student, inputs, me
         server.run(graph)
 
 
-def test_a_teacher_of_another_family_is_refused(server, sd3_file, sdxl_file, sd3_prompt):
+@pytest.mark.parametrize(
+    ("teacher", "steps", "facts"),
+    [("sdxl", 1, ("sd3 flow SD3", "sdxl eps SDXL")), ("sd3", 2, ("teacher_steps", "2 of 2", "at least one"))],
+)
+def test_a_teacher_that_cannot_take_the_first_step_is_refused(
+    server, sd3_file, sdxl_file, sd3_prompt, teacher, steps, facts
+):
     graph = Graph()
-    prompt = conditioning(server, graph, sd3_prompt)
-    models = {"student": load_stock(graph, sd3_file), "teacher": load_stock(graph, sdxl_file)}
+    prompt, files = conditioning(server, graph, sd3_prompt), {"sd3": sd3_file, "sdxl": sdxl_file}
+    models = {"student": load_stock(graph, sd3_file), "teacher": load_stock(graph, files[teacher])}
     conds = {"positive": prompt, "negative": prompt}
-    guider = graph.add("DPDMDFirstStepGuider", **models, **conds, teacher_steps=1, teacher_cfg=3.5)
+    guider = graph.add("DPDMDFirstStepGuider", **models, **conds, teacher_steps=steps, teacher_cfg=3.5)
     sigmas = graph.add("ManualSigmasForTests", text="1, 0.5, 0", path="")
     latent = sample_with_parts(graph, empty_latent(server, graph, SD3_SHAPE), guider=guider, sigmas=sigmas)
-    with refuses(RefusedError, "sd3 flow SD3", "sdxl eps SDXL"):
+    with refuses(RefusedError, *facts):
         server.latents(graph, latent)
+    assert_server_works(server, sd3_file, sd3_prompt)
 
 
 def test_a_model_sampling_that_no_student_has_is_refused(server, sdxl_file, sdxl_prompt):

@@ -272,6 +272,7 @@ def test_a_masked_picture_keeps_what_is_outside_the_mask(server, sd3_pair, sd3_p
         ({"same": True}, ("same weights", "LoRA")),
         ({"other": "sdxl"}, ("base_model", "few_step_model", "sd3 flow", "sdxl eps")),
         ({"other": "Flux"}, ("base_model", "few_step_model", "sd3 flow SD3", "Flux flow Flux")),
+        ({"other": "format"}, ("base_model", "few_step_model", "sd3 flow SD3", "sd3 flow Flux")),
         ({"other": "none"}, ("no DP-DMD header", "sigmas")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -280,6 +281,7 @@ def test_bad_input_is_one_message_in_the_node(server, sd3_pair, sd3_file, sdxl_f
     start, inputs = sd3_start(server, sd3_pair, sd3_prompt), dict(inputs)
     other = {
         "sdxl": lambda: load_stock(start.graph, sdxl_file),
+        "format": lambda: start.graph.add("TestLatentFormat", model=start.base, path=""),
         "none": lambda: start.graph.add("TestPatch", model=start.base, path=""),
     }
     if inputs.pop("swapped", False):

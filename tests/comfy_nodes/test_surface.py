@@ -206,43 +206,38 @@ def test_sd35_prompts_are_padded_as_in_training(example):
 
 
 TITLE_HEIGHT, GAP = 30, 40  # pixels; a node's title is above its position
-CANVAS, NOTE_TEXT = "#141414", "#dddddd"  # of ComfyUI's dark page
+# pixels of nodes with the text, and for samplers the preview, that a run adds
+GROWN = {"DPDMDLoader": 240, "DPDMDSampler": 560, "DPDMDTeacherStart": 560, "SamplerCustomAdvanced": 300}
+NOTE_TEXT = "#dddddd"  # of ComfyUI's dark page
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_nodes_of_an_example_are_forty_pixels_apart(example):
-    boxes = [(node["pos"], node["size"], node["id"]) for node in nodes_of(example)]
+    boxes = [
+        (node["pos"], (node["size"][0], max(node["size"][1], GROWN.get(node["type"], 0))), node["id"])
+        for node in nodes_of(example)
+    ]
     for ((x, y), (width, height), one), ((left, top), size, other) in itertools.permutations(boxes, 2):
         beside = left >= x + width + GAP or left + size[0] + GAP <= x
         above = top - TITLE_HEIGHT >= y + height + GAP or top + size[1] + GAP <= y - TITLE_HEIGHT
         assert beside or above, f"nodes {one} and {other}"
 
 
-def luminance(colour: str, share: float = 1.0, under: str = CANVAS) -> float:
-    """WCAG's relative luminance of #rgb or #rrggbb, of which a share covers another colour."""
-    total = 0.0
-    for weight, values in zip(
-        (0.2126, 0.7152, 0.0722), zip(_channels(colour), _channels(under), strict=True), strict=True
-    ):
-        value = (share * values[0] + (1 - share) * values[1]) / 255
-        total += weight * (value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4)
-    return total
-
-
-def _channels(colour: str) -> list[int]:
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rgb or #rrggbb."""
     size = len(colour) // 3
-    return [int(colour[1 + i * size : 1 + (i + 1) * size] * (3 - size), 16) for i in range(3)]
+    values = [int(colour[1 + i * size : 1 + (i + 1) * size] * (3 - size), 16) / 255 for i in range(3)]
+    linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_notes_and_group_titles_of_an_example_have_contrast(example):
+def test_the_texts_of_an_example_have_contrast(example):
     for node in nodes_of(example):
         if node["type"] == "MarkdownNote":
             assert (luminance(NOTE_TEXT) + 0.05) / (luminance(node["bgcolor"]) + 0.05) >= 7
-    for group in browser_walk.read_example(example)["groups"]:
-        # the page writes the title in the group's colour, on two layers of it with a quarter of its strength
-        contrast = (luminance(group["color"]) + 0.05) / (luminance(group["color"], 1 - 0.75**2) + 0.05)
-        assert group["font_size"] >= 24 and contrast >= 4
+    # the page writes a group's title on two layers of its own colour: at best, in white, 4.2 to 1
+    assert browser_walk.read_example(example)["groups"] == []
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -297,6 +292,8 @@ def test_the_metadata_has_what_the_registry_requires():
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["dependencies"] == [] and project["license"] == "Apache-2.0"
     assert {"Repository", "Documentation", "Issues"} == set(project["urls"])
+    # torch alone: every accelerator that the registry knows
+    assert sum(name.startswith("Environment :: ") for name in project["classifiers"]) == 5
     assert comfy["requires-comfyui"] == ">=0.3.64"
     assert {"PublisherId", "DisplayName", "Icon", "Banner"} <= set(comfy)
 

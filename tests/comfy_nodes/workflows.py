@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import Graph
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dpdmd_pipeline.dpdmd.noise import add_noise, flow_schedule, vp_schedule, x0_from_eps, x0_from_velocity
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
@@ -80,24 +80,29 @@ def save_weights(server, name, state, metadata=None):
     return name
 
 
-def export_small_student(folder, models, title):
-    """Export an untrained student of the embedded world's sizes, and copy it to where the guide says.
+def export_small_student(folder, models, title, teacher=None):
+    """Export a student of the embedded world's sizes, and copy it to where the guide says.
 
     Args:
         folder: an empty folder for the export.
         models: ComfyUI's folder of models.
         title: name of the student's file and of its pipeline.
+        teacher: pipeline whose trained network is the student; None: random weights.
     """
     from dpdmd_pipeline.backbones.student_header import StudentHeader
     from dpdmd_pipeline.exporting.formats import Export, Licence, Student
     from dpdmd_pipeline.shapes.models import make_pipeline
 
-    make_pipeline(max_length=12, shift=1.0, seed=0).save_pretrained(folder / "teacher")
-    weights = make_pipeline(max_length=12, shift=1.0, seed=1).transformer.state_dict()
+    if teacher is None:
+        teacher = folder / "teacher"
+        make_pipeline(max_length=12, shift=1.0, seed=0).save_pretrained(teacher)
+        weights = make_pipeline(max_length=12, shift=1.0, seed=1).transformer.state_dict()
+    else:
+        weights = load_file(teacher / "transformer" / "diffusion_pytorch_model.safetensors")
     header = StudentHeader("sd3", [1.0, 0.75, 0.5, 0.25, 0.0], shift=1.0, resolution=32, max_sequence_length=0)
     student, licence = Student(header, weights, None), Licence("apache-2.0", None, None)
     forms = ["diffusers", "comfyui"]
-    export = Export(student, folder / "teacher", title, forms, "float32", licence, None, {}, measure="")
+    export = Export(student, teacher, title, forms, "float32", licence, None, {}, measure="")
     export.write(folder)
     file = models / "diffusion_models" / f"{title}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -163,6 +163,16 @@ def test_configs_are_downloaded_first_and_weights_on_loading(hub):
     assert dataset.load() == configs and files_in(configs) == NEEDED
 
 
+def test_the_bytes_of_a_download_are_known_before_it(hub, monkeypatch):
+    cache, dataset = hub(), PretrainedModelDataset(model=MODEL)
+    dataset.load_configs()
+    assert dataset.missing_bytes() == sum(len(FILES[name]) for name in NEEDED if name.endswith(".safetensors"))
+    dataset.load()
+    assert dataset.missing_bytes() == 0
+    configure(monkeypatch, cache, "http://127.0.0.1:9", offline=True)
+    assert dataset.missing_bytes() == 0
+
+
 def test_a_warm_cache_loads_without_a_network(offline):
     folder = warm_cache(offline)
     dataset = PretrainedModelDataset(model=MODEL)
@@ -254,17 +264,6 @@ def test_a_cache_that_lists_a_missing_file_is_refused(hub, monkeypatch):
 @pytest.mark.parametrize("model", ["data/06_models/no_such/teacher", "./teacher", "teacher", "~/teacher"])
 def test_a_missing_path_is_not_sought_on_the_hub(offline, model):
     assert f"teacher {model} " in refusal(PretrainedModelDataset(model=model))
-
-
-@pytest.mark.parametrize("name", ["sd_xl_base_1.0.safetensors", "models/sd_xl.safetensors"])
-def test_a_single_file_is_refused_with_the_code_that_makes_a_folder_of_it(tmp_path, monkeypatch, offline, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / name).touch()
-    message = refusal(PretrainedModelDataset(model=name))
-    assert message.startswith(f"teacher {name} is a single file")
-    assert f"`StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained(FOLDER)`" in message
-    assert "StableDiffusion3Pipeline" in message and message.endswith("give teacher_model=FOLDER")
 
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path, offline):

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v, tiny_z_image  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_sdxl_v,
+    tiny_z_image,
+)
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.student_file import save_lora, save_student
@@ -64,6 +72,8 @@ CASES = {
     "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120])),
     "sdxl_renoise": Case("tiny_sdxl", vp("eps", TRAILING, sampler="renoise")),
     "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9),
+    "flux2_klein": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0), 100),
+    "qwen_image": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0]), 200),
     "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40),
 }
 

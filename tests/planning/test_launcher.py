@@ -61,13 +61,12 @@ def test_options_of_one_process_per_gpu_fit(environment, launches):
     "environment, launches, facts",
     [
         (torchrun(2, 2), {}, ["WORLD_SIZE=2", "train.launch.processes=2"]),
-        (torchrun(4, 4), TRAIN, ["WORLD_SIZE=4", "train.launch.processes': 8", "--params train.launch.processes=4"]),
-        (torchrun(8, 8), {**TRAIN, "anchors": launch(2)}, ["WORLD_SIZE=8", "anchors.launch.processes': 2"]),
-        (torchrun(16, 8), TRAIN, ["WORLD_SIZE=16", "train.launch.machines': 1", "train.launch.machines=2"]),
-        (slurm(16, 2), {"train": launch(1, 2)}, ["16 tasks", "train.launch.processes': 1", "train.launch.processes=8"]),
+        (torchrun(4, 4), TRAIN, ["WORLD_SIZE=4", "train.launch has 8 on 1", "--params train.launch.processes=4"]),
+        (torchrun(16, 8), TRAIN, ["WORLD_SIZE=16", "has 8 on 1", "train.launch.machines=2"]),
+        (slurm(16, 2), {"train": launch(1, 2)}, ["16 tasks", "has 1 on 2", "train.launch.processes=8"]),
     ],
 )
-def test_options_that_do_not_fit_the_launcher_are_refused_with_both_numbers(environment, launches, facts):
+def test_a_run_without_a_stage_that_fits_the_launcher_is_refused_with_both_numbers(environment, launches, facts):
     line = Launcher.of(environment).refused(launches)
     assert all(fact in line for fact in facts), line
 

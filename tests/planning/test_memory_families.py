@@ -3,7 +3,14 @@
 import shutil
 
 import pytest
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_z_image  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones import FAMILIES
@@ -16,6 +23,8 @@ TEACHERS = {
     "sd3": ("tiny_teacher", 0),
     "sdxl": ("tiny_sdxl", 0),
     "sana": ("tiny_sana", 7),
+    "flux2_klein": ("tiny_flux2_klein", 100),
+    "qwen_image": ("tiny_qwen_image", 200),
     "z_image": ("tiny_z_image", 40),
 }
 

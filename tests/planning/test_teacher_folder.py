@@ -12,7 +12,15 @@ import torch
 import transformers.utils
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from safetensors.torch import load_file, save_file
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl, tiny_sdxl_v, tiny_z_image  # noqa: F401
+from tests.backbones.conftest import (  # noqa: F401
+    edited,
+    tiny_flux2_klein,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sdxl,
+    tiny_sdxl_v,
+    tiny_z_image,
+)
 from tests.pipelines.conftest import backbone_options
 from tests.raising import refuses
 
@@ -57,6 +65,8 @@ def test_a_whole_teacher_has_no_fault(world_teacher):
         ("tiny_sdxl_v", {"family": "sdxl", "max_sequence_length": 0}),
         ("tiny_sana", {"family": "sana", "max_sequence_length": 16}),
         ("tiny_z_image", Z_IMAGE),
+        ("tiny_flux2_klein", {"family": "flux2_klein", "max_sequence_length": 100}),
+        ("tiny_qwen_image", {"family": "qwen_image", "max_sequence_length": 200}),
     ],
 )
 def test_a_whole_teacher_of_another_family_has_no_fault(request, name, options):

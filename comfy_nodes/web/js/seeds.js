@@ -4,6 +4,7 @@ import { app } from "../../../scripts/app.js";
 
 const NODE = "DPDMDSeeds";
 const HEIGHT = 500; // of the drafts in a new node, in pixels of the canvas: four rows of square pictures
+const WIDTH = 460; // of a new node: four columns with room for their labels
 
 function address({ filename, subfolder, type }) {
     const query = new URLSearchParams({ filename, subfolder, type });
@@ -59,6 +60,7 @@ app.registerExtension({
             this.drafts = document.createElement("div");
             this.drafts.style.cssText = "display:grid;gap:4px;overflow:auto;align-content:start";
             this.addDOMWidget("drafts", "drafts", this.drafts, { serialize: false, getMinHeight: () => HEIGHT });
+            this.setSize([Math.max(this.size[0], WIDTH), this.size[1]]);
         };
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.apply(this, arguments);

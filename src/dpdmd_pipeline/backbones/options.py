@@ -52,9 +52,9 @@ class BackboneOptions(StrictModel):
 
     family: Literal[FAMILIES]  # name of a file in `backbones/`
     resolution: Size  # of the pictures, in pixels
-    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of SANA's language model; 0 for a teacher without them
+    max_sequence_length: CountOrZero  # tokens of SD3's T5 or of a language model; 0 for a teacher without them
     num_steps: Few  # of the teacher's sampling
-    guidance_scale: float = Field(ge=1)  # in the sense of the teacher's own pipeline; 1 is none
+    guidance_scale: float = Field(ge=1)  # s in u + s (c - u); 1 is none. Z-Image's pipeline counts s - 1
     # noise levels of DMD and the fake score, as fractions of the schedule before its shift; YAML has lists, no tuples
     level_range: Annotated[tuple[float, float], Field(strict=False)]
     dtype: Dtype  # of the networks; everything outside them is float32
@@ -100,7 +100,8 @@ def resolve_device(device: Device) -> Any:
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
-        _check_driver(torch._C._cuda_getDriverVersion() if torch.version.cuda else 0, torch.version.cuda)
+        version = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 0 without a driver, or in a torch for CPUs
+        _check_driver(version, torch.version.cuda)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

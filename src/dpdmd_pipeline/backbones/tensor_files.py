@@ -27,11 +27,11 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     check_finite(path, weights)
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_file(tensors, path, metadata={**metadata, CHECKSUM: _BLANK})
-    _finish_header(path)
+    _finish_header(path, tensors)
 
 
-def _finish_header(path: Path) -> None:
-    """Sort the metadata, whose order differs from process to process, and set the checksum."""
+def _finish_header(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Sort the metadata, whose order differs from process to process, and set the checksum; reads the header only."""
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -39,11 +39,13 @@ def _finish_header(path: Path) -> None:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > length:
             raise ValueError(f"{path}: the sorted header has {len(text)} bytes, {length} are reserved")
+        text = text.ljust(length)  # the format allows spaces at the end
+        digest = hashlib.sha256(length.to_bytes(8, "little") + text)
+        del header["__metadata__"]
+        for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+            digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
         file.seek(8)
-        file.write(text.ljust(length))  # the format allows spaces at the end
-        file.flush()
-        file.seek(8)
-        file.write(text.replace(_BLANK.encode(), _sha256(path, _BLANK).encode(), 1))
+        file.write(text.replace(_BLANK.encode(), digest.hexdigest().encode(), 1))
 
 
 def check_content(path: Path) -> None:

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from dpdmd_pipeline.exporting.formats import Export
 
 # ComfyUI's node that sets the shift of a flow model, and the shift without it; families not named need the DP-DMD nodes
-_COMFYUI_SHIFTS = {"sd3": ("ModelSamplingSD3", 3.0), "z_image": ("ModelSamplingAuraFlow", 3.0)}
+_COMFYUI_SHIFTS = {
+    "sd3": ("ModelSamplingSD3", 3.0),
+    "z_image": ("ModelSamplingAuraFlow", 3.0),
+    "qwen_image": ("ModelSamplingAuraFlow", 1.15),
+}
 
 
 def write_card(export: Export, use: DiffusersUse, losses: Mapping[str, Loss]) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from dpdmd_pipeline.backbones.base import Conditioning
 from dpdmd_pipeline.planning.memory import GIB
-from dpdmd_pipeline.planning.plan import TRAINED, Exported, Plan
+from dpdmd_pipeline.planning.plan import TRAINED, Plan
 from dpdmd_pipeline.planning.teacher import pipeline_numbers
 from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.publishing import Folders, folder_size, link_target
@@ -66,7 +66,7 @@ def written_bytes(plan: Plan) -> dict[str, int]:
     """Bytes of the large outputs, if they can be computed: caches, pictures, weights, one student's checkpoints."""
     sizes = {"teacher": plan.download}
     if plan.prompts is not None and plan.drawn:
-        pictures = plan.prompts.evaluated * plan.drawn.images_per_prompt * len(plan.drawn.evaluations)
+        pictures = plan.prompts.evaluated * plan.drawn.facts["images_per_prompt"] * len(plan.drawn.evaluations)
         pixels = 3 * plan.backbone.resolution**2
         sizes["images"] = pictures * (pixels + 3 * torch.int64.itemsize)  # with model, prompt and seed
         sizes["pictures"] = pictures * pixels * plan.drawn.as_files  # at most: as files they are compressed
@@ -84,17 +84,17 @@ def written_bytes(plan: Plan) -> dict[str, int]:
         sizes |= {TRAINED[g]: plan.estimates.student_bytes(options.recipe()) for g, options in plan.trained.items()}
         sizes["train_state"] = max(_checkpoint_bytes(plan, options) for options in plan.trained.values())
     if plan.exported and plan.is_pretrained:
-        sizes["export"] = _export_bytes(plan, plan.exported)
+        sizes["export"] = _export_bytes(plan, *plan.exported)
     return sizes
 
 
-def _export_bytes(plan: Plan, exported: Exported) -> int:
+def _export_bytes(plan: Plan, formats: Sequence[str], dtype: str) -> int:
     """Weights of the whole pipeline and of the network alone, as many as there are forms of each."""
     pipeline, network = pipeline_numbers(plan.teacher, plan.backbone.family)
-    numbers = pipeline * ("diffusers" in exported.formats) + network * ("comfyui" in exported.formats)
-    if "lora" in exported.formats and plan.train and plan.train.roles == "lora":
+    numbers = pipeline * ("diffusers" in formats) + network * ("comfyui" in formats)
+    if "lora" in formats and plan.train and plan.train.roles == "lora":
         numbers += plan.estimates.student_bytes(plan.train.recipe()) // torch.float32.itemsize
-    return numbers * getattr(torch, exported.dtype).itemsize
+    return numbers * getattr(torch, dtype).itemsize
 
 
 def embedding_bytes(cond: Conditioning, prompts: int) -> int:

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
+# accelerate reads these, and would wait for processes that have ended
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
+
 
 class Launcher(NamedTuple):
     """Processes that a launcher has started, this one among them."""
@@ -29,17 +32,20 @@ class Launcher(NamedTuple):
         return cls(f"WORLD_SIZE={size}", int(environment.get("LOCAL_RANK", 0)), processes, int(size) // processes)
 
     def refused(self, launches: Mapping[str, LaunchOptions]) -> str | None:
-        """The line for options that do not fit the launcher; None if they do, or if this process is alone."""
-        numbers = {name: getattr(self, name) for name in ("processes", "machines") if getattr(self, name) > 1}
-        for name, number in numbers.items():
-            given = {f"{group}.launch.{name}": getattr(launch, name) for group, launch in launches.items()}
-            if number not in given.values() or set(given.values()) - {1, number}:
-                options = ",".join(f"train.launch.{name}={number}" for name, number in numbers.items())
-                return (
-                    f"{self.source}, {self.processes} processes on each of {self.machines} machines: the run has "
-                    f"{given or 'no such options'}; add --params {options}, or start it once on each machine"
-                )
-        return None
+        """The line for a run without a stage that fits the launcher; None if there is one, or this process is alone."""
+
+        def fits(processes: int, machines: int) -> bool:
+            return self.processes in (1, processes) and self.machines in (1, machines)
+
+        shapes = {group: (one.processes, one.machines) for group, one in launches.items()}
+        if any(fits(*shape) for shape in [(1, 1), *shapes.values()]):
+            return None
+        found = ", ".join(f"{group}.launch has {shape[0]} on {shape[1]}" for group, shape in shapes.items())
+        return (
+            f"{self.source}, {self.processes} processes on each of {self.machines} machines: no stage of this run has "
+            f"as many ({found}); add --params train.launch.processes={self.processes},train.launch.machines="
+            f"{self.machines}, or start it once on each machine"
+        )
 
 
 def launches_of(pipeline: Any, catalog: Any) -> dict[str, LaunchOptions]:

@@ -22,6 +22,7 @@ from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 COSTLY = {"encode_prompts", "make_anchors", "train_dmd", "train_student", "sample_images", "export_student"}  # nodes
 READ = {"teacher", "params:backbone", "params:anchors", "params:train", "params:train_dmd", "params:evaluate"}
 WEIGHTS = {"student", "student_dmd", "export"}  # datasets
+CHOICE = ("take", "seed", "eval_share")  # options that decide the prompts
 STUDENTS = {"train_dmd": "train_dmd", "train_student": "train"}  # node -> parameter group
 TRAINED = {"train_dmd": "student_dmd", "train": "student"}  # parameter group -> dataset
 PUBLISHED = {"train_dmd": "finished_student_dmd", "train": "finished_student"}  # parameter group -> dataset
@@ -38,16 +39,9 @@ class Counts(NamedTuple):
 class Drawn(NamedTuple):
     """Pictures of the evaluation."""
 
-    images_per_prompt: int
+    facts: Mapping[str, int]  # images_per_prompt and seed, as in the manifest of the images
     evaluations: Mapping[str, int]  # network passes for a picture, by model
     as_files: bool
-
-
-class Exported(NamedTuple):
-    """Forms of the export, and the dtype of its weights."""
-
-    formats: Sequence[str]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -65,10 +59,9 @@ class Plan:
     finished: frozenset[str] = frozenset()  # students that are published already
     train: TrainOptions | None = None  # of the students that draw from the anchors; None: of any number of samples
     drawn: Drawn | None = None  # if the run evaluates
-    exported: Exported | None = None  # if the run exports
+    exported: tuple[Sequence[str], str] | None = None  # forms of the export and their dtype, if the run exports
     download: int = 0  # bytes of the teacher that are not on this disk yet
     is_pretrained: bool = False  # somebody else trained the teacher; embedded ones are small
-    processes: Mapping[str, int] = field(default_factory=dict)  # over all machines, by stage
 
     @property
     def anchored(self) -> tuple[int, int]:
@@ -112,6 +105,7 @@ def make_plan(pipeline: Any, catalog: Any) -> Plan | None:
     if from_hub:  # weights of embedded teachers and students are small
         written |= WEIGHTS & outputs | ({"train_state"} if groups else set())
     prompts = _written_prompts(pipeline, catalog)
+    export = tuple(option(catalog, "export", name) for name in ("formats", "dtype")) if "export" in outputs else None
     download = teacher.missing_bytes() if from_hub else 0
     folders = {name: Path(catalog.get(name)._filepath) for name in sorted(written)}
     plan = Plan(
@@ -122,26 +116,14 @@ def make_plan(pipeline: Any, catalog: Any) -> Plan | None:
         train=TrainOptions.model_validate(catalog.get("params:train").load()),
         prompts=prompts.counts if prompts else _most_prompts(pipeline, catalog),
         drawn=_drawn(catalog, outputs) if "sample_images" in nodes else None,
-        exported=_exported(catalog) if "export_student" in nodes else None,
+        exported=export,
         download=download,
         is_pretrained=from_hub,
-        processes={stage: _processes(catalog, stage) for stage in ("anchors", "train_dmd", "train", "evaluate")},
         folders=folders | ({"teacher": hub_cache()} if download else {}),
     )
     if groups and "anchors" not in outputs:
         _check_draws(plan, catalog)
-    if not groups and "anchors" not in outputs:
-        return plan
     return plan if prompts is None else _with_reused(plan, catalog, prompts)
-
-
-def _processes(catalog: Any, stage: str) -> int:
-    launch = option(catalog, stage, "launch")
-    return launch["processes"] * launch["machines"] if isinstance(launch, Mapping) else launch.total
-
-
-def _exported(catalog: Any) -> Exported:
-    return Exported(*(option(catalog, "export", name) for name in Exported._fields))
 
 
 def _drawn(catalog: Any, outputs: set[str]) -> Drawn:
@@ -152,15 +134,14 @@ def _drawn(catalog: Any, outputs: set[str]) -> Drawn:
     evaluations = {"teacher": backbone.evaluations}
     for group, student in TRAINED.items():
         is_new = student in outputs
-        evaluations[student] = (
-            option(catalog, group, "num_steps") if is_new else load_header(catalog.get(student).load()).num_steps
-        )
+        header = None if is_new else load_header(catalog.get(student).load())
+        evaluations[student] = header.num_steps if header else option(catalog, group, "num_steps")
     if start := option(catalog, "evaluate", "teacher_start"):
         start = TeacherStart.model_validate(start)
         left = evaluations["student_dmd"] - start.landing
         evaluations["started"] = left + start.evaluations(backbone.guidance_scale)
-    images_per_prompt, as_files = (option(catalog, "evaluate", name) for name in ("images_per_prompt", "save_pictures"))
-    return Drawn(images_per_prompt, evaluations, as_files)
+    facts = {name: option(catalog, "evaluate", name) for name in ("images_per_prompt", "seed")}
+    return Drawn(facts, evaluations, option(catalog, "evaluate", "save_pictures"))
 
 
 def _check_draws(plan: Plan, catalog: Any) -> None:
@@ -174,12 +155,15 @@ def _check_draws(plan: Plan, catalog: Any) -> None:
 
 
 def _written_prompts(pipeline: Any, catalog: Any) -> WrittenPrompts | None:
-    """The cleaned prompts on the disk; None if this run writes others, because a raw file is newer."""
+    """The cleaned prompts on the disk; None if this run writes others: a raw file is newer, or the options differ."""
     if not catalog.exists("prompts"):
         return None
     prompts, is_input = catalog.get("prompts").load(), "prompts" not in pipeline.all_outputs()
     if not is_input:
         sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
+        report = catalog.get("prompts_report").load() if catalog.exists("prompts_report") else {}
+        if report.get("choice") != {name: option(catalog, "prompts", name) for name in CHOICE}:
+            return None
         written = prompts.path.stat().st_mtime
         if any(path.is_file() and path.stat().st_mtime > written for path in sources):
             return None
@@ -226,18 +210,21 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
     if plan.anchors.mode == "cached":
         facts["anchored_prompts"] = plan.anchored[0]
     anchors = _load_cache(catalog, "anchors", facts)
-    # Online anchors are a cache without rows.
-    if anchors is None or any(settings[name] != value for name, value in anchors.manifest.get("backbone", {}).items()):
-        return replace(plan, reused=frozenset({"embeddings"}))
-    states, finished = {}, set()
-    for group, options in plan.trained.items():
-        identity = student_identity(options.recipe(), plan.backbone, anchors, prompts.rows)
-        if "train_state" in plan.folders:
-            states[group] = state_folder(plan.folders["train_state"], identity)
-        folder = catalog.get(PUBLISHED[group]).load() if PUBLISHED[group] in catalog else None
-        if folder and load_finished(folder, identity) is not None:
-            finished.add(group)
-    return replace(plan, reused=frozenset({"embeddings", "anchors"}), states=states, finished=frozenset(finished))
+    made = anchors.manifest.get("backbone", {}).items() if anchors else [("family", None)]  # online ones have no rows
+    reused, states, finished = {"embeddings"}, {}, set()
+    if all(settings[name] == value for name, value in made):
+        reused.add("anchors")
+        for group, options in plan.trained.items():
+            identity = student_identity(options.recipe(), plan.backbone, anchors, prompts.rows)
+            if "train_state" in plan.folders:
+                states[group] = state_folder(plan.folders["train_state"], identity)
+            folder = catalog.get(PUBLISHED[group]).load() if PUBLISHED[group] in catalog else None
+            if folder and load_finished(folder, identity) is not None:
+                finished.add(group)
+    if plan.drawn and finished >= plan.trained.keys():  # the students' weights are not compared, either
+        facts = {"embeddings": embeddings.fingerprint, "backbone": settings, **plan.drawn.facts}
+        reused |= {"images"} if _load_cache(catalog, "images", facts) else set()
+    return replace(plan, reused=frozenset(reused), states=states, finished=frozenset(finished))
 
 
 def _load_cache(catalog: Any, name: str, facts: Mapping[str, Any]) -> Any | None:

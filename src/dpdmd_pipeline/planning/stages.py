@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -39,14 +39,12 @@ WRITTEN = {
 }
 
 
-@dataclass(frozen=True)
-class StageCost:
+class StageCost(NamedTuple):
     """Cost of one stage, or of one student."""
 
     stage: str
     passes: Passes  # through the denoising network, of all samples; without text encoders, autoencoder and metrics
     written: int  # bytes on the disk
-    processes: int = 1  # that share the passes
 
 
 def stage_costs(plan: Plan) -> Iterator[StageCost]:
@@ -55,7 +53,7 @@ def stage_costs(plan: Plan) -> Iterator[StageCost]:
     for stage, names in WRITTEN.items():
         written = sum(sizes.get(name, 0) for name in names)
         if (written or stage in passes) and stage not in plan.finished:
-            yield StageCost(stage, passes.get(stage, Passes()), written, plan.processes.get(stage, 1))
+            yield StageCost(stage, passes.get(stage, Passes()), written)
 
 
 def _passes(plan: Plan) -> Iterator[tuple[str, Passes]]:
@@ -65,8 +63,8 @@ def _passes(plan: Plan) -> Iterator[tuple[str, Passes]]:
         yield "anchors", math.prod(plan.anchored) * one
     for group, options in plan.trained.items():
         yield group, training_passes(plan, options)
-    if plan.drawn and plan.prompts:
-        pictures = plan.prompts.evaluated * plan.drawn.images_per_prompt
+    if plan.drawn and plan.prompts and "images" not in plan.reused:
+        pictures = plan.prompts.evaluated * plan.drawn.facts["images_per_prompt"]
         yield "evaluate", pictures * Passes(sum(plan.drawn.evaluations.values()))
 
 
@@ -100,14 +98,14 @@ def describe_stages(costs: Sequence[StageCost], forward_flops: float | None, rat
         forward_flops: operations of one sample's forward pass, if they are counted.
         rate: operations that one GPU does in a second, if it is measured.
     """
-    lines = [f"{'cost of':10} {'forwards':>13} {'PFLOP':>10} {'disk GiB':>9}" + " at least h" * bool(rate)]
+    lines = [f"{'cost of':10} {'forwards':>13} {'PFLOP':>10} {'disk GiB':>9}" + "   GPU hours" * bool(rate)]
     for cost in costs:
         flops = cost.passes.total * (forward_flops or 0)
         work = f"{cost.passes.total:,.0f}" if cost.passes.total else "", f"{flops / 1e15:,.3g}" if flops else ""
-        hours = f" {flops / rate / 3600 / cost.processes:10,.2g}" if flops and rate else ""
-        lines.append(f"{cost.stage:10} {work[0]:>13} {work[1]:>10} {cost.written / GIB:9,.2f}{hours}".rstrip())
+        hours = f" {flops / rate / 3600:11,.2g}" if flops and rate else ""
+        lines.append(f"{cost.stage:10} {work[0]:>13} {work[1]:>10} {cost.written / GIB:9,.3f}{hours}".rstrip())
     if rate:
-        lines.append(f"at least: at {rate / 1e12:,.0f} TFLOP/s, this GPU's rate for plain products of matrices")
+        lines.append(f"GPU hours: at least, at {rate / 1e12:,.0f} TFLOP/s, this card's rate for products of matrices")
     return lines
 
 

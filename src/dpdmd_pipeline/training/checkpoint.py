@@ -16,12 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
@@ -210,14 +211,8 @@ def load_part(part: Any, saved: Mapping[str, Any]) -> None:
 # ---- storage
 
 
-class _Place(NamedTuple):
-    """Where a tensor is stored, or one process's shard of it."""
-
-    file: str
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
-    crc32: int
+# Where a tensor, or one process's shard of it, is stored
+_Place = tuple[str, int, torch.dtype, torch.Size, int]  # file, offset, dtype, shape, CRC-32
 
 
 class _StorageWriter(dcp.FileSystemWriter):
@@ -232,7 +227,7 @@ class _StorageWriter(dcp.FileSystemWriter):
             for item in plan.items:
                 tensor = planner.resolve_data(item).cpu().contiguous()
                 content = _bytes_of(tensor)
-                place = _Place(path.name, file.tell(), tensor.dtype, tensor.shape, zlib.crc32(content))
+                place: _Place = (path.name, file.tell(), tensor.dtype, tensor.shape, zlib.crc32(content))
                 file.write(content)
                 results.append(WriteResult(item.index, len(content), place))
         return _done(results)
@@ -243,17 +238,15 @@ class _StorageReader(dcp.FileSystemReader):
 
     def read_data(self, plan: Any, planner: Any) -> torch.futures.Future:
         for item in plan.items:
-            place = self.storage_data[item.storage_index]
-            tensor = torch.empty(place.shape, dtype=place.dtype)
-            content, path = _bytes_of(tensor), self.path / place.file
+            name, offset, dtype, shape, crc32 = self.storage_data[item.storage_index]
+            tensor = torch.empty(shape, dtype=dtype)
+            content, path = _bytes_of(tensor), self.path / name
             with path.open("rb") as file:
-                file.seek(place.offset)
-                if file.readinto(content) != len(content) or zlib.crc32(content) != place.crc32:
-                    raise ValueError(f"{path} does not match its checksum at byte {place.offset}")
-            part = tuple(
-                slice(start, start + size) for start, size in zip(item.storage_offsets, item.lengths, strict=True)
-            )
-            planner.resolve_tensor(item).detach().copy_(tensor[part])
+                file.seek(offset)
+                if file.readinto(content) != len(content) or zlib.crc32(content) != crc32:
+                    raise ValueError(f"{path} does not match its checksum at byte {offset}")
+            part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+            planner.resolve_tensor(item).detach().copy_(part)
         return _done(None)
 
 

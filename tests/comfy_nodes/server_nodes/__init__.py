@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import comfy.latent_formats
 import comfy.ldm.flux.model
 import comfy.model_detection
 import comfy.model_patcher
@@ -249,6 +250,14 @@ def TestPatch(model, path):  # noqa: N802
     model = model.clone()
     key, weight = next((key, value) for key, value in model.model.state_dict().items() if value.ndim == 2)
     model.add_patches({key: ("diff", (torch.full_like(weight, 0.01),))})
+    return (model,)
+
+
+@_node(("MODEL",), model="MODEL", path="STRING")
+def TestLatentFormat(model, path):  # noqa: N802
+    """A model whose latents come from another VAE."""
+    model = model.clone()
+    model.add_object_patch("latent_format", comfy.latent_formats.Flux())
     return (model,)
 
 

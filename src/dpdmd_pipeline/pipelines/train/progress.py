@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import timedelta
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,12 +41,14 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int, t
     ):
         bar = progress.add_task(name, total=recipe.max_steps, completed=done, facts="")
         for cycle, record in enumerate(records, done + 1):
-            images = (cycle - done) * recipe.batch_size * (recipe.fake_score_turns + 1) / (time.monotonic() - begin)
+            seconds = (time.monotonic() - begin) / (cycle - done)
+            images = recipe.batch_size * (recipe.fake_score_turns + 1) / seconds
             facts = ", ".join(f"{word} {record[key]:.4f}" for key, word in _LOSSES.items()) + f", {images:.0f} images/s"
             progress.update(bar, completed=cycle, facts=facts)
             track(record)
-            if cycle % log_every == 0:
-                log.info("%s cycle %d/%d: %s", name, cycle, recipe.max_steps, facts)
+            if cycle % log_every == 0 or cycle == done + 1:
+                left = timedelta(seconds=round((recipe.max_steps - cycle) * seconds))
+                log.info("%s cycle %d/%d: %s, %s left", name, cycle, recipe.max_steps, facts, left)
             if signals and cycle < recipe.max_steps:
                 log.warning("%s: stopped after cycle %d; run the same command to continue", name, cycle)
                 raise KeyboardInterrupt
