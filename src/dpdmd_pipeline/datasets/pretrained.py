@@ -70,11 +70,14 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early."""
         if self.lora:
             Lora.parse(self.lora)
-        return self._whole() if self.is_local else self._folder(with_weights=False)
+        source = Path(self.model).expanduser()
+        if source.is_file() or (self.lora and source.is_dir()):
+            return self._whole()
+        return self._folder(with_weights=False)
 
     def missing_bytes(self) -> int:
         """Bytes of weights that loading will download; 0 if the hub cannot be asked."""
-        if Path(self.model).expanduser().is_dir():
+        if self.is_local:
             return 0
         try:
             files = self._download(with_weights=True, dry_run=True)
