@@ -26,8 +26,6 @@ TEACHERS = {
     "flux2_klein": ("tiny_flux2_klein", 100),
     "qwen_image": ("tiny_qwen_image", 200),
     "z_image": ("tiny_z_image", 40),
-    "qwen_image": ("tiny_qwen_image", 20),
-    "flux2_klein": ("tiny_flux2_klein", 40),
 }
 
 
