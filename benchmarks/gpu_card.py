@@ -56,7 +56,7 @@ def _cycles(work: Workload, options: TrainOptions, args: argparse.Namespace) -> 
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        cycles = timing.alternate({"cycle": records.__next__}, args.seconds, at_least=2)["cycle"]
+        cycles = timing.alternate({"cycle": records.__next__}, args.seconds, at_least=1)["cycle"]
         peaks = _peaks(estimate.total - estimate.reserved) if on_gpu else {}
         kernels = _attention(records.__next__, work, args.seconds) if args.attention else {}
     seconds, rate = timing.spread(timing.seconds(cycles, "wall")), matmul_rate(work)
@@ -108,7 +108,7 @@ def _attention(cycle: Any, work: Workload, budget: float) -> dict[str, Any]:
             except RuntimeError as error:
                 results[f"attention {name}"] = f"absent: {str(error).splitlines()[0]}"
                 continue
-            durations = timing.alternate({name: cycle}, budget / len(KERNELS), at_least=2)[name]
+            durations = timing.alternate({name: cycle}, budget / len(KERNELS), at_least=1)[name]
         results[f"attention {name}, seconds per cycle"] = timing.spread(timing.seconds(durations, "wall"))
     return results
 

@@ -123,6 +123,7 @@ _TINY: dict[str, dict[str, Any]] = {
     },
     "unet": {
         "block_out_channels": [32, 64, 64],
+        "layers_per_block": 1,
         "transformer_layers_per_block": [1, 1, 1],
         "attention_head_dim": [1, 2, 2],
         "cross_attention_dim": 64,
@@ -195,7 +196,8 @@ def _fill(network: torch.nn.Module, numbers: torch.Tensor) -> None:
                 values = torch.full(weight.shape, float(name != "bias"), dtype=numbers.dtype)
             else:
                 place, size = (place + 1_000_003) % len(numbers), weight.numel()
-                repeated = numbers.repeat(-(-(place + size) // len(numbers)))
+                times = -(-(place + size) // len(numbers))
+                repeated = numbers.repeat(times) if times > 1 else numbers
                 values = (repeated[place : place + size] * weight[0].numel() ** -0.5).view(weight.shape)
             setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
     if hasattr(network, "tie_weights"):

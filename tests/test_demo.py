@@ -204,7 +204,7 @@ def test_two_machines_train_both_students_and_the_first_one_alone_does_the_rest(
         assert distance(project, finished[0], student) < 1e-5
     histories = [path / "data/08_reporting/ci/train_history.json" for path in (project, finished[0])]
     for together, alone in zip(*(json.loads(path.read_text()) for path in histories), strict=True):
-        assert together == pytest.approx(alone, rel=1e-4)
+        assert together == pytest.approx(alone, rel=1e-3)
 
 
 def distance(ours: Path, theirs: Path, student: str) -> float:

@@ -266,17 +266,6 @@ def test_a_missing_path_is_not_sought_on_the_hub(offline, model):
     assert f"teacher {model} " in refusal(PretrainedModelDataset(model=model))
 
 
-@pytest.mark.parametrize("name", ["sd_xl_base_1.0.safetensors", "models/sd_xl.safetensors"])
-def test_a_single_file_is_refused_with_the_code_that_makes_a_folder_of_it(tmp_path, monkeypatch, offline, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    (tmp_path / name).touch()
-    message = refusal(PretrainedModelDataset(model=name))
-    assert message.startswith(f"teacher {name} is a single file")
-    assert f"`StableDiffusionXLPipeline.from_single_file('{name}').save_pretrained(FOLDER)`" in message
-    assert "StableDiffusion3Pipeline" in message and message.endswith("give teacher_model=FOLDER")
-
-
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path, offline):
     (tmp_path / "teacher").mkdir()
     message = refusal(PretrainedModelDataset(model=str(tmp_path / "teacher")))

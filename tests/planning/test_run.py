@@ -212,6 +212,19 @@ def test_states_need_no_room_for_those_of_this_student_and_room_beside_all_other
     assert refusals(replace(planned, states={"train": own})) == []
 
 
+def test_a_copy_of_a_checkpoint_that_exceeds_the_memory_is_refused_with_its_size_and_remedy(plan, monkeypatch):
+    planned = plan()
+    size = planned.estimates.checkpoint_bytes(planned.trained["train"].recipe())
+    for installed, refused in ((size - 1, ["train"]), (size, [])):
+        monkeypatch.setattr(disk.os, "sysconf", {"SC_PHYS_PAGES": installed, "SC_PAGE_SIZE": 1}.get)
+        lines = [*disk.copies_too_large(planned)]
+        assert [line.split(":")[0] for line in lines] == refused
+        assert all("train.checkpoint_background=false" in line and "GiB" in line for line in lines)
+    monkeypatch.setattr(disk.os, "sysconf", lambda _: 1)
+    waiting = planned.trained["train"].model_copy(update={"checkpoint_background": False})
+    assert [*disk.copies_too_large(replace(planned, trained={"train": waiting}))] == []
+
+
 def test_online_anchors_take_no_room(plan, tmp_path):
     planned = plan(prompts=Counts(9, 9, 0), anchors={"mode": "online"}, folders={"anchors": tmp_path / "anchors"})
     assert "anchors" not in written_bytes(planned)

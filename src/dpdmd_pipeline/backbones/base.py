@@ -214,22 +214,22 @@ class PipelineBackbone:
     @cached_property
     def _vae(self) -> nn.Module:
         """The autoencoder, frozen and in float32: SDXL's overflows in float16."""
-        return _load_part(self.autoencoder_class, self.folder / "vae", torch.float32).to(self.device)
+        return load_part(self.autoencoder_class, self.folder / "vae", torch.float32).to(self.device)
 
     def _load_text(self, **components: Any) -> Any:
         """Load the pipeline with frozen text encoders, without the autoencoder and with these other components."""
         for name, kind in self.pipeline_class.load_config(self.folder).items():
             if name.startswith("text_encoder") and name not in components and kind[1]:
-                components[name] = _load_part(_class(*kind), self.folder / name, self.dtype).to(self.device)
+                components[name] = load_part(class_of(*kind), self.folder / name, self.dtype).to(self.device)
         return self.pipeline_class.from_pretrained(self.folder, vae=None, dtype=self.dtype, **components)
 
 
-def _class(library: str, name: str) -> Any:
+def class_of(library: str, name: str) -> Any:
     """A class that a pipeline's index names."""
     return getattr(importlib.import_module(library), name)
 
 
-def _load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """Load a frozen text encoder or autoencoder.
 
     Raises:

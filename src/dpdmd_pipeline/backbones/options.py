@@ -100,7 +100,8 @@ def resolve_device(device: Device) -> Any:
     import torch
 
     if device != "cpu" and not torch.cuda.is_available():
-        _check_driver(torch._C._cuda_getDriverVersion() if torch.version.cuda else 0, torch.version.cuda)
+        version = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 0 without a driver, or in a torch for CPUs
+        _check_driver(version, torch.version.cuda)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,8 +1,10 @@
-"""A teacher that somebody else trained: a local diffusers folder, or a model on the Hugging Face hub."""
+"""A teacher that somebody else trained: a diffusers folder, a single file, or a model on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import errno
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,11 @@ from typing import Any
 
 from kedro.io import AbstractDataset
 
-from dpdmd_pipeline.limits import read_json
+from dpdmd_pipeline.backbones.built_teacher import Lora, build, stamp
+from dpdmd_pipeline.limits import read_json, write_json
+from dpdmd_pipeline.publishing import Folders, replacing
+
+log = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 TEXT_FILES = ("*.jinja", "*.json", "*.txt", "*.model")  # configs, tokenizers, chat templates; *.model is T5's
@@ -22,28 +28,49 @@ WITHOUT_WEIGHTS = ("scheduler", "tokenizer", "feature_extractor", "image_process
 
 
 class PretrainedModelDataset(AbstractDataset[Any, Path]):
-    """A diffusers pipeline by its folder or by its id on the hub; loads the folder's path, never saves.
+    """A diffusers pipeline by its folder, its id on the hub or its single file; loads the folder's path, never saves.
 
     Args:
-        model: a folder with a model_index.json, or a hub id as in "stabilityai/stable-diffusion-3.5-medium".
+        model: a folder with a model_index.json, a hub id as in "stabilityai/stable-diffusion-3.5-medium", or a file in
+            the layout of the model's authors.
         revision: branch, tag or commit on the hub; None is the main branch.
+        config: folder or hub id of a pipeline with the configs of a single file, and the parts that it lacks.
+        lora: file that is fused into the weights, and a factor: `style.safetensors@0.8`.
+        filepath: folder for the pipeline that is made from a single file or a LoRA; the newest one is kept.
         metadata: ignored; for Kedro plugins.
     """
 
-    def __init__(self, *, model: str, revision: str | None = None, metadata: dict[str, Any] | None = None) -> None:
-        self.model, self.revision = model, revision
-        self.metadata = metadata
+    def __init__(
+        self,
+        *,
+        model: str,
+        revision: str | None = None,
+        config: str | None = None,
+        lora: str | None = None,
+        filepath: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.revision, self.config, self.lora = model, revision, config, lora
+        self.folder, self.metadata = filepath and Path(filepath), metadata
+
+    @property
+    def is_local(self) -> bool:
+        """True if no weight has to be downloaded."""
+        return Path(self.model).expanduser().exists()
 
     def load(self) -> Path:
         """Path of the folder with its weights; downloads the safetensors, configs and tokenizers that are missing.
 
-        Raises an OSError of one line if the model is missing, gated or incomplete, or the hub cannot be reached.
+        Raises an OSError or ValueError of one line if the model is missing, gated or incomplete, the hub cannot be
+        reached, or a single file or LoRA does not fit.
         """
-        return self._folder(with_weights=True)
+        return self._whole()
 
     def load_configs(self) -> Path:
         """Path of the same folder, where weights may still be missing: a few MB are enough to check a run early."""
-        return self._folder(with_weights=False)
+        if self.lora:
+            Lora.parse(self.lora)
+        return self._whole() if self.is_local else self._folder(with_weights=False)
 
     def missing_bytes(self) -> int:
         """Bytes of weights that loading will download; 0 if the hub cannot be asked."""
@@ -57,6 +84,32 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
 
     def save(self, data: Any) -> None:
         raise ValueError(f"{self.model} is read-only: leave out the stage `teacher`, which trains embedded teachers")
+
+    def _whole(self) -> Path:
+        source = Path(self.model).expanduser()
+        if not source.is_file():
+            source = self._folder(with_weights=True)
+        return self._built(source) if source.is_file() or self.lora else source
+
+    def _built(self, source: Path) -> Path:
+        """Folder of the pipeline from a single file or with a LoRA; made again if one of its files has changed."""
+        lora, config = self.lora and Lora.parse(self.lora), source
+        if not self.folder:
+            raise ValueError(f"teacher {self.model} has to be converted: give its dataset a filepath")
+        if source.is_file():
+            if not self.config or Path(self.config).is_file():
+                remedy = "give teacher_config=FOLDER, a diffusers folder of this family with its configs and tokenizers"
+                raise ValueError(f"teacher {source} is a single file, which has no configs: {remedy}")
+            config = PretrainedModelDataset(model=self.config, revision=self.revision)._folder(with_weights=False)
+        files = [*stamp(source), *stamp(config)], lora and [*stamp(lora.path), lora.scale]
+        name, record = source.name.removesuffix(".safetensors"), self.folder / "made_from.json"
+        made_from = json.loads(json.dumps({"files": files}))
+        if not record.is_file() or read_json(record) != made_from:
+            log.info("teacher: %s is converted into %s", self.model, self.folder)
+            with replacing(Folders.of(self.folder)) as folder:
+                build(folder / name, source, config, lora)
+                write_json(folder / record.name, made_from)
+        return self.folder / name
 
     def _folder(self, *, with_weights: bool) -> Path:
         folder, remedy = Path(self.model).expanduser(), "give a whole diffusers pipeline folder"
@@ -91,7 +144,7 @@ class PretrainedModelDataset(AbstractDataset[Any, Path]):
         return self.load_configs().is_dir()
 
     def _describe(self) -> dict[str, Any]:
-        return {"model": self.model, "revision": self.revision}
+        return {"model": self.model, "revision": self.revision, "lora": self.lora}
 
 
 def hub_cache() -> Path:
@@ -151,15 +204,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _check_hub_id(model: str) -> None:
-    if Path(model).expanduser().is_file():
-        raise OSError(
-            f"teacher {model} is a single file, expected a folder: make one with diffusers' "
-            f"`StableDiffusionXLPipeline.from_single_file({model!r}).save_pretrained(FOLDER)` "
-            "(SD3 and SD3.5: StableDiffusion3Pipeline) and give teacher_model=FOLDER"
-        )
     owner, slash, name = model.partition("/")
     if not (owner and slash and name) or "/" in name or model.startswith((".", "~")):
-        raise FileNotFoundError(f"teacher {model} is neither a folder here nor a hub id <owner>/<name>: give one")
+        raise FileNotFoundError(
+            f"teacher {model} is neither a folder here, a file nor a hub id <owner>/<name>: give one"
+        )
 
 
 @contextmanager

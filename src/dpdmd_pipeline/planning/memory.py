@@ -124,6 +124,8 @@ class MemoryModel:
         for role in _TRAINED:
             phases += self._phases(recipe, execution, role, whole[role])
         gradients, activations = max(phases, key=sum)
+        if execution.launch.total > 1 and not execution.sharded:
+            gradients += max(whole.values())  # DDP keeps those of the network that is not being trained
         unsharded = _unsharded_bytes(roles.student) if execution.sharded else 0
         return Memory(
             weights=all_weights - sum(whole.values()) + student + fake_score,

@@ -89,9 +89,9 @@ def _unread_rates(train: dict[str, Any], roles: Any) -> dict[tuple[str, ...], st
     """Lines for learning rates on the command line that belong to the other kind of roles, by their option."""
     names = "learning_rate", "lora_learning_rate"
     unread, read = names if roles == "lora" else reversed(names)
-    given = {role: train[role] for role in ("student", "fake_score") if isinstance(train.get(role), dict)}
+    optimizers = {role: train[role] for role in ("student", "fake_score") if isinstance(train.get(role), dict)}
     lines = {}
-    for role, rates in given.items():
+    for role, rates in optimizers.items():
         if unread in rates:
             option = f"train.{role}.{unread} = {rates[unread]!r}"
             lines["train", role, unread] = f"{option}: train.roles={roles} does not read it: set train.{role}.{read}"

@@ -22,6 +22,7 @@ from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
 COSTLY = {"encode_prompts", "make_anchors", "train_dmd", "train_student", "sample_images", "export_student"}  # nodes
 READ = {"teacher", "params:backbone", "params:anchors", "params:train", "params:train_dmd", "params:evaluate"}
 WEIGHTS = {"student", "student_dmd", "export"}  # datasets
+CHOICE = ("take", "seed", "eval_share")  # options that decide the prompts
 STUDENTS = {"train_dmd": "train_dmd", "train_student": "train"}  # node -> parameter group
 TRAINED = {"train_dmd": "student_dmd", "train": "student"}  # parameter group -> dataset
 PUBLISHED = {"train_dmd": "finished_student_dmd", "train": "finished_student"}  # parameter group -> dataset
@@ -154,12 +155,15 @@ def _check_draws(plan: Plan, catalog: Any) -> None:
 
 
 def _written_prompts(pipeline: Any, catalog: Any) -> WrittenPrompts | None:
-    """The cleaned prompts on the disk; None if this run writes others, because a raw file is newer."""
+    """The cleaned prompts on the disk; None if this run writes others: a raw file is newer, or the options differ."""
     if not catalog.exists("prompts"):
         return None
     prompts, is_input = catalog.get("prompts").load(), "prompts" not in pipeline.all_outputs()
     if not is_input:
         sources = [catalog.get(name).load().path for name in ("raw_prompts", "raw_eval_prompts")]
+        report = catalog.get("prompts_report").load() if catalog.exists("prompts_report") else {}
+        if report.get("choice") != {name: option(catalog, "prompts", name) for name in CHOICE}:
+            return None
         written = prompts.path.stat().st_mtime
         if any(path.is_file() and path.stat().st_mtime > written for path in sources):
             return None

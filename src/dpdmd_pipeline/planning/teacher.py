@@ -44,10 +44,10 @@ def unreadable_teacher(pipeline: Any, catalog: Any, *, is_downloaded: bool = Fal
         return []
     teacher = catalog.get("teacher")
     from_hub = hasattr(teacher, "load_configs")
-    is_local = not from_hub or Path(teacher.model).expanduser().is_dir()
+    is_local = not from_hub or teacher.is_local
     if is_downloaded and is_local:
         return []
-    folder = teacher.load_configs() if from_hub else teacher.load()
+    folder = teacher.load_configs() if from_hub and not is_downloaded else teacher.load()
     backbone = BackboneOptions.model_validate(catalog.get("params:backbone").load())
     return [*faulty_parts(folder, backbone, is_complete=is_local or is_downloaded)]
 

@@ -322,6 +322,7 @@ def test_a_run_finds_the_caches_and_states_it_can_reuse_before_it_starts(t5_teac
         ({"train": {"seed": 9}}, {"embeddings", "anchors"}),
         ({"backbone": {"max_sequence_length": 8}}, set()),
         ({"changed": ["prompts.txt"]}, set()),
+        ({"prompts": {"take": 1}}, set()),
     ):
         (refused,) = refuse_run(line, datasets(**changes))
         assert "0.0 GiB" in refused and plans[-1].reused == reused

@@ -9,7 +9,6 @@ from kedro.config import OmegaConfigLoader
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.planning.checks import refusals
 from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
-from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import MICRO_BATCHES, TrainOptions
@@ -17,7 +16,7 @@ from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[3] / "conf"
 CONFIG = {"sd35": "sd35_medium", "sdxl": "sdxl"}  # family -> its real configuration
-CARDS = (12, 16, 24, 48, 80)  # GB
+CARDS = {12: 11.7, 16: 15.6, 24: 23.6, 48: 47.0, 80: 79.0}  # GB by name -> GiB that are free
 LEAST = {("sd35", "lora"): 12, ("sdxl", "lora"): 16, ("sd35", "full"): 80, ("sdxl", "full"): 1000}  # GB that are enough
 EIGHT = {"processes": 8, "machines": 1, "rendezvous": None, "sharding": "none"}
 
@@ -37,14 +36,14 @@ def test_every_card_gets_the_largest_micro_batches_that_fit_or_a_remedy(family, 
     sizes = {}
     for roles in ("lora", "full"):
         for card in CARDS:
-            planned = plan(tmp_path, family, roles=roles, card_gib=card * 1e9 / GIB)
+            planned = plan(tmp_path, family, roles=roles, card_gib=CARDS[card])
             vars(planned)["estimates"] = first.estimates  # counted once
             lines = refusals(planned)
             assert (lines == []) == (card >= LEAST[family, roles])
             assert all("train.roles=lora" in line or roles == "lora" for line in lines)
             sizes[roles, card] = chosen(planned)
     assert sizes["lora", 12] < sizes["lora", 24] < sizes["lora", 80]  # more memory, larger micro-batches
-    eight = plan(tmp_path, family, launch=EIGHT | {"sharding": "fsdp2"}, card_gib=80e9 / GIB)
+    eight = plan(tmp_path, family, launch=EIGHT | {"sharding": "fsdp2"}, card_gib=CARDS[80])
     vars(eight)["estimates"] = first.estimates
     assert refusals(eight) == [] and chosen(eight) == [4, 4, 4]  # each process's share of the batch
     small = plan(tmp_path, f"{family}_lora_16gb")

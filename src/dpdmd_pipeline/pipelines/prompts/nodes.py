@@ -14,6 +14,7 @@ from dpdmd_pipeline.pipelines.prompts.cleaning import CleanPrompts, split_by_fil
 from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, truncated_rows
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.planning.identity import code_hash, text_side_hash, texts_digest
+from dpdmd_pipeline.planning.plan import CHOICE
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ def clean_prompts(
     """Clean and split the prompts; refuse bad input before a file is written.
 
     Returns:
-        Unique records {"text": str, "train": bool, "eval": bool}, and a report: `counts`, and for each file its
-        counts and the first 1,000 dropped lines.
+        Unique records {"text": str, "train": bool, "eval": bool}, and a report: `choice` (the options), `counts`, and
+        for each file its counts and the first 1,000 dropped lines.
     """
     surveys = [survey(raw_prompts)]
     if options.take is not None:
@@ -41,7 +42,8 @@ def clean_prompts(
     files = [result.report() for result in surveys]
     for report in files:
         _log_survey(report)
-    return prompts, {"counts": prompts.count(), "files": files}
+    choice = options.model_dump(include=set(CHOICE))
+    return prompts, {"choice": choice, "counts": prompts.count(), "files": files}
 
 
 def _log_survey(report: dict[str, Any]) -> None:

@@ -31,30 +31,28 @@ def make_report(
 ) -> tuple[str, str]:
     """Render the page as HTML, which needs no other file, and as Markdown, which links pictures in its own folder.
 
-    The same inputs and versions give the same bytes.
-
     Args:
         grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first `evaluate.grid_prompts` prompts.
         train_strip: PIL image of both students during the training.
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
         run_arguments: arguments of `kedro run` that chose its folders.
     """
-    described = describe_metrics(metrics)
     groups = student_options({"dmd": student_dmd, "dp_dmd": student}, metrics)
     groups |= {"prompts": prompts_options, "evaluate": evaluate_options, "report": options}
+    histories, grids = {"dmd": train_history_dmd, "dp_dmd": train_history}, (grid_teacher, grid_dmd, grid_dp_dmd)
     texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
     shown = texts[: int(plain_options(evaluate_options)["grid_prompts"])]
     page = {
-        **described,
+        **describe_metrics(metrics),
         "prompts": shown,
         "num_prompts": len(texts),
-        "pictures": picture_rows({"teacher": grid_teacher, "dmd": grid_dmd, "dp_dmd": grid_dp_dmd}, shown, options),
+        "pictures": picture_rows(dict(zip(("teacher", *histories), grids, strict=True)), shown, options),
         "scatter": make_scatter(scores),
         "prompt_table": prompt_table(scores, options.max_prompts),
         "bars": make_bars(scores["attributes"]),
         "student_cycles": student_cycles({"DMD": train_history_dmd, "DP-DMD": train_history}),
         "strip": data_uri(train_strip, options),
-        "curves": make_curves({"dmd": train_history_dmd, "dp_dmd": train_history}, options.curve_points),
+        "curves": make_curves(histories, options.curve_points),
         "options": option_tables(groups),
         "run_arguments": run_arguments,
         "versions": versions(),

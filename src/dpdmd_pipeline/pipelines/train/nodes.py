@@ -56,22 +56,28 @@ def train_student(
         return trained
     check_speed(teacher, options)
     check_start(teacher, backbone, recipe)
-    from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
-    from dpdmd_pipeline.planning.memory import memory_model
     from dpdmd_pipeline.training.checkpoint import Checkpoints
-
-    if options.is_automatic and (free := planned_memory(options)):
-        options = with_micro_batches(memory_model(teacher, backbone), options, free)
 
     decisive = {**groups, "anchors made": anchors.fingerprint[:16]}
     folder = open_state(train_state, identity, method_name(recipe), decisive, recipe.max_steps)
     checkpoints = Checkpoints(folder, options.keep_last)
+    options = _fitted(options, teacher, backbone)
     job = Job(rows, embeddings, anchors, teacher, backbone, options, checkpoints)
     records = _train(job, recipe)
     header = _make_header(backbone.load(teacher, "cpu"), backbone, recipe, identity, groups)
     keys = dict.fromkeys(key for row in records for key in row)
     history = [{**keys, **row} for row in records]  # None for values that were not measured in that cycle
     return partial(_write_student, job=job, header=header, history=history), history
+
+
+def _fitted(options: TrainOptions, teacher: Path, backbone: BackboneOptions) -> TrainOptions:
+    """Options whose micro-batches of `auto` are numbers that fit on the card, if there is one to plan for."""
+    from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
+    from dpdmd_pipeline.planning.memory import memory_model
+
+    if options.is_automatic and (free := planned_memory(options)):
+        return with_micro_batches(memory_model(teacher, backbone), options, free)
+    return options
 
 
 def _options(backbone: BackboneOptions, anchors: AnchorRecipe, recipe: Recipe) -> dict[str, dict[str, Any]]:

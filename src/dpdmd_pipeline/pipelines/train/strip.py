@@ -27,12 +27,12 @@ def draw_strip(student_dmd: Path, student: Path) -> Any:
     strip = Image.new("RGB", (LABEL + width * len(rows), LINE + height * count), "white")
     draw = ImageDraw.Draw(strip)
     for column, (name, row) in enumerate(rows.items()):
-        left = LABEL + column * width
-        draw.text((left, GAP), name, "black")
+        start = LABEL + column * width
+        draw.text((start, GAP), name, "black")
         for line, (cycle, picture) in enumerate(row.items()):
             top = LINE + line * height
             draw.text((GAP, top + height // 2 - 8), f"cycle {cycle}" if cycle else "teacher", "black")
-            strip.paste(picture, (left, top))
+            strip.paste(picture, (start, top))
     return strip
 
 
