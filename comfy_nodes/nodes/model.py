@@ -25,6 +25,8 @@ _FAMILIES = {
 
 def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
     """The header's word for a model's family; ComfyUI's class name for other families."""
+    if model.model.model_config.unet_config.get("z_image_modulation"):  # ComfyUI's class of it is Lumina2's
+        return "z_image"
     name = type(model.model).__name__
     return _FAMILIES.get(name, name)
 
@@ -32,7 +34,7 @@ def family_of(model: comfy.model_patcher.ModelPatcher) -> str:
 def is_of_family(model: comfy.model_patcher.ModelPatcher, header: StudentHeader) -> bool:
     """True unless the header names another family than the model's; families that only ComfyUI knows have no word."""
     family = family_of(model)
-    return header.family == family or not {header.family, family} & set(_FAMILIES.values())
+    return header.family == family or not {header.family, family} & {*_FAMILIES.values(), "z_image"}
 
 
 def levels_of(model: comfy.model_patcher.ModelPatcher) -> Levels:

@@ -252,7 +252,9 @@ def _split_call(arguments: dict) -> list[dict]:
     """Split a network call into calls with one picture each; keep it whole if an argument cannot be split."""
     count, kinds = len(arguments["input"]), arguments["cond_or_uncond"]
     options = arguments["c"].get("transformer_options", {})
-    tensors = {name: value for name, value in arguments["c"].items() if name != "transformer_options"}
+    values = {name: value for name, value in arguments["c"].items() if name != "transformer_options"}
+    shared = {name: value for name, value in values.items() if isinstance(value, int)}  # such as a number of tokens
+    tensors = {name: value for name, value in values.items() if name not in shared}
     is_patched = any(options.get(name) for name in ("patches", "patches_replace")) or any(
         options.get("wrappers", {}).values()
     )
@@ -266,6 +268,7 @@ def _split_call(arguments: dict) -> list[dict]:
                 "input": arguments["input"][row],
                 "timestep": arguments["timestep"][row],
                 "c": {name: value[row] for name, value in tensors.items()}
+                | shared
                 | {"transformer_options": options | {"cond_or_uncond": kind}},
                 "cond_or_uncond": kind,
             }

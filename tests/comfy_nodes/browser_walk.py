@@ -93,6 +93,7 @@ PLACE_OF_SLOT = """([type, kind, name]) => {
     const corner = window.app.canvas.canvas.getBoundingClientRect()
     return [(x + offset[0]) * scale + corner.x, (y + offset[1]) * scale + corner.y]
 }"""
+CANVAS_ON_TOP = "place => document.elementFromPoint(...place)?.closest('#graph-canvas, [data-node-id]')"
 LINK = [("DPDMDLoader", "outputs", "model"), ("DPDMDSampler", "inputs", "model")]
 LOCALES = {"en": "en-US", "zh": "zh-CN", "ja": "ja-JP", "fr": "fr-FR"}
 
@@ -299,6 +300,7 @@ def open_page(browser: Any, server: ComfyServer, language: str) -> Any:
     page.goto(address)
     page.wait_for_function("() => window.app?.graph?._nodes.length")  # the page loads its own first workflow last
     page.wait_for_timeout(2000)
+    page.wait_for_function(CANVAS_ON_TOP, arg=[SIZE["width"] / 2, SIZE["height"] / 2])  # a splash screen covers it
     page.evaluate("() => window.app.graph.clear()")
     return page
 

@@ -19,7 +19,8 @@ PACK = PROJECT / "comfy_nodes"
 LANGUAGES = ("en", "zh", "ja", "fr")
 FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # ComfyUI's folder -> the form of the export for it
 EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
-OF_STUDENTS = ["draft_then_finish", "sd35_4step", "sd35_img2img", "sd35_lora", "sdxl_4step", "teacher_first_step"]
+ENVIRONMENTS = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb", "z_image_lora": "z_image"}  # others: sd35
+OF_STUDENTS = [*ENVIRONMENTS, "draft_then_finish", "sd35_4step", "sd35_img2img", "teacher_first_step"]
 
 # Saved workflows depend on these ids, names, types and their order. id: (sockets, widgets, outputs)
 NODES = {
@@ -132,6 +133,7 @@ def test_there_is_an_example_for_every_way_to_use_a_student():
         "teacher_start_qwen_lightning",
         "teacher_start_sdxl_dmd2",
         "teacher_start_z_image",
+        "z_image_lora",
     ]
 
 
@@ -170,12 +172,11 @@ def test_a_note_names_every_file_and_its_folder(example):
 
 @pytest.mark.parametrize("example", OF_STUDENTS)
 def test_an_example_loads_the_file_that_the_export_writes_and_names_its_folder(example):
-    environment = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb"}.get(example, "sd35")
-    conf = PROJECT / "conf" / environment
+    conf = PROJECT / "conf" / ENVIRONMENTS.get(example, "sd35")
     options = yaml.safe_load((conf / "parameters.yml").read_text())["export"]
     folder = yaml.safe_load((conf / "globals.yml").read_text())["folder"]
     export = yaml.safe_load((PROJECT / "conf/base/catalog.yml").read_text())["export"]["filepath"]
-    export = export.replace("${globals:folder}", folder)
+    export = export.replace("${_run}", folder)
     (loader,) = [node for node in nodes_of(example) if node["type"] == "DPDMDLoader"]
     (note,) = [node["widgets_values"][0] for node in nodes_of(example) if node["type"] == "MarkdownNote"]
     folder, name = loader["widgets_values"][0].split("/")
@@ -194,7 +195,7 @@ def test_first_steps_name_the_files_that_make_distill_writes():
     )
 
 
-@pytest.mark.parametrize("example", [name for name in OF_STUDENTS if name != "sdxl_4step"])
+@pytest.mark.parametrize("example", [name for name in OF_STUDENTS if "sd35" in ENVIRONMENTS.get(name, "sd35")])
 def test_sd35_prompts_are_padded_as_in_training(example):
     flow = browser_walk.read_example(example)
     nodes = {node["id"]: node for node in flow["nodes"]}

@@ -71,6 +71,39 @@ def _register_tiny_sdxl() -> None:
 _register_tiny_sdxl()
 
 
+TINY_Z_IMAGE = {  # 3 heads of 128, as wide as Z-Image's; its own network has 30
+    "dim": 384,
+    "n_heads": 3,
+    "n_kv_heads": 3,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8.0 / 3.0,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}
+
+
+def _register_tiny_z_image() -> None:
+    if not hasattr(comfy.supported_models, "ZImage"):  # older versions
+        return
+    detect = comfy.model_detection.detect_unet_config
+
+    def with_tiny(*args, **kwargs):
+        config = detect(*args, **kwargs)
+        is_tiny = config is not None and config.get("dim") == TINY_Z_IMAGE["dim"]
+        return config | TINY_Z_IMAGE if is_tiny and config.get("image_model") == "lumina2" else config
+
+    class TinyZImage(comfy.supported_models.ZImage):
+        unet_config = {"image_model": "lumina2", "dim": TINY_Z_IMAGE["dim"]}
+
+    comfy.model_detection.detect_unet_config = with_tiny
+    comfy.supported_models.models.insert(0, TinyZImage)
+
+
+_register_tiny_z_image()
+
 _TINY_FLUX = {
     "image_model": "flux",
     "in_channels": 16,
