@@ -43,7 +43,7 @@ PICTURES = 2  # of the one evaluation prompt
 BASIS = {"sd3": ("sd35_medium", "sd35_lora_16gb"), "sdxl": ("sdxl", "sdxl_lora_16gb")}  # configuration, environment
 ON_CPU = {"device": "cpu"}
 ONE_CYCLE = ON_CPU | {"max_steps": 1, "batch_size": 1, "num_steps": 2, "fake_score_turns": 1}
-ONE_CYCLE |= {"watch": {"every": 0}}
+ONE_CYCLE |= {"watch": {"every": 0}, "card_gib": 14.9}  # a card of 16 GB, so that its memory is estimated
 CHANGES: dict[str, dict[str, Any]] = {
     "backbone": {"resolution": 256, "num_steps": 2},
     "prompts": ON_CPU,
@@ -110,16 +110,15 @@ def main(args: argparse.Namespace) -> None:
         project = folder / f"{args.family}_line" / "project"
         if not project.exists():
             commands.copy_project(str(project.parent))
-        parameters = write_environment(project, basis, teacher)
+        write_environment(project, basis, teacher)
         measured |= run_line(project) | {"GB on the disk": sizes(project, teacher)}
-        measured |= {"estimated GPU memory of train_student": estimate(teacher, parameters)}
         measured |= draw_with_diffusers(project, teacher)
     about = {"changes of the environment": CHANGES, "pixels": CHANGES["backbone"]["resolution"], "environment": basis}
     record(args.result or f"full_size_cpu_{name}", {**measured, **about, **timing.conditions()})
 
 
-def write_environment(project: Path, basis: str, teacher: Path) -> dict[str, Any]:
-    """Write conf/full_size, which changes another environment; returns its parameters."""
+def write_environment(project: Path, basis: str, teacher: Path) -> None:
+    """Write conf/full_size, which changes another environment."""
     source, target = project / "conf" / basis, project / "conf" / ENVIRONMENT
     target.mkdir(exist_ok=True)
     (target / "catalog.yml").write_text((source / "catalog.yml").read_text())
@@ -133,7 +132,6 @@ def write_environment(project: Path, basis: str, teacher: Path) -> dict[str, Any
         nested = {name: parameters[group][name] | value for name, value in changes.items() if isinstance(value, dict)}
         parameters[group] |= changes | nested
     (target / "parameters.yml").write_text(yaml.safe_dump(parameters))
-    return parameters
 
 
 # ---- the line
@@ -144,7 +142,8 @@ def run_line(project: Path) -> dict[str, Any]:
     log = project / "logs/dpdmd.log"
     log.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--line"]
-    process = subprocess.Popen(command, cwd=project, env=commands.environment())
+    environment = commands.environment() | {"PYTHONPATH": str(project / "src")}  # the copy, which nobody edits
+    process = subprocess.Popen(command, cwd=project, env=environment)
     samples = watch(process)
     if process.returncode:
         raise SystemExit(f"Error: the line ended with {process.returncode}: see {log}")
@@ -218,19 +217,6 @@ def sizes(project: Path, teacher: Path) -> dict[str, float]:
         path.name: path for layer in (5, 6, 7) for path in (project / "data").glob(f"0{layer}_*/{ENVIRONMENT}/*")
     }
     return {name: folder_size(path) / 1e9 for name, path in {"teacher": teacher, **folders}.items()}
-
-
-def estimate(teacher: Path, parameters: dict[str, Any]) -> str:
-    """The estimate of the student's training, which Kedro tells where there is a GPU."""
-    from dpdmd_pipeline.backbones.options import BackboneOptions
-    from dpdmd_pipeline.planning.memory import memory_model
-    from dpdmd_pipeline.training.options import TrainOptions
-    from workload import load_parameters
-
-    base = load_parameters("base")
-    options = TrainOptions(**base["train"] | parameters["train"] | {"watch": base["train"]["watch"] | {"every": 0}})
-    backbone = BackboneOptions(**base["backbone"] | parameters["backbone"])
-    return str(memory_model(teacher, backbone).estimate(options.recipe(), options.execution()))
 
 
 # ---- the export

@@ -3,9 +3,9 @@
     python benchmarks/gpu_card.py --env sd35_lora_16gb --config sd35_medium --device cuda --batch 8
     python benchmarks/gpu_card.py --env sdxl_lora_16gb --config sdxl --device cuda --batch 8 --attention
 
-Options are the environment's own, micro-batches too. The share is that of the rate of large matrix products: a backward
-pass counts two forward passes, or one if the weights are frozen. With --attention the cycle is repeated with each of
-torch's attention kernels alone.
+Options are the environment's own; micro-batches are the largest that fit on the card, or into --card-gib. The share is
+that of the rate of large matrix products: a backward pass counts two forward passes, or one if the weights are frozen.
+With --attention the cycle is repeated with each of torch's attention kernels alone.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def main(args: argparse.Namespace) -> None:
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         work = workload.prepare(args, Path(folder))
-        options = work.options(**dict.fromkeys(MICRO_BATCHES, "auto"))
+        options = work.options(**dict.fromkeys(MICRO_BATCHES, "auto"), card_gib=args.card_gib)
         if free := planned_memory(options):
             options = with_micro_batches(memory_model(work.teacher, work.backbone), options, free)
-        micro = {name: getattr(options, name) for name in MICRO_BATCHES}
+        micro = {name: getattr(options, name) for name in (*MICRO_BATCHES, "card_gib")}
         measured = _cycles(work, options, args)
     measured["settings"] = work.settings() | micro
     record(args.result or f"card_{args.env}", {**measured, **timing.conditions()})
@@ -115,5 +115,6 @@ def _attention(cycle: Any, work: Workload, budget: float) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = workload.parser(__doc__)
+    parser.add_argument("--card-gib", type=float, help="memory to plan for; default: what is free on the GPU")
     parser.add_argument("--attention", action="store_true", help="repeat the cycle with each attention kernel alone")
     main(parser.parse_args())

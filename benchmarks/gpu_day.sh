@@ -55,8 +55,8 @@ part() {
   1) bench gpu_world line "${WORLD[@]}" ;;
   2)
     teacher sd35_medium
-    bench gpu_card --env sd35_lora_16gb "${TEACHER[@]}" --batch 8 "${COMMON[@]}"
-    bench gpu_card --env sd35 "${TEACHER[@]}" --batch 4 "${COMMON[@]}"
+    bench gpu_card --env sd35_lora_16gb "${TEACHER[@]}" --batch 8 --card-gib 14.9 "${COMMON[@]}"
+    bench gpu_card --env sd35 "${TEACHER[@]}" --batch 4 --card-gib 74.5 "${COMMON[@]}"
     ;;
   3)
     teacher sd35_medium
@@ -71,7 +71,7 @@ part() {
     ;;
   5)
     teacher sdxl
-    bench gpu_card --env sdxl_lora_16gb "${TEACHER[@]}" --batch 8 "${COMMON[@]}"
+    bench gpu_card --env sdxl_lora_16gb "${TEACHER[@]}" --batch 8 --card-gib 14.9 "${COMMON[@]}"
     ;;
   6) bench gpu_world study "${WORLD[@]}" "${STUDY[@]}" ;;
   *) echo "Error: there is no part $1: see \`benchmarks/gpu_day.sh list\`" >&2 && return 2 ;;
