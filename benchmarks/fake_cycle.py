@@ -96,10 +96,11 @@ def peak_of_cycles(teacher: Path, backbone: BackboneOptions, options: TrainOptio
 
 def walk_on_cuda(teacher: Path, backbone: BackboneOptions, options: TrainOptions, anchor_steps: Sequence[int]) -> None:
     """Run the forward passes of one cycle on fake tensors of "cuda"; raises an error if an operation mixes devices."""
+    unmeasured = options.model_copy(update={"ratio_every": 0})  # there is no gradient
     with (
         mock.patch.object(torch, "autocast", lambda _, dtype, enabled: autocast("cuda") if enabled else nullcontext()),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
-        fake_run(teacher, backbone, options, anchor_steps, "cuda") as (run, _),
+        fake_run(teacher, backbone, unmeasured, anchor_steps, "cuda") as (run, _),
     ):
         run.accelerator.backward = lambda loss, **_: None
         for role in (run.student, run.fake_score):
