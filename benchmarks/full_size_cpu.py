@@ -15,6 +15,7 @@ since most CPUs have no kernels for them. The evaluation draws two pictures at o
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -257,8 +258,9 @@ def draw(folder: str, load: dict[str, Any], call: dict[str, Any]) -> None:
     names = json.loads((Path(folder) / "model_index.json").read_text())
     with Float32Products(), torch.no_grad():
         texts = part("transformer", "unet", "vae")
-        length = {"max_sequence_length": call["max_sequence_length"]} if call.get("max_sequence_length") else {}
-        embeds, _, pooled, _ = texts.encode_prompt("a lighthouse", None, do_classifier_free_guidance=False, **length)
+        given = {"prompt_2": None, "prompt_3": None, "max_sequence_length": call.get("max_sequence_length")}
+        known = {name: given[name] for name in given if name in inspect.signature(texts.encode_prompt).parameters}
+        embeds, _, pooled, _ = texts.encode_prompt("a lighthouse", do_classifier_free_guidance=False, **known)
         del texts
         pipe = part("text_encoder", "tokenizer")
         generator = torch.Generator().manual_seed(0)
