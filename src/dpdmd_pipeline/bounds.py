@@ -18,6 +18,9 @@ Pairs = Annotated[int, Field(ge=2, le=2**16)]  # pictures of a prompt; diversity
 Few = Annotated[int, Field(ge=1, le=1024)]  # sampling steps, processes, kept files
 
 
+Text = Annotated[str, Field(min_length=1, max_length=512)]  # a name or a link
+
+
 class StrictModel(BaseModel):
     """Options without unknown names, converted types, or numbers that are not finite."""
 

@@ -155,7 +155,9 @@ def test_guiding_x0_is_guiding_the_velocity(tiny_teacher):
     backbone, latents, sigma = SD3(tiny_teacher, **OPTIONS), noise(), 0.7
     cond, uncond = noise(seed=1), noise(seed=2)
     velocity = uncond + 3.5 * (cond - uncond)
-    ours = backbone.guide(latents - sigma * cond, latents - sigma * uncond, 3.5)
+    ours = backbone.guide(
+        latents - sigma * cond, latents - sigma * uncond, 3.5, latents, flow_level(torch.tensor(sigma))
+    )
     torch.testing.assert_close(ours, latents - sigma * velocity, rtol=1e-5, atol=1e-5)
 
 

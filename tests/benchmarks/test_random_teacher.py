@@ -56,6 +56,7 @@ def test_configurations_alone_give_the_same_estimate_as_weights(tmp_path):
         guidance_scale=3.5,
         level_range=(0.02, 0.98),
         dtype="bfloat16",
+        teacher_dtype=None,
     )
     options = recipe_with(precision="bfloat16"), execution_with(gradient_checkpointing=True)
     counts = make_weightless_teacher(tmp_path / "configs", CONFIGS["sd35_medium_tiny"])

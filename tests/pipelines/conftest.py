@@ -33,6 +33,7 @@ BACKBONE = {
     "guidance_scale": 3.5,
     "level_range": [0.02, 0.98],
     "dtype": "float32",
+    "teacher_dtype": None,
 }
 ONE, TWO = ({"processes": count, "machines": 1, "rendezvous": None} for count in (1, 2))
 ANCHORS = {

@@ -60,7 +60,7 @@ class BackboneOptions(StrictModel):
     dtype: Dtype  # of the networks; everything outside them is float32
     # of the teacher where it is a network of its own: for anchors, its pictures, and training with roles=full. Adapters
     # share their base, in `dtype`. null: dtype
-    teacher_dtype: Dtype | None = None
+    teacher_dtype: Dtype | None
 
     @field_validator("level_range")
     @classmethod

@@ -82,16 +82,16 @@ class OpenStudent:
 
 def open_student(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> OpenStudent:
     """Load an export; see `sample`."""
-    return load_onto(_backbone(path, teacher, device, dtype), path)
+    return load_onto(_backbone(path, teacher, device, dtype), path, load_header(path).family)
 
 
-def load_onto(backbone: Backbone, path: Path) -> OpenStudent:
-    """Load a student of the backbone's family; its weights may lie in the backbone's own folder."""
+def load_onto(backbone: Backbone, path: Path, family: str) -> OpenStudent:
+    """Load a student of a family, the backbone's; its weights may lie in the backbone's own folder."""
     header = load_header(path)
     check_prediction(path, header, backbone.prediction, backbone.folder)
     network = backbone.load_model()
     if backbone.folder != path:
-        load_weights(path, network, header.family)
+        load_weights(path, network, family)
     levels = backbone.student_schedule(header.grid, header.num_steps)
     return OpenStudent(header, backbone, network.requires_grad_(False).eval(), levels)
 

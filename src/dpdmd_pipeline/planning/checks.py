@@ -91,7 +91,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
 def refused_runs(pipeline: Any, catalog: Any) -> Iterator[str]:
     """One line for each recipe of a study whose changes cannot work."""
     for name in sorted(pipeline.inputs()):
-        study = catalog.get(name).load() if name.startswith("params:") else None
+        study = catalog.get(name).load() if name.startswith("params:") and name in catalog else None
         for run, changes in getattr(study, "active_runs", {}).items():
             try:
                 train, anchors = (catalog.get(f"params:{group}").load() for group in ("train", "anchors"))

@@ -33,6 +33,7 @@ BACKBONE = {
     "guidance_scale": 3.5,
     "level_range": [0.02, 0.98],
     "dtype": "float32",
+    "teacher_dtype": None,
 }
 TEXTS = ["a red circle", "a blue square", "one green triangle"]
 

@@ -158,7 +158,7 @@ def _student_sampler(
     from dpdmd_pipeline.exporting.sample import draw_latents, load_onto
     from dpdmd_pipeline.exporting.starts import noise_the_prompt, start_with_teacher
 
-    student, start = load_onto(model, folder), None
+    student, start = load_onto(model, folder, backbone.family), None
     if isinstance(options, PromptNoise):
         start = noise_the_prompt(model, student.network, student.levels, options)
     elif options:

@@ -37,13 +37,14 @@ def make_report(
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
         run_arguments: arguments of `kedro run` that chose its folders.
     """
+    described = describe_metrics(metrics)
     groups = student_options({"dmd": student_dmd, "dp_dmd": student}, metrics)
     groups |= {"prompts": prompts_options, "evaluate": evaluate_options, "report": options}
     histories, grids = {"dmd": train_history_dmd, "dp_dmd": train_history}, (grid_teacher, grid_dmd, grid_dp_dmd)
     texts = [" ".join(record["text"].split()) for record in prompts if record["eval"]]
     shown = texts[: int(plain_options(evaluate_options)["grid_prompts"])]
     page = {
-        **describe_metrics(metrics),
+        **described,
         "prompts": shown,
         "num_prompts": len(texts),
         "pictures": picture_rows(dict(zip(("teacher", *histories), grids, strict=True)), shown, options),
