@@ -21,6 +21,7 @@ def test_a_part_that_does_not_exist_is_refused():
     assert process.returncode == 2 and "no part 7" in process.stderr
 
 
+@pytest.mark.full_size
 def test_the_part_of_sdxl_runs_with_small_networks_on_the_cpu():
     before = sorted((ROOT / "benchmarks/results").rglob("*"))
     process = gpu_day("--tiny", "5")

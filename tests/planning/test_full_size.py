@@ -112,6 +112,7 @@ def test_a_teacher_of_today_is_checked_before_its_weights_are_there(real):
     assert [*faulty_parts(teacher, plan(environment, teacher).backbone, is_complete=False)] == []
 
 
+@pytest.mark.full_size
 def test_an_environment_fits_on_its_card(real):
     environment, teacher = real
     assert refusals(plan(environment, teacher), REAL[environment].card) == []

@@ -8,9 +8,10 @@ from tests.raising import refuses
 from dpdmd_pipeline.datasets.prompt_file import PromptFile
 from dpdmd_pipeline.pipelines.prompts import cleaning
 from dpdmd_pipeline.pipelines.prompts.cleaning import clean_text, split_by_files, split_by_hash, survey, take
+from dpdmd_pipeline.wording import is_blank
 
 prompt = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]))
-prompts = st.lists(prompt).filter(lambda lines: any(clean_text(line) for line in lines))
+prompts = st.lists(prompt).filter(lambda lines: not all(is_blank(clean_text(line)) for line in lines))
 
 
 def write(folder, lines, name="prompts.txt"):
@@ -53,7 +54,7 @@ def test_kept_texts_are_the_unique_clean_ones_in_their_order(folder, lines):
     if result.file.is_numbered_list():
         return
     texts = [record["text"] for record in split_by_files(result, result)]
-    assert texts == list(dict.fromkeys(filter(None, map(clean_text, lines))))
+    assert texts == list(dict.fromkeys(text for text in map(clean_text, lines) if not is_blank(text)))
 
 
 @given(lines=prompts)

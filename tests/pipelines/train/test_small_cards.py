@@ -14,6 +14,8 @@ from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import MICRO_BATCHES, TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
+pytestmark = pytest.mark.full_size
+
 CONF = Path(__file__).parents[3] / "conf"
 CONFIG = {"sd35": "sd35_medium", "sdxl": "sdxl"}  # family -> its real configuration
 CARDS = {12: 11.7, 16: 15.6, 24: 23.6, 48: 47.0, 80: 79.0}  # GB by name -> GiB that are free
@@ -23,8 +25,9 @@ EIGHT = {"processes": 8, "machines": 1, "rendezvous": None, "sharding": "none"}
 
 def plan(teacher: Path, environment: str, **changes) -> Plan:
     config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
-    # where there is no GPU, the options of one are not refused for that: the card is given
-    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu"} | changes)}
+    # the card is given: neither a missing GPU nor this machine's memory refuses the run
+    here = {"device": "cpu", "checkpoint_background": False}
+    trained = {"train": TrainOptions(**config["train"] | here | changes)}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
     return Plan(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
 
