@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,8 @@ def count_pass(
     """Run one graded pass and add up the storages that autograd keeps, each once and without parameters.
 
     Args:
-        backbone: of the family.
-        network: one role.
-        inner: diffusers' network in it.
+        network, inner: one role, and diffusers' network in it.
         cond: tensors like the embeddings of one prompt.
-        batch: samples of the pass.
         precision: of the arithmetic, "float32" or "bfloat16".
         device: of the networks' fake tensors.
     """
@@ -154,12 +152,9 @@ def count_pass(
         autocast(device) if casts else nullcontext(),
         _CudaAttention() if device == "cuda" else nullcontext(),
     ):
-        latents = torch.zeros(batch, *backbone.latent_shape)
-        level = NoiseLevel(*(torch.full((batch, 1, 1, 1), value) for value in (0.5, 0.5, 500)))
-        inputs = {name: torch.zeros(batch, *value.shape[1:], dtype=value.dtype) for name, value in cond.items()}
-        backbone.denoise(network, latents, level, inputs)
+        _denoise_zeros(backbone, network, cond, batch)
     parameters = _storages([*network.parameters(), *inner.parameters()])
-    everything = outside | {name: storage for block in blocks for name, storage in block.items()}
+    everything = outside | dict(chain.from_iterable(block.items() for block in blocks))
     cast = [p for p in inner.parameters() if casts and p.requires_grad and p.dtype == torch.float32]
     return PassMemory(
         saved=_size(everything, parameters),
@@ -168,6 +163,14 @@ def count_pass(
         casts=bytes_of(cast) // 2,
         flops=counter.get_total_flops() / batch,
     )
+
+
+def _denoise_zeros(backbone: Any, network: nn.Module, cond: Conditioning, batch: int) -> None:
+    """Run one pass of `batch` samples on torch's default device."""
+    latents = torch.zeros(batch, *backbone.latent_shape)
+    level = NoiseLevel(*(torch.full((batch, 1, 1, 1), value) for value in (0.5, 0.5, 500)))
+    inputs = {name: torch.zeros(batch, *value.shape[1:], dtype=value.dtype) for name, value in cond.items()}
+    backbone.denoise(network, latents, level, inputs)
 
 
 @contextmanager

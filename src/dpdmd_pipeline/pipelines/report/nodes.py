@@ -35,7 +35,6 @@ def make_report(
         grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first `evaluate.grid_prompts` prompts.
         train_strip: PIL image of both students during the training.
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
-        run_arguments: arguments of `kedro run` that chose its folders.
     """
     described = describe_metrics(metrics)
     groups = student_options({"dmd": student_dmd, "dp_dmd": student}, metrics)
