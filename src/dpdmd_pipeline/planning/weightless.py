@@ -122,16 +122,14 @@ def count_pass(
     inner: nn.Module,
     cond: Conditioning,
     batch: int,
-    precision: str,
+    precision: str,  # float32 or bfloat16
     device: str,
 ) -> PassMemory:
     """Run one graded pass and add up the storages that autograd keeps, each once and without parameters.
 
     Args:
-        network, inner: one role, and diffusers' network in it.
+        network, inner: one role, and diffusers' network in it; fake tensors on `device`.
         cond: tensors like the embeddings of one prompt.
-        precision: of the arithmetic, "float32" or "bfloat16".
-        device: of the networks' fake tensors.
     """
     outside: Storages = {}
     between: Storages = {}

@@ -32,8 +32,7 @@ def make_report(
     """Render the page as HTML, which needs no other file, and as Markdown, which links pictures in its own folder.
 
     Args:
-        grid_teacher, grid_dmd, grid_dp_dmd: PIL images, a row for each of the first `evaluate.grid_prompts` prompts.
-        train_strip: PIL image of both students during the training.
+        grid_teacher, ...: PIL images; a grid has a row for each of the first `evaluate.grid_prompts` prompts.
         prompts_options, evaluate_options: a dict, or the model of the stage's own nodes.
     """
     described = describe_metrics(metrics)
