@@ -150,7 +150,7 @@ def run_line(project: Path) -> dict[str, Any]:
         raise SystemExit(f"Error: the line ended with {process.returncode}: see {log}")
     lines = [Line.parse(text) for text in log.read_text().splitlines() if text[:2] == "20"]
     starts = [(line.time, line.text.split(":")[1].strip()) for line in lines if line.text.startswith("Running node: ")]
-    told = [line.text for line in lines if line.time < starts[0][0] and line.is_own]
+    own_lines = [line.text for line in lines if line.time < starts[0][0] and line.is_own]
     ends = [*(start for start, _ in starts[1:]), samples[-1].time]
     nodes = {"before the first node": _peaks(samples, samples[0].time, starts[0][0])}
     nodes |= {name: _peaks(samples, start, end) for (start, name), end in zip(starts, ends, strict=True)}
@@ -159,7 +159,7 @@ def run_line(project: Path) -> dict[str, Any]:
         "peak GiB": max(sample.own for sample in samples) / GIB,
         "peak GiB with mapped files": max(sample.resident for sample in samples) / GIB,
         "nodes": {name: values for name, values in nodes.items() if values["seconds"] >= 1},
-        "told before the first node": told,
+        "told before the first node": own_lines,
     }
 
 

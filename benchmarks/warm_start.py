@@ -69,9 +69,9 @@ def collapsed_student(folder: Path, inputs: tuple[Any, ...], seed: int) -> Path:
 def runs_of(start: Path, cycles: list[int]) -> dict[str, Any]:
     """Runs of the study: from the collapsed student, then with the teacher's fake score, then from the teacher."""
     warm = {f"warm_{count}": {"start_from": str(start), "max_steps": count} for count in cycles}
-    apart = {f"{name}_fake_score_of_teacher": {**train, "fake_score_from": "teacher"} for name, train in warm.items()}
+    other = {f"{name}_fake_score_of_teacher": {**train, "fake_score_from": "teacher"} for name, train in warm.items()}
     cold = {f"cold_{count}": {"max_steps": count} for count in cycles}
-    return {name: {"train": train} for name, train in {"dmd": DMD, **warm, **apart, **cold}.items()}
+    return {name: {"train": train} for name, train in {"dmd": DMD, **warm, **other, **cold}.items()}
 
 
 def main() -> None:

@@ -40,10 +40,10 @@ class Launcher(NamedTuple):
         shapes = {group: (one.processes, one.machines) for group, one in launches.items()}
         if any(fits(*shape) for shape in [(1, 1), *shapes.values()]):
             return None
-        found = ", ".join(f"{group}.launch has {shape[0]} on {shape[1]}" for group, shape in shapes.items())
+        shares = ", ".join(f"{group}.launch has {shape[0]} on {shape[1]}" for group, shape in shapes.items())
         return (
             f"{self.source}, {self.processes} processes on each of {self.machines} machines: no stage of this run has "
-            f"as many ({found}); add --params train.launch.processes={self.processes},train.launch.machines="
+            f"as many ({shares}); add --params train.launch.processes={self.processes},train.launch.machines="
             f"{self.machines}, or start it once on each machine"
         )
 
@@ -59,6 +59,6 @@ def rendezvous_of(launches: Mapping[str, LaunchOptions]) -> tuple[str, int] | No
     """Rendezvous and number of the machines of a run; None for one machine, a ValueError if stages disagree."""
     several = {group: (one.rendezvous, one.machines) for group, one in launches.items() if one.machines > 1}
     if len(set(several.values())) > 1:
-        found = ", ".join(f"{group}.launch: machines={n}, rendezvous={name}" for group, (name, n) in several.items())
-        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {found}")
+        shares = ", ".join(f"{group}.launch: machines={n}, rendezvous={name}" for group, (name, n) in several.items())
+        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {machines_by_stage}")
     return next(iter(several.values()), None)

@@ -138,8 +138,8 @@ def _drawn(catalog: Any, outputs: set[str]) -> Drawn:
         evaluations[student] = header.num_steps if header else option(catalog, group, "num_steps")
     if start := option(catalog, "evaluate", "teacher_start"):
         start = TeacherStart.model_validate(start)
-        left = evaluations["student_dmd"] - start.landing
-        evaluations["started"] = left + start.evaluations(backbone.guidance_scale)
+        remaining = evaluations["student_dmd"] - start.landing
+        evaluations["started"] = remaining + start.evaluations(backbone.guidance_scale)
     facts = {name: option(catalog, "evaluate", name) for name in ("images_per_prompt", "seed")}
     return Drawn(facts, evaluations, option(catalog, "evaluate", "save_pictures"))
 

@@ -47,8 +47,8 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int, t
             progress.update(bar, completed=cycle, facts=facts)
             track(record)
             if cycle % log_every == 0 or cycle == done + 1:
-                left = timedelta(seconds=round((recipe.max_steps - cycle) * seconds))
-                log.info("%s cycle %d/%d: %s, %s left", name, cycle, recipe.max_steps, facts, left)
+                remaining = timedelta(seconds=round((recipe.max_steps - cycle) * seconds))
+                log.info("%s cycle %d/%d: %s, %s left", name, cycle, recipe.max_steps, facts, remaining)
             if signals and cycle < recipe.max_steps:
                 log.warning("%s: stopped after cycle %d; run the same command to continue", name, cycle)
                 raise KeyboardInterrupt
