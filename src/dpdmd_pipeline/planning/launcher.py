@@ -60,5 +60,5 @@ def rendezvous_of(launches: Mapping[str, LaunchOptions]) -> tuple[str, int] | No
     several = {group: (one.rendezvous, one.machines) for group, one in launches.items() if one.machines > 1}
     if len(set(several.values())) > 1:
         shares = ", ".join(f"{group}.launch: machines={n}, rendezvous={name}" for group, (name, n) in several.items())
-        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {machines_by_stage}")
+        raise ValueError(f"the stages of a run must name the same machines and rendezvous: {shares}")
     return next(iter(several.values()), None)

@@ -54,7 +54,9 @@ def train_alone_until_killed(teacher, folder, threads):
     torch.set_num_threads(threads)  # else sums may come in another order
     for how, number in HOW.items():
         with suppress(KeyboardInterrupt):
-            follow(signalled(number, trained(teacher, folder / how)), 0, recipe_with(**RECIPE), 100)
+            follow(
+                signalled(number, trained(teacher, folder / how)), 0, recipe_with(**RECIPE), 100, lambda record: None
+            )
 
 
 @pytest.fixture(scope="module")
