@@ -204,7 +204,8 @@ def test_two_machines_train_both_students_and_the_first_one_alone_does_the_rest(
         assert distance(project, finished[0], student) < 1e-5
     histories = [path / "data/08_reporting/ci/train_history.json" for path in (project, finished[0])]
     for together, alone in zip(*(json.loads(path.read_text()) for path in histories), strict=True):
-        assert together == pytest.approx(alone, rel=1e-3)
+        measured = {name for name, value in alone.items() if value is not None}
+        assert {name: together[name] for name in measured} == pytest.approx({n: alone[n] for n in measured}, rel=1e-3)
 
 
 def distance(ours: Path, theirs: Path, student: str) -> float:
@@ -264,7 +265,7 @@ def test_sigterm_keeps_the_shards_that_are_written(without):
         "--pipelines",
         "anchors",
         "--params",
-        "anchors.seeds_per_prompt=8",
+        "anchors.seeds_per_prompt=8,train.max_steps=200",  # training draws all of them
     )
     running = Run(*command)
     running.wait_for("anchors: shard 1 of 20 written")
@@ -293,10 +294,10 @@ def test_anchors_of_other_options_are_refused_with_both_values(finished):
 
 def test_a_truncated_shard_is_named_and_the_stage_that_wrote_it_repairs_it(without):
     project = without()
-    shard = project / "data/05_model_input/ci/anchors/00002.safetensors"
+    shard = project / "data/05_model_input/ci/anchors/00000.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
     message = refusal(project, "--pipelines", "train")
     assert f"{shard} has {len(whole) // 2} bytes, expected {len(whole)}" in message and "run" in message
     output = run(project, "--pipelines", "anchors")
-    assert shard.read_bytes() == whole and output.count(" kept ") == 4 and output.count(" written ") == 1
+    assert shard.read_bytes() == whole and output.count(" written ") == 1

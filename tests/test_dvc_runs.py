@@ -198,6 +198,9 @@ def test_an_experiment_is_queued_with_one_option_of_every_parameter_file(project
         "sdxl/parameters": "train.diversity_weight=0.1",
         "sd35_lora_16gb/parameters": "train.diversity_weight=0.1",
         "sdxl_lora_16gb/parameters": "train.diversity_weight=0.1",
+        "flux2_klein/parameters": "train.diversity_weight=0.1",
+        "qwen_image/parameters": "train.diversity_weight=0.1",
+        "z_image/parameters": "train.diversity_weight=0.1",
     }
     files = {
         path.relative_to(PROJECT / "conf").with_suffix("").as_posix() for path in PROJECT.glob("conf/*/parameters*.yml")

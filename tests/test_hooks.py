@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 from tests.forked import ForkedKedro
 
+from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.planning.messages import error_line
 
 PROJECT = Path(__file__).parents[1]
@@ -325,7 +326,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(toy):
 
 def test_what_this_package_refuses_is_one_line_and_its_traceback_is_in_the_log(toy):
     message = refusal(kedro(toy, "--pipelines", "train", "--params", "train.what=refuse"))
-    assert "'sd9'" in message and message.endswith("sd3, sdxl, sana")
+    assert "'sd9'" in message and message.endswith(", ".join(FAMILIES))
     written = (toy / "logs/dpdmd.log").read_text()
     assert "Traceback" in written and "load_backbone" in written
 

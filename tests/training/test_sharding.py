@@ -8,7 +8,6 @@ from tests.raising import refuses
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.training.roles import full_roles, trainable
 from dpdmd_pipeline.training.sharding import groups, norm_of_added_shards, unsynced
@@ -63,7 +62,7 @@ def gradients(network):
     return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in trainable(network)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_every_parameter_is_in_one_group_and_the_blocks_have_nearly_all(family, name):
     network = family(name).load_model()
     parameters = groups(network).values()
@@ -73,7 +72,7 @@ def test_every_parameter_is_in_one_group_and_the_blocks_have_nearly_all(family, 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_a_sharded_network_has_the_loss_and_the_gradients_of_the_whole_one(family, loss, name, checkpointing):
     plain, sharded = networks(family(name), checkpointing=checkpointing)
     assert isinstance(sharded, FSDPModule) and all(isinstance(p, DTensor) for p in sharded.parameters())
@@ -87,7 +86,7 @@ def test_a_sharded_network_has_the_loss_and_the_gradients_of_the_whole_one(famil
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEACHERS)
 def test_in_bfloat16_a_sharded_network_differs_by_rounding_and_its_gradients_are_float32(family, loss, name):
     plain, sharded = networks(family(name), "bfloat16")
     losses = [loss(name, network, "bfloat16") for network in (plain, sharded)]

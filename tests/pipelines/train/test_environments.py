@@ -148,6 +148,15 @@ def run_line(datasets: DataCatalog) -> None:
     check_costs(costs, counter.passes, datasets)
 
 
+NETWORKS = {
+    "Flux2Transformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+    "UNet2DConditionModel",
+    "ZImageTransformer2DModel",
+}
+
+
 class PassCounter:
     """Hook that counts the passes of samples through denoising networks, by node."""
 
@@ -160,7 +169,7 @@ class PassCounter:
         self.node = node.name
 
     def count(self, module, _args, output) -> None:
-        if type(module).__name__.endswith(("Transformer2DModel", "UNet2DConditionModel")):
+        if type(module).__name__ in NETWORKS:
             self.passes[self.node] += len(output[0])
 
 
