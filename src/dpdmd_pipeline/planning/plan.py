@@ -210,7 +210,8 @@ def _with_reused(plan: Plan, catalog: Any, prompts: WrittenPrompts) -> Plan:
     if plan.anchors.mode == "cached":
         facts["anchored_prompts"] = plan.anchored[0]
     anchors = _load_cache(catalog, "anchors", facts)
-    made = anchors.manifest.get("backbone", {}).items() if anchors else [("family", None)]  # online ones have no rows
+    # a cache of online anchors has no rows, so it counts as false
+    made = [("family", None)] if anchors is None else anchors.manifest.get("backbone", {}).items()
     reused, states, finished = {"embeddings"}, {}, set()
     if all(settings[name] == value for name, value in made):
         reused.add("anchors")
