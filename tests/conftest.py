@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+pytest_plugins = ["tests.teachers"]
+
 _FUZZ = Counter()  # inputs of all processes, by kind and verdict
 
 

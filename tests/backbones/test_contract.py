@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file, save_file
-from tests.backbones.conftest import normalised
 from tests.raising import refuses
+from tests.teachers import normalised
 from torch import Tensor
 
 import dpdmd_pipeline.backbones

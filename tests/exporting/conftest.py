@@ -14,15 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.backbones.conftest import (  # noqa: F401
-    edited,
-    tiny_flux2_klein,
-    tiny_qwen_image,
-    tiny_sana,
-    tiny_sdxl,
-    tiny_sdxl_v,
-    tiny_z_image,
-)
 
 from dpdmd_pipeline.backbones.base import load_backbone
 from dpdmd_pipeline.backbones.student_file import save_lora, save_student
@@ -79,7 +70,7 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def shifted_teacher(tiny_teacher, edited):  # noqa: F811
+def shifted_teacher(tiny_teacher, edited):
     """The tiny SD3 teacher with SD3.5's shift."""
     return edited(tiny_teacher, "scheduler/scheduler_config.json", shift=3.0)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file
-from tests.backbones.conftest import normalised
 from tests.exporting.conftest import CASES, PROMPTS, RESOLUTION, SEEDS
 from tests.raising import refuses
+from tests.teachers import normalised
 
 import dpdmd_pipeline
 from dpdmd_pipeline.backbones.tensor_files import save_weights

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from kedro.config import OmegaConfigLoader
-from tests.backbones.conftest import make_qwen_tokenizer
+from tests.teachers import make_qwen_tokenizer
 
 from dpdmd_pipeline.backbones.base import pipeline_class
 from dpdmd_pipeline.backbones.options import BackboneOptions

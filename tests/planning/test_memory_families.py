@@ -3,14 +3,6 @@
 import shutil
 
 import pytest
-from tests.backbones.conftest import (  # noqa: F401
-    edited,
-    tiny_flux2_klein,
-    tiny_qwen_image,
-    tiny_sana,
-    tiny_sdxl,
-    tiny_z_image,
-)
 from tests.training.conftest import execution_with, recipe_with
 
 from dpdmd_pipeline.backbones import FAMILIES

@@ -12,15 +12,6 @@ import torch
 import transformers.utils
 from kedro.io import DataCatalog, DatasetError, MemoryDataset
 from safetensors.torch import load_file, save_file
-from tests.backbones.conftest import (  # noqa: F401
-    edited,
-    tiny_flux2_klein,
-    tiny_qwen_image,
-    tiny_sana,
-    tiny_sdxl,
-    tiny_sdxl_v,
-    tiny_z_image,
-)
 from tests.pipelines.conftest import backbone_options
 from tests.raising import refuses
 
@@ -261,14 +252,14 @@ def without_template(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer"]),
     ],
 )
-def test_a_teacher_with_a_chat_template_is_refused_by_its_fact(tiny_z_image, tmp_path, damage, words):  # noqa: F811
+def test_a_teacher_with_a_chat_template_is_refused_by_its_fact(tiny_z_image, tmp_path, damage, words):
     folder = shutil.copytree(tiny_z_image, tmp_path / "teacher")
     damage(folder)
     (line,) = faulty_parts(folder, backbone_options(**Z_IMAGE))
     assert "\n" not in line and all(word in line for word in [str(folder), *words]), line
 
 
-def test_a_teacher_loads_as_it_lies_on_the_hub(tiny_z_image, tmp_path):  # noqa: F811
+def test_a_teacher_loads_as_it_lies_on_the_hub(tiny_z_image, tmp_path):
     """Weights in bfloat16 and in several files, the text encoder saved with its head, the template in the config."""
     from transformers import Qwen3ForCausalLM
 

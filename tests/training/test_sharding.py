@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.backbones.conftest import edited, tiny_sana, tiny_sdxl  # noqa: F401
 from tests.raising import refuses
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.backbones.conftest import edited, tiny_sdxl  # noqa: F401
 from tests.raising import refuses
 from tests.training.conftest import InMemory, execution_with
 from tests.training.test_roles import adapted, denoised
@@ -88,7 +87,7 @@ def test_a_missing_compiler_is_refused():
         refuse_missing_compiler(torch.device("cpu"))
 
 
-def test_a_unet_with_channels_last_is_the_same_unet_and_the_same_file(tiny_sdxl, tmp_path):  # noqa: F811
+def test_a_unet_with_channels_last_is_the_same_unet_and_the_same_file(tiny_sdxl, tmp_path):
     family = load_backbone("sdxl", tiny_sdxl, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
     plain, roles = (full_roles(family, gradient_checkpointing=False) for _ in range(2))
     before = list(roles.student.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -190,6 +191,14 @@ class PipelineBackbone:
         blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
         return self._config["in_channels"], 2 ** (len(blocks) - 1), self._config.get("patch_size", 1)
 
+    def _check_sequence_length(self, most: int) -> None:
+        """Check that prompts have at least one token and no more than the pipeline takes."""
+        if not 0 < self.max_sequence_length <= most:
+            raise ValueError(
+                f"backbone.max_sequence_length is {self.max_sequence_length}: "
+                f"{self.pipeline_class.__name__} takes 1 to {most}"
+            )
+
     def _check_text_width(self, width: int) -> None:
         """Check that the text encoder's embeddings have the width that the network takes."""
         config = read_json(self.folder / "text_encoder" / "config.json")
@@ -267,6 +276,10 @@ class FlowBackbone(PipelineBackbone):
         scheduler of an exported student has a static one.
         """
         return static_shift(self._scheduler, self.folder)
+
+    def _dynamic_shift(self, mu: float) -> float:
+        """Shift of a scheduler with use_dynamic_shifting, for the mu that its pipeline computes."""
+        return math.exp(mu) if self._scheduler.get("time_shift_type", "exponential") == "exponential" else mu
 
     def random_level(self, uniform: Tensor) -> NoiseLevel:
         return random_flow_level(uniform, self.level_range, self.shift).to(self.device)

@@ -37,11 +37,7 @@ class Flux2Klein(FlowBackbone):
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        if not 0 < self.max_sequence_length <= MOST_TOKENS:
-            raise ValueError(
-                f"backbone.max_sequence_length is {self.max_sequence_length}: FLUX.2 Klein takes 1 to {MOST_TOKENS}, "
-                f"its own default is {MOST_TOKENS}"
-            )
+        self._check_sequence_length(MOST_TOKENS)
         self._check_text_width(self._config["joint_attention_dim"] // _LAYERS)
 
     @torch.no_grad()
@@ -92,8 +88,7 @@ class Flux2Klein(FlowBackbone):
     def _shift(self, num_steps: int | None = None) -> float:
         if not self._scheduler.get("use_dynamic_shifting"):
             return super()._shift(num_steps)
-        mu = compute_empirical_mu(math.prod(self.latent_shape[1:]), num_steps or _TEACHER_STEPS)
-        return math.exp(mu) if self._scheduler.get("time_shift_type", "exponential") == "exponential" else mu
+        return self._dynamic_shift(compute_empirical_mu(math.prod(self.latent_shape[1:]), num_steps or _TEACHER_STEPS))
 
     @cached_property
     def _text(self) -> Flux2KleinPipeline:

@@ -40,11 +40,7 @@ class QwenImage(FlowBackbone):
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        if not 0 < self.max_sequence_length <= MOST_TOKENS:
-            raise ValueError(
-                f"backbone.max_sequence_length is {self.max_sequence_length}: Qwen-Image takes 1 to {MOST_TOKENS}, "
-                "its own default is 512"
-            )
+        self._check_sequence_length(MOST_TOKENS)
         if others := [name for name in _OTHER_TASKS if self._config.get(name)]:
             raise ValueError(f"{folder}: the transformer has {', '.join(others)}: give a text-to-image model")
         self._check_text_width(self._config["joint_attention_dim"])
@@ -100,8 +96,7 @@ class QwenImage(FlowBackbone):
         if not self._scheduler.get("use_dynamic_shifting"):
             return super()._shift(num_steps)
         tokens = math.prod(self.latent_shape[1:]) // PATCH**2
-        mu = calculate_shift(tokens, *(self._scheduler[name] for name in _SHIFTS))
-        return math.exp(mu) if self._scheduler.get("time_shift_type", "exponential") == "exponential" else mu
+        return self._dynamic_shift(calculate_shift(tokens, *(self._scheduler[name] for name in _SHIFTS)))
 
     @cached_property
     def _text(self) -> QwenImagePipeline:
