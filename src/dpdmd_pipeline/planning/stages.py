@@ -81,7 +81,7 @@ def teacher_settings(plan: Plan, options: TrainOptions) -> TeacherSettings:
 
 
 def training_passes(plan: Plan, options: TrainOptions) -> Passes:
-    """All passes of a student's training, without the rare comparisons of gradients (`train.ratio_every`)."""
+    """All passes of a student's training and of its measurements."""
     recipe, teacher = options.recipe(), teacher_settings(plan, options)
     cost = cycle_cost(recipe, options.execution(), teacher)
     cycles = recipe.batch_size * (recipe.max_steps * cost.cycle + cost.warmup)
