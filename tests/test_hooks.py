@@ -253,8 +253,10 @@ def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
-    (toy / "conf/sd35_lora_16gb").mkdir()
-    for env, names in (("zzz", ["base, local, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
+    for name in ("base", "sd35_lora_16gb"):
+        (toy / "conf" / name).mkdir(exist_ok=True)
+        (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
+    for env, names in (("zzz", ["base, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
         message = refusal(kedro(toy, "--env", env, "--pipelines", "train"))
         assert repr(env) in message and all(name in message for name in names)
 
