@@ -269,6 +269,7 @@ def test_broken_yaml_is_refused_with_file_and_line(toy):
 def test_under_a_launcher_the_first_process_of_a_machine_goes_on_and_the_others_end(toy):
     launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     assert "WORLD_SIZE=2" in refusal(kedro(toy, **launcher, LOCAL_RANK="0"))  # the toy has no stage for two
+    assert "WORLD_SIZE='two'" in refusal(kedro(toy, WORLD_SIZE="two"))
     result = kedro(toy, **launcher, LOCAL_RANK="1")
     assert result.code == 0 and "Running node" not in result.output, result.output
 

@@ -35,7 +35,11 @@ class ConfigHooks:
     def after_context_created(self, context) -> None:
         from kedro.validation import ParameterValidationError
 
-        if Launcher.of(os.environ).local_rank:
+        try:
+            is_first = not Launcher.of(os.environ).local_rank
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        if not is_first:
             log.info("this process ends: the launcher's first one on this machine starts others for the GPUs")
             raise SystemExit(0)
         loader = context.config_loader
@@ -66,17 +70,25 @@ class ConfigHooks:
         from dpdmd_pipeline.planning.checks import refuse_run
         from dpdmd_pipeline.planning.teacher import unreadable_teacher
 
-        _refuse(refuse_run(pipeline, catalog, arguments))
+        lines, launches = refuse_run(pipeline, catalog, arguments), launches_of(pipeline, catalog)
+        self._meet_machines(launches, lines)
         self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
-        self._meet_machines(launches_of(pipeline, catalog))
 
-    def _meet_machines(self, launches: dict[str, Any]) -> None:
-        """Wait for the run's other machines; a machine other than the first only helps, and ends with the run."""
+    def _meet_machines(self, launches: dict[str, Any], lines: list[str]) -> None:
+        """Wait for the run's other machines, or tell them why this one refuses the run.
+
+        A machine other than the first only helps, and ends with the run.
+        """
         try:
-            _refuse([Launcher.of(os.environ).refused(launches)])
+            several = rendezvous_of(launches)
+            if lines and several:
+                from dpdmd_pipeline.training.machines import refuse
+
+                refuse(*several, "; ".join(lines))
+            _refuse([*lines, Launcher.of(os.environ).refused(launches)])
             for name in VARIABLES:
                 os.environ.pop(name, None)
-            if several := rendezvous_of(launches):
+            if several:
                 from dpdmd_pipeline.training.launch import meet_or_help
 
                 self._meeting = meet_or_help(*several)
