@@ -23,23 +23,16 @@ class ConfigLoader(OmegaConfigLoader):
     """
 
     def __init__(
-        self,
-        conf_source: str,
-        env: str | None = None,
-        runtime_params: dict[str, Any] | None = None,
-        *,
-        base_env: str = "base",
-        default_run_env: str = "local",
-        **kwargs: Any,
+        self, conf_source: str, env: str | None = None, runtime_params: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        _refuse_unreadable(conf_source, base_env, env or default_run_env)
-        kwargs |= {"base_env": base_env, "default_run_env": default_run_env}
+        kwargs = {"base_env": "base", "default_run_env": "local"} | kwargs
+        _refuse_unreadable(conf_source, kwargs["base_env"], env or kwargs["default_run_env"])
         try:
             super().__init__(conf_source, env, runtime_params, **kwargs)
         except Exception as error:  # whatever the YAML and OmegaConf libraries raise
             raise click.ClickException(f"globals.yml of {conf_source} cannot be read: {one_line(error)}") from error
-        self.parent = self._globals.get("extends") or base_env
-        if self.parent != base_env:
+        self.parent = self._globals.get("extends") or self.base_env
+        if self.parent != self.base_env:
             _refuse_parent(Path(conf_source), self.parent)
             _refuse_unreadable(conf_source, self.parent)
 
@@ -76,6 +69,7 @@ def _refuse_unreadable(conf_source: str, *folders: str) -> None:
 
 def _refuse_parent(conf: Path, parent: str) -> None:
     """Refuse a parent without a folder, and an environment as one: what that one extends would be left out."""
-    if conf.is_dir() and (not (conf / parent).is_dir() or (conf / parent / "globals.yml").exists()):
-        fact = "is an environment" if (conf / parent).is_dir() else f"is no folder of {conf}"
+    is_environment = (conf / parent / "globals.yml").exists()
+    if is_environment or (conf.is_dir() and not (conf / parent).is_dir()):
+        fact = "is an environment" if is_environment else f"is no folder of {conf}"
         raise click.ClickException(f"extends = {short(repr(parent), 80)} in globals.yml {fact}: name a parent, or base")

@@ -26,15 +26,11 @@ class Launcher(NamedTuple):
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Launcher:
         """Read torchrun's variables, or those of a Slurm step; without any, this process is alone."""
-        if "WORLD_SIZE" not in environment and (tasks := environment.get("SLURM_STEP_NUM_TASKS")):
-            size, local_rank, machines = (
-                _number(environment, f"SLURM_{name}", least)
-                for name, least in (("STEP_NUM_TASKS", 1), ("LOCALID", 0), ("STEP_NUM_NODES", 1))
-            )
-            return cls(f"srun: {tasks} tasks", local_rank, size // machines, machines)
-        names = (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        size, local_rank, processes = (_number(environment, name, least) for name, least in names)
-        return cls(f"WORLD_SIZE={size}", local_rank, processes, size // processes)
+        if "WORLD_SIZE" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
+            size, machines = (_number(environment, f"SLURM_STEP_NUM_{name}", 1) for name in ("TASKS", "NODES"))
+            return cls(f"srun: {size} tasks", _number(environment, "SLURM_LOCALID", 0), size // machines, machines)
+        size, processes = (_number(environment, name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return cls(f"WORLD_SIZE={size}", _number(environment, "LOCAL_RANK", 0), processes, size // processes)
 
     def refused(self, launches: Mapping[str, LaunchOptions]) -> str | None:
         """The line for a run without a stage that fits the launcher; None if there is one, or this process is alone."""

@@ -123,14 +123,13 @@ def meet(rendezvous: str, machines: int) -> Meeting:
 def refuse(rendezvous: str, machines: int, reason: str) -> None:
     """Tell the machines that come within seconds that this one refuses the run, so that they do not wait for it."""
     host, _, port = rendezvous.rpartition(":")
-    deadline = time.monotonic() + _GRACE
-    log.info("this machine refuses the run: the other machines hear of it, for at most %d seconds", _GRACE)
+    log.info("this machine refuses the run: the other machines hear of it, if they come within %d seconds", _GRACE)
     with suppress(OSError, ValueError):
         if not (listener := _listen(host, int(port), "")):  # the first machine then sees a closed connection
             return _connect(host, int(port), "", _GRACE).close()
         with listener:
+            listener.settimeout(_GRACE)
             for _ in range(machines - 1):
-                listener.settimeout(max(0.01, deadline - time.monotonic()))
                 connection = _connection(listener.accept()[0])
                 _send(connection, {"refused": reason})
                 connection.close()
