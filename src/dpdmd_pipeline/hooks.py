@@ -43,12 +43,10 @@ class ConfigHooks:
             raise SystemExit(0)
         loader = context.config_loader
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
-        with _one_line(
-            "the configuration cannot be read: ", Exception
-        ):  # whatever the YAML and OmegaConf libraries raise
+        with _one_line("the configuration cannot be read: ", Exception):  # whatever YAML and OmegaConf raise
             lines = [options.shared_folder(loader)]
             _ = loader["catalog"], loader["parameters"]
-        with _one_line("", (ValueError, ParameterValidationError)):
+        with _one_line("", ValueError, ParameterValidationError):
             _refuse([*lines, *options.refused_options(loader, options.requested_pipelines())])
             _ = context.params
 
@@ -70,10 +68,7 @@ class ConfigHooks:
         self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
 
     def _meet_machines(self, launches: dict[str, Any], lines: list[str]) -> None:
-        """Wait for the run's other machines, or tell them why this one refuses the run.
-
-        A machine other than the first only helps, and ends with the run.
-        """
+        """Wait for the run's other machines, to lead or to help, or tell them why this one refuses the run."""
         with _one_line():
             several = rendezvous_of(launches)
             if lines and several:
@@ -176,8 +171,9 @@ def _arguments(run_params: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _one_line(beginning: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Show errors of these kinds in one line, without a traceback."""
+def _one_line(beginning: str = "", *kinds: type[Exception]) -> Iterator[None]:
+    """Show errors of these kinds, or else of values and files, in one line without a traceback."""
+    kinds = kinds or (ValueError, OSError)
     try:
         yield
     except kinds as error:
