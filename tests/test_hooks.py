@@ -229,8 +229,13 @@ def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
     assert "'trian'" in message and message.endswith("prompts, train")
 
 
+def add_environment(toy, name):
+    (toy / "conf" / name).mkdir()
+    (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
+
+
 def test_a_remedy_runs_in_the_environment_of_the_run(toy):
-    (toy / "conf/other").mkdir()
+    add_environment(toy, "other")
     (toy / "data/words.json").unlink()
     assert "`kedro run --pipelines prompts`" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
     assert "`kedro run --env other --pipelines prompts`" in refusal(
@@ -242,7 +247,7 @@ def test_a_remedy_runs_in_the_environment_of_the_run(toy):
 
 
 def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
-    (toy / "conf/other").mkdir()
+    add_environment(toy, "other")
     with (toy / "conf/base/catalog.yml").open("a") as file:
         file.write("run_arguments: {type: MemoryDataset, data: ''}\n")
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
@@ -253,12 +258,11 @@ def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
-    for name in ("base", "sd35_lora_16gb"):
-        (toy / "conf" / name).mkdir(exist_ok=True)
-        (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
-    for env, names in (("zzz", ["base, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
+    add_environment(toy, "sd35_lora_16gb")
+    (toy / "conf/parent").mkdir()  # without a globals.yml
+    for env, names in (("zzz", ": choose"), ("parent", ": choose"), ("sd35lora", "did you mean 'sd35_lora_16gb'")):
         message = refusal(kedro(toy, "--env", env, "--pipelines", "train"))
-        assert repr(env) in message and all(name in message for name in names)
+        assert repr(env) in message and names in message and "one of sd35_lora_16gb" in message
 
 
 def test_broken_yaml_is_refused_with_file_and_line(toy):
