@@ -36,17 +36,21 @@ OUTPUTS = [
 ]
 
 
+STAGES = ["prompts", "anchors", "train", "evaluate", "export", "report"]
+
+
 class Run:
-    """A `kedro run` in the ci environment; what it prints is read line by line."""
+    """A `kedro run` in the ci environment; what it prints, or the log that it shows, is read line by line."""
 
     def __init__(self, project: Path, *args: str, forked: bool = True) -> None:
         self.lines: list[str] = []
         more = {"DO_NOT_TRACK": "1", "COLUMNS": "250", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command, environment = ["run", "--env", "ci", *args], os.environ | more
+        command, environment = ["run", "--env", "ci", "--verbose", *args], os.environ | more
         if forked:
             self.process = ForkedKedro(command, project, environment)
         else:
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            command.remove("--verbose")
             whole = [sys.executable, "-m", "kedro", *command]
             self.process = subprocess.Popen(whole, cwd=project, env=environment, **streams)
 
@@ -125,8 +129,12 @@ def test_one_command_makes_every_output_of_the_line(finished):
     project, output = finished
     assert not [name for name in OUTPUTS if not (project / name).is_file()]
     assert "deprecated" not in output.lower() and "WARNING" not in output
-    assert re.search(r"^ *teacher .*\n *DMD .*\n *DMD \+ .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
-    assert "data/08_reporting/ci/report.html" in output.strip().splitlines()[-2]
+    lines = output.strip().splitlines()
+    assert "data/08_reporting/ci/report.html" in lines[-2] and len(lines) <= 50
+    assert [line.split()[1] for line in lines if re.match(r" [1-6]/6 ", line)] == STAGES
+    assert re.search(r"teacher +DMD +DMD \+ teacher start +DP-DMD +gap recovered", output)
+    assert not any(word in output for word in ("Loading data", "Running node", "INFO", "\x1b"))
+    assert "Running node: train_dmd" in (project / "logs/dpdmd.log").read_text()
 
 
 def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):

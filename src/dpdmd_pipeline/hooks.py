@@ -107,12 +107,12 @@ class IncompleteError(click.ClickException):
 
 
 class ReportHooks:
-    """Name the report and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
+    """Name what to open and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
 
     @hook_impl
     def after_pipeline_run(self, run_params, pipeline, catalog) -> None:
         project = Path(run_params["project_path"])
-        for name in sorted(pipeline.all_outputs() & {"report_html", "report_md"}):
+        for name in sorted(pipeline.all_outputs() & {"export", "grid_samples", "report_html", "report_md", "samples"}):
             click.echo(files.label(name, catalog, project))
         if "metrics" in pipeline.all_outputs() and (gaps := _gaps(catalog.get("metrics").load())):
             line = f"{gaps}: {files.label('metrics', catalog, project)} says why; all the rest is done"

@@ -1,8 +1,11 @@
 """Errors, counts, lists and differences as text, and the characters that untrusted texts may have."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+made = logging.getLogger("dpdmd_pipeline.made")  # a stage says here what it made: the screen shows it in its line
 
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
 _REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")

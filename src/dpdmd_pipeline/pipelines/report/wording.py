@@ -11,13 +11,17 @@ DASH = "\N{EM DASH}"
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, explanation and number format of a metric: four significant digits, or so many after the point."""
+    """Title, explanation and number format of a metric: four significant digits, or so many after the point.
+
+    `term` is its name in the literature and in the files, if the title is another.
+    """
 
     title: str
     explanation: str
     digits: int | None = None
     percent: bool = False
     unit: str = ""
+    term: str = ""
 
     def number(self, value: float) -> str:
         """`93.1 %`, `4.21`."""
@@ -38,46 +42,53 @@ class Metric:
 
 METRICS = {
     "valid": Metric(
-        "valid",
+        "clean pictures",
         "Share of pictures with exactly one clean object, by the exact reader: precision without a network.",
         digits=1,
         percent=True,
+        term="valid",
     ),
     "aligned": Metric(
-        "aligned",
+        "true to the prompt",
         "Share of pictures that are valid and show the colour and shape of their prompt.",
         digits=1,
         percent=True,
+        term="aligned",
     ),
     "residual": Metric(
-        "residual",
+        "blemishes",
         "Distance from the nearest perfect picture in the worst 8x8 window (RMS); 0 is perfect.",
         digits=3,
+        term="residual",
     ),
     "effective_modes": Metric(
-        "effective modes",
+        "distinct kinds of picture",
         "Number of different kinds of picture per prompt, as one over the chance that two seeds agree; 1 means that "
         "every seed gives the same kind.",
         digits=1,
+        term="effective modes",
     ),
     "coverage": Metric(
-        "coverage",
+        "share of all kinds drawn",
         "Share of a prompt's possible kinds of picture that were drawn at least once: recall without a network. Even a "
         "perfect model misses some: 64 pictures show 59 % of 72 kinds.",
         digits=1,
         percent=True,
+        term="coverage",
     ),
     "entropy": Metric(
-        "entropy",
+        "surprise of the next seed",
         "Uncertainty about the kind of picture of the next seed; 0 bits if it is always the same.",
         digits=2,
         unit="bits",
+        term="entropy",
     ),
     "pairwise_distance": Metric(
-        "pairwise distance",
+        "difference of two pictures",
         "Mean difference between two pictures of the same prompt, RMS per pixel; needs no reader, but blur and noise "
         "change it too.",
         digits=3,
+        term="pairwise distance",
     ),
 }
 
