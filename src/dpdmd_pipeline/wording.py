@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+COLOURS = {"teacher": "#23211e", "DMD": "#c2601c", "DP-DMD": "#1f6a8c"}  # of the models, in every drawing
+
 made = logging.getLogger("dpdmd_pipeline.made")  # a stage says here what it made: the screen shows it in its line
 
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).

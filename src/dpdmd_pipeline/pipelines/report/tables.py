@@ -10,6 +10,7 @@ from dpdmd_pipeline.pipelines.report.wording import (
     MODELS,
     ROWS,
     Metric,
+    big_numbers,
     make_verdict,
     metric_named,
     titles_of,
@@ -27,6 +28,7 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     ours = metrics["dp_dmd"]
     return {
         "verdict": make_verdict(metrics),
+        "big_numbers": big_numbers(metrics),
         "captions": {**captions, "teacher": f"{captions['teacher']} network evaluations"},
         "models": MODELS,
         "titles": titles,

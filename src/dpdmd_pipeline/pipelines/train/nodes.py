@@ -18,7 +18,7 @@ from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import counted, differences, made, reuse_refusal
+from dpdmd_pipeline.wording import COLOURS, counted, differences, made, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -240,12 +240,12 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
     }
     runs = {"DMD": history_dmd, "DP-DMD": history}
     for axis, (key, title) in zip(figure.subplots(3, 2).flat, panels.items(), strict=True):
-        for (name, rows), color in zip(runs.items(), ("C0", "C1"), strict=True):  # a run has one colour in all panels
+        for name, rows in runs.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key)]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, color=color)
+                axis.plot(*zip(*points, strict=True), label=name, color=COLOURS[name])
         if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
-            axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
+            axis.axhline(teacher[-1], color=COLOURS["teacher"], linestyle="--", label="teacher")
         axis.set(title=title, xlabel="cycles", yscale="linear" if teacher else "log")
         axis.legend()
     return figure
