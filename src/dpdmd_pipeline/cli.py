@@ -69,7 +69,7 @@ def _is_kedros_own(error: BaseException) -> bool:
     return not any(ours) and not any(path.is_relative_to(RUNNERS) for path in paths)
 
 
-VERBOSE = click.Option(["--verbose", "-v"], is_flag=True, help="Show every line of the log, with its time and place.")
+VERBOSE = click.Option(["--verbose", "-v"], is_flag=True, help="Show every line of the log instead of one per stage.")
 run = RunCommand("run", params=[*kedro_run.params, VERBOSE], callback=kedro_run.callback, help=kedro_run.help)
 
 

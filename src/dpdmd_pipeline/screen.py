@@ -85,7 +85,7 @@ class Screen(logging.Handler):
         console.print(line, markup=False, highlight=False, soft_wrap=is_text and not console.is_terminal)
 
     def at_end(self, *lines: Any) -> None:
-        """Print after the last stage; at once if no run is shown."""
+        """Print at the end of the run; at once if no run is shown."""
         self._results += lines
         if not self._progress:
             self._show_results()
@@ -107,22 +107,12 @@ class Screen(logging.Handler):
         self._enter(node)
 
     @hook_impl
-    def before_node_run(self, node: Any) -> None:
-        self._enter(node)
-
-    @hook_impl
     def after_node_run(self, node: Any) -> None:
         self._finish(node, node.name)
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, node: Any) -> None:
         self._finish(node, dataset_name)
-
-    @hook_impl(tryfirst=True)
-    def after_pipeline_run(self) -> None:
-        if self._progress:
-            self._progress.stop()
-        self._show_results()
 
     def _enter(self, node: Any) -> None:
         now = time.monotonic()
@@ -184,7 +174,7 @@ class Screen(logging.Handler):
 
 
 def _show_all() -> None:
-    """Show every line of the log, with its time and place."""
+    """Show every line of the log."""
     for name in (None, "kedro"):
         for handler in logging.getLogger(name).handlers:
             if not isinstance(handler, logging.FileHandler):
