@@ -32,7 +32,7 @@ from dpdmd_pipeline.datasets.sharded.files import (
     write_shard,
 )
 from dpdmd_pipeline.publishing import Folders, folder_size, locked, publish, recover, sha256, writing
-from dpdmd_pipeline.wording import counted, differences, reuse_refusal
+from dpdmd_pipeline.wording import counted, differences, made, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -179,6 +179,7 @@ def _is_published(data: LazyShards, folders: Folders) -> bool:
         log.warning("%s: %s; repairing", folder.name, damage)
     else:
         log.info("%s: reused (%d shards)", folder.name, len(data.shards))
+        made.info("%s reused", folder.name)
     return damage is None
 
 

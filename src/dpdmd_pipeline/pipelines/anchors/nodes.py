@@ -17,6 +17,7 @@ from dpdmd_pipeline.planning.cost import anchored_prompts
 from dpdmd_pipeline.planning.identity import check_embeddings, code_hash
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe
+from dpdmd_pipeline.wording import counted, made
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def make_anchors(
     manifest = make_manifest(rows, embeddings, teacher, backbone, options)
     if options.mode == "online":
         log.info("anchors: online, computed in each cycle")
+        made.info("none: they are computed in each cycle")
         shards = {}
     else:
         count, seeds_per_prompt = anchored_prompts(len(rows), options, train)
@@ -47,6 +49,8 @@ def make_anchors(
             log.info("anchors: of %d prompts of %d, training draws no more samples", count, len(rows))
             rows = _choose(prompts, count, options.seed)
         manifest["anchored_prompts"] = count
+        after = ", ".join(map(str, manifest["anchor_steps"]))
+        made.info("%s after %s of the teacher's steps", counted(count * seeds_per_prompt, "anchor"), after)
         load = LastLoaded(partial(load_teacher, embeddings, teacher, backbone, options, manifest["anchor_steps"]))
         shards = make_shards(load, rows * seeds_per_prompt, options)  # prompts alternate within a shard
     identity = fingerprint(manifest, code_hash("pipelines.anchors.shards", f"backbones.{backbone.family}"))
