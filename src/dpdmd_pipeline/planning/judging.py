@@ -38,9 +38,14 @@ def unjudgeable(pipeline: Any, catalog: Any) -> Iterator[str]:
 
 def foreign_line(texts: Iterable[str]) -> str | None:
     """Error message about prompts outside the embedded world; None if there are none."""
-    from dpdmd_pipeline.shapes.world import COLOURS, SHAPES
+    from dpdmd_pipeline.shapes.world import COLOURS, SHAPES, prompt_index
 
-    foreign = [text for text in texts if not _is_in_the_world(text)]
+    foreign = []
+    for text in texts:
+        try:
+            prompt_index(text)
+        except ValueError:
+            foreign.append(text)
     if not foreign:
         return None
     examples = listed([repr(short(text, LETTERS)) for text in foreign], FEW)
@@ -49,16 +54,6 @@ def foreign_line(texts: Iterable[str]) -> str | None:
         f"evaluate.judge=shapes reads no other pictures: name one colour ({', '.join(COLOURS)}) and one shape "
         f"({', '.join(SHAPES)}) in each prompt, choose an environment with your own teacher, or set evaluate.judge=null"
     )
-
-
-def _is_in_the_world(text: str) -> bool:
-    from dpdmd_pipeline.shapes.world import prompt_index
-
-    try:
-        prompt_index(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
