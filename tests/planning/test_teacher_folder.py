@@ -255,7 +255,6 @@ SDE = (changed(SCHEDULER, stochastic_sampling=True), ["scheduler has stochastic_
     [
         (Z_IMAGE, changed(SCHEDULER, shift=3.0), ["few-step student", "shift is 3", "Tongyi-MAI/Z-Image"]),
         (KLEIN, changed(INDEX, is_distilled=True), ["few-step student", "is_distilled", "FLUX.2-klein-base-4B"]),
-        (KLEIN, changed(DENOISER, guidance_embeds=True), ["guidance_embeds"]),
         (QWEN_IMAGE, changed(DENOISER, guidance_embeds=True), ["guidance_embeds"]),
         *((options, *SDE) for options in (Z_IMAGE, KLEIN, QWEN_IMAGE)),
         (Z_IMAGE, changed(SCHEDULER, algorithm_type="sde-dpmsolver++"), ["algorithm_type: sde-dpmsolver++"]),
