@@ -125,7 +125,9 @@ FAMILIES = {
         lambda latent: (latent - 0.1159) * 0.3611,
     ),
 }
-if comfyui_version().startswith("0.3."):  # has neither Klein nor Z-Image
+ABSENT = []  # families that this ComfyUI lacks
+if comfyui_version().startswith("0.3."):
+    ABSENT = ["flux2_klein", "z_image"]
     FAMILIES = {"qwen_image": FAMILIES["qwen_image"]}
 
 
@@ -281,3 +283,11 @@ def test_the_example_runs_with_a_small_network(server, world):
         return with_small_models(node, number, family=world.name, prompt_file=prompt_file)
 
     assert len(run_example(server, f"{world.name}_lora", small)) == 4
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_student_of_a_family_that_this_comfyui_lacks_is_refused(server, sd3_prompt, name):
+    state = {"proj_out.weight": torch.ones(2, 2)}
+    file = save_weights(server, f"diffusion_models/{name}.safetensors", state, HEADER | {"dpdmd.family": name})
+    with refuses(RefusedError, name, "update ComfyUI"):
+        draw(server, student(file), sd3_prompt)

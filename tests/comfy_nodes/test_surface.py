@@ -371,6 +371,8 @@ def test_the_english_texts_are_the_nodes_own(server):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_comfyuis_own_nodes_in_an_example_exist_as_used(server, example):
     infos = server.get("object_info")
+    if (later := browser_walk.LATER.get(example)) and later not in infos:
+        pytest.skip(f"this ComfyUI has no {later}")
     for node in nodes_of(example):
         if node["type"] == "MarkdownNote":  # belongs to the page, not to the server
             continue
