@@ -36,7 +36,7 @@ RESOLUTION = 32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 NUM_STEPS = [
     (4, 3.5),
-    (25, 3.5),
+    (8, 3.5),
     (4, 1.0),
 ]  # divisors of 1000: else DDIM in diffusers steps to t - 1000 // n, off its grid
 

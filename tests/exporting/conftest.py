@@ -63,8 +63,8 @@ CASES = {
     "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120])),
     "sdxl_renoise": Case("tiny_sdxl", vp("eps", TRAILING, sampler="renoise")),
     "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9),
-    "flux2_klein": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0), 100),
-    "qwen_image": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0]), 200),
+    "flux2_klein_lora": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0, **LORA), 100),
+    "qwen_image_lora": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0], **LORA), 200),
     "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40),
 }
 
@@ -94,6 +94,7 @@ def adapter(model: torch.nn.Module, generator: torch.Generator) -> dict[str, tor
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
     targets = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|net\.2|proj_in|proj_out|conv1|conv2|time_emb_proj)"
+    targets += r"|.*\.(linear_in|to_qkv_mlp_proj)"  # of Klein
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
     state = get_peft_model_state_dict(inject_adapter_in_model(config, model))
     return {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
@@ -153,7 +154,10 @@ def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
             if form in code:
                 code[form] = re.search(rf"### {title}\n\n```python\n(.*?)```", card, re.DOTALL)[1]
         network = "unet" if (exported.teacher / "unet").is_dir() else "transformer"
-        load = f"pipe.{network}.load_state_dict(load_file({str(exported.file('comfyui'))!r}))\nimages ="
+        weights = f"load_file({str(exported.file('comfyui'))!r})"
+        if exported.case.header.family == "flux2_klein":  # in the spelling of its authors
+            weights = f"from_authors({weights})"
+        load = f"pipe.{network}.load_state_dict({weights})\nimages ="
         code["comfyui"] = code["diffusers"].replace("images =", load, 1)
         for form, text in code.items():
             text = text.replace("path/to/teacher", str(exported.teacher))
@@ -164,11 +168,12 @@ def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
 
 DRAW = """
 import json, os, sys
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as from_authors
 from safetensors.torch import load_file, save_file
 drawn = {}
 for name, job in json.load(open(sys.argv[1])).items():
     os.chdir(job["folder"])
-    space = {"load_file": load_file}
+    space = {"from_authors": from_authors, "load_file": load_file}
     exec(job["code"], space)
     drawn[name] = space["images"].contiguous()
 assert not any(module.startswith("dpdmd") for module in sys.modules)

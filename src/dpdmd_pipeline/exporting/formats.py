@@ -20,6 +20,7 @@ from dpdmd_pipeline.backbones.student_file import check_family, load_header, loa
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata, load_tensors, save_weights, stored_shapes
 from dpdmd_pipeline.exporting.card import write_card
+from dpdmd_pipeline.exporting.comfyui import comfyui_weights
 from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflow, lora_loss, merge_losses
 from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
 from dpdmd_pipeline.limits import read_json, write_json
@@ -121,8 +122,9 @@ class Export:
         paths, student, losses = {form: folder / name for form, name in self.files.items()}, self.student, {}
         if "diffusers" in paths:
             self._write_diffusers(paths["diffusers"])
-        if "comfyui" in paths:  # diffusers' own keys: a prefix such as `transformer.` would make ComfyUI's loader fail
-            self._save(paths["comfyui"], student.weights, student.merged_header)
+        if "comfyui" in paths:  # without a prefix: one such as `transformer.` would make ComfyUI's loader fail
+            weights = comfyui_weights(student.header.family, student.weights)
+            self._save(paths["comfyui"], weights, student.merged_header)
         if student.adapter and paths.keys() - {"lora"}:
             losses |= merge_losses(student.weights, student.adapter, student.header.lora_scale, self._dtype)
         if "lora" in paths:
