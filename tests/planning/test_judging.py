@@ -21,12 +21,14 @@ def refusals(node: str, **groups) -> list[str]:
     return refuse_run(run, DataCatalog(datasets))
 
 
-@pytest.mark.parametrize("node", ["score_images", "run_study"])
-@pytest.mark.parametrize("resolution, judge", [(64, "shapes"), (64, None), (32, "shapes")])
+@pytest.mark.parametrize("node", ["score_images", "run_study", "make_anchors"])
+@pytest.mark.parametrize(
+    "resolution, judge", [(64, "shapes"), (64, None), (32, "shapes"), ([[32, 32], [32, 64]], "shapes")]
+)
 def test_the_exact_reader_reads_one_size_of_pictures(node, resolution, judge):
     lines = refusals(node, evaluate={**EVALUATE, "judge": judge}, backbone={"resolution": resolution})
-    assert len(lines) == (resolution == 64 and judge == "shapes")
-    for fact in ("backbone.resolution = 64", "evaluate.judge=shapes", "backbone.resolution=32"):
+    assert len(lines) == (resolution != 32 and judge == "shapes")
+    for fact in (f"backbone.resolution = {resolution}", "evaluate.judge=shapes", "backbone.resolution=32"):
         assert all(fact in line for line in lines)
 
 

@@ -56,12 +56,14 @@ class LazyShards:
         manifest: JSON-able facts, stored beside the shards.
         launch: starts the processes that share the shards; None for this process alone. With it, thunks must be
             picklable.
+        one_shape: False if the row shapes may differ between shards; then rows can be read together within one shape.
     """
 
     shards: Mapping[str, Callable[[], Tensors]]
     fingerprint: str
     manifest: dict[str, Any]
     launch: Launch | None = None
+    one_shape: bool = True
 
 
 class LastLoaded:
@@ -142,7 +144,9 @@ def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[
             path = shard_path(folders.partial, entry["name"])
             _wait_until_visible(path)
             tensors = tensors or shard_tensors
-            if shard_tensors != tensors:
+            if shard_tensors != tensors and not data.one_shape:
+                entry["tensors"] = shard_tensors
+            elif shard_tensors != tensors:
                 path.unlink()
                 shard = f"shard {entry['name']} of {folders.published.name}"
                 raise ValueError(f"{shard} has tensors {shard_tensors}, shards before it {tensors}")
