@@ -28,8 +28,8 @@ def decode_row(backbone: Backbone, by_prompt: Tensor) -> Tensor:
     pictures = []
     for latents in by_prompt[:, :SEEDS].flatten(0, 1).split(1):
         picture = backbone.decode(latents)
-        if (longest := max(picture.shape[-2:])) > SIZE:
-            size = [SIZE * side // longest for side in picture.shape[-2:]]
+        if picture.shape[-1] > SIZE:
+            size = SIZE * picture.shape[-2] // picture.shape[-1], SIZE
             picture = torch.nn.functional.interpolate(picture, size, mode="area")
         pictures.append(picture[0].cpu())
     return (torch.cat(pictures, dim=2) * 255).round().byte().permute(1, 2, 0)
