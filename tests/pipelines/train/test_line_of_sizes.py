@@ -11,7 +11,9 @@ from comfy_nodes.header import read_header
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tests.pipelines.conftest import (
+    ONE,
     PROMPTS,
+    TWO,
     anchor_options,
     backbone_options,
     cached,
@@ -67,12 +69,15 @@ def test_an_anchor_is_the_teachers_at_the_size_of_its_row(sized_anchors, tiny_te
     torch.testing.assert_close(rows["anchor_0"], fresh, rtol=1e-4, atol=1e-5)
 
 
-def test_damaged_shards_of_another_size_are_made_again(sized_anchors, tiny_teacher, embeddings, tmp_path):
-    before = contents(sized_anchors)
+@pytest.mark.parametrize("launch", [ONE, TWO])
+def test_damaged_shards_are_made_again_to_the_same_bytes(sized_anchors, tiny_teacher, embeddings, tmp_path, launch):
     shutil.copytree(sized_anchors._folder, tmp_path / "anchors")
-    last = sorted((tmp_path / "anchors").glob("*.safetensors"))[-1]
-    last.write_bytes(last.read_bytes()[:-1])
-    assert contents(make_cache(tmp_path / "anchors", tiny_teacher, embeddings)) == before
+    names = sorted(path.name for path in (tmp_path / "anchors").glob("*.safetensors"))
+    for name in (*names[:2], names[-1]):  # all of one size, and one of the other
+        (tmp_path / "anchors" / name).write_bytes(b"")
+    assert contents(make_cache(tmp_path / "anchors", tiny_teacher, embeddings, launch=launch)) == contents(
+        sized_anchors
+    )
 
 
 @pytest.mark.parametrize("prompts, seeds, sizes", [(7, 3, 1), (7, 3, 3), (6, 3, 3), (2, 6, 3), (1, 5, 2), (9, 1, 4)])

@@ -100,7 +100,7 @@ def write_shard(path: Path, tensors: Tensors, cache: str) -> None:
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:
     """Write a record with fingerprint, shards (name, rows, bytes, sha256), tensors (dtype, row shape) and manifest.
 
-    A shard whose tensors are not those of the first one has its own.
+    Shards of several shapes also have their own tensors; those of the record are the first one's.
     """
     text = json.dumps({"version": VERSION, **record}, indent=1)
     write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))

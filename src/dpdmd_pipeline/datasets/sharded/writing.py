@@ -144,7 +144,7 @@ def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[
             path = shard_path(folders.partial, entry["name"])
             _wait_until_visible(path)
             tensors = tensors or shard_tensors
-            if shard_tensors != tensors and not data.one_shape:
+            if not data.one_shape:
                 entry["tensors"] = shard_tensors
             elif shard_tensors != tensors:
                 path.unlink()
@@ -153,7 +153,8 @@ def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[
             entries[entry["name"]] = entry
             yield {"name": entry["name"], "action": action, "rows": entry["rows"]}
     if member.rank == 0:
-        _write_record(data, folders, [entries[name] for name in data.shards], tensors)
+        ordered = [entries[name] for name in data.shards]
+        _write_record(data, folders, ordered, ordered[0].get("tensors", tensors) if ordered else tensors)
         publish(folders)
 
 
