@@ -21,6 +21,7 @@ from dpdmd_pipeline.planning import files, options
 from dpdmd_pipeline.planning.judging import option
 from dpdmd_pipeline.planning.launcher import VARIABLES, Launcher, launches_of, rendezvous_of
 from dpdmd_pipeline.planning.messages import error_line, run_arguments
+from dpdmd_pipeline.screen import screen
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
@@ -107,18 +108,18 @@ class IncompleteError(click.ClickException):
 
 
 class ReportHooks:
-    """Name the report and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
+    """Name what to open and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
 
     @hook_impl
     def after_pipeline_run(self, run_params, pipeline, catalog) -> None:
         project = Path(run_params["project_path"])
-        for name in sorted(pipeline.all_outputs() & {"report_html", "report_md"}):
-            click.echo(files.label(name, catalog, project))
+        for name in sorted(pipeline.all_outputs() & {"export", "grid_samples", "report_html", "report_md", "samples"}):
+            screen.at_end(files.label(name, catalog, project))
         if "metrics" in pipeline.all_outputs() and (gaps := _gaps(catalog.get("metrics").load())):
             line = f"{gaps}: {files.label('metrics', catalog, project)} says why; all the rest is done"
             if option(catalog, "evaluate", "strict"):
                 raise IncompleteError(line)
-            click.echo(line)
+            screen.at_end(line)
 
 
 class ErrorHooks:
