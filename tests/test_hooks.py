@@ -5,17 +5,24 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 from tests.forked import ForkedKedro
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.hooks import ConfigHooks
 from dpdmd_pipeline.planning.messages import error_line
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.training.machines import meet
 
 PROJECT = Path(__file__).parents[1]
 
@@ -434,3 +441,15 @@ def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_pa
     result = kedro(PROJECT, "--env", "ci", "--pipeline=distill", "--params", f"raw_prompts={tmp_path}/foreign.txt")
     message = refusal(result)
     assert "'a fox'" in message and "'a red circle'" not in message and "evaluate.judge=null" in message
+
+
+def test_a_run_of_several_machines_that_is_refused_is_refused_on_the_others():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    launches = {"train": LaunchOptions(processes=1, machines=2, rendezvous=address)}
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(ConfigHooks()._meet_machines, launches, ["train: too large"])
+        time.sleep(0.2)  # it listens
+        with refuses(ValueError, "first machine", "train: too large"):
+            meet.__wrapped__(address, 2)
+    assert isinstance(first.exception(), click.ClickException) and "too large" in str(first.exception())
