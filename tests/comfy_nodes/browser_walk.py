@@ -322,7 +322,9 @@ def add_by_search(page: Any, server: ComfyServer, out: Path) -> None:
     page.screenshot(path=out / "search.png")
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length")
+    page.wait_for_timeout(1500)
     page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask for the position
+    page.wait_for_function("() => window.app.canvas.state?.ghostNodeId == null")
     page.wait_for_timeout(1500)
     page.screenshot(path=out / "added.png")
     assert node_types(page) == ["DPDMDSampler"], node_types(page)
@@ -362,14 +364,23 @@ def move_and_connect(page: Any) -> None:
     load(page, "first_steps", read_example("first_steps"))
     sampler = 'window.app.graph.findNodesByType("DPDMDSampler")[0]'
     page.evaluate(f"() => {{ {sampler}.disconnectInput(0) }}")
-    drag(page, *(page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK))
-    assert page.evaluate(f"() => {sampler}.getInputNode(0)?.type") == "DPDMDLoader"
+    drag(page, *places_of_slots(page))
+    page.wait_for_function(f"() => {sampler}.getInputNode(0)?.type === 'DPDMDLoader'")
     corner = page.evaluate(f"() => [...{sampler}.pos]")
     x, y = page.evaluate(PLACE_OF_SLOT, LINK[1])
     drag(page, (x + 60, y - 40 * page.evaluate("() => window.app.canvas.ds.scale")), (x + 90, y + 100))
-    assert page.evaluate(f"() => [...{sampler}.pos]") != corner
+    page.wait_for_function(f"corner => `${{{sampler}.pos}}` !== `${{corner}}`", arg=corner)
     page.mouse.move(1, 1)  # no tooltip in the screenshots
     print("mouse: a link drawn, a node moved")
+
+
+def places_of_slots(page: Any) -> list[Any]:
+    """Places of the link's two slots, once they no longer move: a busy machine lays nodes out late."""
+    before, now = None, [page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK]
+    while now != before:
+        page.wait_for_timeout(1500)
+        before, now = now, [page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK]
+    return now
 
 
 def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:

@@ -24,6 +24,7 @@ from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 PROMPTS = ["a prompt", "another"]  # of the card's code
 SEEDS = [0, 1]
 RESOLUTION = 32
+WIDE = [[32, 64], [32, 32]]  # two sizes, the first one not square
 RANK, ALPHA = 4, 6.0  # a scale that is not 1, so that forgetting it shows
 TRAILING = [999, 749, 499, 249]
 
@@ -36,11 +37,13 @@ class Case:
         teacher: fixture of its teacher's folder.
         header: of the student.
         length: T5's (or Gemma's) tokens.
+        resolution: of the training; exports draw at the first size.
     """
 
     teacher: str
     header: StudentHeader
     length: int = 0
+    resolution: int | list[list[int]] = RESOLUTION
 
 
 def flow(family: str, sigmas: list[float], **facts: Any) -> StudentHeader:
@@ -56,16 +59,16 @@ SHIFTED, SHIFTED_6 = (flow_sigmas(4, shift, "shifted").tolist() for shift in (3.
 CASES = {
     "sd3_shifted": Case("shifted_teacher", flow("sd3", SHIFTED)),
     "sd3_official": Case("shifted_teacher", flow("sd3", flow_sigmas(4, 3.0, "diffusers").tolist()), 7),
-    "sd3_explicit": Case("shifted_teacher", flow("sd3", [0.98, 0.9, 0.6, 0.0])),
+    "sd3_explicit": Case("shifted_teacher", flow("sd3", [0.98, 0.9, 0.6, 0.0]), resolution=WIDE),
     "sd3_lora": Case("shifted_teacher", flow("sd3", SHIFTED, **LORA)),
     "sdxl_eps": Case("tiny_sdxl", vp("eps", TRAILING)),
     "sdxl_v_lora": Case("tiny_sdxl_v", vp("v", TRAILING, **LORA)),
-    "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120])),
+    "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120]), resolution=WIDE),
     "sdxl_renoise": Case("tiny_sdxl", vp("eps", TRAILING, sampler="renoise")),
-    "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9),
-    "flux2_klein_lora": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0, **LORA), 100),
-    "qwen_image_lora": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0], **LORA), 200),
-    "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40),
+    "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9, WIDE),
+    "flux2_klein_lora": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0, **LORA), 100, WIDE),
+    "qwen_image_lora": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0], **LORA), 200, WIDE),
+    "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40, WIDE),
 }
 
 
@@ -134,7 +137,7 @@ def exports(request, tmp_path_factory) -> dict[str, Exported]:
         teacher, trained = request.getfixturevalue(case.teacher), tmp_path_factory.mktemp("trained")
         train(case, teacher, trained)
         folder = tmp_path_factory.mktemp(name)
-        student = read_student(trained, teacher, case.header.family, RESOLUTION, case.length)
+        student = read_student(trained, teacher, case.header.family, case.resolution, case.length)
         export = Export(student=student, teacher=teacher, **export_options())
         export.write(folder)
         students[name] = Exported(case, teacher, folder, export)

@@ -62,7 +62,7 @@ def test_every_file_has_all_facts_of_its_sampling(exports, name):
     for form in exported.export.files:
         header, trained = load_header(exported.file(form)), exported.case.header
         assert (header.grid, header.sampler, header.prediction) == (trained.grid, trained.sampler, trained.prediction)
-        assert (header.resolution, header.max_sequence_length) == (RESOLUTION, exported.case.length)
+        assert (header.resolution, header.max_sequence_length) == (exported.case.resolution, exported.case.length)
         assert header.kind == ("lora" if form == "lora" else "full")
 
 
@@ -144,7 +144,8 @@ def test_a_plain_call_draws_with_a_folder_of_any_precision(exports, request, tmp
     use = diffusers_use(exported.export.student.header, teacher)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out" / folder, **use.load)
     assert {part.dtype for part in pipe.components.values() if hasattr(part, "dtype")} == {torch.float32}
-    assert pipe("a prompt", **use.call).images[0].size == (RESOLUTION, RESOLUTION)
+    height, width = exported.export.student.header.sizes[0]
+    assert pipe("a prompt", **use.call).images[0].size == (width, height)
 
 
 @pytest.mark.parametrize("name", ["sd3_explicit", "sdxl_uneven"])

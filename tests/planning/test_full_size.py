@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kedro.config import OmegaConfigLoader
 from tests.teachers import make_qwen_tokenizer
 
 from dpdmd_pipeline.backbones.base import pipeline_class
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.pretrained import INDEX
 from dpdmd_pipeline.planning.checks import refusals
 from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
@@ -105,7 +105,7 @@ def real(request, tmp_path_factory) -> tuple[str, Path]:
 
 
 def plan(environment: str, teacher: Path, **changes: Any) -> Plan:
-    config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
+    config = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # where there is no GPU, the options of one are not refused for that: the card is given
     trained = {"train": TrainOptions(**config["train"] | {"device": "cpu"} | changes)}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
