@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import rich
-from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.text import TextDataset
@@ -29,6 +28,7 @@ from tests.pipelines.report.conftest import (
 )
 from tests.raising import refuses
 
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
@@ -119,7 +119,7 @@ def test_prompts_with_markup_stay_text():
 
 def test_the_markdown_shows_the_pictures_of_the_catalog_in_its_own_folder():
     _, md = make_report(**made_inputs())
-    config = OmegaConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
+    config = ConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
     catalog = DataCatalog.from_config(config)
     names = ("report_md", "grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve", "train_strip")
     page, *pictures = (Path(catalog.get(name)._filepath) for name in names)

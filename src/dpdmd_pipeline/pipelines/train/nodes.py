@@ -247,5 +247,6 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
         if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
             axis.axhline(teacher[-1], color=COLOURS["teacher"], linestyle="--", label="teacher")
         axis.set(title=title, xlabel="cycles", yscale="linear" if teacher else "log")
-        axis.legend()
+        if axis.has_data():  # matplotlib warns of a legend without entries
+            axis.legend()
     return figure
