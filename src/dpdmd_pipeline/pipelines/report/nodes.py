@@ -15,11 +15,6 @@ from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_opti
 from dpdmd_pipeline.pipelines.report.tables import describe_metrics
 from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, student_cycles
 from dpdmd_pipeline.screen import screen
-from dpdmd_pipeline.wording import COLOURS
-
-FILES = ("metrics.json", "scores.json", "summary.json", "train_history.json")
-FILES += ("train_history_dmd.json", "train_curve.png", "train_strip.png", "grid_teacher.png", "grid_dmd.png")
-FILES += ("grid_dp_dmd.png",)  # in the folder of the page
 
 
 def make_report(
@@ -64,8 +59,6 @@ def make_report(
         "curves": make_curves(histories, options.curve_points),
         "options": option_tables(groups),
         "run_arguments": run_arguments,
-        "files": FILES,
-        "colours": COLOURS,
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)
