@@ -41,8 +41,15 @@ FAMILIES = {  # fixture of a teacher, and its tokens
     "qwen_image": ("tiny_qwen_image", 256),
     "z_image": ("tiny_z_image", 64),
 }
-OF_TODAY = [name for name in FAMILIES if name != "sd3"]
-SHORTEST = {"fake_score_turns": 1}  # of the families of today
+SHORTEST = {"fake_score_turns": 1}
+# In the last block of Qwen-Image, to_add_out and txt_mlp get no gradient
+LORA = {"student_rank": 4, "fake_score_rank": 2, "alpha_per_rank": 1.0, "targets": ["to_q", "to_add_out", "net.2"]}
+OF_TODAY = {
+    "flux2_klein": SHORTEST,
+    "qwen_image": SHORTEST,
+    "qwen_image lora": SHORTEST | {"roles": "lora", "lora": LORA},
+    "z_image": SHORTEST,
+}
 
 
 @cache
@@ -96,9 +103,11 @@ def train_runs(job, member):
                     break
         if member.rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(history))
-    for family in OF_TODAY:
-        history = list(records_of((family, teachers[family]), folder / family, 2, **SHORTEST))
-        (folder / f"{family}.json").write_text(json.dumps(history))
+    for name, changes in OF_TODAY.items():
+        family = name.split()[0]
+        history = list(records_of((family, teachers[family]), folder / name, 2, **changes))
+        if member.rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(history))
     (folder / f"sizes_{member.rank}.json").write_text(json.dumps(parameter_sizes(teacher)))
     with pytest.raises(ValueError) as refusal:
         list(records_of(teacher, folder / "diverging", 2, student=DIVERGING))
@@ -163,13 +172,13 @@ def test_two_processes_with_half_the_batch_have_the_student_of_one_with_all_of_i
     assert distance(shared / name, folder) < 1e-5
 
 
-@pytest.mark.parametrize("family", OF_TODAY)
-def test_two_processes_have_the_student_of_one_in_every_family(shared, alone, family):
-    folder, ours = alone(family, **SHORTEST)
-    theirs = json.loads((shared / f"{family}.json").read_text())
+@pytest.mark.parametrize("name", OF_TODAY)
+def test_two_processes_have_the_student_of_one_in_every_family(shared, alone, name):
+    folder, ours = alone(name.split()[0], **OF_TODAY[name])
+    theirs = json.loads((shared / f"{name}.json").read_text())
     for one, together in zip(ours, theirs, strict=True):
-        assert together == pytest.approx(one, rel=1e-5)
-    assert distance(shared / family, folder) < 1e-5
+        assert together == pytest.approx(one, rel=1e-4)
+    assert distance(shared / name, folder) < 1e-5
 
 
 def distance(*folders):

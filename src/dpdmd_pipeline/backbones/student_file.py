@@ -28,6 +28,7 @@ from dpdmd_pipeline.backbones.tensor_files import (
     open_tensors,
     refuse_pickles,
     save_weights,
+    stored_shapes,
 )
 from dpdmd_pipeline.errors import MissingInputError
 from dpdmd_pipeline.limits import read_json, write_json
@@ -157,8 +158,7 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
         if header.kind == "lora":
             state, _ = load_lora(file, [name for name, _ in model.named_modules()])
             return add_lora(model.state_dict(), state, header.lora_scale)
-    with open_tensors(file) as stored:
-        names = original_names(stored.keys())
+    names = original_names(stored_shapes([file]))
     if not names:
         check_keys([file], shapes_of(model))
     check_content(file)

@@ -108,7 +108,9 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = backbone.load_model().requires_grad_(False).eval()
+    base = backbone.load_model()
+    unused = {name.rpartition(".")[0] for name, weight in base.named_parameters() if not weight.requires_grad}
+    base.requires_grad_(False).eval()
     ranks = {"student": recipe.student_rank, "fake_score": recipe.fake_score_rank}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -128,7 +130,11 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
     layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
     if gradient_checkpointing:
         base.enable_gradient_checkpointing(partial(_checkpoint_under_its_adapter, layers))
-    return Roles(AdapterView(base, layers, None), *(AdapterView(base, layers, name) for name in ranks))
+    roles = Roles(AdapterView(base, layers, None), *(AdapterView(base, layers, name) for name in ranks))
+    for name, weight in base.named_parameters():
+        if name.partition(".lora_")[0] in unused:
+            weight.requires_grad_(False)
+    return roles
 
 
 @torch.no_grad()
