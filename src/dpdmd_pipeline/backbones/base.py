@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.networks import load_network, network_config
+from dpdmd_pipeline.backbones.options import BaseWeights
+from dpdmd_pipeline.backbones.quantised import quantize
 from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
@@ -36,8 +38,13 @@ class Backbone(Protocol):
     dtype: torch.dtype  # of the networks, and of the embeddings
     prediction: str  # output of the network: flow (velocity), eps or v (v-prediction)
 
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
+    def load_model(
+        self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
+    ) -> nn.Module:
+        """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training.
+
+        With `weights` its linear layers are stored in fewer bits (see `quantize`): it is then for a frozen network.
+        """
 
     def empty_model(self) -> nn.Module:
         """The network without weights, on the meta device."""
@@ -160,9 +167,14 @@ class PipelineBackbone:
         self._config = network_config(self.network_class, self.folder / self.component)
         self.latent_shape = self._latent_shape()
 
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+    def load_model(
+        self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
+    ) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
-        return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
+        network = load_network(self.network_class, Path(folder or self.folder / self.component), dtype)
+        if weights != "as_teacher":
+            quantize(network, weights, self.device)  # layer by layer: the whole network may be too large for the device
+        return network.to(self.device)
 
     def empty_model(self) -> nn.Module:
         with torch.device("meta"):
