@@ -132,9 +132,9 @@ def _prepare(project: Path, parameters: dict[str, dict], backbone: Any) -> tuple
 
 def _parameters(project: Path) -> dict[str, dict[str, Any]]:
     """All groups of conf/base with this benchmark's changes."""
-    from kedro.config import OmegaConfigLoader  # conf/base has interpolations
+    from dpdmd_pipeline.configuration import ConfigLoader
 
-    loader = OmegaConfigLoader(str(project / "conf"), base_env="base", default_run_env="base")
+    loader = ConfigLoader(str(project / "conf"), base_env="base", default_run_env="base")
     return {group: options | CHANGES.get(group, {}) for group, options in loader["parameters"].items()}
 
 

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import yaml
+from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -50,7 +51,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "prompts": ON_CPU,
     "anchors": ON_CPU | {"anchor_levels": [{"steps": 1}]},
     "train": ONE_CYCLE,
-    "train_dmd": ONE_CYCLE,
     "evaluate": ON_CPU | {"images_per_prompt": PICTURES, "teacher_start": None},
 }
 PROMPTS = {"raw_prompts": "a red fox on a mossy stone\n", "raw_eval_prompts": "a bowl of oranges\n"}
@@ -122,17 +122,13 @@ def write_environment(project: Path, basis: str, teacher: Path) -> None:
     """Write conf/full_size, which changes another environment."""
     source, target = project / "conf" / basis, project / "conf" / ENVIRONMENT
     target.mkdir(exist_ok=True)
-    (target / "catalog.yml").write_text((source / "catalog.yml").read_text())
     files = {key: f"data/01_raw/{ENVIRONMENT}_{key}.txt" for key in PROMPTS}
     for key, file in files.items():
         (project / file).write_text(PROMPTS[key])
     about = {"folder": ENVIRONMENT, "teacher": f"conf/{ENVIRONMENT}/globals.yml", "teacher_model": str(teacher)}
-    (target / "globals.yml").write_text(yaml.safe_dump(files | about | {"teacher_revision": None}))
-    parameters = yaml.safe_load((source / "parameters.yml").read_text())
-    for group, changes in CHANGES.items():
-        nested = {name: parameters[group][name] | value for name, value in changes.items() if isinstance(value, dict)}
-        parameters[group] |= changes | nested
-    (target / "parameters.yml").write_text(yaml.safe_dump(parameters))
+    (target / "globals.yml").write_text(yaml.safe_dump(files | about | {"extends": "hub"}))
+    parameters = OmegaConf.merge(OmegaConf.load(source / "parameters.yml"), CHANGES)
+    OmegaConf.save(parameters, target / "parameters.yml")
 
 
 # ---- the line

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.sharded import LazyShards, ShardedDataset, ShardedTensors
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.train.setup import Job, start
@@ -176,7 +176,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Workload:
 
 def load_parameters(env: str) -> dict[str, Any]:
     """All parameters of an environment of conf/."""
-    return OmegaConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["parameters"]
+    return ConfigLoader(str(ROOT / "conf"), env=env, **CONFIG_LOADER_ARGS)["parameters"]
 
 
 def same_batch(size: int) -> dict[str, int]:

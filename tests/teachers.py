@@ -1,7 +1,11 @@
-"""Tiny pipelines of the real classes, one folder per family."""
+"""Tiny pipelines of the real classes, one folder per family.
+
+python tests/teachers.py z_image FOLDER    # or flux2_klein, qwen_image
+"""
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -116,6 +120,14 @@ def make_deep_compression_autoencoder():
     )
 
 
+def save_teacher(make, folder):
+    """Save the pipeline that a function makes, with its random weights from seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        make().save_pretrained(folder)
+    return folder
+
+
 CHAT_TEMPLATE = (  # of Qwen3, for one question of a user
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -148,34 +160,34 @@ def qwen_config(kind, tokenizer, **values):
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_z_image(tmp_path_factory):
-    """An untrained ZImagePipeline directory: 32x32 pixels to 16x8x8 latents, Z-Image's shift, scale and patches."""
+def make_z_image():
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
     from transformers import Qwen3Config, Qwen3Model
 
-    folder = tmp_path_factory.mktemp("z_image") / "teacher"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = make_qwen_tokenizer()
-        ZImagePipeline(
-            tokenizer=tokenizer,
-            text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer)),
-            vae=AutoencoderKL(
-                block_out_channels=(8, 8, 16),
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                latent_channels=16,
-                norm_num_groups=4,
-                scaling_factor=0.3611,
-                shift_factor=0.1159,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
-            transformer=make_single_stream_transformer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        ).save_pretrained(folder)
-    return folder
+    tokenizer = make_qwen_tokenizer()
+    return ZImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3Model(qwen_config(Qwen3Config, tokenizer)),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=16,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        transformer=make_single_stream_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory):
+    """An untrained ZImagePipeline directory: 32x32 pixels to 16x8x8 latents, Z-Image's shift, scale and patches."""
+    return save_teacher(make_z_image, tmp_path_factory.mktemp("z_image") / "teacher")
 
 
 def make_single_stream_transformer():
@@ -196,27 +208,25 @@ def make_single_stream_transformer():
     return transformer
 
 
+def make_qwen_image():
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+
+    tokenizer = make_qwen_tokenizer()
+    return QwenImagePipeline(
+        tokenizer=tokenizer,
+        text_encoder=make_vision_language_model(tokenizer),
+        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]),
+        transformer=make_dual_stream_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen_image(tmp_path_factory):
     """An untrained QwenImagePipeline directory: 32x32 pixels to 16x8x8 latents, Qwen-Image's scheduler."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-
-    folder = tmp_path_factory.mktemp("qwen_image") / "teacher"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = make_qwen_tokenizer()
-        QwenImagePipeline(
-            tokenizer=tokenizer,
-            text_encoder=make_vision_language_model(tokenizer),
-            vae=AutoencoderKLQwenImage(
-                base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
-            ),
-            transformer=make_dual_stream_transformer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
-            ),
-        ).save_pretrained(folder)
-    return folder
+    return save_teacher(make_qwen_image, tmp_path_factory.mktemp("qwen_image") / "teacher")
 
 
 def make_vision_language_model(tokenizer):
@@ -250,34 +260,34 @@ def normalised(latents):
     return (latents - mean) / (variance + 1e-4).sqrt()
 
 
-@pytest.fixture(scope="session")
-def tiny_flux2_klein(tmp_path_factory):
-    """An untrained Flux2KleinPipeline directory: 32x32 pixels to 16x8x8 packed latents, Klein's scheduler."""
+def make_flux2_klein():
     from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    folder = tmp_path_factory.mktemp("flux2_klein") / "teacher"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tokenizer = make_qwen_tokenizer()
-        vae = AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-        )
-        vae.bn.running_mean.copy_(KLEIN_MEANS)
-        vae.bn.running_var.copy_(KLEIN_VARIANCES)
-        Flux2KleinPipeline(
-            tokenizer=tokenizer,
-            text_encoder=Qwen3ForCausalLM(qwen_config(Qwen3Config, tokenizer, num_hidden_layers=28)),
-            vae=vae,
-            transformer=make_klein_transformer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        ).save_pretrained(folder)
-    return folder
+    tokenizer = make_qwen_tokenizer()
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    vae.bn.running_mean.copy_(KLEIN_MEANS)
+    vae.bn.running_var.copy_(KLEIN_VARIANCES)
+    return Flux2KleinPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen3ForCausalLM(qwen_config(Qwen3Config, tokenizer, num_hidden_layers=28)),
+        vae=vae,
+        transformer=make_klein_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_klein(tmp_path_factory):
+    """An untrained Flux2KleinPipeline directory: 32x32 pixels to 16x8x8 packed latents, Klein's scheduler."""
+    return save_teacher(make_flux2_klein, tmp_path_factory.mktemp("flux2_klein") / "teacher")
 
 
 def make_klein_transformer():
@@ -294,3 +304,9 @@ def make_klein_transformer():
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
     )
+
+
+if __name__ == "__main__":
+    family, folder = sys.argv[1:]
+    makers = {"flux2_klein": make_flux2_klein, "qwen_image": make_qwen_image, "z_image": make_z_image}
+    save_teacher(makers[family], folder)

@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
-from dpdmd_pipeline.configuration import BASELINE_KEYS, with_baseline
 from dpdmd_pipeline.planning.conf_files import refused_files
 from dpdmd_pipeline.planning.options import refused_options, shared_folder
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS, CONFIG_LOADER_CLASS
@@ -17,7 +17,9 @@ from dpdmd_pipeline.training.recipe import AnchorRecipe, Recipe
 
 CONF = Path(__file__).parents[1] / "conf"
 ENVIRONMENTS = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
-REAL = sorted(path.parent.name for path in CONF.glob("*/catalog.yml") if path.parent.name != "base")
+PARENTS = {env: yaml.safe_load((CONF / env / "globals.yml").read_text())["extends"] for env in ENVIRONMENTS}
+REAL = [env for env, parent in PARENTS.items() if parent == "hub"]
+BASELINE = {"anchored_steps": 0, "diversity_weight": 0.0, "stop_gradient": False}
 FILES = [path for path in CONF.rglob("*.yml") if "local" not in path.parts]
 
 
@@ -25,11 +27,11 @@ def loader(environment: str, conf: Path = CONF, **runtime_params):
     return CONFIG_LOADER_CLASS(str(conf), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
 
 
-def test_no_file_is_empty_and_an_environment_has_at_most_three():
+def test_no_file_is_empty_and_an_environment_has_two():
     assert all(yaml.safe_load(path.read_text()) for path in FILES)
     for environment in set(ENVIRONMENTS) - {"base"}:
         names = {path.name for path in (CONF / environment).glob("*.yml")}
-        assert {"globals.yml", "parameters.yml"} <= names <= {"globals.yml", "parameters.yml", "catalog.yml"}
+        assert names == {"globals.yml", "parameters.yml"}
 
 
 def test_every_environment_has_folders_of_its_own():
@@ -65,19 +67,79 @@ def test_an_environment_that_would_write_over_bases_results_is_refused(tmp_path)
     ("group", "model"), [("train", Recipe), ("backbone", BackboneOptions), ("anchors", AnchorRecipe)]
 )
 @pytest.mark.parametrize("environment", REAL)
-def test_a_real_teachers_environment_names_every_option_that_changes_its_result(environment, group, model):
+def test_a_real_teachers_environment_and_its_parent_name_every_option_that_changes_its_result(
+    environment, group, model
+):
     # Environments are merged softly into base: a field that is missing here would be the embedded world's.
-    own = yaml.safe_load((CONF / environment / "parameters.yml").read_text())
-    assert model.model_fields.keys() - {"launch"} <= own[group].keys()
-    assert group != "train" or model.model_fields.keys() <= own["train_dmd"].keys()
+    # And DVC watches the parent's parameters.yml in place of base's, which has `backbone`.
+    own = [yaml.safe_load((CONF / name / "parameters.yml").read_text())[group] for name in ("hub", environment)]
+    changing = {name for name in fields(model) if not name.startswith("launch.")}
+    assert changing <= fields(OmegaConf.to_container(OmegaConf.merge(*own)))
+
+
+def fields(options) -> set[str]:
+    """Names of a model's or a mapping's values, with dots where they are nested."""
+    is_model = isinstance(options, type)
+    values = {name: field.annotation for name, field in options.model_fields.items()} if is_model else options
+    names = set()
+    for name, value in values.items():
+        nested = hasattr(value, "model_fields") if is_model else isinstance(value, dict)
+        names |= {f"{name}.{inner}" for inner in fields(value)} if nested else {name}
+    return names
+
+
+def test_a_parent_is_no_environment_and_every_environment_says_what_it_extends():
+    assert set(PARENTS.values()) == {"base", "hub"} and PARENTS["base"] == "base"
+    assert {path.name for path in (CONF / "hub").iterdir()} == {"catalog.yml", "parameters.yml"}
+    written = [path for path in FILES if path.parent.name != "base" and "train_dmd" in yaml.safe_load(path.read_text())]
+    assert written == []  # the baseline follows `train`
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_the_baseline_is_the_recipe_with_three_keys_changed(environment):
     parameters = loader(environment)["parameters"]
     train, baseline = parameters["train"], parameters["train_dmd"]
-    assert {key for key in train if train[key] != baseline[key]} == set(BASELINE_KEYS)
-    assert [baseline[key] for key in BASELINE_KEYS] == [0, 0.0, False]
+    assert {key for key in train if train[key] != baseline[key]} == set(BASELINE) and train.keys() == baseline.keys()
+    assert {key: baseline[key] for key in BASELINE} == BASELINE
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    """A configuration with an environment `mine` on a parent `shared`."""
+    conf = tmp_path / "conf"
+    files = {
+        "base": {"globals": {"folder": "."}, "parameters": {"a": {"x": 1, "y": 1, "z": 1}}},
+        "shared": {"parameters": {"a": {"y": 2, "z": 2}}},
+        "mine": {"globals": {"folder": "mine", "extends": "shared"}, "parameters": {"a": {"z": 3}}},
+    }
+    files["base"]["catalog"] = {"one": {"type": "text.TextDataset", "filepath": "base"}}
+    files["shared"]["catalog"] = {"one": {"type": "text.TextDataset", "filepath": "${globals:folder}"}}
+    for name, contents in files.items():
+        (conf / name).mkdir(parents=True)
+        for kind, values in contents.items():
+            (conf / name / f"{kind}.yml").write_text(yaml.safe_dump(values))
+    return conf
+
+
+def test_an_environment_is_merged_over_its_parent_and_that_over_base(mine):
+    made = loader("mine", mine, a={"x": 4})
+    assert made["parameters"]["a"] == {"x": 4, "y": 2, "z": 3}
+    assert made["catalog"]["one"]["filepath"] == "mine"
+    assert loader("base", mine)["parameters"]["a"] == {"x": 1, "y": 1, "z": 1}
+
+
+@pytest.mark.parametrize(("parent", "fact"), [("shred", "no folder"), ("base2", "an environment")])
+def test_a_parent_that_does_not_exist_or_is_an_environment_is_refused(mine, parent, fact):
+    shutil.copytree(mine / "base", mine / "base2")
+    (mine / "mine/globals.yml").write_text(f"folder: mine\nextends: {parent}\n")
+    with refuses(click.ClickException, parent, fact):
+        loader("mine", mine)
+
+
+def test_a_parent_that_kedro_cannot_read_is_named(mine):
+    (mine / "shared/parameters.yml").write_text("a: {x: 1\n")
+    with refuses(click.ClickException, str(mine / "shared/parameters.yml"), "line "):
+        loader("mine", mine)
 
 
 @pytest.mark.parametrize("environment", ["base", "sd35"])
@@ -93,11 +155,12 @@ def test_a_parameter_of_the_command_line_reaches_the_baseline_too(environment):
 
 
 def test_what_is_given_for_the_baseline_itself_wins():
-    assert with_baseline({"train": {"a": {"b": 1, "c": 2}}, "train_dmd": {"a": {"b": 3}}})["train_dmd"] == {
-        "a": {"b": 3, "c": 2}
-    }
-    for unchanged in ({}, {"train": 3}, {"train": {"anchored_steps": 1}}, {"evaluate": {"seed": 1}}):
-        assert with_baseline(unchanged) == unchanged
+    changes = {"student": {"weight_decay": 0.5}, "watch": {"level": 0.1}}
+    baseline = loader("base", train=changes, train_dmd={"watch": {"level": 0.2}})["parameters"]["train_dmd"]
+    assert baseline["student"]["weight_decay"] == 0.5
+    assert (baseline["watch"]["level"], baseline["watch"]["every"]) == (0.2, 10)
+    for group in ("train", "train_dmd"):
+        assert loader("base", **{group: 3})["parameters"][group] == 3  # the checks refuse it, not the loader
 
 
 def test_a_wrong_option_of_train_is_reported_once():

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.fenced import blocks, commands
 from tests.forked import ForkedKedro
 
 PROJECT = Path(__file__).parents[1]
@@ -36,17 +37,21 @@ OUTPUTS = [
 ]
 
 
+STAGES = ["prompts", "anchors", "train", "evaluate", "export", "report"]
+
+
 class Run:
-    """A `kedro run` in the ci environment; what it prints is read line by line."""
+    """A `kedro run` in the ci environment; what it prints, or the log that it shows, is read line by line."""
 
     def __init__(self, project: Path, *args: str, forked: bool = True) -> None:
         self.lines: list[str] = []
         more = {"DO_NOT_TRACK": "1", "COLUMNS": "250", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command, environment = ["run", "--env", "ci", *args], os.environ | more
+        command, environment = ["run", "--env", "ci", "--verbose", *args], os.environ | more
         if forked:
             self.process = ForkedKedro(command, project, environment)
         else:
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            command.remove("--verbose")
             whole = [sys.executable, "-m", "kedro", *command]
             self.process = subprocess.Popen(whole, cwd=project, env=environment, **streams)
 
@@ -125,8 +130,12 @@ def test_one_command_makes_every_output_of_the_line(finished):
     project, output = finished
     assert not [name for name in OUTPUTS if not (project / name).is_file()]
     assert "deprecated" not in output.lower() and "WARNING" not in output
-    assert re.search(r"^ *teacher .*\n *DMD .*\n *DMD \+ .*\n *DP-DMD .*\n *gap recovered", output, re.MULTILINE)
-    assert "data/08_reporting/ci/report.html" in output.strip().splitlines()[-2]
+    lines = output.strip().splitlines()
+    assert "data/08_reporting/ci/report.html" in lines[-2] and len(lines) <= 50
+    assert [line.split()[1] for line in lines if re.match(r" [1-6]/6 ", line)] == STAGES
+    assert re.search(r"teacher +DMD +DMD \+ teacher start +DP-DMD +gap recovered", output)
+    assert not any(word in output for word in ("Loading data", "Running node", "INFO", "\x1b"))
+    assert "Running node: train_dmd" in (project / "logs/dpdmd.log").read_text()
 
 
 def test_metrics_have_quality_diversity_and_cost_of_each_model(finished):
@@ -184,6 +193,57 @@ def test_a_metric_without_weights_is_named_and_the_run_ends_well_unless_it_is_st
     output = strict.end()
     assert strict.process.returncode == 3 and "Traceback" not in output
     assert [all(name in line for name in GAPS) for line in output.splitlines() if "Error:" in line] == [True]
+
+
+# ---- the README
+
+
+@pytest.fixture(scope="module")
+def small(finished) -> Path:
+    """The finished project, in which a run without `--env` is as small as one of ci, and reuses its results."""
+    project = finished[0].parent / "small"
+    shutil.copytree(finished[0], project)
+    for name in ("globals", "parameters"):
+        shutil.copy(project / f"conf/ci/{name}.yml", project / f"conf/local/{name}.yml")
+    (project / "data/06_models/export").symlink_to("ci/export")
+    shutil.copytree(PROJECT / "conf", project / "conf", dirs_exist_ok=True)
+    (project / "FILE").write_text(
+        "run: {pipelines: sample, params: {sample: {prompts: [a red circle, a blue square]}}}"
+    )
+    return project
+
+
+KEDRO = [command[2:] for command in commands("README.md") if command[:2] == ["kedro", "run"]]
+RUNS = [command for command in KEDRO if "--env" not in command and command != ["--pipeline=distill"]]
+
+
+def as_written(project: Path, command: list[str]) -> tuple[int, str]:
+    process = ForkedKedro(["run", *command], project, os.environ | {"DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"})
+    output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("command", RUNS, ids=" ".join)
+def test_a_command_of_the_readme_runs_as_written(small, command):
+    code, output = as_written(small, command)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("command", [command for command in KEDRO if "--env" in command], ids=" ".join)
+def test_a_command_of_the_readme_for_a_real_teacher_lacks_nothing_but_files(small, command):
+    if "ci" in command:
+        return  # the run of this module's other tests
+    code, output = as_written(small, command)
+    missing = [file for file in ("my.safetensors", "train.txt", "eval.txt") if file in output]
+    assert code == 1 and missing and "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("block", blocks("README.md", "python"))
+def test_the_python_of_the_readme_draws_pictures(small, block, monkeypatch):
+    monkeypatch.chdir(small)
+    names = {}
+    exec(block, names)
+    assert names["images"].shape == (4, 3, 32, 32)
 
 
 # ---- two machines

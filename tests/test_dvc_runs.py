@@ -93,7 +93,7 @@ def make_tiny_sd35(folder: Path) -> None:
     shutil.copytree(folder / "conf/sd35", conf)
     teacher = "data/06_models/my_teacher"
     shutil.copytree(folder / "data/06_models/shapes_teacher", folder / teacher)
-    names = {"folder": "tiny_sd35", **FEW, "teacher": teacher, "teacher_model": teacher, "teacher_revision": None}
+    names = {"folder": "tiny_sd35", **FEW, "teacher": teacher, "teacher_model": teacher, "extends": "hub"}
     (conf / "globals.yml").write_text(yaml.safe_dump(names))
     parameters = yaml.safe_load((conf / "parameters.yml").read_text())
     tiny = {"max_steps": 2, "batch_size": 2, "device": "cpu", "precision": "float32", "watch": {"every": 0}}
@@ -103,7 +103,6 @@ def make_tiny_sd35(folder: Path) -> None:
         "prompts": {"device": "cpu"},
         "anchors": {"device": "cpu", "anchor_levels": [{"steps": 2}]},
         "train": {**tiny, **small},
-        "train_dmd": {**tiny, **small},
         "evaluate": {"device": "cpu", "by": ["diversity.pixels", "quality"], "images_per_prompt": 2},
         "export": {"dtype": "float32"},
         "sample": {"device": "cpu", "dtype": "float32", "images_per_prompt": 1},
@@ -140,7 +139,7 @@ CHANGES = {
     "shapes_sdxl": [
         "backbone.num_steps=8", "anchors.anchor_levels=[{steps: 2}, {steps: 4}]", "anchors.seeds_per_prompt=2",
         "train.max_steps=2", "train.batch_size=4", "train.fake_score_turns=1", "train.watch.every=0",
-        "train_dmd.max_steps=2", "evaluate.images_per_prompt=2", "sample.images_per_prompt=1",
+        "evaluate.images_per_prompt=2", "sample.images_per_prompt=1",
     ],
     "tiny_sd35": [],
 }  # fmt: skip
@@ -193,14 +192,15 @@ def test_an_experiment_is_queued_with_one_option_of_every_parameter_file(project
         "base/parameters_train": "train.diversity_weight=10",
         "base/parameters_variety": "variety.seeds=[0]",
         "ci/parameters": "train.max_steps=4",
+        "hub/parameters": "train.diversity_weight=0.1",
         "shapes_sdxl/parameters": "train.target=secant",
-        "sd35/parameters": "train.diversity_weight=0.1",
-        "sdxl/parameters": "train.diversity_weight=0.1",
-        "sd35_lora_16gb/parameters": "train.diversity_weight=0.1",
-        "sdxl_lora_16gb/parameters": "train.diversity_weight=0.1",
-        "flux2_klein/parameters": "train.diversity_weight=0.1",
-        "qwen_image/parameters": "train.diversity_weight=0.1",
-        "z_image/parameters": "train.diversity_weight=0.1",
+        "sd35/parameters": "backbone.guidance_scale=2.0",
+        "sdxl/parameters": "backbone.guidance_scale=2.0",
+        "sd35_lora_16gb/parameters": "backbone.guidance_scale=2.0",
+        "sdxl_lora_16gb/parameters": "backbone.guidance_scale=2.0",
+        "flux2_klein/parameters": "backbone.guidance_scale=2.0",
+        "qwen_image/parameters": "backbone.guidance_scale=2.0",
+        "z_image/parameters": "backbone.guidance_scale=2.0",
     }
     files = {
         path.relative_to(PROJECT / "conf").with_suffix("").as_posix() for path in PROJECT.glob("conf/*/parameters*.yml")

@@ -93,7 +93,10 @@ def test_a_stage_reads_and_writes_what_its_pipeline_does(stage, environment):
     read = files(nodes.inputs(), environment)
     if environment not in EMBEDDED and "teacher" in nodes.inputs():
         read.add(f"conf/{environment}/globals.yml")  # the hub's teacher is known by its name and revision
-    options = {path for path in paths(entry, "deps") if path.startswith("conf/base/parameters")}
+    parent = load(f"conf/{environment}/globals.yml")["extends"]
+    options = {path for path in paths(entry, "deps") if path.startswith("conf/base/parameters_")}
+    options.add(f"conf/{parent}/parameters.yml")
+    assert options <= paths(entry, "deps").keys()
     read = {path for path in read if not path.endswith("/.teacher")}  # converted from a file, where there is one
     assert paths(entry, "deps").keys() - options == read | {"src/dpdmd_pipeline"}
     written = files(nodes.all_outputs(), environment)
@@ -189,7 +192,7 @@ def test_a_stage_depends_on_the_options_of_its_nodes(stage):
     assert stages("ci")[stage]["params"] == [
         {"parameters.yml": None}
     ]  # all of it: an environment may change any option
-    files_of_base = {Path(path).name for path in stages("ci")[stage]["deps"] if path.startswith("../base/")}
+    files_of_base = {Path(path).name for path in stages("base")[stage]["deps"] if path.startswith("../base/")}
     assert files_of_base >= {base_files()[group] for group in groups}
     listed = {Path(path).name for path in load("dvc.yaml")["params"]}
     assert files_of_base <= listed

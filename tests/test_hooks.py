@@ -253,8 +253,10 @@ def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
-    (toy / "conf/sd35_lora_16gb").mkdir()
-    for env, names in (("zzz", ["base, local, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
+    for name in ("base", "sd35_lora_16gb"):
+        (toy / "conf" / name).mkdir(exist_ok=True)
+        (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
+    for env, names in (("zzz", ["base, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
         message = refusal(kedro(toy, "--env", env, "--pipelines", "train"))
         assert repr(env) in message and all(name in message for name in names)
 
@@ -267,8 +269,9 @@ def test_broken_yaml_is_refused_with_file_and_line(toy):
 def test_under_a_launcher_the_first_process_of_a_machine_goes_on_and_the_others_end(toy):
     launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     assert "WORLD_SIZE=2" in refusal(kedro(toy, **launcher, LOCAL_RANK="0"))  # the toy has no stage for two
+    assert "WORLD_SIZE='two'" in refusal(kedro(toy, WORLD_SIZE="two"))
     result = kedro(toy, **launcher, LOCAL_RANK="1")
-    assert result.code == 0 and "Running node" not in result.output, result.output
+    assert result.code == 0 and not (toy / "data/history.json").exists(), result.output
 
 
 def test_a_missing_input_is_named_with_the_stage_that_makes_it(toy):

@@ -88,10 +88,9 @@ def test_no_option_has_a_default(group, model):
 def test_the_options_in_conf_are_accepted(group, model, environment):
     from pathlib import Path
 
-    from kedro.config import OmegaConfigLoader
-
+    from dpdmd_pipeline.configuration import ConfigLoader
     from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
     conf = Path(__file__).parents[1] / "conf"
-    parameters = OmegaConfigLoader(str(conf), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
+    parameters = ConfigLoader(str(conf), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     model.model_validate(parameters[group])

@@ -9,6 +9,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_patcher
 import comfy.sd
+import comfy.supported_models
 import comfy.utils
 import folder_paths
 import torch
@@ -30,6 +31,7 @@ _DIFFUSERS_KEYS = {
     "PixArt": "pixart_to_diffusers",
     "Lumina2": "z_image_to_diffusers",
 }
+_LATER = {"flux2_klein": "Flux2", "qwen_image": "QwenImage", "z_image": "ZImage"}  # classes that older versions lack
 _FP8_MARK, _SCALES_WITH_DEFAULT = "scaled_fp8", (".scale_weight", ".scale_input")  # of ComfyUI's first fp8 format
 
 
@@ -86,6 +88,10 @@ class DPDMDLoader(io.ComfyNode):
         path, name = str(_path_of(student_name)), weights.folder_and_file(student_name)[1]
         state, metadata = weights.load_state(path, name, comfy.utils.load_torch_file)
         header = read_header(metadata, name)
+        if header and header.family in _LATER and not hasattr(comfy.supported_models, _LATER[header.family]):
+            raise ValueError(
+                f"{name} is a student of {header.family}, which this ComfyUI does not know: update ComfyUI"
+            )
         is_lora = lora.is_lora(state) if header is None else header.kind == "lora"
         if is_lora:
             if weight_dtype != "default":

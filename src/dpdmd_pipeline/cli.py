@@ -11,6 +11,7 @@ import click
 import kedro.runner
 from kedro.framework.cli.project import run as kedro_run
 
+from dpdmd_pipeline.screen import screen
 from dpdmd_pipeline.wording import one_line, short
 
 PACKAGE = Path(__file__).parent
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class RunCommand(click.Command):
-    """`kedro run` whose refusals are one line; faults inside a node or this package keep their traceback."""
+    """`kedro run` with a screen; refusals are one line, faults in a node or this package keep their traceback."""
 
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
         """Read the options."""
@@ -46,8 +47,12 @@ class RunCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the pipelines."""
+        is_verbose = ctx.params.pop("verbose")
+        pipelines = ", ".join(ctx.params.get("pipelines") or [ctx.params.get("pipeline") or "distill"])
+        title = f"{pipelines} in environment {ctx.params.get('env') or 'base'}; all details are in logs/dpdmd.log"
         try:
-            return super().invoke(ctx)
+            with screen.open(title, is_verbose):
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -64,7 +69,8 @@ def _is_kedros_own(error: BaseException) -> bool:
     return not any(ours) and not any(path.is_relative_to(RUNNERS) for path in paths)
 
 
-run = RunCommand("run", params=kedro_run.params, callback=kedro_run.callback, help=kedro_run.help)
+VERBOSE = click.Option(["--verbose", "-v"], is_flag=True, help="Show every line of the log instead of one per stage.")
+run = RunCommand("run", params=[*kedro_run.params, VERBOSE], callback=kedro_run.callback, help=kedro_run.help)
 
 
 @click.group()

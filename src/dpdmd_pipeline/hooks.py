@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from logging import FileHandler
 from pathlib import Path
@@ -20,6 +21,7 @@ from dpdmd_pipeline.planning import files, options
 from dpdmd_pipeline.planning.judging import option
 from dpdmd_pipeline.planning.launcher import VARIABLES, Launcher, launches_of, rendezvous_of
 from dpdmd_pipeline.planning.messages import error_line, run_arguments
+from dpdmd_pipeline.screen import screen
 from dpdmd_pipeline.wording import one_line
 
 log = logging.getLogger(__name__)
@@ -35,21 +37,19 @@ class ConfigHooks:
     def after_context_created(self, context) -> None:
         from kedro.validation import ParameterValidationError
 
-        if Launcher.of(os.environ).local_rank:
+        with _one_line():
+            local_rank = Launcher.of(os.environ).local_rank
+        if local_rank:
             log.info("this process ends: the launcher's first one on this machine starts others for the GPUs")
             raise SystemExit(0)
         loader = context.config_loader
         _refuse([options.unknown_environment(Path(loader.conf_source), context.env)])
-        try:
+        with _one_line("the configuration cannot be read: ", Exception):  # whatever YAML and OmegaConf raise
             lines = [options.shared_folder(loader)]
             _ = loader["catalog"], loader["parameters"]
-        except Exception as error:  # whatever the YAML and OmegaConf libraries raise
-            raise click.ClickException(f"the configuration cannot be read: {one_line(error)}") from error
-        try:
+        with _one_line("", ValueError, ParameterValidationError):
             _refuse([*lines, *options.refused_options(loader, options.requested_pipelines())])
             _ = context.params
-        except (ValueError, ParameterValidationError) as error:
-            raise click.ClickException(one_line(error)) from error
 
     @hook_impl(tryfirst=True)
     def before_pipeline_run(self, run_params, pipeline, catalog) -> None:
@@ -58,30 +58,31 @@ class ConfigHooks:
         if arguments and "run_arguments" in catalog:
             catalog.get("run_arguments").save(arguments)
         only_missing = run_params.get("only_missing_outputs")
-        try:
+        with _one_line():
             missing = [] if only_missing else [*files.missing_inputs(pipeline, catalog, project, arguments)]
             _refuse([*missing, *files.unwritable_folders(pipeline, catalog, project)])
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
         from dpdmd_pipeline.planning.checks import refuse_run
         from dpdmd_pipeline.planning.teacher import unreadable_teacher
 
-        _refuse(refuse_run(pipeline, catalog, arguments))
+        lines, launches = refuse_run(pipeline, catalog, arguments), launches_of(pipeline, catalog)
+        self._meet_machines(launches, lines)
         self._check_download = partial(unreadable_teacher, pipeline, catalog, is_downloaded=True)
-        self._meet_machines(launches_of(pipeline, catalog))
 
-    def _meet_machines(self, launches: dict[str, Any]) -> None:
-        """Wait for the run's other machines; a machine other than the first only helps, and ends with the run."""
-        try:
-            _refuse([Launcher.of(os.environ).refused(launches)])
+    def _meet_machines(self, launches: dict[str, Any], lines: list[str]) -> None:
+        """Wait for the run's other machines, to lead or to help, or tell them why this one refuses the run."""
+        with _one_line():
+            several = rendezvous_of(launches)
+            if lines and several:
+                from dpdmd_pipeline.training.machines import refuse
+
+                refuse(*several, "; ".join(lines))
+            _refuse([*lines, Launcher.of(os.environ).refused(launches)])
             for name in VARIABLES:
                 os.environ.pop(name, None)
-            if several := rendezvous_of(launches):
+            if several:
                 from dpdmd_pipeline.training.launch import meet_or_help
 
                 self._meeting = meet_or_help(*several)
-        except (ValueError, OSError) as error:
-            raise click.ClickException(str(error)) from error
 
     @hook_impl(tryfirst=True)
     def after_pipeline_run(self) -> None:
@@ -107,18 +108,18 @@ class IncompleteError(click.ClickException):
 
 
 class ReportHooks:
-    """Name the report and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
+    """Name what to open and the gaps of the evaluation at the end of a run; gaps are an error if `evaluate.strict`."""
 
     @hook_impl
     def after_pipeline_run(self, run_params, pipeline, catalog) -> None:
         project = Path(run_params["project_path"])
-        for name in sorted(pipeline.all_outputs() & {"report_html", "report_md"}):
-            click.echo(files.label(name, catalog, project))
+        for name in sorted(pipeline.all_outputs() & {"export", "grid_samples", "report_html", "report_md", "samples"}):
+            screen.at_end(files.label(name, catalog, project))
         if "metrics" in pipeline.all_outputs() and (gaps := _gaps(catalog.get("metrics").load())):
             line = f"{gaps}: {files.label('metrics', catalog, project)} says why; all the rest is done"
             if option(catalog, "evaluate", "strict"):
                 raise IncompleteError(line)
-            click.echo(line)
+            screen.at_end(line)
 
 
 class ErrorHooks:
@@ -168,6 +169,16 @@ def prepare_log_files() -> None:
 
 def _arguments(run_params: dict[str, Any]) -> str:
     return run_arguments(run_params["env"], (run_params.get("runtime_params") or {}).get("run"))
+
+
+@contextmanager
+def _one_line(beginning: str = "", *kinds: type[Exception]) -> Iterator[None]:
+    """Show errors of these kinds, or else of values and files, in one line without a traceback."""
+    kinds = kinds or (ValueError, OSError)
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(beginning + one_line(error)) from error
 
 
 def _refuse(lines: Iterable[str | None]) -> None:

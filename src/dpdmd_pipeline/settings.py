@@ -6,8 +6,9 @@ from kedro import KedroDeprecationWarning
 
 from dpdmd_pipeline.configuration import ConfigLoader, run_folder
 from dpdmd_pipeline.hooks import ConfigHooks, ErrorHooks, ReportHooks, prepare_log_files
+from dpdmd_pipeline.screen import screen
 
-HOOKS = (ConfigHooks(), ErrorHooks(), ReportHooks())
+HOOKS = (ConfigHooks(), ErrorHooks(), ReportHooks(), screen)
 
 CONFIG_LOADER_CLASS = ConfigLoader
 CONFIG_LOADER_ARGS = {

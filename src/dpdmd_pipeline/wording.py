@@ -1,8 +1,13 @@
 """Errors, counts, lists and differences as text, and the characters that untrusted texts may have."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+COLOURS = {"teacher": "#23211e", "DMD": "#c2601c", "DP-DMD": "#1f6a8c"}  # of the models, in every drawing
+
+made = logging.getLogger("dpdmd_pipeline.made")  # a stage says here what it made: the screen shows it in its line
 
 # Control characters other than white space, and halves of surrogate pairs (JSON can spell them).
 _REFUSED = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")

@@ -145,6 +145,34 @@ def test_a_file_that_is_no_whole_teacher_is_refused_in_one_line(family, made, tm
     assert not (tmp_path / "built").exists()
 
 
+TODAY = ("tiny_z_image", "tiny_flux2_klein", "tiny_qwen_image")
+
+
+@pytest.mark.parametrize("fixture", TODAY)
+def test_a_single_file_of_the_network_alone_and_a_lora_are_a_teacher_of_today(request, tmp_path, fixture):
+    """These families' files are published so; the other parts come from the folder of the configs."""
+    whole, file, lora = request.getfixturevalue(fixture), tmp_path / "mine.safetensors", tmp_path / "lora.safetensors"
+    (weights,) = network_files(network_folder(whole))
+    shifted = {name: value + 0.125 for name, value in load_file(weights).items()}
+    save_file(shifted, file)
+    name = next(name for name in shifted if name.endswith("to_q.weight"))
+    rows, columns = shifted[name].shape
+    module = f"transformer.{name.removesuffix('.weight')}"
+    up = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0))
+    save_file({f"{module}.lora_A.weight": torch.ones(2, columns), f"{module}.lora_B.weight": up}, lora)
+
+    dataset = {"config": str(whole), "filepath": str(tmp_path / "built"), "lora": f"{lora}@0.5"}
+    folder = PretrainedModelDataset(model=str(file), **dataset).load_configs()
+    (built,) = network_files(network_folder(folder))
+    expected = shifted | {name: shifted[name] + 0.5 * up @ torch.ones(2, columns)}
+    loaded = load_file(built)
+    assert loaded.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(loaded[name], value, rtol=1e-5, atol=1e-5)
+    options = backbone_options(family=fixture.removeprefix("tiny_"), max_sequence_length=64)
+    assert [*faulty_parts(folder, options)] == []
+
+
 # ---- LoRAs
 
 

@@ -36,7 +36,7 @@ RESOLUTION = 32
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 NUM_STEPS = [
     (4, 3.5),
-    (25, 3.5),
+    (8, 3.5),
     (4, 1.0),
 ]  # divisors of 1000: else DDIM in diffusers steps to t - 1000 // n, off its grid
 
@@ -51,7 +51,7 @@ class Specimen(NamedTuple):
     components: dict[str, Any]  # arguments of from_pretrained
     call: dict[str, Any]  # of the pipeline's __call__
     to_pipeline: Callable[[Tensor], Tensor] = Tensor.clone  # our latents [B, C, H, W] as the pipeline takes them
-    from_pipeline: Callable[[Tensor, int], Tensor] = lambda latents, _: latents  # and back, for pixels along a side
+    from_pipeline: Callable[..., Tensor] = lambda latents, *_: latents  # and back, for a height and width in pixels
 
 
 def options(max_sequence_length: int, resolution: int = RESOLUTION) -> dict[str, Any]:
@@ -84,7 +84,7 @@ SPECIMENS = {
         options(128),
         {},
         {"max_sequence_length": 128},
-        from_pipeline=lambda latents, _: normalised(Flux2KleinPipeline._patchify_latents(latents)),
+        from_pipeline=lambda latents, *_: normalised(Flux2KleinPipeline._patchify_latents(latents)),
     ),
     "qwen_image": Specimen(
         "qwen_image",
@@ -94,7 +94,7 @@ SPECIMENS = {
         {},
         {"max_sequence_length": 256},
         lambda latents: QwenImagePipeline._pack_latents(latents, len(latents), *latents.shape[1:]),
-        lambda tokens, size: QwenImagePipeline._unpack_latents(tokens, size, size, 4).squeeze(2),
+        lambda tokens, height, width: QwenImagePipeline._unpack_latents(tokens, height, width, 4).squeeze(2),
     ),
     "z_image": Specimen("z_image", "tiny_z_image", "shifted", options(64), {}, {"max_sequence_length": 64}),
 }
@@ -315,19 +315,19 @@ def test_a_sample_is_guided_inside_the_interval_only(backbone, model, cond, unco
 # ---- against the pipeline
 
 
-def drawn(specimen, pipeline, latents, num_steps, scale, kind="latent", resolution=RESOLUTION):
+def drawn(specimen, pipeline, latents, num_steps, scale, kind="latent", size=(RESOLUTION, RESOLUTION)):
     """Pictures or latents of the family's own pipeline."""
     images = pipeline(
         prompt=list(PROMPTS),  # Z-Image's writes its chat template into the list
         num_inference_steps=num_steps,
         latents=specimen.to_pipeline(latents),
-        height=resolution,
-        width=resolution,
+        height=size[0],
+        width=size[1],
         output_type=kind,
         **guidance_arguments(specimen.family, scale),
         **specimen.call,
     ).images
-    return specimen.from_pipeline(images, resolution) if kind == "latent" else images
+    return specimen.from_pipeline(images, *size) if kind == "latent" else images
 
 
 @pytest.mark.parametrize(("num_steps", "scale"), NUM_STEPS)
@@ -342,13 +342,34 @@ def test_denoise_and_step_give_the_latents_of_the_pipeline(
     assert (expected - latents).abs().max() > 0.1  # the network has an effect
 
 
-def test_pictures_of_another_size_are_those_of_the_pipeline(specimen, folder, model, pipeline, cond, uncond):
-    larger = load_backbone(specimen.family, folder, **{**specimen.options, "resolution": 2 * RESOLUTION})
-    latents = noise(larger)
-    expected = drawn(specimen, pipeline, latents, 4, 3.5, resolution=2 * RESOLUTION)
+@pytest.mark.parametrize("size", [(32, 64), (64, 32)])
+def test_pictures_of_another_size_are_those_of_the_pipeline(specimen, backbone, model, pipeline, cond, uncond, size):
+    other = backbone.at(size)
+    latents = noise(other)
+    expected = drawn(specimen, pipeline, latents, 4, 3.5, size=size)
     with torch.no_grad():
-        ours = rollout(guided(larger, model, cond, uncond, 3.5), latents, larger.schedule(4))
+        ours = rollout(guided(other, model, cond, uncond, 3.5), latents, other.schedule(4))
     assert_same(ours, expected)
+    assert other.decode(latents[:1]).shape[2:] == size and other.sizes == [size]
+    assert backbone.sizes == [(RESOLUTION, RESOLUTION)]  # unchanged
+
+
+def test_sizes_that_no_patch_divides_are_refused_with_the_nearest(specimen, folder, backbone):
+    for size in [(33, 32), (32, 1)]:
+        facts = [f"{size[0]} x {size[1]}", "multiples of"]
+        with refuses(ValueError, "size", *facts):
+            backbone.at(size)
+        with refuses(ValueError, "backbone.resolution", *facts):
+            load_backbone(specimen.family, folder, **{**specimen.options, "resolution": [[32, 32], [*size]]})
+
+
+def test_another_size_has_the_levels_of_an_adapter_of_its_own(specimen, folder, backbone):
+    own = load_backbone(specimen.family, folder, **{**specimen.options, "resolution": [[32, 64]]})
+    uniform = torch.tensor([0.1, 0.9])
+    for one, other in [(own.schedule(4), backbone.at((32, 64)).schedule(4))] + [
+        (own.random_level(uniform), backbone.at((32, 64)).random_level(uniform))
+    ]:
+        assert torch.equal(one.sigma, other.sigma) and torch.equal(one.timestep, other.timestep)
 
 
 def test_decode_gives_the_pictures_of_the_pipeline(specimen, backbone, pipeline):

@@ -179,12 +179,15 @@ def test_the_exact_prediction_gives_x0(tiny_sdxl, tiny_sdxl_v):
 
 
 def test_the_size_of_the_picture_is_a_conditioning(tiny_sdxl, backbone, model):
-    cond, level = backbone.encode(PROMPTS), backbone.schedule(4)[1]
-    small = SDXL(tiny_sdxl, **OPTIONS | {"resolution": 16})
-    assert small.latent_shape == (4, 4, 4)
-    with torch.no_grad():
-        at_32, at_16 = (family.denoise(model, noise(), level, cond) for family in (backbone, small))
-    assert not torch.allclose(at_32, at_16)
+    wide, sizes = backbone.at((16, 64)), []
+    assert wide.latent_shape == (4, 4, 16)
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    with hook, torch.no_grad():
+        latents = torch.zeros(1, *wide.latent_shape)
+        wide.denoise(model, latents, wide.schedule(4)[1], backbone.encode(PROMPTS[:1]))
+    assert sizes[0].tolist() == [[16, 64, 0, 0, 16, 64]]
 
 
 def test_a_network_in_half_precision_still_gives_x0_in_float32(tiny_sdxl, backbone, model):

@@ -5,10 +5,10 @@ from copy import deepcopy
 import pytest
 from benchmarks.fake_cycle import peak_of_cycles, walk_on_cuda
 from benchmarks.random_teacher import CONFIGS, make_weightless_teacher
-from kedro.config import OmegaConfigLoader
 from tests.pipelines.train.test_small_cards import CONF
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.planning.memory import RESERVED, memory_model
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 from dpdmd_pipeline.training.options import TrainOptions
@@ -30,7 +30,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize("roles", ["full", "lora"])
 def test_a_cycle_stays_on_one_device_and_takes_at_most_what_was_estimated(teacher, roles):
     changes = {"train": {**SHORT, "roles": roles}}
-    parameters = OmegaConfigLoader(str(CONF), env="sd35", runtime_params=changes, **CONFIG_LOADER_ARGS)["parameters"]
+    parameters = ConfigLoader(str(CONF), env="sd35", runtime_params=changes, **CONFIG_LOADER_ARGS)["parameters"]
     backbone, options = BackboneOptions(**parameters["backbone"]), TrainOptions(**parameters["train"])
     estimate = memory_model(teacher, backbone).estimate(options.recipe(), options.execution()).total - RESERVED
     peak = peak_of_cycles(teacher, backbone, options, anchor_steps=[1])

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kedro.config import OmegaConfigLoader
+
+from dpdmd_pipeline.configuration import ConfigLoader
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # its scripts import each other by name
@@ -25,7 +26,7 @@ def test_the_environment_is_one_cycle_of_adapters_in_bfloat16_on_the_cpu(family,
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     (tmp_path / "data/01_raw").mkdir(parents=True)
     run.write_environment(tmp_path, run.BASIS[family][1], tmp_path / "teacher")
-    loaded = OmegaConfigLoader(str(tmp_path / "conf"), env=run.ENVIRONMENT, **CONFIG_LOADER_ARGS)["parameters"]
+    loaded = ConfigLoader(str(tmp_path / "conf"), env=run.ENVIRONMENT, **CONFIG_LOADER_ARGS)["parameters"]
     students = [TrainOptions(**loaded[group]) for group in ("train", "train_dmd")]
     backbone = BackboneOptions(**loaded["backbone"])
     assert [(s.roles, s.max_steps, s.batch_size, s.device, s.watch.every) for s in students] == 2 * [

@@ -57,6 +57,7 @@ SEARCH_WORDS = {  # of users -> a node that the search shows
 }
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 RUNS = {"first_steps": 16, "sd35_4step": 4, "sd35_img2img": 1, "draft_then_finish": 17}  # pictures of each
+LATER = {"flux2_klein_lora": "EmptyFlux2LatentImage"}  # a node that older versions lack
 UNKNOWN_NODES = """() => window.app.graph._nodes
     .filter(node => !(node.type in window.LiteGraph.registered_node_types) || node.has_errors).map(node => node.type)"""
 BOUNDS_OF_NODES = """() => {
@@ -111,8 +112,12 @@ def main(out: Path, nodes2: bool = False) -> None:
             add_by_search(page, server, out)
             check_loader_width(page)
             move_and_connect(page)
+            known = server.get("object_info")
             for name in examples():
-                open_example(page, name, out)
+                if name in LATER and LATER[name] not in known:
+                    print(f"left out: {name}, this ComfyUI has no {LATER[name]}")
+                else:
+                    open_example(page, name, out)
             for name in RUNS:
                 run_example(page, server, name, out)
             click_a_draft(page, server, out)
@@ -317,7 +322,9 @@ def add_by_search(page: Any, server: ComfyServer, out: Path) -> None:
     page.screenshot(path=out / "search.png")
     page.keyboard.press("Enter")
     page.wait_for_function("() => window.app.graph._nodes.length")
+    page.wait_for_timeout(1500)
     page.mouse.click(SIZE["width"] / 2, SIZE["height"] / 3)  # newer versions ask for the position
+    page.wait_for_function("() => window.app.canvas.state?.ghostNodeId == null")
     page.wait_for_timeout(1500)
     page.screenshot(path=out / "added.png")
     assert node_types(page) == ["DPDMDSampler"], node_types(page)
@@ -357,14 +364,23 @@ def move_and_connect(page: Any) -> None:
     load(page, "first_steps", read_example("first_steps"))
     sampler = 'window.app.graph.findNodesByType("DPDMDSampler")[0]'
     page.evaluate(f"() => {{ {sampler}.disconnectInput(0) }}")
-    drag(page, *(page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK))
-    assert page.evaluate(f"() => {sampler}.getInputNode(0)?.type") == "DPDMDLoader"
+    drag(page, *places_of_slots(page))
+    page.wait_for_function(f"() => {sampler}.getInputNode(0)?.type === 'DPDMDLoader'")
     corner = page.evaluate(f"() => [...{sampler}.pos]")
     x, y = page.evaluate(PLACE_OF_SLOT, LINK[1])
     drag(page, (x + 60, y - 40 * page.evaluate("() => window.app.canvas.ds.scale")), (x + 90, y + 100))
-    assert page.evaluate(f"() => [...{sampler}.pos]") != corner
+    page.wait_for_function(f"corner => `${{{sampler}.pos}}` !== `${{corner}}`", arg=corner)
     page.mouse.move(1, 1)  # no tooltip in the screenshots
     print("mouse: a link drawn, a node moved")
+
+
+def places_of_slots(page: Any) -> list[Any]:
+    """Places of the link's two slots, once they no longer move: a busy machine lays nodes out late."""
+    before, now = None, [page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK]
+    while now != before:
+        page.wait_for_timeout(1500)
+        before, now = now, [page.evaluate(PLACE_OF_SLOT, slot) for slot in LINK]
+    return now
 
 
 def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> None:

@@ -1,5 +1,7 @@
 """Examples for models that this project does not train, run with small networks of ComfyUI's own classes."""
 
+from functools import partial
+
 import pytest
 import torch
 from browser_walk import read_example
@@ -18,16 +20,16 @@ FAMILIES = {
 }
 
 
-def run_example(server, name, prompt, sdxl_file, **changes):
+def run_example(server, name, small, **changes):
     """Run an example with small models in place of its files; returns its saved pictures.
 
     Args:
+        small: gives a node of the graph its small model, or another node of the same outputs.
         changes: inputs by their name, in every node that has them.
     """
     infos, flow, graph = server.get("object_info"), read_example(name), Graph()
     sources = {number: (source, slot) for number, source, slot, *_ in flow["links"]}
     names = {node["id"]: str(node["id"]) for node in flow["nodes"]}
-    prompt_file = server.tensor_file(**prompt)
     for node in flow["nodes"]:
         kind = node["type"]
         if kind == "MarkdownNote":
@@ -47,7 +49,7 @@ def run_example(server, name, prompt, sdxl_file, **changes):
         graph.nodes[names[node["id"]]] = {"class_type": kind, "inputs": inputs}
     graph.nodes["vae"] = {"class_type": "TestVAE", "inputs": {"path": ""}}
     for number, node in list(graph.nodes.items()):
-        graph.nodes[number] = _small(node, number, FAMILIES[name], prompt_file, sdxl_file)
+        graph.nodes[number] = small(node, number)
     history = server.run(graph)
     return [image for output in history["outputs"].values() for image in output.get("images", [])]
 
@@ -56,7 +58,7 @@ def _inputs(info):
     return info["input"].get("required", {}) | info["input"].get("optional", {})
 
 
-def _small(node, number, family, prompt_file, sdxl_file):
+def with_small_models(node, number, *, family, prompt_file, sdxl_file=None):
     """A node that does the same for small models."""
     kind, inputs = node["class_type"], node["inputs"]
     if kind == "CheckpointLoaderSimple":
@@ -85,4 +87,6 @@ def test_an_example_runs_with_small_networks_of_its_family(server, name, sd3_pro
     prompt = sdxl_prompt if FAMILIES[name] == "SDXL" else sd3_prompt
     if FAMILIES[name] == "ZImage":
         prompt = prompt | {"attention_mask": torch.ones(1, 20, dtype=torch.int)}
-    assert len(run_example(server, name, prompt, sdxl_file, pick=3)) == (1 if name == "seeds_at_a_glance" else 4)
+    files = {"prompt_file": server.tensor_file(**prompt), "sdxl_file": sdxl_file}
+    pictures = run_example(server, name, partial(with_small_models, family=FAMILIES[name], **files), pick=3)
+    assert len(pictures) == (1 if name == "seeds_at_a_glance" else 4)

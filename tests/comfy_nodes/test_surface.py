@@ -19,7 +19,13 @@ PACK = PROJECT / "comfy_nodes"
 LANGUAGES = ("en", "zh", "ja", "fr")
 FORMS = {"diffusion_models": "comfyui", "loras": "lora"}  # ComfyUI's folder -> the form of the export for it
 EXAMPLES = sorted(path.stem for path in (PACK / "example_workflows").glob("*.json"))
-ENVIRONMENTS = {"sdxl_4step": "sdxl", "sd35_lora": "sd35_lora_16gb", "z_image_lora": "z_image"}  # others: sd35
+ENVIRONMENTS = {  # others: sd35
+    "flux2_klein_lora": "flux2_klein",
+    "qwen_image_lora": "qwen_image",
+    "sd35_lora": "sd35_lora_16gb",
+    "sdxl_4step": "sdxl",
+    "z_image_lora": "z_image",
+}
 OF_STUDENTS = [*ENVIRONMENTS, "draft_then_finish", "sd35_4step", "sd35_img2img", "teacher_first_step"]
 
 # Saved workflows depend on these ids, names, types and their order. id: (sockets, widgets, outputs)
@@ -123,6 +129,8 @@ def test_there_is_an_example_for_every_way_to_use_a_student():
     assert EXAMPLES == [
         "draft_then_finish",
         "first_steps",
+        "flux2_klein_lora",
+        "qwen_image_lora",
         "sd35_4step",
         "sd35_img2img",
         "sd35_lora",
@@ -363,6 +371,8 @@ def test_the_english_texts_are_the_nodes_own(server):
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_comfyuis_own_nodes_in_an_example_exist_as_used(server, example):
     infos = server.get("object_info")
+    if (later := browser_walk.LATER.get(example)) and later not in infos:
+        pytest.skip(f"this ComfyUI has no {later}")
     for node in nodes_of(example):
         if node["type"] == "MarkdownNote":  # belongs to the page, not to the server
             continue

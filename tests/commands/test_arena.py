@@ -9,11 +9,11 @@ import shutil
 
 import pytest
 from tests.commands.browser import needs_browser
+from tests.commands.cli import arena as main
+from tests.commands.cli import score
 from tests.raising import refuses
 from torchvision.transforms.functional import to_pil_image
 
-from dpdmd_pipeline.commands.arena import main
-from dpdmd_pipeline.commands.score import main as score
 from dpdmd_pipeline.scoring.human import load_results
 from dpdmd_pipeline.shapes.world import NUM_MODES, caption, gallery
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 from tests.commands.browser import needs_browser
+from tests.commands.cli import score as main
 
-from dpdmd_pipeline.commands.score import main
 from dpdmd_pipeline.shapes.world import BACKGROUNDS, COLOURS, LEGAL, NUM_MODES, POSITIONS, RADII, RESOLUTION, SHAPES
 
 MODES = (3, 20, 41, 60, 22, 71)

@@ -41,11 +41,11 @@ def test_a_link_that_leads_to_itself_is_refused(tmp_path, name):
 
 
 def test_an_error_does_not_command_the_terminal(monkeypatch):
-    def fail(arguments):
+    def fail(*_, **options):
         raise ValueError("x\x1b[2J\nforged")
 
-    monkeypatch.setattr("dpdmd_pipeline.commands.comfy_install.main", fail)
-    monkeypatch.setattr("sys.argv", ["dpdmd-pipeline", "comfy-install"])
+    monkeypatch.setattr("dpdmd_pipeline.commands.comfy_install.install", fail)
+    monkeypatch.setattr("sys.argv", ["dpdmd-pipeline", "comfy-install", "x"])
     with pytest.raises(SystemExit) as ended:
         run_package()
     assert ended.value.code == r"Error: x\x1b[2J\nforged"

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from kedro.config import OmegaConfigLoader
 from kedro.io import AbstractDataset, DatasetError
 from kedro_datasets import json, matplotlib, pillow, text
 from matplotlib.figure import Figure
 from PIL import Image
 from tests.raising import refuses
 
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.sharded import LazyShards
 from dpdmd_pipeline.datasets.whole_figure import MatplotlibDataset
 from dpdmd_pipeline.datasets.whole_file import ImageDataset, JSONDataset, TextDataset
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
 CONF = Path(__file__).parents[2] / "conf"
-CATALOG = OmegaConfigLoader(str(CONF), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
+CATALOG = ConfigLoader(str(CONF), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
 INPUTS = ("MemoryDataset", "FinishedModelDataset", "ScratchFolderDataset")  # types that nothing is saved to
 
 

@@ -24,6 +24,7 @@ from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 PROMPTS = ["a prompt", "another"]  # of the card's code
 SEEDS = [0, 1]
 RESOLUTION = 32
+WIDE = [[32, 64], [32, 32]]  # two sizes, the first one not square
 RANK, ALPHA = 4, 6.0  # a scale that is not 1, so that forgetting it shows
 TRAILING = [999, 749, 499, 249]
 
@@ -36,11 +37,13 @@ class Case:
         teacher: fixture of its teacher's folder.
         header: of the student.
         length: T5's (or Gemma's) tokens.
+        resolution: of the training; exports draw at the first size.
     """
 
     teacher: str
     header: StudentHeader
     length: int = 0
+    resolution: int | list[list[int]] = RESOLUTION
 
 
 def flow(family: str, sigmas: list[float], **facts: Any) -> StudentHeader:
@@ -56,16 +59,16 @@ SHIFTED, SHIFTED_6 = (flow_sigmas(4, shift, "shifted").tolist() for shift in (3.
 CASES = {
     "sd3_shifted": Case("shifted_teacher", flow("sd3", SHIFTED)),
     "sd3_official": Case("shifted_teacher", flow("sd3", flow_sigmas(4, 3.0, "diffusers").tolist()), 7),
-    "sd3_explicit": Case("shifted_teacher", flow("sd3", [0.98, 0.9, 0.6, 0.0])),
+    "sd3_explicit": Case("shifted_teacher", flow("sd3", [0.98, 0.9, 0.6, 0.0]), resolution=WIDE),
     "sd3_lora": Case("shifted_teacher", flow("sd3", SHIFTED, **LORA)),
     "sdxl_eps": Case("tiny_sdxl", vp("eps", TRAILING)),
     "sdxl_v_lora": Case("tiny_sdxl_v", vp("v", TRAILING, **LORA)),
-    "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120])),
+    "sdxl_uneven": Case("tiny_sdxl", vp("eps", [999, 700, 120]), resolution=WIDE),
     "sdxl_renoise": Case("tiny_sdxl", vp("eps", TRAILING, sampler="renoise")),
-    "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9),
-    "flux2_klein": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0), 100),
-    "qwen_image": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0]), 200),
-    "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40),
+    "sana_renoise": Case("tiny_sana", flow("sana", SHIFTED, sampler="renoise"), 9, WIDE),
+    "flux2_klein_lora": Case("tiny_flux2_klein", flow("flux2_klein", SHIFTED_6, shift=6.0, **LORA), 100, WIDE),
+    "qwen_image_lora": Case("tiny_qwen_image", flow("qwen_image", [1.0, 0.9, 0.75, 0.5, 0.0], **LORA), 200, WIDE),
+    "z_image_lora": Case("tiny_z_image", flow("z_image", SHIFTED_6, shift=6.0, **LORA), 40, WIDE),
 }
 
 
@@ -94,6 +97,7 @@ def adapter(model: torch.nn.Module, generator: torch.Generator) -> dict[str, tor
     from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 
     targets = r".*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|net\.2|proj_in|proj_out|conv1|conv2|time_emb_proj)"
+    targets += r"|.*\.(linear_in|to_qkv_mlp_proj)"  # of Klein
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
     state = get_peft_model_state_dict(inject_adapter_in_model(config, model))
     return {name: 0.1 * torch.randn(value.shape, generator=generator) for name, value in state.items()}
@@ -133,7 +137,7 @@ def exports(request, tmp_path_factory) -> dict[str, Exported]:
         teacher, trained = request.getfixturevalue(case.teacher), tmp_path_factory.mktemp("trained")
         train(case, teacher, trained)
         folder = tmp_path_factory.mktemp(name)
-        student = read_student(trained, teacher, case.header.family, RESOLUTION, case.length)
+        student = read_student(trained, teacher, case.header.family, case.resolution, case.length)
         export = Export(student=student, teacher=teacher, **export_options())
         export.write(folder)
         students[name] = Exported(case, teacher, folder, export)
@@ -153,7 +157,10 @@ def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
             if form in code:
                 code[form] = re.search(rf"### {title}\n\n```python\n(.*?)```", card, re.DOTALL)[1]
         network = "unet" if (exported.teacher / "unet").is_dir() else "transformer"
-        load = f"pipe.{network}.load_state_dict(load_file({str(exported.file('comfyui'))!r}))\nimages ="
+        weights = f"load_file({str(exported.file('comfyui'))!r})"
+        if exported.case.header.family == "flux2_klein":  # in the spelling of its authors
+            weights = f"from_authors({weights})"
+        load = f"pipe.{network}.load_state_dict({weights})\nimages ="
         code["comfyui"] = code["diffusers"].replace("images =", load, 1)
         for form, text in code.items():
             text = text.replace("path/to/teacher", str(exported.teacher))
@@ -164,11 +171,12 @@ def jobs(exports: dict[str, Exported]) -> dict[str, dict[str, str]]:
 
 DRAW = """
 import json, os, sys
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers as from_authors
 from safetensors.torch import load_file, save_file
 drawn = {}
 for name, job in json.load(open(sys.argv[1])).items():
     os.chdir(job["folder"])
-    space = {"load_file": load_file}
+    space = {"from_authors": from_authors, "load_file": load_file}
     exec(job["code"], space)
     drawn[name] = space["images"].contiguous()
 assert not any(module.startswith("dpdmd") for module in sys.modules)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import Flux2KleinPipeline, QwenImagePipeline
 from safetensors.torch import load_file
-from tests.exporting.conftest import CASES, PROMPTS, RESOLUTION, SEEDS
+from tests.exporting.conftest import CASES, PROMPTS, SEEDS
 from tests.raising import refuses
 from tests.teachers import normalised
 
@@ -30,19 +30,20 @@ def latents(exported, form, seeds=SEEDS, prompts=PROMPTS):
     return draw_latents(open_student(exported.file(form), teacher, **runtime), cond, seeds)
 
 
-def as_ours(family, drawn):
+def as_ours(header, drawn):
     """Latents of a family's pipeline as its network sees them, [B, C, H, W]."""
-    if family == "flux2_klein":
+    if header.family == "flux2_klein":
         return normalised(Flux2KleinPipeline._patchify_latents(drawn))
-    if family == "qwen_image":
-        return QwenImagePipeline._unpack_latents(drawn, RESOLUTION, RESOLUTION, 4).squeeze(2)
+    if header.family == "qwen_image":
+        return QwenImagePipeline._unpack_latents(drawn, *header.sizes[0], 4).squeeze(2)
     return drawn
 
 
 @pytest.mark.parametrize("job", FORMS)
 def test_diffusers_alone_draws_the_latents_of_our_sampler(exports, drawn_by_diffusers, job):
     name, form = job.split("/")
-    ours, theirs = latents(exports[name], form), as_ours(exports[name].case.header.family, drawn_by_diffusers[job])
+    ours = latents(exports[name], form)
+    theirs = as_ours(exports[name].export.student.header, drawn_by_diffusers[job])
     assert ours.std() > 0.1 and not torch.allclose(ours[0], ours[1], atol=0.1)
     # relative to their size: random eps networks at timestep 999 draw latents of up to 50
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.std().item())

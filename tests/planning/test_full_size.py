@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kedro.config import OmegaConfigLoader
 from tests.teachers import make_qwen_tokenizer
 
 from dpdmd_pipeline.backbones.base import pipeline_class
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.pretrained import INDEX
 from dpdmd_pipeline.planning.checks import refusals
+from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
 from dpdmd_pipeline.planning.plan import Plan
 from dpdmd_pipeline.planning.teacher import faulty_parts
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
-from dpdmd_pipeline.training.options import TrainOptions
+from dpdmd_pipeline.training.options import MICRO_BATCHES, TrainOptions
 from dpdmd_pipeline.training.recipe import AnchorRecipe
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -75,6 +76,10 @@ REAL = {
 }
 
 
+# GiB that are free on cards of 16, 24, 48 and 80 GB
+CARDS = {"flux2_klein": (15.6, 23.6, 47.0), "z_image": (23.6, 47.0), "qwen_image": (79.0,)}
+
+
 @pytest.fixture(scope="module", params=REAL)
 def real(request, tmp_path_factory) -> tuple[str, Path]:
     """Family, and folder of its configurations alone; the tokenizer is a small one."""
@@ -99,10 +104,10 @@ def real(request, tmp_path_factory) -> tuple[str, Path]:
     return family, folder
 
 
-def plan(environment: str, teacher: Path) -> Plan:
-    config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
+def plan(environment: str, teacher: Path, **changes: Any) -> Plan:
+    config = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # where there is no GPU, the options of one are not refused for that: the card is given
-    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu"})}
+    trained = {"train": TrainOptions(**config["train"] | {"device": "cpu"} | changes)}
     anchors = {name: config["anchors"][name] for name in AnchorRecipe.model_fields}
     return Plan(teacher, BackboneOptions(**config["backbone"]), AnchorRecipe(**anchors), trained)
 
@@ -113,6 +118,16 @@ def test_a_teacher_of_today_is_checked_before_its_weights_are_there(real):
 
 
 @pytest.mark.full_size
-def test_an_environment_fits_on_its_card(real):
+def test_an_environment_fits_on_its_card_and_a_larger_one_gets_larger_micro_batches(real):
     environment, teacher = real
-    assert refusals(plan(environment, teacher), REAL[environment].card) == []
+    first, sizes = plan(environment, teacher), []
+    assert refusals(first, REAL[environment].card) == []
+    for free in CARDS[environment]:
+        planned = plan(environment, teacher, card_gib=free, checkpoint_background=False)
+        vars(planned)["estimates"] = first.estimates  # counted once
+        assert refusals(planned) == []
+        options = planned.trained["train"]
+        options = with_micro_batches(first.estimates, options, planned_memory(options))
+        sizes.append([getattr(options, name) for name in MICRO_BATCHES])
+        print(f"{environment}, {free} GiB: {sizes[-1]}")
+    assert sizes == sorted(sizes)

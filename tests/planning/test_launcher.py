@@ -38,6 +38,21 @@ def test_a_launcher_tells_how_many_processes_it_has_started(environment, numbers
     assert Launcher.of(environment)[1:] == numbers
 
 
+@pytest.mark.parametrize(
+    "environment, name",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        (torchrun(2, 0), "LOCAL_WORLD_SIZE='0'"),
+        (torchrun(2, 2, local="-1"), "LOCAL_RANK='-1'"),
+        (slurm("", 1) | {"SLURM_STEP_NUM_TASKS": "1.5"}, "SLURM_STEP_NUM_TASKS='1.5'"),
+        (slurm(2, 0), "SLURM_STEP_NUM_NODES='0'"),
+    ],
+)
+def test_a_variable_that_no_launcher_sets_is_refused(environment, name):
+    with refuses(ValueError, name):
+        Launcher.of(environment)
+
+
 TRAIN = {"prompts": launch(), "train": launch(8)}
 TWO = {"anchors": launch(8, 2), "train": launch(8, 2)}
 

@@ -274,6 +274,17 @@ def test_a_larger_micro_batch_keeps_more_and_a_checkpointed_one_less(model, smal
     assert model.estimate(recipe, micro_batches_of(larger, **CHECKPOINTED)).activations < large and small < large
 
 
+def test_memory_is_that_of_the_largest_picture_size_and_work_that_of_the_mean(world_teacher):
+    def of(resolution):
+        options = {"resolution": resolution, "max_sequence_length": 0, "level_range": (0.02, 0.98)}
+        family = load_backbone("sd3", world_teacher, **options)
+        return MemoryModel(family, world_teacher, conditioning_like(family), GUIDANCE, device="cpu")
+
+    several, largest, recipe = of([[16, 16], [32, 32]]), of(32), recipe_with(roles="lora")
+    assert several.estimate(recipe, SMALL) == largest.estimate(recipe, SMALL)
+    assert several.forward_flops(recipe) == largest.forward_flops(recipe) * (1 + 1 / 4) / 2
+
+
 # ---- disk
 
 

@@ -64,7 +64,9 @@ def test_configs_are_enough(plan, weightless):
             {"guidance_interval": [0.2, 0.8], "backbone": {"guidance_scale": 1.0}},
             r"train: .*guidance_interval=\[0.2, 0.8\].*guidance_scale=1",
         ),
-        ({"backbone": {"resolution": 30}}, "backbone.resolution.*30"),
+        ({"backbone": {"resolution": 30}}, "backbone.resolution 30 x 30.*32 x 32"),
+        ({"backbone": {"resolution": [[32, 32], [16, 36]]}}, "backbone.resolution 16 x 36.*8.*16 x 32"),
+        ({"backbone": {"resolution": [[32, 32], [32, 128]]}}, "backbone.resolution 32 x 128.*at most 64.*32 x 64"),
     ],
 )
 def test_options_that_the_teachers_config_does_not_allow_are_refused(plan, changes, facts):

@@ -241,22 +241,46 @@ def without_template(folder: Path) -> None:
     (folder / "tokenizer/chat_template.jinja").unlink()
 
 
+def without_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+
+
+KLEIN = {"family": "flux2_klein", "max_sequence_length": 100}
+QWEN_IMAGE = {"family": "qwen_image", "max_sequence_length": 200}
+SDE = (changed(SCHEDULER, stochastic_sampling=True), ["scheduler has stochastic_sampling", "SDE"])
+
+
 @pytest.mark.parametrize(
-    "damage, words",
+    "options, damage, words",
     [
-        (changed(SCHEDULER, shift=3.0), ["few-step student", "shift is 3", "Tongyi-MAI/Z-Image"]),
-        (changed(SCHEDULER, stochastic_sampling=True), ["scheduler has stochastic_sampling", "SDE"]),
-        (changed(SCHEDULER, algorithm_type="sde-dpmsolver++"), ["scheduler has algorithm_type: sde-dpmsolver++"]),
-        (changed(DENOISER, cap_feat_dim=16), ["cap_embedder"]),
-        (without_template, ["tokenizer", "chat_template"]),
-        (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer"]),
+        (Z_IMAGE, changed(SCHEDULER, shift=3.0), ["few-step student", "shift is 3", "Tongyi-MAI/Z-Image"]),
+        (KLEIN, changed(INDEX, is_distilled=True), ["few-step student", "is_distilled", "FLUX.2-klein-base-4B"]),
+        (QWEN_IMAGE, changed(DENOISER, guidance_embeds=True), ["guidance_embeds"]),
+        *((options, *SDE) for options in (Z_IMAGE, KLEIN, QWEN_IMAGE)),
+        (Z_IMAGE, changed(SCHEDULER, algorithm_type="sde-dpmsolver++"), ["algorithm_type: sde-dpmsolver++"]),
+        (Z_IMAGE, changed(DENOISER, cap_feat_dim=16), ["cap_embedder"]),
+        (KLEIN, changed(ENCODER, hidden_size=64), ["text_encoder", "resized"]),
+        (Z_IMAGE, without_template, ["tokenizer", "chat_template"]),
+        (KLEIN, without_template, ["tokenizer", "chat_template"]),
+        *((options, without_tokenizer, ["tokenizer"]) for options in (Z_IMAGE, KLEIN, QWEN_IMAGE)),
     ],
 )
-def test_a_teacher_with_a_chat_template_is_refused_by_its_fact(tiny_z_image, tmp_path, damage, words):
-    folder = shutil.copytree(tiny_z_image, tmp_path / "teacher")
+def test_a_teacher_of_today_is_refused_by_its_fact(request, tmp_path, options, damage, words):
+    teacher = request.getfixturevalue(f"tiny_{options['family']}")
+    folder = shutil.copytree(teacher, tmp_path / "teacher", copy_function=os.link)
     damage(folder)
-    (line,) = faulty_parts(folder, backbone_options(**Z_IMAGE))
+    (line,) = faulty_parts(folder, backbone_options(**options))
     assert "\n" not in line and all(word in line for word in [str(folder), *words]), line
+
+
+@pytest.mark.parametrize(
+    "options, words", [(KLEIN, "34 must be a multiple of 4"), (QWEN_IMAGE, "36 must be a multiple of 8")]
+)
+def test_a_resolution_that_packing_does_not_divide_is_refused_as_an_option(request, options, words):
+    resolution = int(words.split()[0])
+    teacher = request.getfixturevalue(f"tiny_{options['family']}")
+    (line,) = faulty_parts(teacher, backbone_options(**options, resolution=resolution))
+    assert line == f"backbone.resolution {words}"
 
 
 def test_a_teacher_loads_as_it_lies_on_the_hub(tiny_z_image, tmp_path):

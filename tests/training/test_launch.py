@@ -35,14 +35,26 @@ WHOLE = [name for name in RUNS if name not in (*STOPPED, "sharded_resumed")]
 DIVERGING = {"kind": "adamw", "learning_rate": 1e30, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
 
 
+FAMILIES = {  # fixture of a teacher, and its tokens
+    "sd3": ("tiny_teacher", 0),
+    "flux2_klein": ("tiny_flux2_klein", 100),
+    "qwen_image": ("tiny_qwen_image", 256),
+    "z_image": ("tiny_z_image", 64),
+}
+OF_TODAY = [name for name in FAMILIES if name != "sd3"]
+SHORTEST = {"fake_score_turns": 1}  # of the families of today
+
+
 @cache
 def world(teacher):
-    """Backbone of a teacher, and embeddings of three prompts."""
+    """Backbone of a teacher (family, folder), and embeddings of three prompts."""
     from tests.training.conftest import InMemory
 
     from dpdmd_pipeline.backbones.base import load_backbone
 
-    backbone = load_backbone("sd3", teacher, resolution=32, max_sequence_length=0, level_range=(0.02, 0.98))
+    family, folder = teacher
+    sizes = {"resolution": 32, "max_sequence_length": FAMILIES[family][1]}
+    backbone = load_backbone(family, folder, **sizes, level_range=(0.02, 0.98))
     return backbone, InMemory(backbone.encode(["a red circle", "a blue square", "a green triangle", ""]))
 
 
@@ -72,7 +84,8 @@ def records_of(teacher, folder, micro_batch, sharded=False, execution=None, **ch
 
 def train_runs(job, member):
     """All runs, each process its share of them; rank 0 leaves the losses."""
-    teacher, folder = job
+    teachers, folder = job
+    teacher = "sd3", teachers["sd3"]
     for name, changes in RUNS.items():
         history = []
         micro_batch, sharded = 1 if name in MICRO_BATCHES else 2, name.startswith("sharded")
@@ -83,6 +96,9 @@ def train_runs(job, member):
                     break
         if member.rank == 0:
             (folder / f"{name}.json").write_text(json.dumps(history))
+    for family in OF_TODAY:
+        history = list(records_of((family, teachers[family]), folder / family, 2, **SHORTEST))
+        (folder / f"{family}.json").write_text(json.dumps(history))
     (folder / f"sizes_{member.rank}.json").write_text(json.dumps(parameter_sizes(teacher)))
     with pytest.raises(ValueError) as refusal:
         list(records_of(teacher, folder / "diverging", 2, student=DIVERGING))
@@ -104,26 +120,32 @@ def parameter_sizes(teacher):
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_teacher, tmp_path_factory):
+def teachers(request):
+    """Folder of the tiny teacher of each family."""
+    return {family: request.getfixturevalue(fixture) for family, (fixture, _) in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def shared(teachers, tmp_path_factory):
     """Histories, checkpoints and errors of two processes."""
     folder = tmp_path_factory.mktemp("shared")
-    alone = records_of(tiny_teacher, folder / "sharded_resumed", 4, **RUNS["sharded_resumed"])
+    alone = records_of(("sd3", teachers["sd3"]), folder / "sharded_resumed", 4, **RUNS["sharded_resumed"])
     with closing(alone) as records:
         next(records), next(records)
-    assert list(launched(train_runs, (tiny_teacher, folder), TWO)) == []
+    assert list(launched(train_runs, (teachers, folder), TWO)) == []
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_teacher, tmp_path_factory):
-    """Folder and records of a run in this process; one for each recipe."""
+def alone(teachers, tmp_path_factory):
+    """Folder and records of a run in this process; one for each family and recipe."""
     runs = {}
 
-    def run(**changes):
-        recipe = json.dumps(changes)
+    def run(family="sd3", **changes):
+        recipe = json.dumps([family, changes])
         if recipe not in runs:
             folder = tmp_path_factory.mktemp("alone")
-            runs[recipe] = folder, list(records_of(tiny_teacher, folder, 4, **changes))
+            runs[recipe] = folder, list(records_of((family, teachers[family]), folder, 4, **changes))
         return runs[recipe]
 
     return run
@@ -141,6 +163,15 @@ def test_two_processes_with_half_the_batch_have_the_student_of_one_with_all_of_i
     assert distance(shared / name, folder) < 1e-5
 
 
+@pytest.mark.parametrize("family", OF_TODAY)
+def test_two_processes_have_the_student_of_one_in_every_family(shared, alone, family):
+    folder, ours = alone(family, **SHORTEST)
+    theirs = json.loads((shared / f"{family}.json").read_text())
+    for one, together in zip(ours, theirs, strict=True):
+        assert together == pytest.approx(one, rel=1e-5)
+    assert distance(shared / family, folder) < 1e-5
+
+
 def distance(*folders):
     """Distance of two finished students' weights, as a share of their length."""
     ours, theirs = (student_of(folder) for folder in folders)
@@ -156,10 +187,10 @@ def student_of(folder):
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_run_of_two_processes_continues_in_one(shared, alone, tiny_teacher, name):
+def test_a_run_of_two_processes_continues_in_one(shared, alone, teachers, name):
     folder, whole = alone(**RUNS[name])
     assert [row["step"] for row in json.loads((shared / f"{name}.json").read_text())] == [1, 2]
-    rest = list(records_of(tiny_teacher, shared / name, 4, **RUNS[name]))
+    rest = list(records_of(("sd3", teachers["sd3"]), shared / name, 4, **RUNS[name]))
     assert len(rest) == 1
     for one, resumed in zip(whole[2:], rest, strict=True):
         assert resumed == pytest.approx(one, rel=1e-5)

@@ -81,6 +81,26 @@ def test_machines_that_do_not_come_are_counted(monkeypatch, rendezvous):
         machines.meet(rendezvous, 2)
 
 
+def test_a_machine_that_refuses_the_run_ends_the_others_at_once(rendezvous):
+    def outcome(first, other):
+        with ThreadPoolExecutor() as threads:
+            running = threads.submit(*first)
+            time.sleep(0.2)  # it listens
+            return running, threads.submit(*other).exception()
+
+    start, meet_two = time.monotonic(), (machines.meet, rendezvous, 2)
+    first, error = outcome((machines.refuse, rendezvous, 2, "too large: lower it"), meet_two)
+    assert first.exception() is None and isinstance(error, ValueError) and "too large: lower it" in str(error)
+    first, error = outcome(meet_two, (machines.refuse, rendezvous, 2, "no GPU"))
+    assert error is None and isinstance(first.exception(), OtherMachineError) and time.monotonic() - start < 5
+
+
+def test_a_machine_that_refuses_the_run_waits_for_nobody_for_long(rendezvous, monkeypatch):
+    monkeypatch.setattr(machines, "_GRACE", 0.1)
+    for address in (rendezvous, "203.0.113.1:29400", "no.such.host.invalid:1"):
+        machines.refuse(address, 2, "too large")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("place", ["first", "elsewhere", "helping"])
 def test_a_signal_ends_the_wait_for_other_machines_at_once(rendezvous, monkeypatch, number, place):

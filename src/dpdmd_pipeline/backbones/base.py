@@ -6,9 +6,10 @@ import importlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.networks import load_network, network_config
 from dpdmd_pipeline.backbones.options import BaseWeights
 from dpdmd_pipeline.backbones.quantised import quantize
+from dpdmd_pipeline.backbones.sizes import PictureSize, Resolution, check_divides, sizes_of
 from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
 from dpdmd_pipeline.dpdmd.sampling import Denoise
-from dpdmd_pipeline.limits import first_names, read_json
+from dpdmd_pipeline.limits import MAX_SIZE, first_names, read_json
 
 GuidanceBatch = Literal["joint", "apart"]
 EVERY_LEVEL = (0.0, 1.0)  # as a guidance interval
@@ -33,10 +35,14 @@ class Backbone(Protocol):
     """
 
     folder: Path  # the teacher's
+    sizes: list[PictureSize]  # of pictures, in pixels; the first one is that of this adapter
     latent_shape: tuple[int, int, int]  # (C, H, W)
     device: torch.device  # of networks, embeddings and levels
     dtype: torch.dtype  # of the networks, and of the embeddings
     prediction: str  # output of the network: flow (velocity), eps or v (v-prediction)
+
+    def at(self, size: PictureSize) -> Self:
+        """This adapter for pictures of another size: other latents, and other levels where the family shifts them."""
 
     def load_model(
         self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
@@ -156,16 +162,23 @@ class PipelineBackbone:
         self,
         folder: Path,
         *,
-        resolution: int,
+        resolution: Resolution,
         max_sequence_length: int,
         level_range: tuple[float, float],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.folder, self.dtype, self.device = Path(folder), dtype, torch.device(device)
-        self.resolution, self.max_sequence_length, self.level_range = resolution, max_sequence_length, level_range
+        self.sizes, self.max_sequence_length, self.level_range = sizes_of(resolution), max_sequence_length, level_range
         self._config = network_config(self.network_class, self.folder / self.component)
-        self.latent_shape = self._latent_shape()
+        vae = self.autoencoder_class.load_config(self.folder, subfolder="vae")
+        self._channels, self._pixels, self._patch = self._latent_sizes(vae)
+        self.latent_shape, *_ = [self._latent_shape(size, "backbone.resolution") for size in self.sizes]
+
+    def at(self, size: PictureSize) -> Self:
+        other = copy(self)
+        other.sizes, other.latent_shape = [size], self._latent_shape(size, "size")
+        return other
 
     def load_model(
         self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
@@ -190,13 +203,14 @@ class PipelineBackbone:
     def distilled(self) -> str | None:
         return None
 
-    def _latent_shape(self) -> tuple[int, int, int]:
-        """Shape (C, H, W) of the latents at the configured resolution, which must divide into the network's patches."""
-        vae = self.autoencoder_class.load_config(self.folder, subfolder="vae")
-        channels, pixels, patch = self._latent_sizes(vae)
-        if self.resolution % (pixels * patch):
-            raise ValueError(f"backbone.resolution {self.resolution} must be a multiple of {pixels * patch}")
-        return channels, self.resolution // pixels, self.resolution // pixels
+    def _latent_shape(self, size: PictureSize, option: str) -> tuple[int, int, int]:
+        """Shape (C, H, W) of the latents of a picture size, which must divide into the network's patches."""
+        check_divides(option, size, self._pixels * self._patch, self._largest_side())
+        return self._channels, size[0] // self._pixels, size[1] // self._pixels
+
+    def _largest_side(self) -> int:
+        """Most pixels along a side, for a network with a table of positions."""
+        return MAX_SIZE
 
     def _latent_sizes(self, vae: Mapping[str, Any]) -> tuple[int, int, int]:
         """Channels, pixels of the picture per latent pixel along one side, latent pixels per patch along one side."""
@@ -273,6 +287,11 @@ class FlowBackbone(PipelineBackbone):
         super().__init__(folder, **options)
         self._scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
         self.shift = self._shift()
+
+    def at(self, size: PictureSize) -> Self:
+        other = super().at(size)
+        other.shift = other._shift()
+        return other
 
     def schedule(self, num_steps: int) -> NoiseLevel:
         return self.student_schedule(self.grid, num_steps)

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from dpdmd_pipeline.limits import first_names, read_json
 from dpdmd_pipeline.wording import one_line
 
-# Starts of a text encoder's keys in single files of SDXL and SD3
+# Starts of keys in single files of a whole SDXL or SD3; those of other families hold the network alone
+_WHOLE_KEYS = ("first_stage_model.", "conditioner.", "text_encoders.")
+# Starts of a text encoder's keys there
 _TEXT_KEYS = {
     "text_encoder": ("conditioner.embedders.0.", "text_encoders.clip_l."),
     "text_encoder_2": ("conditioner.embedders.1.", "text_encoders.clip_g."),
@@ -77,15 +79,30 @@ def build(folder: Path, source: Path, config: Path, lora: Lora | None) -> None:
     dtype = _dtype(source if source.is_file() else network_files(network_folder(source))[0])
     with load_quietly(), warnings.catch_warnings(action="ignore"):
         with _one_line_for(source):
-            load = kind.from_single_file if source.is_file() else kind.from_pretrained
-            parts = absent
-            if source.is_file():
-                parts = {**absent, **_text_encoders(source, config, index, dtype), "config": str(config)}
-            pipeline = load(str(source), torch_dtype=dtype, local_files_only=True, **parts)
+            load, origin, parts = kind.from_pretrained, source, absent
+            if source.is_file() and (network := _network_alone(source, config, index, dtype)):
+                origin, parts = config, absent | network
+            elif source.is_file():
+                load, parts = kind.from_single_file, absent | _text_encoders(source, config, index, dtype)
+                parts["config"] = str(config)
+            pipeline = load(str(origin), torch_dtype=dtype, local_files_only=True, **parts)
         _check_loaded(source, pipeline)
         if lora:
             _fuse(pipeline, lora)
         pipeline.save_pretrained(folder)
+
+
+def _network_alone(file: Path, config: Path, index: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The network of a single file without other parts, by its name in the pipeline; empty if the file has others."""
+    from dpdmd_pipeline.backbones import network_folder
+    from dpdmd_pipeline.backbones.base import class_of
+    from dpdmd_pipeline.backbones.tensor_files import stored_shapes
+
+    if any(name.startswith(_WHOLE_KEYS) for name in stored_shapes([file])):
+        return {}
+    folder = network_folder(config)
+    load = class_of(*index[folder.name]).from_single_file
+    return {folder.name: load(str(file), config=str(folder), torch_dtype=dtype, local_files_only=True)}
 
 
 def _text_encoders(file: Path, config: Path, index: dict[str, Any], dtype: Any) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.tensor_files import check_content, refuse_pickles, stored_shapes
 from dpdmd_pipeline.limits import first_names, read_json
+from dpdmd_pipeline.wording import one_line
 
+_ORIGINAL = "model.diffusion_model."  # starts the network's keys in most single files of a model's authors
+_FLUX = ("double_blocks.", "single_blocks.")  # in those of FLUX.2, without a prefix
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name of a network's one weight file
 
 
@@ -88,3 +91,28 @@ def check_shapes(path: Path, stored: Mapping[str, tuple[int, ...]], shapes: Mapp
     counts = [f"{len(keys)} {fault} ({first_names(keys)})" for fault, keys in faults.items() if keys]
     if counts:
         raise ValueError(f"{path} does not fit the network: keys {' and '.join(counts)}")
+
+
+# ---- keys of a model's authors
+
+
+def original_names(names: Iterable[str]) -> list[str]:
+    """The network's keys in a single file of a model's authors; none in a file with diffusers' keys."""
+    names = list(names)
+    if any(name.startswith(_FLUX) for name in names):
+        return names
+    return [name for name in names if name.startswith(_ORIGINAL)]
+
+
+def from_original(file: Path, tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Convert the network of a single file to diffusers' keys, by diffusers' own mapping."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    convert = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
+    try:
+        return convert(config=network.config, checkpoint=tensors)
+    except Exception as error:  # whatever the mapping raises for keys that it misses
+        raise ValueError(
+            f"{file} has no {type(network).__name__} ({type(error).__name__}: {one_line(error)}): give one of the "
+            "teacher's family"
+        ) from error

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from dpdmd_pipeline.backbones import FAMILIES
-from dpdmd_pipeline.bounds import CountOrZero, Few, Size, StrictModel
+from dpdmd_pipeline.backbones.sizes import check_resolution
+from dpdmd_pipeline.bounds import CountOrZero, Few, StrictModel
 
 if TYPE_CHECKING:
     from dpdmd_pipeline.backbones.base import Backbone
@@ -52,7 +53,8 @@ class BackboneOptions(StrictModel):
     """Options of the teacher that every stage shares."""
 
     family: Literal[FAMILIES]  # name of a file in `backbones/`
-    resolution: Size  # of the pictures, in pixels
+    # of the pictures, in pixels: a square one's side, or a list of [height, width] that take turns in training
+    resolution: Annotated[Any, AfterValidator(check_resolution)]
     max_sequence_length: CountOrZero  # tokens of SD3's T5 or of a language model; 0 for a teacher without them
     num_steps: Few  # of the teacher's sampling
     guidance_scale: float = Field(ge=1)  # s in u + s (c - u); 1 is none. Z-Image's pipeline counts s - 1

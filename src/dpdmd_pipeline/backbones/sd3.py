@@ -53,6 +53,9 @@ class SD3(FlowBackbone):
         ).sample
         return x0_from_velocity(latents, velocity.float(), level)
 
+    def _largest_side(self) -> int:
+        return self._config.get("pos_embed_max_size", 96) * self._patch * self._pixels
+
     @cached_property
     def _text(self) -> StableDiffusion3Pipeline:
         without_t5 = {} if (self.folder / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}

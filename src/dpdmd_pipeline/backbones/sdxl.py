@@ -91,8 +91,9 @@ class SDXL(PipelineBackbone):
 
     def denoise(self, model: nn.Module, latents: Tensor, level: NoiseLevel, cond: Conditioning) -> Tensor:
         # original size, crop, target size of a picture without scaling and cropping (arXiv:2307.01952, 2.2)
-        sizes = latents.new_full((len(latents), 6), self.resolution, dtype=self.dtype)  # made on the device
-        sizes[:, 2:4] = 0
+        height, width = (side * self._pixels for side in latents.shape[-2:])
+        sizes = latents.new_full((len(latents), 6), height, dtype=self.dtype)  # made on the device
+        sizes[:, 1::2], sizes[:, 2:4] = width, 0
         output = model(
             latents.to(self.dtype),
             level.timestep.flatten().expand(len(latents)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, load_quietly, pipeline_class
 from dpdmd_pipeline.backbones.lora import A, B, add_lora
-from dpdmd_pipeline.backbones.networks import check_keys, check_shapes, shapes_of
+from dpdmd_pipeline.backbones.networks import check_keys, check_shapes, from_original, original_names, shapes_of
 from dpdmd_pipeline.backbones.student_file import (
     check_family,
     check_prediction,
@@ -25,8 +25,6 @@ from dpdmd_pipeline.backbones.tensor_files import check_content, check_finite, o
 from dpdmd_pipeline.errors import MissingInputError
 from dpdmd_pipeline.limits import first_names
 from dpdmd_pipeline.wording import one_line
-
-ORIGINAL = "model.diffusion_model."  # starts the network's keys in the single file of a model's authors
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,6 @@ class Start:
         """Replace a teacher's weights by these, in place, or add the LoRA to them."""
         if self.adapter is not None:
             add_lora(network.state_dict(), self.adapter, 1.0)
-        elif _is_original(self.file):
-            check_content(self.file)
-            with open_tensors(self.file) as stored:
-                names = [name for name in stored.keys() if name.startswith(ORIGINAL)]  # noqa: SIM118
-                weights = _from_original(self.file, {name: stored.get_tensor(name) for name in names}, network)
-            check_finite(self.file, weights)
-            network.load_state_dict(weights)
         else:
             load_weights(self.file, network, self.family)
 
@@ -90,10 +81,9 @@ def load_start(path: Path, backbone: Backbone, family: str) -> Start:
         adapter, others = read_lora(file, network, pipeline_class(family))
         if others:
             raise ValueError(f"{file} also changes the text encoders ({first_names(others)}): fuse it into the teacher")
-    elif _is_original(file):
-        names = [name for name in shapes if name.startswith(ORIGINAL)]
+    elif names := original_names(shapes):
         empty = {name: torch.empty(shapes[name], device="meta") for name in names}
-        converted = _from_original(file, empty, network)
+        converted = from_original(file, empty, network)
         check_shapes(file, {name: tuple(value.shape) for name, value in converted.items()}, shapes_of(network))
     else:
         check_keys([file], shapes_of(network))
@@ -139,25 +129,3 @@ def read_lora(file: Path, network: nn.Module, pipeline: Any) -> tuple[dict[str, 
     check_finite(file, state)
     scaled = {name: scales[name.removesuffix(B)] * value for name, value in state.items() if name.endswith(B)}
     return state | scaled, sorted(tensors.keys() - own.keys())
-
-
-# ---- single files
-
-
-def _is_original(file: Path) -> bool:
-    with open_tensors(file) as tensors:
-        return any(name.startswith(ORIGINAL) for name in tensors.keys())  # noqa: SIM118
-
-
-def _from_original(file: Path, tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Convert the network of a single file to diffusers' keys, by diffusers' own mapping."""
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    convert = SINGLE_FILE_LOADABLE_CLASSES[type(network).__name__]["checkpoint_mapping_fn"]
-    try:
-        return convert(config=network.config, checkpoint=tensors)
-    except Exception as error:  # whatever the mapping raises for keys that it misses
-        raise ValueError(
-            f"{file} has no {type(network).__name__} ({type(error).__name__}: {one_line(error)}): give one of the "
-            "teacher's family"
-        ) from error

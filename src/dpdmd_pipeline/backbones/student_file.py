@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import COMPONENTS
 from dpdmd_pipeline.backbones.lora import add_lora, check_lora, peft_from_file
-from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, shapes_of
+from dpdmd_pipeline.backbones.networks import (
+    WEIGHTS,
+    check_keys,
+    check_shapes,
+    from_original,
+    original_names,
+    shapes_of,
+)
 from dpdmd_pipeline.backbones.student_header import StudentHeader, header_error
 from dpdmd_pipeline.backbones.tensor_files import (
     check_content,
@@ -150,9 +157,18 @@ def load_weights(path: Path, model: nn.Module, family: str) -> None:
         if header.kind == "lora":
             state, _ = load_lora(file, [name for name, _ in model.named_modules()])
             return add_lora(model.state_dict(), state, header.lora_scale)
-    check_keys([file], shapes_of(model))
+    with open_tensors(file) as stored:
+        names = original_names(stored.keys())
+    if not names:
+        check_keys([file], shapes_of(model))
     check_content(file)
     with open_tensors(file) as stored:
+        if names:
+            weights = from_original(file, {name: stored.get_tensor(name) for name in names}, model)
+            check_finite(file, weights)
+            check_shapes(file, {name: tuple(value.shape) for name, value in weights.items()}, shapes_of(model))
+            model.load_state_dict(weights)
+            return
         for name, value in model.state_dict().items():
             tensor = stored.get_tensor(name)
             check_finite(file, {name: tensor})

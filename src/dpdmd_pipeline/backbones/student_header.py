@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.backbones.sizes import PictureSize, Resolution, check_resolution, sizes_of
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS
 from dpdmd_pipeline.limits import MAX_LEVELS, MAX_SHOWN, MAX_SIZE, check_length, parse_json
 from dpdmd_pipeline.wording import short
@@ -45,7 +46,7 @@ class StudentHeader:
     shift: float | None = None  # flow only: the family's static shift, for information
     lora_rank: int | None = None  # lora only
     lora_alpha: float | None = None  # lora only; the adapter is scaled by alpha / rank
-    resolution: int | None = None  # of the training pictures, in pixels
+    resolution: Resolution | None = None  # of the training pictures, see `backbones.sizes`
     max_sequence_length: int | None = None  # tokens of the T5 encoder in training
     identity: str | None = None  # hash of recipe, teacher, anchors, prompts and code, for reuse
     recipe: dict[str, dict[str, Any]] | None = None  # parameter group to the options that decided the weights
@@ -60,9 +61,10 @@ class StudentHeader:
         )
         self._check_levels()
         self._check_lora()
-        for key, least in (("resolution", 1), ("max_sequence_length", 0)):
-            if getattr(self, key) is not None:
-                self._require_integer(key, least)
+        if self.resolution is not None:
+            self._check_resolution()
+        if self.max_sequence_length is not None:
+            self._require_integer("max_sequence_length", 0)
         recipe = {} if self.recipe is None else self.recipe
         valid = isinstance(recipe, dict) and all(isinstance(group, dict) for group in recipe.values())
         self._require("recipe", valid, "give an object of parameter groups")
@@ -78,6 +80,12 @@ class StudentHeader:
                 self._require_none(key, f"belongs to flow, prediction {self.prediction} has timesteps")
             falling = f"give integers that fall strictly from below {NUM_TRAIN_TIMESTEPS} to 0"
             self._require("timesteps", _are_timesteps(self.timesteps), falling)
+
+    def _check_resolution(self) -> None:
+        try:
+            check_resolution(self.resolution)
+        except ValueError as error:
+            raise header_error("resolution", self.resolution, str(error)) from error
 
     def _check_lora(self) -> None:
         if self.kind == "full":
@@ -97,6 +105,11 @@ class StudentHeader:
 
     def _require_none(self, key: str, reason: str) -> None:
         self._require(key, getattr(self, key) is None, reason)
+
+    @property
+    def sizes(self) -> list[PictureSize]:
+        """Picture sizes of the training, the first one by default; empty if they are unknown."""
+        return [] if self.resolution is None else sizes_of(self.resolution)
 
     @property
     def num_steps(self) -> int:

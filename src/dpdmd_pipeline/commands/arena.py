@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
+
+import typer
 
 from dpdmd_pipeline.commands.output import refuse_unwritable, say
 from dpdmd_pipeline.publishing import write_text
@@ -15,47 +18,38 @@ from dpdmd_pipeline.scoring.folders import about_strays, find_pictures
 from dpdmd_pipeline.scoring.sets import FileSet
 from dpdmd_pipeline.wording import counted, printable
 
-_EPILOG = """\
+EPILOG = """\
 Folders have the layouts of `score` (see `score --help`). Prompts are matched by folder name or id, pictures of a prompt
 by name. Pictures without a counterpart are left out, with a note. If no name is on both sides, the last number in the
 name makes the pairs, as in 0007.png and a_7.png, if both sides have the same numbers. If names have nothing in common,
 their order makes the pairs, with a note. Other folders are refused: a pair must have one seed.
+
 The page needs no server and no network: send it to people. They answer by keyboard (left, right, space, backspace) and
-send back the file that the page saves. Then: python -m dpdmd_pipeline score results*.json --by human
+send back the file that the page saves. Then: dpdmd-pipeline score results*.json --by human
 """
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dpdmd_pipeline arena",
-        description="Make one HTML page of blind side-by-side comparisons.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("a", type=Path, metavar="A_FOLDER")
-    add("b", type=Path, metavar="B_FOLDER")
-    add("--out", type=Path, required=True, metavar="PAGE.html")
-    add("--prompts", type=Path, help="texts of prompt ids: .txt (line number), .csv or .jsonl (id, text)")
-    add("--singles", type=int, default=2, help="pairs of single pictures per prompt, for quality (%(default)s)")
-    add("--sets", type=int, default=4, help="pictures per set, for diversity; 0 for no such question (%(default)s)")
-    add("--side", type=int, help="reduce the longer side to this many pixels, as WebP; the default keeps the files")
-    add("--seed", type=int, default=0, help="seed of the choice and of everyone's order (%(default)s)")
-    return parser
-
-
-def main(arguments: list[str]) -> None:
-    """Write the page; errors that the user can correct are a ValueError or an OSError of one line."""
-    options = _make_parser().parse_args(arguments)
+def arena(
+    a: Annotated[Path, typer.Argument(metavar="A_FOLDER")],
+    b: Annotated[Path, typer.Argument(metavar="B_FOLDER")],
+    out: Annotated[Path, typer.Option(metavar="PAGE.html")],
+    prompts: Annotated[Path | None, typer.Option(help="texts of prompt ids: .txt, .csv or .jsonl (id, text)")] = None,
+    singles: Annotated[int, typer.Option(help="pairs of single pictures per prompt, for quality")] = 2,
+    sets: Annotated[int, typer.Option(help="pictures per set, for diversity; 0 for no such question")] = 4,
+    side: Annotated[int | None, typer.Option(help="reduce the longer side to so many pixels, as WebP")] = None,
+    seed: Annotated[int, typer.Option(help="of the choice and of everyone's order")] = 0,
+) -> None:
+    """Make a page of blind comparisons for people."""
+    options = SimpleNamespace(**locals())
     _check(options)
-    (a, strays_of_a), (b, strays_of_b) = (find_pictures(folder, options.prompts) for folder in (options.a, options.b))
-    names = str(options.a), str(options.b)
-    html = make_arena(a, b, names, ArenaOptions(options.singles, options.sets, options.side, options.seed))
-    write_text(options.out, html)
-    questions = counted(len(a) * (options.singles + bool(options.sets)), "question")
-    lines = [f"{options.out}: {questions} about {counted(len(a), 'prompt')}, {_size(len(html.encode()))}"]
-    lines += [about_strays(options.a, strays_of_a), about_strays(options.b, strays_of_b), _about_ids(a, b)]
-    lines += about_pairs(a, b, names)
+    (ours, strays_of_a), (theirs, strays_of_b) = (find_pictures(folder, prompts) for folder in (a, b))
+    names = str(a), str(b)
+    html = make_arena(ours, theirs, names, ArenaOptions(singles, sets, side, seed))
+    write_text(out, html)
+    questions = counted(len(ours) * (options.singles + bool(options.sets)), "question")
+    lines = [f"{options.out}: {questions} about {counted(len(ours), 'prompt')}, {_size(len(html.encode()))}"]
+    lines += [about_strays(options.a, strays_of_a), about_strays(options.b, strays_of_b), _about_ids(ours, theirs)]
+    lines += about_pairs(ours, theirs, names)
     say("\n".join(map(printable, filter(None, lines))))
 
 
@@ -73,7 +67,7 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{math.ceil(count / 1e3)} kB"
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: SimpleNamespace) -> None:
     if options.singles < 0:
         raise ValueError(f"--singles {options.singles} must be at least 0")
     if options.sets < 0 or options.sets == 1:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import tomllib
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from dpdmd_pipeline.publishing import writing
 
@@ -15,15 +17,16 @@ NAME = "dpdmd"  # folder and registry id; ComfyUI shows the folder name on the n
 REPOSITORY_NAME = "dpdmd-pipeline"  # a clone of the repository in custom_nodes has the same nodes
 
 
-def main(arguments: list[str]) -> None:
-    """Install the pack as `custom_nodes/dpdmd`, and replace an older one."""
-    parser = argparse.ArgumentParser(prog="dpdmd_pipeline comfy-install", description=main.__doc__)
-    parser.add_argument("path", type=Path, help="folder of ComfyUI, which contains custom_nodes")
-    parser.add_argument("--link", action="store_true", help="link to this repository instead of copying the files")
-    options = parser.parse_args(arguments)
+def comfy_install(
+    path: Annotated[Path, typer.Argument(help="folder of ComfyUI, which contains custom_nodes")],
+    link: Annotated[bool, typer.Option("--link", help="link to this repository instead of copying the files")] = False,
+) -> None:
+    """Install the node pack into a ComfyUI.
 
-    target = install(options.path, link=options.link)
-    where = f"{target} -> {target.resolve()}" if options.link else target
+    It becomes custom_nodes/dpdmd, and replaces an older one.
+    """
+    target = install(path, link=link)
+    where = f"{target} -> {target.resolve()}" if link else target
     print(f"installed DP-DMD {_project(PACK)['version']}: {where}\nRestart ComfyUI, then search for DP-DMD.")
 
 

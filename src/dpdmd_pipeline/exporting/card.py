@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dpdmd_pipeline.backbones.sizes import size_text
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.dpdmd.noise import NUM_TRAIN_TIMESTEPS, flow_sigmas, shift_sigma
 from dpdmd_pipeline.exporting.rounding import Loss
@@ -107,7 +108,7 @@ def _schedule(header: StudentHeader) -> str:
         "timesteps": header.timesteps and ", ".join(map(str, header.timesteps)),
         "shift": header.shift,
         "guidance": "none (1.0)",
-        "resolution": header.resolution,
+        "picture size (height x width)": ", ".join(map(size_text, header.sizes)) or None,
         "LoRA rank": header.lora_rank,
         "LoRA alpha": header.lora_alpha,
     }

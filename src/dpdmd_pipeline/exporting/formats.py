@@ -16,10 +16,12 @@ from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import static_shift
 from dpdmd_pipeline.backbones.lora import add_lora, kohya_from_peft, peft_from_file, transformer_from_peft
 from dpdmd_pipeline.backbones.networks import WEIGHTS, check_keys, network_files
+from dpdmd_pipeline.backbones.sizes import Resolution
 from dpdmd_pipeline.backbones.student_file import check_family, load_header, load_lora, weight_file
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata, load_tensors, save_weights, stored_shapes
 from dpdmd_pipeline.exporting.card import write_card
+from dpdmd_pipeline.exporting.comfyui import comfyui_weights
 from dpdmd_pipeline.exporting.rounding import Loss, check_losses, check_underflow, lora_loss, merge_losses
 from dpdmd_pipeline.exporting.schedulers import diffusers_use, teacher_scheduler, trained_schedule
 from dpdmd_pipeline.limits import read_json, write_json
@@ -57,10 +59,10 @@ class Student:
         return replace(self.header, kind="full", lora_rank=None, lora_alpha=None)
 
 
-def read_student(folder: Path, teacher: Path, family: str, resolution: int, max_sequence_length: int) -> Student:
+def read_student(folder: Path, teacher: Path, family: str, resolution: Resolution, max_sequence_length: int) -> Student:
     """Load a trained student, hold it against its teacher, and complete its header.
 
-    The resolution (in pixels) and the sequence length (in tokens of T5) are those of the training.
+    The resolution (see `backbones.sizes`) and the sequence length (in tokens of T5) are those of the training.
 
     Raises:
         ValueError: if it is of another family, or its keys or shapes differ from the network's.
@@ -121,8 +123,9 @@ class Export:
         paths, student, losses = {form: folder / name for form, name in self.files.items()}, self.student, {}
         if "diffusers" in paths:
             self._write_diffusers(paths["diffusers"])
-        if "comfyui" in paths:  # diffusers' own keys: a prefix such as `transformer.` would make ComfyUI's loader fail
-            self._save(paths["comfyui"], student.weights, student.merged_header)
+        if "comfyui" in paths:  # without a prefix: one such as `transformer.` would make ComfyUI's loader fail
+            weights = comfyui_weights(student.header.family, student.weights)
+            self._save(paths["comfyui"], weights, student.merged_header)
         if student.adapter and paths.keys() - {"lora"}:
             losses |= merge_losses(student.weights, student.adapter, student.header.lora_scale, self._dtype)
         if "lora" in paths:
@@ -185,7 +188,7 @@ class Export:
             "title": self.title,
             "license": self.licence.license_name or self.licence.license,
             "prediction_type": _MODELSPEC_PREDICTION.get(header.prediction),
-            "resolution": header.resolution and f"{header.resolution}x{header.resolution}",
+            "resolution": header.sizes and "x".join(map(str, reversed(header.sizes[0]))),  # width first
         }
         return {f"modelspec.{key}": value for key, value in fields.items() if value}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, conditioned, load_backbone
 from dpdmd_pipeline.backbones.options import Device, TeacherStart, resolve_device
+from dpdmd_pipeline.backbones.sizes import PictureSize, size_text
 from dpdmd_pipeline.backbones.student_file import check_prediction, load_header, load_weights
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import check_content
@@ -19,6 +21,8 @@ from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noises_from_seeds, rollout
 from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.exporting.starts import Start, start_with_teacher
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -33,6 +37,7 @@ def sample(
     device: Device = "auto",
     dtype: Precision = "float32",
     teacher_start: TeacherStart | None = None,
+    size: PictureSize | None = None,
 ) -> Tensor:
     """Draw pictures with an exported student; picture i is `prompts[i]` from `seeds[i]`.
 
@@ -46,13 +51,14 @@ def sample(
         dtype: of the networks; everything outside them is float32.
         teacher_start: let the teacher take the first steps, for a student whose seeds look alike; needs `teacher` with
             every export. Without a guidance scale it takes that of the student's recipe.
+        size: height and width in pixels; None: the first size that the student was trained at.
 
     Returns:
         Images in [0, 1], [B, 3, H, W] in float32 on the CPU.
 
     Raises:
-        ValueError: if prompts and seeds differ in number, a seed is out of range, the weights do not fit, or the
-            file's header is incomplete.
+        ValueError: if prompts and seeds differ in number, a seed is out of range, the size or the weights do not fit,
+            or the file's header is incomplete.
         OSError: if a file is missing, incomplete or damaged.
     """
     if len(prompts) != len(seeds) or not prompts:
@@ -62,8 +68,11 @@ def sample(
         _check_start(path, teacher, teacher_start)
     source = None if teacher_start and (path / "model_index.json").is_file() else teacher  # of the text encoders
     texts = [*prompts, ""] if teacher_start else prompts  # the empty prompt guides the teacher
-    cond = encode(path, source, texts, batch_size, device, dtype)
-    student = open_student(path, source, device, dtype)
+    cond = encode(path, source, texts, batch_size, device, dtype, size)
+    student = open_student(path, source, device, dtype, size)
+    if size and size not in student.header.sizes:
+        sizes = ", ".join(map(size_text, student.header.sizes))
+        log.warning("%s was trained at %s, not at %s (height x width)", path, sizes, size_text(size))
     start = _open_start(path, teacher, student, teacher_start, cond) if teacher_start else None
     batches = [slice(first, min(first + batch_size, len(seeds))) for first in range(0, len(seeds), batch_size)]
     latents = (draw_latents(student, {n: v[rows] for n, v in cond.items()}, seeds[rows], start) for rows in batches)
@@ -80,9 +89,11 @@ class OpenStudent:
     levels: NoiseLevel  # of its schedule, [N + 1]
 
 
-def open_student(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> OpenStudent:
+def open_student(
+    path: Path, teacher: Path | None, device: Device, dtype: Precision, size: PictureSize | None = None
+) -> OpenStudent:
     """Load an export; see `sample`."""
-    return load_onto(_backbone(path, teacher, device, dtype), path, load_header(path).family)
+    return load_onto(_backbone(path, teacher, device, dtype, size), path, load_header(path).family)
 
 
 def load_onto(backbone: Backbone, path: Path, family: str) -> OpenStudent:
@@ -92,19 +103,26 @@ def load_onto(backbone: Backbone, path: Path, family: str) -> OpenStudent:
     network = backbone.load_model()
     if backbone.folder != path:
         load_weights(path, network, family)
-    levels = backbone.student_schedule(header.grid, header.num_steps)
+    levels = backbone.student_schedule(header.grid, header.num_steps)  # the same at every size
     return OpenStudent(header, backbone, network.requires_grad_(False).eval(), levels)
 
 
 def encode(
-    path: Path, teacher: Path | None, prompts: Sequence[str], batch_size: int, device: Device, dtype: Precision
+    path: Path,
+    teacher: Path | None,
+    prompts: Sequence[str],
+    batch_size: int,
+    device: Device,
+    dtype: Precision,
+    size: PictureSize | None = None,
 ) -> Conditioning:
     """Encode prompts, each text once; see `sample`.
 
-    The text encoders belong to a separate backbone, so that they are freed before the network is loaded.
+    The text encoders belong to a separate backbone, so that they are freed before the network is loaded. A size that
+    does not fit is refused before that.
     """
     texts = list(dict.fromkeys(prompts))
-    backbone = _backbone(path, teacher, device, dtype)
+    backbone = _backbone(path, teacher, device, dtype, size)
     batches = [backbone.encode(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     rows = torch.tensor([texts.index(prompt) for prompt in prompts], device=backbone.device)
     return {name: torch.cat([batch[name] for batch in batches])[rows] for name in batches[0]}
@@ -148,12 +166,13 @@ def _open_start(path: Path, teacher: Path, student: OpenStudent, options: Teache
     """Load the teacher's network; the last row of the embeddings is the empty prompt."""
     header, uncond = student.header, {name: value[-1:] for name, value in cond.items()}
     backbone = _load(header, teacher, student.backbone.device.type, student.backbone.dtype)
+    backbone = backbone.at(student.backbone.sizes[0])
     check_prediction(path, header, backbone.prediction, teacher)
     network = backbone.load_model().requires_grad_(False).eval()
     return start_with_teacher(backbone, network, uncond, student.levels, options, _teacher_guidance(header))
 
 
-def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision) -> Backbone:
+def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision, size: PictureSize | None) -> Backbone:
     """Adapter over the pipeline with text encoders and autoencoder: the export itself, or its teacher."""
     for folder in (path, teacher):
         if folder is not None and not folder.exists():
@@ -169,7 +188,8 @@ def _backbone(path: Path, teacher: Path | None, device: Device, dtype: Precision
     for key in ("resolution", "max_sequence_length"):
         if getattr(header, key) is None:
             raise StageError(f"{path} has no dpdmd.{key} in its header", stage="export")
-    return _load(header, path if is_pipeline else teacher, device, getattr(torch, dtype))
+    backbone = _load(header, path if is_pipeline else teacher, device, getattr(torch, dtype))
+    return backbone.at(size) if size else backbone
 
 
 def _load(header: StudentHeader, pipeline: Path, device: Device, dtype: torch.dtype) -> Backbone:

@@ -43,12 +43,13 @@ def diffusers_use(header: StudentHeader, teacher: Path) -> DiffusersUse:
     index = read_json(teacher / "model_index.json")
     pipeline, schedule = getattr(diffusers, index["_class_name"]), trained_schedule(header, teacher_scheduler(teacher))
     absent = {name for name, value in index.items() if value == [None, None]}
+    height, width = (*header.sizes, (None, None))[0]
     facts = {
         "num_inference_steps": header.num_steps,
         **guidance_arguments(header.family, header.guidance),
         **schedule.arguments,
-        "height": header.resolution,
-        "width": header.resolution,
+        "height": height,
+        "width": width,
         "max_sequence_length": header.max_sequence_length,
         "use_resolution_binning": False,  # SANA's draws at another size and scales the picture
     }

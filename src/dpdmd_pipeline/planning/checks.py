@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from dpdmd_pipeline.backbones.options import BackboneOptions, resolve_device
 from dpdmd_pipeline.errors import StageError
-from dpdmd_pipeline.planning.judging import unjudgeable
+from dpdmd_pipeline.planning.judging import option, unjudgeable
 from dpdmd_pipeline.planning.messages import describe
 from dpdmd_pipeline.planning.plan import Plan, make_plan
 from dpdmd_pipeline.planning.teacher import unreadable_teacher
@@ -32,7 +32,7 @@ def refuse_run(pipeline: Any, catalog: Any, arguments: str = "") -> list[str]:
     if "teacher" in pipeline.all_outputs() and hasattr(teacher, "load_configs"):
         return [f"the stage `teacher` trains embedded teachers, {teacher.model} is trained: leave the stage out"]
     try:
-        checks = unreadable_teacher, unjudgeable, refused_runs
+        checks = unreadable_teacher, unjudgeable, unfit_sizes, refused_runs
         if lines := [line for check in checks for line in check(pipeline, catalog)]:
             return lines
         plan = make_plan(pipeline, catalog)
@@ -88,6 +88,18 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 _check_start(levels.sigma[0].item(), model.schedule(steps).sigma[first].item())
         except ValueError as error:
             yield f"{group}: {one_line(error)}"
+
+
+def unfit_sizes(pipeline: Any, catalog: Any) -> Iterator[str]:
+    """One line if `sample.size` does not fit the teacher."""
+    size = option(catalog, "sample", "size") if "params:sample" in pipeline.inputs() else None
+    if size:
+        teacher = catalog.get("teacher")
+        folder = teacher.load_configs() if hasattr(teacher, "load_configs") else teacher.load()
+        try:
+            BackboneOptions.model_validate(catalog.get("params:backbone").load()).load(folder, "cpu").at(tuple(size))
+        except ValueError as error:
+            yield f"sample.{one_line(error)}"
 
 
 def refused_runs(pipeline: Any, catalog: Any) -> Iterator[str]:

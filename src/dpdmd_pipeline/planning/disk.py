@@ -78,18 +78,21 @@ def written_bytes(plan: Plan) -> dict[str, int]:
     sizes = {"teacher": plan.download}
     if plan.prompts is not None and plan.drawn:
         pictures = plan.prompts.evaluated * plan.drawn.facts["images_per_prompt"] * len(plan.drawn.evaluations)
-        pixels = 3 * plan.backbone.resolution**2
+        pixels = 3 * math.prod(plan.model.sizes[0])
         sizes["images"] = pictures * (pixels + 3 * torch.int64.itemsize)  # with model, prompt and seed
         sizes["pictures"] = pictures * pixels * plan.drawn.as_files  # at most: as files they are compressed
     if plan.prompts is not None and "embeddings" in plan.folders:
         sizes["embeddings"] = embedding_bytes(conditioning_like(plan.model), plan.prompts.total)
     if plan.prompts is not None and "anchors" in plan.folders and plan.anchors.mode == "cached":
-        sizes["anchors"] = anchor_bytes(
-            plan.model.latent_shape,
-            math.prod(plan.anchored),
-            len(plan.anchors.anchor_levels),
-            with_denoised=plan.anchors.with_denoised,
-            dtype=getattr(torch, plan.anchors.dtype),
+        sizes["anchors"] = sum(
+            anchor_bytes(
+                plan.model.at(size).latent_shape,
+                -(-math.prod(plan.anchored) // len(plan.model.sizes)),
+                len(plan.anchors.anchor_levels),
+                with_denoised=plan.anchors.with_denoised,
+                dtype=getattr(torch, plan.anchors.dtype),
+            )
+            for size in plan.model.sizes
         )
     if plan.trained and "train_state" in plan.folders:
         sizes |= {TRAINED[g]: plan.estimates.student_bytes(options.recipe()) for g, options in plan.trained.items()}

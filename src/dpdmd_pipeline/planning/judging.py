@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from dpdmd_pipeline.backbones.sizes import Resolution, check_resolution
 from dpdmd_pipeline.metrics.errors import not_installed
 from dpdmd_pipeline.wording import counted, listed, short
 
@@ -24,8 +25,8 @@ def unjudgeable(pipeline: Any, catalog: Any) -> Iterator[str]:
     if option(catalog, "evaluate", "judge") == "shapes":
         if nodes & USERS and (line := foreign_line(_texts(pipeline, catalog))):
             yield line
-        if nodes & {"score_images", "run_study"} and "params:backbone" in catalog:
-            yield from _other_resolution(option(catalog, "backbone", "resolution"))
+        if nodes & (USERS | {"score_images"}) and "params:backbone" in catalog:
+            yield from _other_sizes(check_resolution(option(catalog, "backbone", "resolution")))
     if "score_images" in nodes:
         yield from _missing_packages(option(catalog, "evaluate", "by"))
     start = option(catalog, "evaluate", "teacher_start")
@@ -38,9 +39,14 @@ def unjudgeable(pipeline: Any, catalog: Any) -> Iterator[str]:
 
 def foreign_line(texts: Iterable[str]) -> str | None:
     """Error message about prompts outside the embedded world; None if there are none."""
-    from dpdmd_pipeline.shapes.world import COLOURS, SHAPES
+    from dpdmd_pipeline.shapes.world import COLOURS, SHAPES, prompt_index
 
-    foreign = [text for text in texts if not _is_in_the_world(text)]
+    foreign = []
+    for text in texts:
+        try:
+            prompt_index(text)
+        except ValueError:
+            foreign.append(text)
     if not foreign:
         return None
     examples = listed([repr(short(text, LETTERS)) for text in foreign], FEW)
@@ -49,16 +55,6 @@ def foreign_line(texts: Iterable[str]) -> str | None:
         f"evaluate.judge=shapes reads no other pictures: name one colour ({', '.join(COLOURS)}) and one shape "
         f"({', '.join(SHAPES)}) in each prompt, choose an environment with your own teacher, or set evaluate.judge=null"
     )
-
-
-def _is_in_the_world(text: str) -> bool:
-    from dpdmd_pipeline.shapes.world import prompt_index
-
-    try:
-        prompt_index(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _texts(pipeline: Any, catalog: Any) -> Iterator[str]:
@@ -77,13 +73,14 @@ def option(catalog: Any, group: str, name: str) -> Any:
     return options.get(name) if isinstance(options, Mapping) else getattr(options, name)
 
 
-def _other_resolution(resolution: int) -> Iterator[str]:
+def _other_sizes(resolution: Resolution) -> Iterator[str]:
     from dpdmd_pipeline.shapes.world import RESOLUTION
 
     if resolution != RESOLUTION:
         yield (
-            f"backbone.resolution = {resolution}: evaluate.judge=shapes reads pictures of {RESOLUTION} pixels; "
-            f"set backbone.resolution={RESOLUTION}, or evaluate.judge=null and other metrics in evaluate.by"
+            f"backbone.resolution = {resolution}: evaluate.judge=shapes and the embedded teachers know pictures of "
+            f"{RESOLUTION} x {RESOLUTION} pixels only; set backbone.resolution={RESOLUTION}, or with your own teacher "
+            "evaluate.judge=null and other metrics in evaluate.by"
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.wording import short
 
 # accelerate reads these, and would wait for processes that have ended
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK", "PMI_SIZE")
@@ -25,11 +26,11 @@ class Launcher(NamedTuple):
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Launcher:
         """Read torchrun's variables, or those of a Slurm step; without any, this process is alone."""
-        if "WORLD_SIZE" not in environment and (tasks := environment.get("SLURM_STEP_NUM_TASKS")):
-            machines = int(environment["SLURM_STEP_NUM_NODES"])
-            return cls(f"srun: {tasks} tasks", int(environment["SLURM_LOCALID"]), int(tasks) // machines, machines)
-        size, processes = environment.get("WORLD_SIZE", "1"), int(environment.get("LOCAL_WORLD_SIZE", 1))
-        return cls(f"WORLD_SIZE={size}", int(environment.get("LOCAL_RANK", 0)), processes, int(size) // processes)
+        if "WORLD_SIZE" not in environment and "SLURM_STEP_NUM_TASKS" in environment:
+            size, machines = (_number(environment, f"SLURM_STEP_NUM_{name}", 1) for name in ("TASKS", "NODES"))
+            return cls(f"srun: {size} tasks", _number(environment, "SLURM_LOCALID", 0), size // machines, machines)
+        size, processes = (_number(environment, name, 1) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        return cls(f"WORLD_SIZE={size}", _number(environment, "LOCAL_RANK", 0), processes, size // processes)
 
     def refused(self, launches: Mapping[str, LaunchOptions]) -> str | None:
         """The line for a run without a stage that fits the launcher; None if there is one, or this process is alone."""
@@ -46,6 +47,14 @@ class Launcher(NamedTuple):
             f"as many ({shares}); add --params train.launch.processes={self.processes},train.launch.machines="
             f"{self.machines}, or start it once on each machine"
         )
+
+
+def _number(environment: Mapping[str, str], name: str, least: int) -> int:
+    """Value of a variable, `least` if it is not set; a ValueError for anything but a whole number from `least` on."""
+    value = environment.get(name, str(least))
+    if not value.isdecimal() or int(value) < least:
+        raise ValueError(f"{name}={short(repr(value), 80)} in the environment is no number a launcher sets: unset it")
+    return int(value)
 
 
 def launches_of(pipeline: Any, catalog: Any) -> dict[str, LaunchOptions]:

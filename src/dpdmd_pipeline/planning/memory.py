@@ -32,10 +32,12 @@ libraries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -88,7 +90,7 @@ class MemoryModel:
     """Estimates for one teacher; reads its configs only.
 
     Args:
-        backbone: over the teacher's folder, on the CPU.
+        backbone: over the teacher's folder, on the CPU; the memory is that of its largest picture size.
         teacher: that folder.
         cond: embeddings of one prompt, or tensors like them.
         guidance_scale: of the teacher.
@@ -105,6 +107,8 @@ class MemoryModel:
         teacher_dtype: torch.dtype | None = None,
         device: str = "cuda",
     ) -> None:
+        self.sizes = backbone.sizes
+        backbone = backbone.at(max(self.sizes, key=math.prod))
         self.device, of_teacher = device, copy(backbone)
         of_teacher.dtype = teacher_dtype or backbone.dtype
         self.of_teacher = weightless(of_teacher, teacher)
@@ -138,8 +142,9 @@ class MemoryModel:
         )
 
     def forward_flops(self, recipe: Recipe) -> float:
-        """Floating-point operations of one forward pass of one sample."""
-        return self.pass_memory(recipe, "student", 1).flops
+        """Floating-point operations of one forward pass of one sample, at most: in proportion to the mean size."""
+        pixels = [math.prod(size) for size in self.sizes]
+        return self.pass_memory(recipe, "student", 1).flops * fmean(pixels) / max(pixels)
 
     def checkpoint_bytes(self, recipe: Recipe) -> int:
         """One state on disk: both trained networks, their moments, the average."""

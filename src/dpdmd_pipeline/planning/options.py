@@ -21,9 +21,14 @@ def unknown_environment(conf: Path, env: str | None) -> str | None:
     """The line for an environment without a folder in `conf`."""
     if not env or not conf.is_dir() or (conf / env).is_dir():  # conf may be an archive, which Kedro opens
         return None
-    environments = sorted(path.name for path in conf.iterdir() if path.is_dir() and not path.name.startswith("."))
+    environments = environments_of(conf)
     near = nearest(env, environments)
     return f"no environment {env!r} in {conf.name}/{near or ':'} choose one of {', '.join(environments)}"
+
+
+def environments_of(conf: Path) -> list[str]:
+    """Names of the environments: folders with a globals.yml, which a shared parent does not have."""
+    return sorted(path.parent.name for path in conf.glob("*/globals.yml"))
 
 
 def shared_folder(loader: Any) -> str | None:
@@ -103,7 +108,7 @@ def _refused_name(loader: Any, name: str, groups: set[str]) -> str | None:
     is_given = name in loader.runtime_params  # on the command line
     if is_given and _datasets_reading(loader, name, loader.env):
         return _no_path(name, loader.runtime_params[name])
-    environments = sorted(path.name for path in Path(loader.conf_source).glob("*") if is_given and path.is_dir())
+    environments = environments_of(Path(loader.conf_source)) if is_given else []
     readers = {env: datasets for env in environments if (datasets := _datasets_reading(loader, name, env))}
     if not readers:
         otherwise = f"; the groups are {', '.join(sorted(groups))}"

@@ -125,13 +125,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repe
 
 
 def log_costs(plan: Plan) -> None:
-    """Log the cycle of each student, and the table. Operations of embedded teachers are not counted: they are small."""
+    """Log the cycle of each student, and the table; only of a real teacher is either worth a line on the screen.
+
+    Operations of embedded teachers are not counted: they are small.
+    """
+    level = logging.INFO if plan.is_pretrained else logging.DEBUG
     for group, options in plan.trained.items():
         if group not in plan.finished:
-            log.info("%s", describe_cycle(options.recipe(), options.execution(), teacher_settings(plan, options)))
+            log.log(level, "%s", describe_cycle(options.recipe(), options.execution(), teacher_settings(plan, options)))
     costs = list(stage_costs(plan))
+    log.debug("for the screen", extra={"passes": {cost.stage: cost.passes.total for cost in costs}})
     flops = plan.estimates.forward_flops(plan.train.recipe()) if plan.is_pretrained and plan.train else None
     on_gpu = flops and torch.cuda.is_available() and resolve_device(plan.train.device).type == "cuda"
     rate = matmul_rate(torch.device("cuda"), getattr(torch, plan.backbone.dtype)) if on_gpu else None
     for line in describe_stages(costs, flops, rate) if costs else []:
-        log.info("%s", line)
+        log.log(level, "%s", line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning, GuidanceBatch, guided
+from dpdmd_pipeline.backbones.sizes import PictureSize
 from dpdmd_pipeline.dpdmd.anchor import teacher_anchors
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, sample_seeds
@@ -51,6 +52,10 @@ class TeacherAnchors:
         self.teacher.requires_grad_(False).eval()
         self.levels = self.backbone.schedule(self.num_steps)
         self.uncond = self._cond([len(self.embeddings) - 1])
+
+    def at(self, size: PictureSize) -> TeacherAnchors:
+        """The same teacher for pictures of another size."""
+        return replace(self, backbone=self.backbone.at(size))
 
     @property
     def anchor_levels(self) -> list[NoiseLevel]:
@@ -101,16 +106,20 @@ class CachedAnchors:
     seed: int
     batch_size: int  # over all processes
     anchored_steps: int
+    part: range | None = None  # rows of this picture size; None: all
+    sizes: int = 1  # picture sizes, each of which has every so many cycles
 
     def __call__(self, cycle: int, batch_indices: Sequence[int]) -> AnchorBatch:
         """Samples at some indices of a cycle's global batch."""
-        positions = (divmod(cycle * self.batch_size + index, len(self.cache)) for index in batch_indices)
-        tensors = self.cache.rows([_order(self.seed, epoch, len(self.cache))[offset] for epoch, offset in positions])
+        part = range(len(self.cache)) if self.part is None else self.part
+        first = cycle // self.sizes * self.batch_size
+        positions = (divmod(first + index, len(part)) for index in batch_indices)
+        tensors = self.cache.rows([part[_order(self.seed, epoch, len(part))[offset]] for epoch, offset in positions])
         noise = noise_from_seeds(tensors["seed"], self.latent_shape)
         return _batch(tensors["prompt"].tolist(), noise, tensors, self.anchored_steps)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # parts of two lengths take turns
 def _order(run_seed: int, epoch: int, rows: int) -> list[int]:
     """Permutation of a cache's rows in an epoch."""
     (seed,) = sample_seeds(run_seed, "student/order", epoch, 1)

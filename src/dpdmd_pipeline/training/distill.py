@@ -94,13 +94,16 @@ def _checkpoint_is_due(run: Run, done: int, seconds: float) -> bool:
 
 
 def train_cycle(run: Run, state: State, cycle: int) -> Record:
-    """One cycle: the fake-score updates, then the student update, then a measurement if one is due; its record."""
+    """One cycle: the fake-score updates, then the student update, then a measurement if one is due; its record.
+
+    All updates of a cycle have one picture size. The measurement has the first one.
+    """
     if cycle == 0:
         for update in range(run.recipe.fake_score_warmup):
-            update_fake_score(run, "fake_score_warmup", range(update, update + 1))
-    updates = run.recipe.fake_score_turns
-    values = update_fake_score(run, "fake_score", range(cycle * updates, (cycle + 1) * updates))
-    student_values, prompts = update_student(run, cycle)
+            update_fake_score(run.for_cycle(update), "fake_score_warmup", range(update, update + 1))
+    updates, of_size = run.recipe.fake_score_turns, run.for_cycle(cycle)
+    values = update_fake_score(of_size, "fake_score", range(cycle * updates, (cycle + 1) * updates))
+    student_values, prompts = update_student(of_size, cycle)
     values |= student_values
     if state.average is not None:
         state.average.update_parameters(nn.ParameterList(trainable(run.student.network)))

@@ -78,6 +78,13 @@ def graded_step(recipe: Recipe, cycle: int) -> int | None:
     return count - 1 if recipe.graded_steps == "last" else None
 
 
+def size_of_cycle(run_seed: int, cycle: int, sizes: int) -> int:
+    """Number of a cycle's picture size: each size once in every `sizes` cycles, in random order."""
+    turn, place = divmod(cycle, sizes)
+    keys = sample_seeds(run_seed, "size", turn, sizes)
+    return sorted(range(sizes), key=keys.__getitem__)[place]
+
+
 def process_share(batch_size: int, process: int, processes: int) -> range:
     """Batch indices of one process; a ValueError if the batch cannot be shared evenly."""
     if batch_size % processes:

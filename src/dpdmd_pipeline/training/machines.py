@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpdmd_pipeline.publishing import files_hash
+from dpdmd_pipeline.wording import printable, short
 
 log = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parents[1]
 _TIMEOUT = 900  # seconds in which all machines must have come
+_GRACE = 20  # seconds in which they hear that this machine refuses the run
 _POLL = 0.5  # seconds
 _MAX_BYTES = 100_000  # of a message
 
@@ -101,10 +103,13 @@ def meet(rendezvous: str, machines: int) -> Meeting:
     if listener := _listen(host, int(port), name):
         with listener:
             return Meeting(0, host, _accept_all(listener, facts, name))
-    connection = _connect(host, int(port), name)
+    connection = _connect(host, int(port), name, _TIMEOUT)
     if not connection.poll(_TIMEOUT):
         raise ValueError(f"{name}: another program answers there: choose a port that nothing uses")
     theirs = _receive(connection)
+    if "refused" in theirs:
+        connection.close()
+        raise ValueError(f"the first machine refuses this run: {short(printable(str(theirs['refused'])), 2000)}")
     if differing := [fact for fact, value in facts.items() if theirs[fact] != value]:
         connection.close()
         raise ValueError(
@@ -113,6 +118,21 @@ def meet(rendezvous: str, machines: int) -> Meeting:
     _send(connection, {})
     log.info("this is machine %d of %d: it helps the first one until that has finished", theirs["number"], machines)
     return Meeting(theirs["number"] - 1, host, [connection])
+
+
+def refuse(rendezvous: str, machines: int, reason: str) -> None:
+    """Tell the machines that come within seconds that this one refuses the run, so that they do not wait for it."""
+    host, _, port = rendezvous.rpartition(":")
+    log.info("this machine refuses the run: the other machines hear of it, if they come within %d seconds", _GRACE)
+    with suppress(OSError, ValueError):
+        if not (listener := _listen(host, int(port), "")):  # the first machine then sees a closed connection
+            return _connect(host, int(port), "", _GRACE).close()
+        with listener:
+            listener.settimeout(_GRACE)
+            for _ in range(machines - 1):
+                connection = _connection(listener.accept()[0])
+                _send(connection, {"refused": reason})
+                connection.close()
 
 
 def _listen(host: str, port: int, name: str) -> socket.socket | None:
@@ -127,10 +147,10 @@ def _listen(host: str, port: int, name: str) -> socket.socket | None:
         raise ValueError(f"{name}: {error.strerror}; give host:port of the first machine") from error
 
 
-def _connect(host: str, port: int, name: str) -> Connection:
+def _connect(host: str, port: int, name: str, timeout: float) -> Connection:
     """A connection to the first machine, as soon as that listens."""
     log.info("waiting for the first machine, %s:%d", host, port)
-    deadline = time.monotonic() + _TIMEOUT
+    deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         with suppress(OSError):
             return _connection(socket.create_connection((host, port), timeout=5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -17,7 +17,7 @@ from dpdmd_pipeline.dpdmd.anchor import check_falling
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.dpdmd.sampling import Denoise
 from dpdmd_pipeline.training.anchors import AnchorBatch, Rows
-from dpdmd_pipeline.training.draws import Draws, process_share
+from dpdmd_pipeline.training.draws import Draws, process_share, size_of_cycle
 from dpdmd_pipeline.training.optimizer import make_optimizer, norm_of_added_gradient
 from dpdmd_pipeline.training.options import Execution
 from dpdmd_pipeline.training.recipe import OptimizerRecipe, Recipe
@@ -28,7 +28,7 @@ from dpdmd_pipeline.training.speed import onto, speed_up
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Prompts, anchors, and the teacher's schedule and guidance."""
+    """Prompts, anchors, and the teacher's schedule and guidance, for pictures of one size."""
 
     embeddings: Rows  # of all prompts, the empty one last
     prompts: Sequence[int]  # training prompts, as rows of the embeddings
@@ -37,6 +37,7 @@ class TrainingData:
     teacher_levels: NoiseLevel  # the teacher's own schedule, [steps + 1]
     guidance_scale: float  # of the teacher
     of_teacher: Backbone | None = None  # the teacher's adapter, if it is not that of the run
+    other_sizes: Sequence[tuple[Backbone, TrainingData]] = ()  # adapter and data of each further picture size
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class Run:
     draws: Draws
     batch_indices: range  # this process's share of each global batch
     levels: NoiseLevel  # the student's schedule, [N + 1]
+
+    other_sizes: Sequence[Run] = ()  # this run for each further picture size
+
+    def for_cycle(self, cycle: int) -> Run:
+        """This run for the picture size of a cycle."""
+        runs = (self, *self.other_sizes)
+        return runs[size_of_cycle(self.recipe.seed, cycle, len(runs))]
 
     # ---- roles under given prompts, as denoisers
 
@@ -127,9 +135,10 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
     levels = backbone.student_schedule(recipe.grid, recipe.num_steps)
     if recipe.anchored_steps and recipe.space == "eps" and levels[0].alpha == 0:
         raise ValueError("space=eps gives the first step of a flow model no weight at all: choose v or x0")
-    check_falling([levels[0], *data.anchor_levels])
-    speed_up(roles, execution)
-    return Run(
+    for part in (data, *(other for _, other in data.other_sizes)):
+        check_falling([levels[0], *part.anchor_levels])
+    speed_up(roles, execution, 1 + len(data.other_sizes))
+    run = Run(
         backbone=backbone,
         teacher=roles.teacher,
         student=_prepare_role(accelerator, roles.student, recipe.student, execution.fused),
@@ -142,6 +151,11 @@ def prepare(backbone: Backbone, roles: Roles, data: TrainingData, recipe: Recipe
         batch_indices=batch_indices,
         levels=levels,
     )
+    others = [
+        replace(run, backbone=other, data=part, draws=replace(run.draws, backbone=other))
+        for other, part in data.other_sizes
+    ]
+    return replace(run, other_sizes=others)
 
 
 def _prepare_role(accelerator: Accelerator, network: nn.Module, recipe: OptimizerRecipe, fused: bool) -> Trained:

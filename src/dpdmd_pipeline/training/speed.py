@@ -18,8 +18,10 @@ from dpdmd_pipeline.training.roles import Roles
 _VERSIONS = 64
 
 
-def speed_up(roles: Roles, execution: Execution) -> None:
+def speed_up(roles: Roles, execution: Execution, sizes: int = 1) -> None:
     """Set memory format and compilation of the networks, in place; names and values of their weights stay.
+
+    `sizes` is the number of picture sizes, for each of which torch compiles anew.
 
     Raises:
         ValueError: if there is no compiler, or if a network is not made of convolutions.
@@ -30,17 +32,17 @@ def speed_up(roles: Roles, execution: Execution) -> None:
             nn.Module.to(network, memory_format=torch.channels_last)  # diffusers' own `to` warns of trained weights
     if execution.compile != "none":
         refuse_missing_compiler(next(roles.networks[0].parameters()).device)
-        _compile(roles.networks, whole=execution.compile == "whole")
+        _compile(roles.networks, sizes, whole=execution.compile == "whole")
 
 
-def _compile(networks: Sequence[nn.Module], *, whole: bool) -> None:
+def _compile(networks: Sequence[nn.Module], sizes: int, *, whole: bool) -> None:
     """Compile networks, or their repeated blocks. diffusers' `compile_repeated_blocks` knows those of UNets only."""
     from torch._dynamo import config as dynamo
     from torch._functorch import config as functorch
 
     # Without stop-gradient both losses go back through one graph: its buffers must outlive the first time.
     functorch.donated_buffer = False
-    dynamo.recompile_limit = max(dynamo.recompile_limit, _VERSIONS)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, sizes * _VERSIONS)
     for network in networks:
         names = network._repeated_blocks or network._no_split_modules
         blocks = [module for module in network.modules() if type(module).__name__ in names]

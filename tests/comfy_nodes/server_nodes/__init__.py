@@ -104,6 +104,28 @@ def _register_tiny_z_image() -> None:
 
 _register_tiny_z_image()
 
+TINY_QWEN_IMAGE = {  # ComfyUI reads none of these off the weights
+    "num_attention_heads": 1,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (16, 24, 24),
+}
+
+
+def _register_tiny_qwen_image() -> None:
+    detect = comfy.model_detection.detect_unet_config
+
+    def with_tiny(state_dict, prefix, *args, **kwargs):
+        config = detect(state_dict, prefix, *args, **kwargs)
+        is_qwen = config is not None and config.get("image_model") == "qwen_image"
+        is_tiny = is_qwen and len(state_dict[f"{prefix}img_in.weight"]) == 64
+        return config | TINY_QWEN_IMAGE if is_tiny else config
+
+    comfy.model_detection.detect_unet_config = with_tiny
+
+
+_register_tiny_qwen_image()
+
 _TINY_FLUX = {
     "image_model": "flux",
     "in_channels": 16,
@@ -144,10 +166,7 @@ TINY = {  # name -> ComfyUI's class of the family, with sizes that take the test
         {
             "image_model": "qwen_image",
             "num_layers": 1,
-            "num_attention_heads": 1,
-            "attention_head_dim": 64,
-            "joint_attention_dim": 32,
-            "axes_dims_rope": (16, 24, 24),
+            **TINY_QWEN_IMAGE,
         },
     ),
     "Wan": (

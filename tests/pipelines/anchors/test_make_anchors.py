@@ -212,7 +212,7 @@ def choose(monkeypatch, tiny_teacher):
         shards = make_anchors(
             prompts, embeddings, tiny_teacher, backbone_options(), anchor_options(seed=seed), recipe
         ).shards
-        return Counter(row for shard in shards.values() for row in shard.args[1])
+        return Counter(row for shard in shards.values() for row, _ in shard.args[2])
 
     return chosen
 

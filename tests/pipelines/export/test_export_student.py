@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub.file_download import repo_folder_name
-from kedro.config import OmegaConfigLoader
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from pydantic import ValidationError
@@ -14,6 +13,7 @@ from tests.pipelines.conftest import backbone_options, train_options
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.whole_file import OptionalJSONDataset
 from dpdmd_pipeline.pipelines.export import create_pipeline
@@ -99,7 +99,7 @@ def test_measurements_of_another_student_are_left_out_with_a_warning(
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_every_environment_exports_without_metrics(environment):
-    entry = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]["metrics"]
+    entry = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]["metrics"]
     assert entry["type"] == "dpdmd_pipeline.datasets.whole_file.OptionalJSONDataset"
 
 
@@ -200,7 +200,7 @@ def test_the_options_licence_and_base_model_apply_to_any_teacher(student, tiny_t
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_an_environments_licence_belongs_to_the_teacher_it_fetches(environment):
-    config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)
+    config = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)
     options = ExportOptions(**config["parameters"]["export"])
     assert (options.teacher and options.teacher.model) == config["catalog"]["teacher"].get("model")
     assert bool(options.license) != bool(options.teacher)

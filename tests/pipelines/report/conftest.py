@@ -115,7 +115,7 @@ def group(name, file=None):
 @cache
 def made_student(model):
     """Folder of a student without weights, whose header names identity and recipe."""
-    train = group("train") if model == "dp_dmd" else group("train_dmd", "train")
+    train = group("train") | (group("train_dmd", "train") if model == "dmd" else {})
     recipe = {"backbone": group("backbone"), "anchors": group("anchors"), "train": train}
     header = StudentHeader("sd3", [1.0, 0.5, 0.0], identity=f"identity of {model}", recipe=recipe)
     folder = Path(tempfile.mkdtemp())

@@ -1,5 +1,6 @@
 """DVC draws the rows for `dvc plots`."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,10 @@ import yaml
 from tests.pipelines.report.conftest import made_history, made_scores
 
 from dpdmd_pipeline.pipelines.report.nodes import make_plots
+from dpdmd_pipeline.wording import COLOURS
 
-DVC = yaml.safe_load((Path(__file__).parents[3] / "dvc.yaml").read_text())
+ROOT = Path(__file__).parents[3]
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 TEXTS = ("a red circle", "a blue square")
 MODELS = ("teacher", "DMD", "DP-DMD")
 
@@ -58,6 +61,23 @@ def test_dvc_draws_quality_against_diversity_prompt_by_prompt():
         table = scores["models"][model]["per_prompt"]
         expected = zip(*(table[name].values() for name in sorted(table)), strict=True)
         assert sorted(columns[column]) == sorted(expected)
+
+
+@pytest.mark.parametrize("plot", DVC["plots"], ids=lambda plot: next(iter(plot)))
+def test_every_chart_of_dvc_is_drawn_in_the_colours_of_the_report(plot):
+    from dvc.render.converter.vega import VegaConverter
+    from dvc_render.vega import VegaRenderer
+
+    ((title, properties),) = plot.items()
+    (file,) = properties["y"]
+    names = {"plot_losses.json": 0, "plot_watched.json": 1, "plot_prompts.json": 2}
+    rows = make_plots(made_scores(TEXTS), made_history(1.0), made_history(0.0))[names[Path(file).name]]
+    points, properties = VegaConverter("plot", {file: rows}, properties).flat_datapoints("workspace")
+    chart = VegaRenderer(points, title, template_dir=ROOT / ".dvc/plots", **properties).get_filled_template()
+    scale = chart["encoding"]["color"]["scale"]
+    assert dict(zip(scale["domain"], scale["range"], strict=True)) == COLOURS
+    assert len(chart["data"]["values"]) == len(points) and "'" not in title
+    assert "<DVC" not in json.dumps(chart)
 
 
 @pytest.mark.parametrize("attributes", [True, False])

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from kedro.config import OmegaConfigLoader
+import rich
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from kedro_datasets.text import TextDataset
@@ -28,6 +28,7 @@ from tests.pipelines.report.conftest import (
 )
 from tests.raising import refuses
 
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.errors import MissingInputError, StageError
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
@@ -103,7 +104,7 @@ def test_a_teacher_start_is_one_more_column_of_the_numbers_and_no_more_pictures(
     assert len(images) == 9 + 1  # and the strip of the training
     show_result(inputs["metrics"], "", "")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines if line.startswith("DMD + teacher start")] == ["9"]
+    assert [line.split()[2:] for line in lines if line.startswith("network evaluations")] == [["60", "4", "9", "4"]]
 
 
 def test_prompts_with_markup_stay_text():
@@ -118,7 +119,7 @@ def test_prompts_with_markup_stay_text():
 
 def test_the_markdown_shows_the_pictures_of_the_catalog_in_its_own_folder():
     _, md = make_report(**made_inputs())
-    config = OmegaConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
+    config = ConfigLoader(str(ROOT / "conf"), env="ci", **CONFIG_LOADER_ARGS)["catalog"]
     catalog = DataCatalog.from_config(config)
     names = ("report_md", "grid_teacher", "grid_dmd", "grid_dp_dmd", "train_curve", "train_strip")
     page, *pictures = (Path(catalog.get(name)._filepath) for name in names)
@@ -347,20 +348,32 @@ def test_the_terminal_shows_every_metric_and_missing_ones(capsys):
     metrics["dmd"]["missing"] = {"distribution.inception": "pip install 'dpdmd-pipeline[metrics]'"}
     show_result(metrics, "", "")
     shown = capsys.readouterr().out
-    assert "preference.pickscore.score" in shown and "75 (70 to 80)" in shown and shown.isascii()
+    assert "preference.pickscore.score" in shown and "75 % (70 to 80)" in shown and shown.isascii()
     assert "distribution.inception: pip install 'dpdmd-pipeline[metrics]'" in shown
     assert shown.splitlines()[-1] == make_verdict(metrics)
 
 
-def test_the_terminal_shows_a_row_per_model_and_the_verdict_on_one_plain_line(capsys):
+def test_a_file_gets_a_row_per_metric_with_intervals_and_the_verdict_on_one_plain_line(capsys):
     show_result(made_metrics(), "", "")
     shown = capsys.readouterr().out
-    lines = shown.splitlines()
-    assert [line.split()[0] for line in lines[1:4]] == ["teacher", "DMD", "DP-DMD"]
-    assert lines[4].startswith("gap recovered") and "90 %" in lines[4]
-    assert lines[5].split()[:5] == ["95", "%", "interval", "85", "to"]
+    head, *lines = [line for line in shown.splitlines() if line.strip()]
+    assert head.split() == ["teacher", "DMD", "DP-DMD", "gap", "recovered"]
+    (modes,) = (line for line in lines if line.startswith("  distinct kinds"))
+    assert modes.split()[4:9] == ["64.0", "5.0", "58.0", "90", "%"] and " to " in modes
     assert lines[-1] == make_verdict(made_metrics())
     assert shown.isascii() and "\x1b" not in shown
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_terminal_gets_no_line_that_is_cut(capsys, monkeypatch, width):
+    console = rich.get_console()
+    monkeypatch.setattr(console, "_width", width)
+    monkeypatch.setattr(console, "_force_terminal", True)
+    metrics = made_metrics()
+    show_result({**metrics, "dmd_start": metrics["dmd"]}, "", "")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= width and "\N{HORIZONTAL ELLIPSIS}" not in "".join(lines)
+    assert sum(line.strip().startswith("distinct kinds of picture") for line in lines) == 1
 
 
 def test_the_pipeline_makes_both_reports_and_then_shows_the_result(capsys, tmp_path):

@@ -9,7 +9,7 @@ from dpdmd_pipeline.pipelines.report.wording import make_verdict
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
-        (made_metrics(), ("recovers 90 %", "58.0 effective modes")),
+        (made_metrics(), ("recovers 90 %", "58.0 distinct kinds of picture")),
         (made_metrics(modes=(64, 5, 65)), ("recovers all", "65.0", "5.0", "64.0")),
         (made_metrics(modes=(64, 5, 20)), ("recovers only 25 %", "20.0")),
         (made_metrics(modes=(64, 5, 4)), ("does not recover", "4.0")),

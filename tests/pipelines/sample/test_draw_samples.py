@@ -19,6 +19,7 @@ OPTIONS = {
     "prompts": ["a red circle", "A blue/green square!"],
     "seed": 5,
     "images_per_prompt": 3,
+    "size": None,
     "batch_size": 4,
     "dtype": "float32",
     "device": "cpu",

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_manifest
 from dpdmd_pipeline.pipelines.study.options import StudyOptions
 from dpdmd_pipeline.planning.checks import changed_options
@@ -20,7 +20,7 @@ EMBEDDINGS = SimpleNamespace(fingerprint="")
 
 
 def configured(environment):
-    return OmegaConfigLoader(str(PROJECT / "conf"), env=environment, **CONFIG_LOADER_ARGS)
+    return ConfigLoader(str(PROJECT / "conf"), env=environment, **CONFIG_LOADER_ARGS)
 
 
 @pytest.mark.parametrize("group", ["study", "beyond", "variety"])

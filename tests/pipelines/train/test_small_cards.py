@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from benchmarks.random_teacher import CONFIGS, make_weightless_teacher
-from kedro.config import OmegaConfigLoader
 
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.planning.checks import refusals
 from dpdmd_pipeline.planning.gpu import planned_memory, with_micro_batches
 from dpdmd_pipeline.planning.plan import Plan
@@ -24,7 +24,7 @@ EIGHT = {"processes": 8, "machines": 1, "rendezvous": None, "sharding": "none"}
 
 
 def plan(teacher: Path, environment: str, **changes) -> Plan:
-    config = OmegaConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
+    config = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
     # the card is given: neither a missing GPU nor this machine's memory refuses the run
     here = {"device": "cpu", "checkpoint_background": False}
     trained = {"train": TrainOptions(**config["train"] | here | changes)}

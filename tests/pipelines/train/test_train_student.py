@@ -1,9 +1,11 @@
 """The train stage: students, their files, and the anchors and recipes that it refuses."""
 
 import gc
+import io
 import json
 import shutil
 import signal
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -27,7 +29,7 @@ from dpdmd_pipeline.backbones.student_file import ADAPTER, HISTORY, load_header,
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.evaluate.sampling import sample_model
-from dpdmd_pipeline.pipelines.train.nodes import train_student
+from dpdmd_pipeline.pipelines.train.nodes import draw_curves, train_student
 from dpdmd_pipeline.planning.checks import check_anchors
 from dpdmd_pipeline.training.signals import recorded_signals
 
@@ -453,3 +455,10 @@ def test_an_unknown_option_is_refused_by_its_name(name):
     with pytest.raises(ValidationError) as error:
         train_options(**{name: 1.0})
     assert [(fault["type"], fault["loc"]) for fault in error.value.errors()] == [("extra_forbidden", (name,))]
+
+
+def test_curves_of_runs_without_values_are_drawn_without_a_warning():
+    row = {"step": 1, "dmd_loss": 0.1, "diversity_loss": 0.0, "fake_score_loss": 0.1}
+    with warnings.catch_warnings(action="error"):
+        for histories in (([row], [row]), ([], [])):
+            draw_curves(*histories).savefig(io.BytesIO())

@@ -98,7 +98,10 @@ def write_shard(path: Path, tensors: Tensors, cache: str) -> None:
 
 
 def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """Write a record with fingerprint, shards (name, rows, bytes, sha256), tensors (dtype, row shape) and manifest."""
+    """Write a record with fingerprint, shards (name, rows, bytes, sha256), tensors (dtype, row shape) and manifest.
+
+    Shards of several shapes also have their own tensors; those of the record are the first one's.
+    """
     text = json.dumps({"version": VERSION, **record}, indent=1)
     write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(text))
 
@@ -132,7 +135,8 @@ def find_damage(folder: Path, record: dict[str, Any], *, rows: bool = False) -> 
         if (size := path.stat().st_size) != shard["bytes"]:
             return f"{path} has {size} bytes, expected {shard['bytes']}"
         header = read_header(path)
-        if header is None or header.rows != shard["rows"] or header.tensors != record["tensors"]:
+        tensors = shard.get("tensors", record["tensors"])
+        if header is None or header.rows != shard["rows"] or header.tensors != tensors:
             return f"{path} has the expected {size} bytes, but its content differs from the manifest"
         if header.cache != identity:
             return f"{path} belongs to another cache than its manifest"

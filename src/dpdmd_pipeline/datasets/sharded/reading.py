@@ -20,7 +20,7 @@ class ShardedTensors:
     Attributes:
         manifest: the facts that were stored beside the shards.
         fingerprint: of everything that decided the content.
-        tensors: name -> {"dtype": name of torch, "shape": of a row}.
+        tensors: name -> {"dtype": name of torch, "shape": of a row of the first shard}.
     """
 
     def __init__(self, folder: Path, record: dict[str, Any]) -> None:

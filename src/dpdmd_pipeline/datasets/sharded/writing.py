@@ -32,7 +32,7 @@ from dpdmd_pipeline.datasets.sharded.files import (
     write_shard,
 )
 from dpdmd_pipeline.publishing import Folders, folder_size, locked, publish, recover, sha256, writing
-from dpdmd_pipeline.wording import counted, differences, reuse_refusal
+from dpdmd_pipeline.wording import counted, differences, made, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +56,14 @@ class LazyShards:
         manifest: JSON-able facts, stored beside the shards.
         launch: starts the processes that share the shards; None for this process alone. With it, thunks must be
             picklable.
+        one_shape: False if the row shapes may differ between shards; then rows can be read together within one shape.
     """
 
     shards: Mapping[str, Callable[[], Tensors]]
     fingerprint: str
     manifest: dict[str, Any]
     launch: Launch | None = None
+    one_shape: bool = True
 
 
 class LastLoaded:
@@ -142,14 +144,17 @@ def _write_missing(data: LazyShards, folders: Folders, member: Any) -> Iterator[
             path = shard_path(folders.partial, entry["name"])
             _wait_until_visible(path)
             tensors = tensors or shard_tensors
-            if shard_tensors != tensors:
+            if not data.one_shape:
+                entry["tensors"] = shard_tensors
+            elif shard_tensors != tensors:
                 path.unlink()
                 shard = f"shard {entry['name']} of {folders.published.name}"
                 raise ValueError(f"{shard} has tensors {shard_tensors}, shards before it {tensors}")
             entries[entry["name"]] = entry
             yield {"name": entry["name"], "action": action, "rows": entry["rows"]}
     if member.rank == 0:
-        _write_record(data, folders, [entries[name] for name in data.shards], tensors)
+        ordered = [entries[name] for name in data.shards]
+        _write_record(data, folders, ordered, ordered[0].get("tensors", tensors) if ordered else tensors)
         publish(folders)
 
 
@@ -179,6 +184,7 @@ def _is_published(data: LazyShards, folders: Folders) -> bool:
         log.warning("%s: %s; repairing", folder.name, damage)
     else:
         log.info("%s: reused (%d shards)", folder.name, len(data.shards))
+        made.info("%s reused", folder.name)
     return damage is None
 
 

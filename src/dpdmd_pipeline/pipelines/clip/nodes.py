@@ -7,6 +7,8 @@ from pathlib import Path
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.clip.options import ClipOptions
 from dpdmd_pipeline.planning.identity import code_hash, open_state
+from dpdmd_pipeline.screen import screen
+from dpdmd_pipeline.wording import made
 
 log = logging.getLogger(__name__)
 
@@ -23,11 +25,13 @@ def train_embedded_clip(clip_state: Path, options: ClipOptions) -> Callable[[Pat
 
     def follow(total: int, records: Iterator[tuple[int, float]]) -> None:
         loss = None
-        for step, loss in records:
-            if step % recipe.checkpoint_every == 0 or step == total:
-                log.info("clip: step %d of %d, loss %.4f", step, total, loss)
+        with screen.bar("clip", total) as advance:
+            for step, loss in records:
+                advance(step, f"loss {loss:.4f}")
+                if step % recipe.checkpoint_every == 0 or step == total:
+                    log.info("clip: step %d of %d, loss %.4f", step, total, loss)
         if loss is None:
-            log.info("clip: reused the finished training")
+            made.info("reused the finished training")
 
     return lambda folder: train_clip(recipe, folder, state, follow)
 

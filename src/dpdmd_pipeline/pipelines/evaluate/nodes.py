@@ -9,6 +9,7 @@ from typing import Any
 from dpdmd_pipeline.pipelines.evaluate.options import EvaluateOptions
 from dpdmd_pipeline.pipelines.evaluate.pictures import MODELS, cache_rows, draw_grid, picture_sets, pictures_by_seed
 from dpdmd_pipeline.planning.judging import foreign_line
+from dpdmd_pipeline.wording import made
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def score_images(
     from dpdmd_pipeline.scoring.table import as_record
 
     sets = picture_sets(images, chosen)
+    pictures = len(chosen) * images.manifest["images_per_prompt"]
+    made.info("%d pictures by each of %d models", pictures, len(sets))
     cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
     scores = score_models(sets, requested_presets(options), cache)
     models = [scores[name] for name in MODELS]

@@ -19,7 +19,7 @@ def create_pipeline(**kwargs) -> Pipeline:
             Node(sample_images, ["judged_prompts", *models], "images", name="sample_images"),
             Node(nodes.score_images, [*pictures, "score_state", *scoring], "scores", name="score_images"),
             Node(nodes.make_metrics, ["images", "scores", "params:evaluate"], "metrics", name="summarise"),
-            Node(nodes.make_summary, "metrics", "summary", name="make_summary"),
+            Node(nodes.make_summary, "metrics", "summary", name="condense"),
             Node(nodes.draw_grids, [*pictures, "params:evaluate"], grids, name="draw_grids"),
             Node(nodes.lay_out_pictures, [*pictures, "params:evaluate"], "pictures", name="lay_out_pictures"),
         ]

@@ -8,6 +8,7 @@ from typing import Any
 from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
 from dpdmd_pipeline.planning.messages import stage_command
+from dpdmd_pipeline.wording import made
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def export_student(
     )
     for form in export.left_out:
         log.info("export: no %s file, the student is of kind %s", form, export.student.header.kind)
+    made.info("%s for diffusers, ComfyUI", "adapter" if loaded.header.kind == "lora" else "student")
     return export.write
 
 

@@ -15,6 +15,7 @@ from dpdmd_pipeline.pipelines.prompts.encoding import Rows, encode_rows, truncat
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.planning.identity import code_hash, text_side_hash, texts_digest
 from dpdmd_pipeline.planning.plan import CHOICE
+from dpdmd_pipeline.wording import counted, made
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,9 @@ def clean_prompts(
     files = [result.report() for result in surveys]
     for report in files:
         _log_survey(report)
-    choice = options.model_dump(include=set(CHOICE))
-    return prompts, {"choice": choice, "counts": prompts.count(), "files": files}
+    choice, counts = options.model_dump(include=set(CHOICE)), prompts.count()
+    made.info("%s to train on, %d to evaluate", counted(counts["train"], "prompt"), counts["eval"])
+    return prompts, {"choice": choice, "counts": counts, "files": files}
 
 
 def _log_survey(report: dict[str, Any]) -> None:

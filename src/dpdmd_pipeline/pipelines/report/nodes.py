@@ -4,12 +4,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box, get_console
+from rich.table import Table
+from rich.text import Text
+
 from dpdmd_pipeline.pipelines.report.charts import make_bars, make_curves, make_scatter, prompt_table, scatter_points
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
 from dpdmd_pipeline.pipelines.report.page import data_uri, picture_rows, render
 from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_options, student_options, versions
-from dpdmd_pipeline.pipelines.report.tables import describe_metrics, figure_rows, gap_cell
-from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, metric_named, student_cycles, titles_of
+from dpdmd_pipeline.pipelines.report.tables import describe_metrics
+from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, student_cycles
+from dpdmd_pipeline.screen import screen
+from dpdmd_pipeline.wording import COLOURS
+
+FILES = ("metrics.json", "scores.json", "summary.json", "train_history.json")
+FILES += ("train_history_dmd.json", "train_curve.png", "train_strip.png", "grid_teacher.png", "grid_dmd.png")
+FILES += ("grid_dp_dmd.png",)  # in the folder of the page
 
 
 def make_report(
@@ -54,6 +64,8 @@ def make_report(
         "curves": make_curves(histories, options.curve_points),
         "options": option_tables(groups),
         "run_arguments": run_arguments,
+        "files": FILES,
+        "colours": COLOURS,
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)
@@ -87,63 +99,31 @@ def _prompt_rows(scores: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> None:
-    """Print the result; the reports are inputs so that this node runs after them."""
-    from rich import box
-    from rich.console import Console
-
-    screen = Console()
-    # a pipe gets neither lines cut to 80 columns nor boxes
-    console = screen if screen.is_terminal else Console(width=120)
-    style = box.SIMPLE if console.is_terminal else None
-    console.print(_result_table(metrics, style))
-    if any(metrics[model]["figures"] for model in titles_of(metrics)):
-        console.print(_figure_table(metrics, style))
+    """Show the result at the end of the run; the reports are inputs so that this node runs after them."""
     described = describe_metrics(metrics)
     lines = [f"not measured: {names}: {reason}" for names, reason in described["missing"]]
     lines += [f"note: {note}" for note in described["notes"]]
     if described["has_missing_gap"]:
         lines.append("-: no gap to recover: DMD lost nothing in this metric, or no more than chance explains")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    verdict = described["verdict"]
-    console.print(verdict, style="bold", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    notes = [Text(line, style="dim") for line in lines]
+    screen.at_end(_result_table(described), *notes, Text(described["verdict"], style="bold"))
 
 
-def _empty_table(box: Any, columns: Iterable[str]) -> Any:
-    from rich.table import Table
-
-    table = Table(box=box, pad_edge=False, collapse_padding=True)
+def _result_table(described: dict[str, Any]) -> Table:
+    """A row per metric, below the name of its axis; with intervals of the gap recovered if there is room."""
+    is_terminal = get_console().is_terminal
+    is_wide = not is_terminal or get_console().width >= 100
+    table = Table(box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False, collapse_padding=True)
     table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _result_table(metrics: dict[str, Any], box: Any) -> Any:
-    """The exact reader's metrics: a row per model, then the gap recovered and its interval."""
-    names = [
-        (kind, name)
-        for kind in ("quality", "diversity")
-        for name in metrics["teacher"][kind]
-        if name != "residual" and all(name in metrics[model][kind] for model in titles_of(metrics))
-    ]
-    metrics_shown = [metric_named(name) for _, name in names]
-    table = _empty_table(box, [*(f"{one.title}, {one.unit}".rstrip(", ") for one in metrics_shown), "NFE"])
-    for model, title in titles_of(metrics).items():
-        figures = [metrics[model][kind][name] for kind, name in names]
-        values = [one.number(figure["value"]) for one, figure in zip(metrics_shown, figures, strict=True)]
-        table.add_row(title, *values, str(metrics[model]["nfe"]))
-    gaps = metrics["dp_dmd"]["gap_recovered"]
-    cells = [gap_cell(gaps.get(name)) for _, name in names]
-    table.add_row("gap recovered", *(share.replace(DASH, "-") for share, _ in cells), "")
-    table.add_row("  95 % interval", *(interval for _, interval in cells), "")
-    return table
-
-
-def _figure_table(metrics: dict[str, Any], box: Any) -> Any:
-    """The other metrics: a row per metric."""
-    table = _empty_table(box, [*titles_of(metrics).values(), "gap recovered, %"])
-    for row in figure_rows(metrics):
-        gap = row["gap"].replace(DASH, "-").replace(" %", "")
-        table.add_row(row["title"], *(value for value, _ in row["cells"]), gap)
+    for title in (*described["titles"].values(), "gap recovered"):
+        table.add_column(title, justify="right", max_width=None if is_wide else 9)
+    axis = ""
+    for row in described["rows"]:
+        if row["axis"] != axis:
+            axis = row["axis"]
+            table.add_row(Text(axis, style="bold"))
+        gap = row["gap"].replace(DASH, "-")
+        cells = [value.removesuffix(" bits") for value, _ in row["cells"]]
+        table.add_row(f"  {row['title'].removeprefix(f'{axis}.')}", *cells, gap if is_wide else gap.partition(" (")[0])
+    table.add_row("network evaluations", *(str(described["metrics"][model]["nfe"]) for model in described["titles"]))
     return table

@@ -10,6 +10,7 @@ from dpdmd_pipeline.pipelines.report.wording import (
     MODELS,
     ROWS,
     Metric,
+    big_numbers,
     make_verdict,
     metric_named,
     titles_of,
@@ -27,6 +28,7 @@ def describe_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     ours = metrics["dp_dmd"]
     return {
         "verdict": make_verdict(metrics),
+        "big_numbers": big_numbers(metrics),
         "captions": {**captions, "teacher": f"{captions['teacher']} network evaluations"},
         "models": MODELS,
         "titles": titles,
@@ -64,7 +66,7 @@ def _exact_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per exact metric: title, explanation, (value, interval) of each model, and the gap recovered."""
     gaps = metrics["dp_dmd"]["gap_recovered"]
     return [
-        _row(metric_named(name), [metrics[model][kind].get(name) for model in titles_of(metrics)], gaps.get(name))
+        _row(kind, metric_named(name), [metrics[model][kind].get(name) for model in titles_of(metrics)], gaps.get(name))
         for kind in ("quality", "diversity")
         for name in metrics["teacher"][kind]
     ]
@@ -79,13 +81,18 @@ def figure_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     for name in names:
         figures = {model: metrics[model]["figures"].get(name) for model in titles_of(metrics)}
         protocol = next(filter(None, figures.values()))["preset"]
-        rows.append(_row(Metric(name, f"{protocol}. {_counts(figures)}."), figures.values(), gaps.get(name)))
+        metric = Metric(name, f"{protocol}. {_counts(figures)}.")
+        rows.append(_row(name.partition(".")[0], metric, figures.values(), gaps.get(name)))
     return rows
 
 
-def _row(metric: Metric, figures: Iterable[Mapping[str, Any] | None], gap: Mapping[str, Any] | None) -> dict[str, Any]:
+def _row(
+    axis: str, metric: Metric, figures: Iterable[Mapping[str, Any] | None], gap: Mapping[str, Any] | None
+) -> dict[str, Any]:
     return {
+        "axis": axis,
         "title": metric.title,
+        "term": metric.term,
         "explanation": metric.explanation,
         "cells": [_cell(metric, figure) for figure in figures],
         "gap": _joined(gap_cell(gap)),

@@ -1,6 +1,6 @@
 """Words of the page: titles, explanations, numbers, and the verdict."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,17 @@ DASH = "\N{EM DASH}"
 
 @dataclass(frozen=True)
 class Metric:
-    """Title, explanation and number format of a metric: four significant digits, or so many after the point."""
+    """Title, explanation and number format of a metric: four significant digits, or so many after the point.
+
+    `term` is its name in the literature and in the files, if the title is another.
+    """
 
     title: str
     explanation: str
     digits: int | None = None
     percent: bool = False
     unit: str = ""
+    term: str = ""
 
     def number(self, value: float) -> str:
         """`93.1 %`, `4.21`."""
@@ -38,49 +42,58 @@ class Metric:
 
 METRICS = {
     "valid": Metric(
-        "valid",
+        "clean pictures",
         "Share of pictures with exactly one clean object, by the exact reader: precision without a network.",
         digits=1,
         percent=True,
+        term="valid",
     ),
     "aligned": Metric(
-        "aligned",
+        "true to the prompt",
         "Share of pictures that are valid and show the colour and shape of their prompt.",
         digits=1,
         percent=True,
+        term="aligned",
     ),
     "residual": Metric(
-        "residual",
+        "blemishes",
         "Distance from the nearest perfect picture in the worst 8x8 window (RMS); 0 is perfect.",
         digits=3,
+        term="residual",
     ),
     "effective_modes": Metric(
-        "effective modes",
+        "distinct kinds of picture",
         "Number of different kinds of picture per prompt, as one over the chance that two seeds agree; 1 means that "
         "every seed gives the same kind.",
         digits=1,
+        term="effective modes",
     ),
     "coverage": Metric(
-        "coverage",
+        "share of all kinds drawn",
         "Share of a prompt's possible kinds of picture that were drawn at least once: recall without a network. Even a "
         "perfect model misses some: 64 pictures show 59 % of 72 kinds.",
         digits=1,
         percent=True,
+        term="coverage",
     ),
     "entropy": Metric(
-        "entropy",
+        "surprise of the next seed",
         "Uncertainty about the kind of picture of the next seed; 0 bits if it is always the same.",
         digits=2,
         unit="bits",
+        term="entropy",
     ),
     "pairwise_distance": Metric(
-        "pairwise distance",
+        "difference of two pictures",
         "Mean difference between two pictures of the same prompt, RMS per pixel; needs no reader, but blur and noise "
         "change it too.",
         digits=3,
+        term="pairwise distance",
     ),
 }
 
+_DIVERSITIES = ("effective_modes", "diversity.")  # the first one that all models have is the headline
+_QUALITIES = ("valid", "quality.", "preference.", "alignment.")
 GAP = Metric("gap recovered", "", digits=0, percent=True)
 FIGURE = Metric("", "")  # of unknown range
 
@@ -132,7 +145,7 @@ def make_verdict(metrics: dict[str, Any]) -> str:
 
 def _diversity_clause(metrics: dict[str, Any]) -> str:
     ours = metrics["dp_dmd"]
-    name, figures = _headline(metrics, ("effective_modes", "diversity."))
+    name, figures = _headline(metrics, _DIVERSITIES)
     if name is None:
         return "No diversity metric was measured for all three models, so there is no result on diversity"
     gap = (ours["gap_recovered"] | ours["gaps"]).get(name, {}).get("value")
@@ -160,12 +173,47 @@ def _compare_diversity(measured: Sequence[Mapping[str, Any]], gap: float | None,
     return f"DP-DMD recovers {share} of the diversity that DMD lost: {numbers}"
 
 
+def big_numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The result in three numbers, each with its words and what to compare it with."""
+    return [*_big_figures(metrics), _big_cost(metrics)]
+
+
+def _big_figures(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """DP-DMD's diversity, as the share recovered if there is one, and its quality."""
+    ours = metrics["dp_dmd"]
+    name, figures = _headline(metrics, _DIVERSITIES)
+    if name:
+        gap = (ours["gap_recovered"] | ours["gaps"]).get(name)
+        words = f"{metric_named(name).title}, of DP-DMD"
+        if gap and gap["value"] is not None:
+            interval = f"; 95 % interval {GAP.interval(gap)}" if gap["low"] is not None else ""
+            words = "of the diversity that DMD lost is back"
+            yield GAP.text(gap["value"]), words, f"{metric_named(name).title}: {_compared(name, figures)}{interval}"
+        else:
+            yield metric_named(name).text(figures[2]["value"]), words, _compared(name, figures)
+    name, figures = _headline(metrics, _QUALITIES)
+    if name:
+        metric = metric_named(name)
+        yield metric.text(figures[2]["value"]), f"{metric.title}, of DP-DMD", _compared(name, figures)
+
+
+def _compared(name: str, figures: Sequence[Mapping[str, Any]]) -> str:
+    """`teacher 66.5, DMD 2.7, DP-DMD 61.2`."""
+    metric = metric_named(name)
+    return ", ".join(f"{MODELS[m]} {metric.text(f['value'])}" for m, f in zip(MODELS, figures, strict=True))
+
+
+def _big_cost(metrics: dict[str, Any]) -> tuple[str, str, str]:
+    ours, teacher = metrics["dp_dmd"]["nfe"], metrics["teacher"]["nfe"]
+    return str(ours), "network evaluations per picture", f"teacher {teacher}, DMD {metrics['dmd']['nfe']}"
+
+
 _VALID = ("are valid at least as often as", "are valid slightly less often than", "are valid less often than")
 _SCORED = ("score at least as high as", "score slightly lower than", "score lower than")
 
 
 def _quality_clause(metrics: dict[str, Any]) -> str:
-    name, figures = _headline(metrics, ("valid", "quality.", "preference.", "alignment."))
+    name, figures = _headline(metrics, _QUALITIES)
     if name is None:
         return "; their quality was not measured"
     is_exact = name in METRICS

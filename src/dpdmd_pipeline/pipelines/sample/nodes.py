@@ -26,6 +26,7 @@ def draw_samples(export: Path, teacher: Path, options: SampleOptions) -> tuple[d
         device=options.device,
         dtype=options.dtype,
         teacher_start=options.teacher_start,
+        size=options.size,
     )
     rows = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).unflatten(0, (len(options.prompts), len(seeds)))
     pictures = {prompt: partial(_by_seed, seeds, row) for prompt, row in zip(options.prompts, rows, strict=True)}

@@ -18,6 +18,8 @@ class SampleOptions(StrictModel):
     prompts: Annotated[list[str], Field(min_length=1)]  # one row of the grid each
     seed: Seed  # of each prompt's first picture; the next ones have seed + 1, seed + 2, ...
     images_per_prompt: Size  # columns of the grid
+    # height and width in pixels; null: the first size of the training
+    size: Annotated[tuple[Size, Size], Field(strict=False)] | None
     batch_size: Size  # pictures drawn at once; does not change the pictures
     dtype: Literal["float32", "bfloat16", "float16"]  # of the networks
     device: Literal["auto", "cpu", "cuda"]  # of the networks

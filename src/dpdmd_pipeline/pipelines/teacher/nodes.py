@@ -10,6 +10,8 @@ from dpdmd_pipeline.backbones.options import BackboneOptions
 from dpdmd_pipeline.datasets.sharded import fingerprint
 from dpdmd_pipeline.pipelines.teacher.options import TeacherOptions
 from dpdmd_pipeline.planning.identity import code_hash, open_state
+from dpdmd_pipeline.screen import screen
+from dpdmd_pipeline.wording import made
 
 log = logging.getLogger(__name__)
 
@@ -26,27 +28,21 @@ def train_embedded_teacher(
             f"backbone.family is {backbone.family!r}, but teacher.recipe trains a {options.recipe.family} teacher: "
             "choose the environment base or shapes_sdxl, where both agree"
         )
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from dpdmd_pipeline.shapes.models import save_half
     from dpdmd_pipeline.training.teacher import train_teacher
 
     recipe = options.recipe.model_dump(mode="json", exclude_none=True)
     identity = fingerprint(SCHEMA, recipe, code_hash("training.teacher"))
     state = open_state(teacher_state, identity, "teacher", recipe)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
-    with Progress(TextColumn("{task.description}"), *columns) as progress:
 
-        def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
-            bar = progress.add_task(name, total=total, facts="")
-            loss = None
+    def follow(name: str, total: int, records: Iterator[tuple[int, float]]) -> None:
+        loss = None
+        with screen.bar(name, total) as advance:
             for step, loss in records:
-                progress.update(bar, completed=step, facts=f"loss {loss:.4f}")
-            progress.update(bar, completed=total)
-            log.info("%s: %s", name, "reused" if loss is None else f"trained, last loss {loss:.4f}")
+                advance(step, f"loss {loss:.4f}")
+        made.info("%s %s", name, "reused" if loss is None else f"trained, last loss {loss:.4f}")
 
-        pipeline = train_teacher(options.recipe, state, follow)
-    return partial(save_half, pipeline)
+    return partial(save_half, train_teacher(options.recipe, state, follow))
 
 
 def judge_teacher(teacher: Path, backbone: BackboneOptions, options: TeacherOptions) -> dict[str, Any]:

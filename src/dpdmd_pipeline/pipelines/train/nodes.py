@@ -18,7 +18,7 @@ from dpdmd_pipeline.publishing import folder_size
 from dpdmd_pipeline.training.options import TrainOptions
 from dpdmd_pipeline.training.preview import FOLDER as PREVIEWS
 from dpdmd_pipeline.training.recipe import NOT_IN_THE_RESULT, AnchorRecipe, Recipe
-from dpdmd_pipeline.wording import differences, reuse_refusal
+from dpdmd_pipeline.wording import COLOURS, counted, differences, made, reuse_refusal
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def _reuse(finished_student: Path, identity: str, recipe: Recipe, groups: Mappin
         return None
     check_content(weight_file(finished_student))
     log.info("%s: finished student reused from %s", method_name(recipe), finished_student)
+    made.info("%s reused", method_name(recipe))
     return partial(shutil.copytree, finished_student, dirs_exist_ok=True), history
 
 
@@ -129,13 +130,16 @@ def _train(job: Job, recipe: Recipe) -> list[dict[str, Any]]:
         cycles = checkpoints.latest()
         if cycles == recipe.max_steps:
             log.info("%s: finished student reused from %s", name, checkpoints.folder)
+            made.info("%s reused", name)
         elif cycles:
             log.info("%s: resumed after cycle %d of %d from %s", name, cycles, recipe.max_steps, checkpoints.folder)
+            made.info("%s resumed after cycle %d", name, cycles)
         if cycles < recipe.max_steps:
             try:
                 records = train_in_processes(job) if several else start(job)[1]
                 with tracked(name, checkpoints.folder, job.options) as track:
                     follow(records, cycles, recipe, job.options.log_every, track)
+                made.info("%s %s", name, counted(recipe.max_steps, "cycle"))
             except torch.OutOfMemoryError as error:
                 raise ValueError(explain_out_of_memory(error, job.teacher, job.backbone, job.options)) from error
             if job.options.compile != "none":
@@ -236,12 +240,13 @@ def draw_curves(history: list[dict], history_dmd: list[dict]) -> Any:
     }
     runs = {"DMD": history_dmd, "DP-DMD": history}
     for axis, (key, title) in zip(figure.subplots(3, 2).flat, panels.items(), strict=True):
-        for (name, rows), color in zip(runs.items(), ("C0", "C1"), strict=True):  # a run has one colour in all panels
+        for name, rows in runs.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key)]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, color=color)
+                axis.plot(*zip(*points, strict=True), label=name, color=COLOURS[name])
         if teacher := [row[f"{key}_teacher"] for row in history if row.get(f"{key}_teacher") is not None]:
-            axis.axhline(teacher[-1], color="black", linestyle="--", label="teacher")
+            axis.axhline(teacher[-1], color=COLOURS["teacher"], linestyle="--", label="teacher")
         axis.set(title=title, xlabel="cycles", yscale="linear" if teacher else "log")
-        axis.legend()
+        if axis.has_data():  # matplotlib warns of a legend without entries
+            axis.legend()
     return figure

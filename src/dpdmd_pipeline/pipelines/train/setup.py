@@ -6,7 +6,8 @@ The identity of a student hashes this module and everything that it imports (pla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,6 @@ def start(job: Job) -> tuple[Any, Iterator[dict]]:
     from dpdmd_pipeline.backbones.start import load_start
     from dpdmd_pipeline.training.distill import distill
     from dpdmd_pipeline.training.roles import make_roles
-    from dpdmd_pipeline.training.run import TrainingData
 
     backbone, options, execution = job.backbone, job.options, job.options.execution().fitted_to(job.options.batch_size)
     model, recipe = backbone.load(job.teacher, options.device), options.recipe()
@@ -50,27 +50,40 @@ def start(job: Job) -> tuple[Any, Iterator[dict]]:
         of_teacher=of_teacher,
         start=load_start(Path(path), model, backbone.family) if path else None,
     )
-    levels = model.schedule(backbone.num_steps)
-    data = TrainingData(
-        embeddings=job.embeddings,
-        prompts=job.rows,
-        draw_anchors=_draw_anchors(job, of_teacher, roles.teacher),
-        anchor_levels=[levels[steps] for steps in job.anchors.manifest["anchor_steps"][: options.anchored_steps]],
-        teacher_levels=levels,
-        guidance_scale=backbone.guidance_scale,
-        of_teacher=of_teacher,
-    )
+    data, *others = [_data(job, of_teacher.at(size), roles.teacher, number) for number, size in enumerate(model.sizes)]
+    adapters = [model.at(size) for size in model.sizes[1:]]
+    data = replace(data, other_sizes=[*zip(adapters, others, strict=True)])
     return roles, distill(model, roles, data, recipe, job.checkpoints, execution)
 
 
-def _draw_anchors(job: Job, model: Any, teacher: Any) -> Callable:
-    """Source of the student updates' samples: the cache, or the teacher at each update."""
+def _data(job: Job, model: Any, teacher: Any, number: int) -> Any:
+    """Prompts, anchors and levels of one picture size, by its number, the teacher's adapter and its network."""
+    from dpdmd_pipeline.training.run import TrainingData
+
+    levels = model.schedule(job.backbone.num_steps)
+    steps = job.anchors.manifest["anchor_steps"][: job.options.anchored_steps]
+    return TrainingData(
+        embeddings=job.embeddings,
+        prompts=job.rows,
+        draw_anchors=_draw_anchors(job, model, teacher, number),
+        anchor_levels=[levels[step] for step in steps],
+        teacher_levels=levels,
+        guidance_scale=job.backbone.guidance_scale,
+        of_teacher=model,
+    )
+
+
+def _draw_anchors(job: Job, model: Any, teacher: Any, number: int) -> Callable:
+    """Source of the student updates' samples of one picture size: the cache, or the teacher at each update."""
     from dpdmd_pipeline.training.anchors import CachedAnchors, OnlineAnchors, TeacherAnchors
 
     options, manifest = job.options, job.anchors.manifest
     shared = {"seed": options.seed, "anchored_steps": options.anchored_steps}
     if manifest["options"]["mode"] == "cached":
-        return CachedAnchors(job.anchors, model.latent_shape, batch_size=options.batch_size, **shared)
+        ends = [0, *accumulate(manifest.get("rows_by_size", [len(job.anchors)]))]
+        part, sizes = range(ends[number], ends[number + 1]), len(ends) - 1
+        batch_size = options.batch_size
+        return CachedAnchors(job.anchors, model.latent_shape, batch_size=batch_size, part=part, sizes=sizes, **shared)
     anchors = TeacherAnchors(
         model,
         teacher,
