@@ -131,7 +131,7 @@ def test_one_command_makes_every_output_of_the_line(finished):
     assert not [name for name in OUTPUTS if not (project / name).is_file()]
     assert "deprecated" not in output.lower() and "WARNING" not in output
     lines = output.strip().splitlines()
-    assert "data/08_reporting/ci/report.html" in lines[-2] and len(lines) <= 50
+    assert "data/08_reporting/ci/report.html" in lines[-2] and len(lines) <= 40
     assert [line.split()[1] for line in lines if re.match(r" [1-6]/6 ", line)] == STAGES
     assert re.search(r"teacher +DMD +DMD \+ teacher start +DP-DMD +gap recovered", output)
     assert not any(word in output for word in ("Loading data", "Running node", "INFO", "\x1b"))

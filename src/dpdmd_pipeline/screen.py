@@ -140,7 +140,7 @@ class Screen(logging.Handler):
             for width, style in ((4, "dim"), (8, "bold"), (7, "cyan")):
                 line.add_column(min_width=width, no_wrap=True, style=style, justify="left" if width == 8 else "right")
             facts = Text("; ".join(dict.fromkeys(self._made.pop(stage, []))))
-            line.add_row(number, stage, duration(self._seconds.pop(stage)), facts)
+            line.add_row(number, stage, duration(self._seconds.pop(stage, 0)), facts)
             self.show(line)
 
     # ---- bar
