@@ -1,6 +1,7 @@
 """conf/: an environment is a folder of differences, and a real teacher's names every option that changes a result."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import click
@@ -27,6 +28,12 @@ def loader(environment: str, conf: Path = CONF, **runtime_params):
     return CONFIG_LOADER_CLASS(str(conf), env=environment, runtime_params=runtime_params, **CONFIG_LOADER_ARGS)
 
 
+@cache
+def resolved(environment: str, kind: str) -> dict:
+    """Catalog or parameters of an environment; do not change them."""
+    return loader(environment)[kind]
+
+
 def test_no_file_is_empty_and_an_environment_has_two():
     assert all(yaml.safe_load(path.read_text()) for path in FILES)
     for environment in set(ENVIRONMENTS) - {"base"}:
@@ -46,7 +53,7 @@ def test_every_environment_has_folders_of_its_own():
     }
     written: dict[str, str] = {}
     for environment in ENVIRONMENTS:
-        for name, entry in loader(environment)["catalog"].items():
+        for name, entry in resolved(environment, "catalog").items():
             if name not in shared and "filepath" in entry:
                 path = Path(entry["filepath"]).as_posix()
                 assert written.setdefault(path, environment) == environment, path
@@ -97,7 +104,7 @@ def test_a_parent_is_no_environment_and_every_environment_says_what_it_extends()
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_the_baseline_is_the_recipe_with_three_keys_changed(environment):
-    parameters = loader(environment)["parameters"]
+    parameters = resolved(environment, "parameters")
     train, baseline = parameters["train"], parameters["train_dmd"]
     assert {key for key in train if train[key] != baseline[key]} == set(BASELINE) and train.keys() == baseline.keys()
     assert {key: baseline[key] for key in BASELINE} == BASELINE

@@ -5,17 +5,24 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 from tests.forked import ForkedKedro
+from tests.raising import refuses
 
 from dpdmd_pipeline.backbones import FAMILIES
+from dpdmd_pipeline.hooks import ConfigHooks
 from dpdmd_pipeline.planning.messages import error_line
+from dpdmd_pipeline.training.launch_options import LaunchOptions
+from dpdmd_pipeline.training.machines import meet
 
 PROJECT = Path(__file__).parents[1]
 
@@ -229,8 +236,13 @@ def test_an_unknown_pipeline_is_refused_with_the_known_ones(toy):
     assert "'trian'" in message and message.endswith("prompts, train")
 
 
+def add_environment(toy, name):
+    (toy / "conf" / name).mkdir()
+    (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
+
+
 def test_a_remedy_runs_in_the_environment_of_the_run(toy):
-    (toy / "conf/other").mkdir()
+    add_environment(toy, "other")
     (toy / "data/words.json").unlink()
     assert "`kedro run --pipelines prompts`" in refusal(kedro(toy, "--env", "local", "--pipelines", "train"))
     assert "`kedro run --env other --pipelines prompts`" in refusal(
@@ -242,7 +254,7 @@ def test_a_remedy_runs_in_the_environment_of_the_run(toy):
 
 
 def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
-    (toy / "conf/other").mkdir()
+    add_environment(toy, "other")
     with (toy / "conf/base/catalog.yml").open("a") as file:
         file.write("run_arguments: {type: MemoryDataset, data: ''}\n")
     stage = toy / "src/toy/pipelines/prompts/__init__.py"
@@ -253,12 +265,11 @@ def test_a_stage_that_asks_for_it_is_given_the_arguments_of_the_run(toy):
 
 
 def test_an_unknown_environment_is_refused_with_the_known_ones(toy):
-    for name in ("base", "sd35_lora_16gb"):
-        (toy / "conf" / name).mkdir(exist_ok=True)
-        (toy / "conf" / name / "globals.yml").write_text(f"folder: {name}\n")
-    for env, names in (("zzz", ["base, sd35_lora_16gb"]), ("sd35lora", ["did you mean 'sd35_lora_16gb'"])):
+    add_environment(toy, "sd35_lora_16gb")
+    (toy / "conf/parent").mkdir()  # without a globals.yml
+    for env, names in (("zzz", ": choose"), ("parent", ": choose"), ("sd35lora", "did you mean 'sd35_lora_16gb'")):
         message = refusal(kedro(toy, "--env", env, "--pipelines", "train"))
-        assert repr(env) in message and all(name in message for name in names)
+        assert repr(env) in message and names in message and "one of sd35_lora_16gb" in message
 
 
 def test_broken_yaml_is_refused_with_file_and_line(toy):
@@ -430,3 +441,15 @@ def test_the_line_refuses_prompts_that_the_embedded_teacher_does_not_know(tmp_pa
     result = kedro(PROJECT, "--env", "ci", "--pipeline=distill", "--params", f"raw_prompts={tmp_path}/foreign.txt")
     message = refusal(result)
     assert "'a fox'" in message and "'a red circle'" not in message and "evaluate.judge=null" in message
+
+
+def test_a_run_of_several_machines_that_is_refused_is_refused_on_the_others():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    launches = {"train": LaunchOptions(processes=1, machines=2, rendezvous=address)}
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(ConfigHooks()._meet_machines, launches, ["train: too large"])
+        time.sleep(0.2)  # it listens
+        with refuses(ValueError, "first machine", "train: too large"):
+            meet.__wrapped__(address, 2)
+    assert isinstance(first.exception(), click.ClickException) and "too large" in str(first.exception())

@@ -8,7 +8,7 @@ import pytest
 from kedro.pipeline import Pipeline
 from kedro.validation.type_extractor import TypeExtractor
 from pydantic import BaseModel
-from tests.test_configuration import ENVIRONMENTS
+from tests.test_configuration import ENVIRONMENTS, resolved
 
 PIPELINES = sorted(
     p.parent.name for p in (Path(__file__).parents[1] / "src/dpdmd_pipeline/pipelines").glob("*/pipeline.py")
@@ -86,11 +86,4 @@ def test_no_option_has_a_default(group, model):
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 @pytest.mark.parametrize("group, model", sorted(typed(*STAGES).items()))
 def test_the_options_in_conf_are_accepted(group, model, environment):
-    from pathlib import Path
-
-    from dpdmd_pipeline.configuration import ConfigLoader
-    from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
-
-    conf = Path(__file__).parents[1] / "conf"
-    parameters = ConfigLoader(str(conf), env=environment, **CONFIG_LOADER_ARGS)["parameters"]
-    model.model_validate(parameters[group])
+    model.model_validate(resolved(environment, "parameters")[group])

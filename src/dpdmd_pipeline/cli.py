@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ class RunCommand(click.Command):
         """Run the pipelines."""
         is_verbose = ctx.params.pop("verbose")
         pipelines = ", ".join(ctx.params.get("pipelines") or [ctx.params.get("pipeline") or "distill"])
-        title = f"{pipelines} in environment {ctx.params.get('env') or 'base'}; all details are in logs/dpdmd.log"
+        environment = ctx.params.get("env") or os.environ.get("KEDRO_ENV", "base")
+        title = f"{pipelines} in environment {environment}; all details are in logs/dpdmd.log"
         try:
             with screen.open(title, is_verbose):
                 return super().invoke(ctx)
@@ -65,7 +67,7 @@ class RunCommand(click.Command):
 def _is_kedros_own(error: BaseException) -> bool:
     """True if Kedro refused the run by itself, before a node: no frame is of a runner or of this package's own code."""
     paths = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    ours = (path.is_relative_to(PACKAGE) and path != Path(__file__) for path in paths)
+    ours = (path.is_relative_to(PACKAGE) and path not in (Path(__file__), PACKAGE / "screen.py") for path in paths)
     return not any(ours) and not any(path.is_relative_to(RUNNERS) for path in paths)
 
 

@@ -104,7 +104,7 @@ class ConfigHooks:
 class IncompleteError(click.ClickException):
     """Everything was written, but some requested metrics could not be measured, and `evaluate.strict` is set."""
 
-    exit_code = 3  # the same as of `python -m dpdmd_pipeline score`
+    exit_code = 3  # the same as of `dpdmd-pipeline score`
 
 
 class ReportHooks:

@@ -19,7 +19,7 @@ from rich.text import Text
 from dpdmd_pipeline.wording import made
 
 SHOWN = ("planning", "training.launch", "training.machines", "pipelines.study")  # whose information is shown at once
-WIDTH = 120  # where there is no terminal
+WIDTH = 120  # columns where there is no terminal
 QUARTERS = 4  # lines of a training where there is no terminal
 
 
@@ -52,11 +52,12 @@ class Screen(logging.Handler):
         console = get_console()
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console.width = WIDTH
-        bar = BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8, max_width=60))
+        is_narrow = console.width <= WIDTH  # there the bar has what the texts leave
+        bar = BarColumn(None if is_narrow else 40, table_column=Column(ratio=1 if is_narrow else None, min_width=8))
         texts = [TextColumn("{task.description}"), bar, TextColumn("{task.fields[facts]}")]
         console.print(title, highlight=False)
         self._progress = Progress(
-            SpinnerColumn(), *texts, console=console, transient=True, expand=True, disable=not console.is_terminal,
+            SpinnerColumn(), *texts, console=console, transient=True, expand=is_narrow, disable=not console.is_terminal,
             refresh_per_second=4,
         )  # fmt: skip
         self._task = self._progress.add_task("options, weights and disk are checked", total=None, facts="")
@@ -139,7 +140,7 @@ class Screen(logging.Handler):
             for width, style in ((4, "dim"), (8, "bold"), (7, "cyan")):
                 line.add_column(min_width=width, no_wrap=True, style=style, justify="left" if width == 8 else "right")
             facts = Text("; ".join(dict.fromkeys(self._made.pop(stage, []))))
-            line.add_row(number, stage, duration(self._seconds.pop(stage)), facts)
+            line.add_row(number, stage, duration(self._seconds.pop(stage, 0)), facts)
             self.show(line)
 
     # ---- bar

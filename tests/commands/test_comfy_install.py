@@ -1,4 +1,4 @@
-"""`python -m dpdmd_pipeline comfy-install`: the contents of custom_nodes afterwards, and refusals."""
+"""`dpdmd-pipeline comfy-install`: the contents of custom_nodes afterwards, and refusals."""
 
 import errno
 import os

@@ -8,7 +8,7 @@ import torch
 from kedro.io import DataCatalog, MemoryDataset
 from kedro.pipeline import Node, Pipeline
 from kedro.runner import SequentialRunner
-from tests.pipelines.conftest import ONE, anchor_options, train_options
+from tests.pipelines.conftest import ONE, anchor_options, backbone_options, train_options
 from tests.raising import refuses
 
 from dpdmd_pipeline.datasets.prompt_file import PromptFileDataset
@@ -16,6 +16,8 @@ from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines import anchors, prompts
 from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.planning.cost import Passes, anchored_prompts
+from dpdmd_pipeline.planning.disk import _remedies, log_export_memory
+from dpdmd_pipeline.planning.memory import GIB
 from dpdmd_pipeline.planning.plan import Counts, Plan, _check_draws, _most_prompts, _written_prompts
 from dpdmd_pipeline.planning.stages import StageCost, describe_stages, matmul_rate
 
@@ -105,3 +107,20 @@ def test_prompts_on_the_disk_count_only_if_they_are_this_runs_choice(tmp_path):
         catalog["params:prompts"] = MemoryDataset(all_of_them | other)
         assert _written_prompts(line, catalog) is None
         assert _written_prompts(anchors.create_pipeline(), catalog).counts == (6, 4, 2)  # not cleaned by this run
+
+
+def test_the_host_memory_of_an_export_is_told_and_few_drawn_prompts_are_the_remedy_for_a_disk(tiny_teacher, caplog):
+    options = train_options(max_steps=4, batch_size=2)
+    plan = Plan(
+        *(tiny_teacher, backbone_options(), anchor_options(), {}),
+        prompts=Counts(1000, 990, 10),
+        train=options,
+        exported=(["diffusers"], "bfloat16"),
+        is_pretrained=True,
+    )
+    with caplog.at_level("INFO"):
+        log_export_memory(plan)
+    numbers = sum(weight.numel() for weight in plan.model.empty_model().parameters())
+    assert f"{6 * numbers / GIB:.1f} GiB" in caplog.text and "host memory" in caplog.text
+    remedies = _remedies(plan, {"embeddings": 100 * GIB})
+    assert "prompts.take=8," in remedies and "98.2 GiB" in remedies

@@ -20,6 +20,7 @@ from dpdmd_pipeline.training.run import TrainingData
 NUM_STEPS, GUIDANCE, ANCHOR_STEPS = 8, 3.5, [2, 4]
 OPTIMIZER = {"kind": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "max_grad_norm": 1.0}
 LORA = {"student_rank": 4, "fake_score_rank": 2, "alpha_per_rank": 1.0, "targets": ["to_q", "to_v", "to_out.0"]}
+LORA["base_weights"] = "as_teacher"
 RECIPE = {
     "roles": "full",
     "lora": LORA,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from dpdmd_pipeline.backbones import FAMILIES
 from dpdmd_pipeline.backbones.networks import load_network, network_config
+from dpdmd_pipeline.backbones.options import BaseWeights
+from dpdmd_pipeline.backbones.quantised import quantize
 from dpdmd_pipeline.backbones.sizes import PictureSize, Resolution, check_divides, sizes_of
 from dpdmd_pipeline.backbones.texts import Conditioning, TokenLimit
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel, flow_student_schedule, noise_share, random_flow_level
@@ -42,8 +44,13 @@ class Backbone(Protocol):
     def at(self, size: PictureSize) -> Self:
         """This adapter for pictures of another size: other latents, and other levels where the family shifts them."""
 
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
-        """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training."""
+    def load_model(
+        self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
+    ) -> nn.Module:
+        """Load the network of the teacher or, with a folder, of a student: in `dtype`, or in float32 for training.
+
+        With `weights` its linear layers are stored in fewer bits (see `quantize`): it is then for a frozen network.
+        """
 
     def empty_model(self) -> nn.Module:
         """The network without weights, on the meta device."""
@@ -173,9 +180,14 @@ class PipelineBackbone:
         other.sizes, other.latent_shape = [size], self._latent_shape(size, "size")
         return other
 
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+    def load_model(
+        self, folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
+    ) -> nn.Module:
         dtype = torch.float32 if float32 else self.dtype
-        return load_network(self.network_class, Path(folder or self.folder / self.component), dtype).to(self.device)
+        network = load_network(self.network_class, Path(folder or self.folder / self.component), dtype)
+        if weights != "as_teacher":
+            quantize(network, weights, self.device)  # layer by layer: the whole network may be too large for the device
+        return network.to(self.device)
 
     def empty_model(self) -> nn.Module:
         with torch.device("meta"):

@@ -45,6 +45,11 @@ def network_config(kind: Any, folder: Path) -> dict[str, Any]:
     config = kind.load_config(folder)
     if config.get("_class_name") != kind.__name__:
         raise ValueError(f"{folder} holds a {config.get('_class_name')}, the family has a {kind.__name__}: {remedy}")
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise ValueError(
+            f"{folder} is quantised by {method}, which no student can be trained on: give the teacher in 16 bits, and "
+            "set train.lora.base_weights to quantise the base of adapters"
+        )
     return config
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+BaseWeights = Literal["as_teacher", "fp8", "int8", "nf4"]  # storage of a frozen network's linear layers
 
 
 class TeacherStart(StrictModel):

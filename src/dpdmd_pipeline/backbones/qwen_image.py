@@ -45,9 +45,9 @@ class QwenImage(FlowBackbone):
             raise ValueError(f"{folder}: the transformer has {', '.join(others)}: give a text-to-image model")
         self._check_text_width(self._config["joint_attention_dim"])
 
-    def load_model(self, folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+    def load_model(self, folder: Path | None = None, **options: Any) -> nn.Module:
         """Load the network; weights whose output goes nowhere are frozen: processes wait for each trained gradient."""
-        model = super().load_model(folder, float32=float32)
+        model = super().load_model(folder, **options)
         last = model.transformer_blocks[-1]  # its prompt tokens are dropped
         for part in (last.attn.to_add_out, last.txt_mlp):
             part.requires_grad_(False)

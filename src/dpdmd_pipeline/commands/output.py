@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 _SYSTEM = ("/dev", "/proc")  # `publishing.write_text` writes in place there too
@@ -40,15 +39,8 @@ def refuse_unwritable(option: str, path: Path) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text, also to a reader that has closed its pipe, as in `| head`."""
-    with suppress(BrokenPipeError):
-        print(text)
-    flush()
-
-
-def flush() -> None:
-    """Flush standard output; if the reader has closed its pipe, discard the rest without an error."""
+    """Print a text; if the reader has closed its pipe, as in `| head`, discard it and the rest without an error."""
     try:
-        sys.stdout.flush()
+        print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -17,6 +17,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="folder of the pictures: out/<prompt>/<seed>.png")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="the first seed")] = 0,
     count: Annotated[int, typer.Option(min=1, help="seeds per prompt")] = 4,
+    size: Annotated[tuple[int, int] | None, typer.Option(help="height and width; default: the training's")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 8,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "float32",
@@ -36,7 +37,7 @@ def sample(
 
     texts, seeds = list(dict.fromkeys(prompts)), [seed + number for number in range(count)]
     pairs = [(text, number) for text in texts for number in seeds]
-    execution = {"batch_size": batch_size, "device": device, "dtype": dtype}
+    execution = {"size": size, "batch_size": batch_size, "device": device, "dtype": dtype}
     images = draw(student, *zip(*pairs, strict=True), teacher=teacher, **execution)
     rows = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     pictures = dict(zip(pairs, map(fromarray, rows), strict=True))

@@ -1,4 +1,4 @@
-"""Pictures of prompts as files, in the layout that `python -m dpdmd_pipeline score` and `arena` read.
+"""Pictures of prompts as files, in the layout that `dpdmd-pipeline score` and `arena` read.
 
 samples/
     a red circle/            a folder per prompt, named after it

@@ -44,11 +44,9 @@ def sample(
     Args:
         path: a diffusers folder, a ComfyUI file or a LoRA file.
         prompts, seeds: one each per picture. A picture depends on these two alone, up to rounding.
-        teacher: diffusers pipeline directory of the teacher, needed with a file: source of the text encoders, the
-            autoencoder and, for a LoRA, the network. A diffusers folder has all of them.
+        teacher: diffusers pipeline directory of the teacher, the source of the parts that a file lacks.
         batch_size: pictures drawn at once.
-        device: auto, cpu or cuda.
-        dtype: of the networks; everything outside them is float32.
+        device, dtype: of the networks; everything outside them is float32.
         teacher_start: let the teacher take the first steps, for a student whose seeds look alike; needs `teacher` with
             every export. Without a guidance scale it takes that of the student's recipe.
         size: height and width in pixels; None: the first size that the student was trained at.
@@ -70,9 +68,6 @@ def sample(
     texts = [*prompts, ""] if teacher_start else prompts  # the empty prompt guides the teacher
     cond = encode(path, source, texts, batch_size, device, dtype, size)
     student = open_student(path, source, device, dtype, size)
-    if size and size not in student.header.sizes:
-        sizes = ", ".join(map(size_text, student.header.sizes))
-        log.warning("%s was trained at %s, not at %s (height x width)", path, sizes, size_text(size))
     start = _open_start(path, teacher, student, teacher_start, cond) if teacher_start else None
     batches = [slice(first, min(first + batch_size, len(seeds))) for first in range(0, len(seeds), batch_size)]
     latents = (draw_latents(student, {n: v[rows] for n, v in cond.items()}, seeds[rows], start) for rows in batches)
@@ -93,7 +88,11 @@ def open_student(
     path: Path, teacher: Path | None, device: Device, dtype: Precision, size: PictureSize | None = None
 ) -> OpenStudent:
     """Load an export; see `sample`."""
-    return load_onto(_backbone(path, teacher, device, dtype, size), path, load_header(path).family)
+    header = load_header(path)
+    if size and size not in header.sizes:
+        sizes = ", ".join(map(size_text, header.sizes))
+        log.warning("%s was trained at %s, not at %s (height x width)", path, sizes, size_text(size))
+    return load_onto(_backbone(path, teacher, device, dtype, size), path, header.family)
 
 
 def load_onto(backbone: Backbone, path: Path, family: str) -> OpenStudent:
@@ -118,8 +117,7 @@ def encode(
 ) -> Conditioning:
     """Encode prompts, each text once; see `sample`.
 
-    The text encoders belong to a separate backbone, so that they are freed before the network is loaded. A size that
-    does not fit is refused before that.
+    The text encoders belong to a separate backbone, so that they are freed before the network is loaded.
     """
     texts = list(dict.fromkeys(prompts))
     backbone = _backbone(path, teacher, device, dtype, size)

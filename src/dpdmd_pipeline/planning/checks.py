@@ -48,7 +48,7 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         plan: of the run.
         device_memory: free bytes on the GPU; None asks the GPU, if a student is trained on one.
     """
-    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks
+    from dpdmd_pipeline.planning.disk import copies_too_large, full_disks, log_export_memory
     from dpdmd_pipeline.planning.gpu import students_too_large
     from dpdmd_pipeline.planning.stages import log_costs
 
@@ -58,6 +58,7 @@ def refusals(plan: Plan, device_memory: int | None = None) -> list[str]:
         lines = [*students_too_large(plan, device_memory)]
         if not lines:
             log_costs(plan)
+            log_export_memory(plan)
         return [*lines, *copies_too_large(plan), *full_disks(plan)]
     except (ValueError, OSError) as error:
         return [one_line(error)]
@@ -77,6 +78,7 @@ def _refused_options(plan: Plan) -> Iterator[str]:
                 check_arithmetic(plan.backbone, options)
                 check_speed(plan.teacher, options)
                 check_optimizers(options)
+                check_base_weights(options)
                 check_trackers(options)
             check_backbone(plan.backbone, options)
             check_start(plan.teacher, plan.backbone, options)
@@ -110,6 +112,7 @@ def refused_runs(pipeline: Any, catalog: Any) -> Iterator[str]:
                 train, anchors = changed_options(train, anchors, changes)
                 check_recipe(anchors, train)
                 check_optimizers(train)
+                check_base_weights(train)
             except ValueError as error:
                 yield f"{name.removeprefix('params:')}.runs.{run}: {one_line(error)}"
 
@@ -306,6 +309,15 @@ def check_optimizers(options: TrainOptions) -> None:
         raise ValueError(
             f"{kinds}: 8-bit moments need bitsandbytes, which is not installed: `pip install bitsandbytes` "
             "(the extra `8bit` of this project), or set kind=adamw"
+        )
+
+
+def check_base_weights(options: TrainOptions) -> None:
+    """Check that torchao is installed, if the base of the adapters is to be stored in fewer bits."""
+    if options.lora.base_weights != "as_teacher" and find_spec("torchao") is None:
+        raise ValueError(
+            f"lora.base_weights={options.lora.base_weights} needs torchao, which is not installed: "
+            '`pip install "dpdmd-pipeline[quant]"`, or set base_weights=as_teacher'
         )
 
 

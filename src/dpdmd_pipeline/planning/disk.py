@@ -62,6 +62,17 @@ def copies_too_large(plan: Plan) -> Iterator[str]:
                 yield f"{text}; there are {installed / GIB:.1f} GiB: set {group}.checkpoint_background=false"
 
 
+def log_export_memory(plan: Plan) -> None:
+    """Log the host memory of an export: a student's network in float32 and in the export's dtype at once."""
+    if plan.exported and plan.is_pretrained:
+        _, network = pipeline_numbers(plan.teacher, plan.backbone.family)
+        size = network * (torch.float32.itemsize + getattr(torch, plan.exported[1]).itemsize)
+        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        level = logging.WARNING if size > installed else logging.INFO
+        text = "export: the student needs up to %.1f GiB of host memory, there are %.1f GiB"
+        log.log(level, text, size / GIB, installed / GIB)
+
+
 def written_bytes(plan: Plan) -> dict[str, int]:
     """Bytes of the large outputs, if they can be computed: caches, pictures, weights, one student's checkpoints."""
     sizes = {"teacher": plan.download}
@@ -143,6 +154,9 @@ def _remedies(plan: Plan, missing: Mapping[str, int]) -> str:
     for name, size in sorted(missing.items(), key=lambda item: -item[1]):
         if name == "train_state":
             phrases.append(SMALLER[name])
+        elif name == "embeddings" and plan.train and plan.prompts.trained > (drawn := plan.anchored[0]):
+            saved = size * (1 - (plan.prompts.total - plan.prompts.trained + drawn) / plan.prompts.total)
+            phrases.append(f"prompts.take={drawn}, as many as training draws anchors of, saves {saved / GIB:.1f} GiB")
         elif size and name in SMALLER:
             phrases.append(f"{SMALLER[name]} saves {size / 2 / GIB:.1f} GiB")
     if anchors := missing.get("anchors"):

@@ -9,7 +9,8 @@ One process holds, in bytes:
     average       a copy of the student's trained weights, for train.ema or train.watch.keep=best
     activations   with the gradients the largest of: forward passes (saved, casts), the teacher's (calls * block),
                   backward (saved of the other passes, block), the workspace of an AdamW that is not fused, and the
-                  student's rollout for the fake score (a block of train.rollout_micro_batch samples)
+                  student's rollout for the fake score (a block of train.rollout_micro_batch samples); and beside any
+                  of them what unpacking a quantised layer takes
     reserved      RESERVED
 
 These are counted on networks without weights (`weightless`); a test compares the counts with real networks on the CPU:
@@ -44,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
 from dpdmd_pipeline.backbones.options import BackboneOptions
+from dpdmd_pipeline.backbones.quantised import unpacking_bytes
 from dpdmd_pipeline.planning.cost import calls_of
 from dpdmd_pipeline.planning.weightless import (
     PassMemory,
@@ -130,13 +132,13 @@ class MemoryModel:
         gradients, activations = max(phases, key=sum)
         if execution.launch.total > 1 and not execution.sharded:
             gradients += max(whole.values())  # DDP keeps those of the network that is not being trained
-        unsharded = _unsharded_bytes(roles.student) if execution.sharded else 0
+        beside = _unsharded_bytes(roles.student) if execution.sharded else unpacking_bytes(roles.networks[0])
         return Memory(
             weights=all_weights - sum(whole.values()) + student + fake_score,
             gradients=gradients,
             optimizer=-(-self._moments(recipe) // execution.shards),
             average=student if _keeps_average(recipe) else 0,
-            activations=activations + unsharded,
+            activations=activations + beside,
         )
 
     def forward_flops(self, recipe: Recipe) -> float:

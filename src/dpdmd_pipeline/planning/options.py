@@ -18,16 +18,16 @@ _NO_TEXT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and
 
 
 def unknown_environment(conf: Path, env: str | None) -> str | None:
-    """The line for an environment without a folder in `conf`."""
-    if not env or not conf.is_dir() or (conf / env).is_dir():  # conf may be an archive, which Kedro opens
-        return None
+    """The line for an environment without a folder in `conf`, or with one that has no globals.yml."""
     environments = environments_of(conf)
-    near = nearest(env, environments)
-    return f"no environment {env!r} in {conf.name}/{near or ':'} choose one of {', '.join(environments)}"
+    if not env or not conf.is_dir() or env in ("local", *environments):  # conf may be an archive, which Kedro opens
+        return None
+    names = f"{nearest(env, environments, ':')} choose one of {', '.join(environments)}"
+    return f"no environment {env!r}, a folder with a globals.yml, in {conf.name}/{names}"
 
 
 def environments_of(conf: Path) -> list[str]:
-    """Names of the environments: folders with a globals.yml, which a shared parent does not have."""
+    """Names of the environments: folders with a globals.yml. A parent has none."""
     return sorted(path.parent.name for path in conf.glob("*/globals.yml"))
 
 

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def _faults_of(folder: Path) -> Iterator[list[str]]:
         lines.append(line if expected else f"{folder} cannot be read ({type(error).__name__}: {line}): copy it again")
 
 
+@cache
 def pipeline_numbers(folder: Path, family: str) -> tuple[int, int]:
     """Numbers in the weights of a pipeline, and of its denoising network alone, by the configs."""
     numbers = {}

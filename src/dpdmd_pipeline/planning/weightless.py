@@ -11,15 +11,19 @@ from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dpdmd_pipeline.backbones import network_folder
 from dpdmd_pipeline.backbones.base import Backbone, Conditioning
+from dpdmd_pipeline.backbones.options import BaseWeights
+from dpdmd_pipeline.backbones.quantised import plain_tensors, quantize
 from dpdmd_pipeline.dpdmd.noise import NoiseLevel
 from dpdmd_pipeline.limits import read_json
 
@@ -34,12 +38,17 @@ _CPU_ATTENTION = {
 def weightless(backbone: Backbone, teacher: Path) -> Backbone:
     """A copy of a backbone whose networks are on the meta device: they have shapes and no weights."""
 
-    def load_model(folder: Path | None = None, *, float32: bool = False) -> nn.Module:
+    def load_model(
+        folder: Path | None = None, *, float32: bool = False, weights: BaseWeights = "as_teacher"
+    ) -> nn.Module:
         kind = network_class(teacher)
         with torch.device("meta"):
             network = kind.from_config(kind.load_config(network_folder(teacher)))
         # diffusers' own `to` warns of trained weights
-        return nn.Module.to(network, torch.float32 if float32 else backbone.dtype)
+        network = nn.Module.to(network, torch.float32 if float32 else backbone.dtype)
+        if weights != "as_teacher":
+            quantize(network.requires_grad_(False), weights, "meta")
+        return network
 
     shaped = copy(backbone)
     shaped.load_model = load_model
@@ -73,7 +82,10 @@ def move_to_fake(networks: Sequence[nn.Module], device: torch.device | str) -> N
 
 
 def _empty_like(tensor: Tensor, device: torch.device | str) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    if is_traceable_wrapper_subclass(tensor):  # quantised
+        empty = transform_subclass(tensor.detach(), lambda _, inner: _empty_like(inner, device))
+    else:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -83,7 +95,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _storages(tensors: Iterable[Tensor]) -> Storages:
-    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    plain = chain.from_iterable(map(plain_tensors, tensors))
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in plain}
 
 
 # ---- one pass
@@ -132,35 +145,99 @@ def count_pass(
         cond: tensors like the embeddings of one prompt.
     """
     outside: Storages = {}
-    between: Storages = {}
-    blocks: list[Storages] = [{}]
-
-    def checkpoint(function: Callable, *args: Any) -> Any:
-        between.update(_storages(value for value in args if isinstance(value, Tensor)))
-        blocks.append({})
-        with _saved_tensors_in(blocks[-1]):
-            return function(*args)
-
-    inner.enable_gradient_checkpointing(checkpoint)
+    counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+    parameters = _storages([*network.parameters(), *inner.parameters()])
+    blocks = _Blocks(parameters, counter)
+    inner.enable_gradient_checkpointing(blocks)
     casts = precision == "bfloat16"
     with (
         torch.device(device),
-        FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter,
+        counter,
         _saved_tensors_in(outside),
         autocast(device) if casts else nullcontext(),
         _CudaAttention() if device == "cuda" else nullcontext(),
     ):
         _denoise_zeros(backbone, network, cond, batch)
-    parameters = _storages([*network.parameters(), *inner.parameters()])
-    everything = outside | dict(chain.from_iterable(block.items() for block in blocks))
     cast = [p for p in inner.parameters() if casts and p.requires_grad and p.dtype == torch.float32]
     return PassMemory(
-        saved=_size(everything, parameters),
-        saved_between=_size(outside | between, parameters),
-        block=max(_size(block, parameters) for block in blocks),
+        saved=_size(outside | blocks.saved, parameters) + blocks.repeated,
+        saved_between=_size(outside | blocks.between, parameters),
+        block=blocks.largest,
         casts=bytes_of(cast) // 2,
-        flops=counter.get_total_flops() / batch,
+        flops=(counter.get_total_flops() + blocks.flops) / batch,
     )
+
+
+class _Kind(NamedTuple):
+    """A block that has run, for those that are like it."""
+
+    own: int  # bytes that it keeps in storages of its own
+    shared: list[int]  # which of its inputs and outputs it keeps
+    outputs: Any
+    flops: int
+
+
+class _Blocks:
+    """The checkpointed blocks of a pass: the first of a kind runs, the others are counted like it.
+
+    Attributes:
+        between: storages that the blocks get.
+        saved: storages that they keep.
+        repeated, flops: bytes and operations of the blocks that did not run.
+        largest: bytes that a block keeps, at most.
+    """
+
+    def __init__(self, parameters: Storages, counter: FlopCounterMode) -> None:
+        self.parameters, self.counter, self.kinds = parameters, counter, {}
+        self.between, self.saved = {}, {}
+        self.repeated = self.flops = self.largest = 0
+
+    def __call__(self, function: Callable, *args: Any) -> Any:
+        self.between |= _storages(value for value in args if isinstance(value, Tensor))
+        name = str(tree_map(_likeness, (function, args)))
+        if name not in self.kinds:
+            return self._run(name, function, args)
+        kind = self.kinds[name]
+        outputs = tree_map_only(Tensor, _like, kind.outputs)
+        tensors = _tensors((args, outputs))
+        self.saved |= _storages(tensors[index] for index in kind.shared)
+        self.repeated += kind.own
+        self.flops += kind.flops
+        return outputs
+
+    def _run(self, name: str, function: Callable, args: Any) -> Any:
+        saved: Storages = {}
+        before = self.counter.get_total_flops()
+        with _saved_tensors_in(saved):
+            outputs = function(*args)
+        tensors = _tensors((args, outputs))
+        shared = [index for index, tensor in enumerate(tensors) if _storages([tensor]).keys() & saved.keys()]
+        own = _size(saved, self.parameters | _storages(tensors))
+        flops = self.counter.get_total_flops() - before
+        if isinstance(function, nn.Module):
+            self.kinds[name] = _Kind(own, shared, outputs, flops)
+        self.saved |= saved
+        self.largest = max(self.largest, _size(saved, self.parameters))
+        return outputs
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _likeness(value: Any) -> Any:
+    """All that decides what a block keeps: of a tensor its form, of a network its class and those of its weights."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, nn.Module):
+        return type(value), [(name, _likeness(weight)) for name, weight in value.named_parameters()]
+    return value
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor of this form in a storage of its own; a result if it has a gradient, which may be changed in place."""
+    empty = torch.empty_like(tensor)
+    return empty.requires_grad_().clone() if tensor.requires_grad else empty
 
 
 def _denoise_zeros(backbone: Any, network: nn.Module, cond: Conditioning, batch: int) -> None:

@@ -114,9 +114,19 @@ class TrainOptions(Execution, Recipe):
                 "compile=whole with roles=lora cannot see the adapter under which gradient_checkpointing repeats a "
                 "pass: set compile=blocks, or gradient_checkpointing=false"
             )
+        if self.lora.base_weights != "as_teacher":
+            self._check_base_weights()
         if self.sharded:
             self._check_sharding()
         return self
+
+    def _check_base_weights(self) -> None:
+        for name, needed in (("roles", "lora"), ("compile", "none")):
+            if (value := getattr(self, name)) != needed:
+                raise ValueError(
+                    f"lora.base_weights={self.lora.base_weights} does not work with {name}={value}: "
+                    f"set {name}={needed}, or base_weights=as_teacher"
+                )
 
     def _check_sharding(self) -> None:
         for name, default in (("compile", "none"), ("channels_last", False)):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
+from dpdmd_pipeline.backbones.options import BaseWeights
 from dpdmd_pipeline.bounds import Count, CountOrZero, Few, Pairs, Seed, Size, StrictModel
 from dpdmd_pipeline.training.launch_options import LaunchOptions
 
@@ -74,6 +75,8 @@ class LoraRecipe(StrictModel):
     fake_score_rank: Size  # of the fake score's
     alpha_per_rank: PositiveFloat  # scale of an adapter's low-rank product, independent of its rank
     targets: list[str] = Field(min_length=1)  # adapted layers, by the endings of their names
+    # Storage of the base, which is the teacher of the training: fewer bits take less memory and change it a little
+    base_weights: BaseWeights
 
 
 class WatchRecipe(StrictModel):

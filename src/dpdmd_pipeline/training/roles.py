@@ -108,7 +108,7 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = backbone.load_model()
+    base = backbone.load_model(weights=recipe.base_weights)
     unused = {name.rpartition(".")[0] for name, weight in base.named_parameters() if not weight.requires_grad}
     base.requires_grad_(False).eval()
     ranks = {"student": recipe.student_rank, "fake_score": recipe.fake_score_rank}
@@ -124,6 +124,7 @@ def lora_roles(backbone: Backbone, recipe: LoraRecipe, *, seed: int, gradient_ch
             try:
                 with warnings.catch_warnings():  # the second adapter is intended
                     warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                    warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # nothing is merged
                     inject_adapter_in_model(config, base, adapter_name=name)
             except ValueError as error:
                 raise ValueError(f"train.lora.targets={recipe.targets}: {error}") from error

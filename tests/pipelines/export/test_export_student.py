@@ -1,7 +1,5 @@
 """The export stage on a tiny student: its options and their effect on files, card and log."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from huggingface_hub.file_download import repo_folder_name
@@ -9,20 +7,17 @@ from kedro.io import DataCatalog, MemoryDataset
 from kedro.runner import SequentialRunner
 from pydantic import ValidationError
 from tests.pipelines.conftest import backbone_options, train_options
+from tests.test_configuration import ENVIRONMENTS, resolved
 
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.backbones.tensor_files import load_metadata
-from dpdmd_pipeline.configuration import ConfigLoader
 from dpdmd_pipeline.datasets.model_folder import ModelFolderDataset, folder_hash
 from dpdmd_pipeline.datasets.whole_file import OptionalJSONDataset
 from dpdmd_pipeline.pipelines.export import create_pipeline
 from dpdmd_pipeline.pipelines.export.nodes import export_student
 from dpdmd_pipeline.pipelines.export.options import ExportOptions
-from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
-CONF = Path(__file__).parents[3] / "conf"
-ENVIRONMENTS = sorted(path.parent.name for path in CONF.glob("*/globals.yml"))
 OPTIONS = {
     "title": "tiny-student",
     "formats": ["diffusers", "comfyui", "lora"],
@@ -99,7 +94,7 @@ def test_measurements_of_another_student_are_left_out_with_a_warning(
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_every_environment_exports_without_metrics(environment):
-    entry = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)["catalog"]["metrics"]
+    entry = resolved(environment, "catalog")["metrics"]
     assert entry["type"] == "dpdmd_pipeline.datasets.whole_file.OptionalJSONDataset"
 
 
@@ -200,9 +195,8 @@ def test_the_options_licence_and_base_model_apply_to_any_teacher(student, tiny_t
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_an_environments_licence_belongs_to_the_teacher_it_fetches(environment):
-    config = ConfigLoader(str(CONF), env=environment, **CONFIG_LOADER_ARGS)
-    options = ExportOptions(**config["parameters"]["export"])
-    assert (options.teacher and options.teacher.model) == config["catalog"]["teacher"].get("model")
+    options = ExportOptions(**resolved(environment, "parameters")["export"])
+    assert (options.teacher and options.teacher.model) == resolved(environment, "catalog")["teacher"].get("model")
     assert bool(options.license) != bool(options.teacher)
 
 

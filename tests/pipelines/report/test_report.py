@@ -34,6 +34,7 @@ from dpdmd_pipeline.pipelines.prompts.options import PromptsOptions
 from dpdmd_pipeline.pipelines.report import create_pipeline
 from dpdmd_pipeline.pipelines.report.nodes import make_report, show_result
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.pipelines.report.page import FILES
 from dpdmd_pipeline.pipelines.report.wording import make_verdict
 from dpdmd_pipeline.settings import CONFIG_LOADER_ARGS
 
@@ -61,8 +62,9 @@ def test_the_html_needs_no_other_file():
     tags = Tags(html).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "iframe", "object", "base", "form"}
     names = ("src", "href", "srcset", "data", "action")
-    references = [attrs[name] for _, attrs in tags for name in names if name in attrs]
+    references = [attrs[name] for tag, attrs in tags for name in names if name in attrs and tag != "a"]
     assert references and all(reference.startswith("data:image/png;base64,") for reference in references)
+    assert {attrs["href"] for tag, attrs in tags if tag == "a"} == set(FILES)  # its neighbours, for who has them
     style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style
 

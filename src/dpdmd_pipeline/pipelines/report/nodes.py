@@ -15,11 +15,7 @@ from dpdmd_pipeline.pipelines.report.provenance import option_tables, plain_opti
 from dpdmd_pipeline.pipelines.report.tables import describe_metrics
 from dpdmd_pipeline.pipelines.report.wording import DASH, MODELS, student_cycles
 from dpdmd_pipeline.screen import screen
-from dpdmd_pipeline.wording import COLOURS
-
-FILES = ("metrics.json", "scores.json", "summary.json", "train_history.json")
-FILES += ("train_history_dmd.json", "train_curve.png", "train_strip.png", "grid_teacher.png", "grid_dmd.png")
-FILES += ("grid_dp_dmd.png",)  # in the folder of the page
+from dpdmd_pipeline.wording import made
 
 
 def make_report(
@@ -64,8 +60,6 @@ def make_report(
         "curves": make_curves(histories, options.curve_points),
         "options": option_tables(groups),
         "run_arguments": run_arguments,
-        "files": FILES,
-        "colours": COLOURS,
         "versions": versions(),
     }
     return render("report.html.j2", page), render("report.md.j2", page)
@@ -100,6 +94,7 @@ def _prompt_rows(scores: dict[str, Any]) -> list[dict[str, Any]]:
 
 def show_result(metrics: dict[str, Any], report_html: str, report_md: str) -> None:
     """Show the result at the end of the run; the reports are inputs so that this node runs after them."""
+    made.info("report.html, report.md")
     described = describe_metrics(metrics)
     lines = [f"not measured: {names}: {reason}" for names, reason in described["missing"]]
     lines += [f"note: {note}" for note in described["notes"]]

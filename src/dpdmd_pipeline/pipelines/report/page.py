@@ -8,6 +8,11 @@ from typing import Any
 
 from dpdmd_pipeline.errors import StageError
 from dpdmd_pipeline.pipelines.report.options import ReportOptions
+from dpdmd_pipeline.wording import COLOURS
+
+FILES = ("metrics.json", "scores.json", "summary.json", "train_history.json")
+FILES += ("train_history_dmd.json", "train_curve.png", "train_strip.png", "grid_teacher.png", "grid_dmd.png")
+FILES += ("grid_dp_dmd.png",)  # in the folder of the page
 
 
 def render(template: str, page: dict[str, Any]) -> str:
@@ -23,6 +28,7 @@ def render(template: str, page: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["md"] = escape_markdown
+    environment.globals |= {"colours": COLOURS, "files": FILES}
     return environment.get_template(template).render(page)
 
 

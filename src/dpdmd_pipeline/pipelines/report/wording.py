@@ -175,7 +175,9 @@ def _compare_diversity(measured: Sequence[Mapping[str, Any]], gap: float | None,
 
 def big_numbers(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The result in three numbers, each with its words and what to compare it with."""
-    return [*_big_figures(metrics), _big_cost(metrics)]
+    evaluations = {model: metrics[model]["nfe"] for model in MODELS}
+    compared = f"teacher {evaluations['teacher']}, DMD {evaluations['dmd']}"
+    return [*_big_figures(metrics), (str(evaluations["dp_dmd"]), "network evaluations per picture", compared)]
 
 
 def _big_figures(metrics: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -201,11 +203,6 @@ def _compared(name: str, figures: Sequence[Mapping[str, Any]]) -> str:
     """`teacher 66.5, DMD 2.7, DP-DMD 61.2`."""
     metric = metric_named(name)
     return ", ".join(f"{MODELS[m]} {metric.text(f['value'])}" for m, f in zip(MODELS, figures, strict=True))
-
-
-def _big_cost(metrics: dict[str, Any]) -> tuple[str, str, str]:
-    ours, teacher = metrics["dp_dmd"]["nfe"], metrics["teacher"]["nfe"]
-    return str(ours), "network evaluations per picture", f"teacher {teacher}, DMD {metrics['dmd']['nfe']}"
 
 
 _VALID = ("are valid at least as often as", "are valid slightly less often than", "are valid less often than")

@@ -39,7 +39,7 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int, t
             images = recipe.batch_size * (recipe.fake_score_turns + 1) / seconds
             facts = ", ".join(f"{word} {record[key]:.4f}" for key, word in _LOSSES.items()) + f", {images:.0f} images/s"
             shown = _diversity(record) or shown
-            advance(cycle, f"{shown}DMD loss {record['dmd_loss']:.3f}")
+            advance(cycle, shown or f"DMD loss {record['dmd_loss']:.3f}")
             track(record)
             if cycle % log_every == 0 or cycle == done + 1:
                 remaining = timedelta(seconds=round((recipe.max_steps - cycle) * seconds))
@@ -50,6 +50,6 @@ def follow(records: Iterator[dict], done: int, recipe: Recipe, log_every: int, t
 
 
 def _diversity(record: dict) -> str:
-    """`diversity 94 % of the teacher's, `; empty in a cycle that was not measured."""
+    """`diversity 94 % of the teacher's`; empty in a cycle that was not measured."""
     ours, teachers = record.get("latent_diversity"), record.get("latent_diversity_teacher")
-    return f"diversity {100 * ours / teachers:.0f} % of the teacher's, " if ours is not None and teachers else ""
+    return f"diversity {100 * ours / teachers:.0f} % of the teacher's" if ours is not None and teachers else ""
