@@ -33,7 +33,6 @@ from workflows import (
     student,
 )
 
-from conftest import noise
 from dpdmd_pipeline.backbones.flux2_klein import Flux2Klein
 from dpdmd_pipeline.backbones.qwen_image import QwenImage
 from dpdmd_pipeline.backbones.z_image import ZImage
@@ -42,6 +41,11 @@ from dpdmd_pipeline.dpdmd.sampling import noise_from_seeds, rollout
 from dpdmd_pipeline.exporting.comfyui import comfyui_weights
 
 require_comfyui()
+
+
+def noise(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
 
 START = {"teacher_steps": 3, "landing": 1, "teacher_cfg": 3.5}
 
