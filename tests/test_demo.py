@@ -238,6 +238,17 @@ def test_a_command_of_the_readme_for_a_real_teacher_lacks_nothing_but_files(smal
     assert code == 1 and missing and "Traceback" not in output, output
 
 
+@pytest.mark.parametrize("command", [c for c in commands("README.md") if c[0] == "dpdmd-pipeline"], ids=" ".join)
+def test_a_command_of_our_own_runs_as_written(small, command, monkeypatch):
+    from dpdmd_pipeline.__main__ import main
+
+    monkeypatch.chdir(small)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0 and len(list(Path("pictures").rglob("*.png"))) == 4
+
+
 @pytest.mark.parametrize("block", blocks("README.md", "python"))
 def test_the_python_of_the_readme_draws_pictures(small, block, monkeypatch):
     monkeypatch.chdir(small)
