@@ -82,15 +82,24 @@ CARDS = {"flux2_klein": (15.6, 23.6, 47.0), "z_image": (23.6, 47.0), "qwen_image
 
 @pytest.fixture(scope="module", params=REAL)
 def real(request, tmp_path_factory) -> tuple[str, Path]:
-    """Family, and folder of its configurations alone; the tokenizer is a small one."""
+    """Family, and folder of its configurations alone."""
+    folder = tmp_path_factory.mktemp(request.param)
+    assert make_configurations(request.param, folder) == REAL[request.param].parameters
+    return request.param, folder
+
+
+def make_configurations(family: str, folder: Path, **changes: Any) -> int:
+    """Write the configurations of a real model, with changes to its network; returns the network's parameters.
+
+    The tokenizer is a small one.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    model, family, folder = REAL[request.param], request.param, tmp_path_factory.mktemp(request.param)
-    kind, tokenizer = pipeline_class(family), make_qwen_tokenizer()
+    model, kind, tokenizer = REAL[family], pipeline_class(family), make_qwen_tokenizer()
     types = kind._get_signature_types()
     with torch.device("meta"):
-        parts = {name: types[name][0](**getattr(model, name)) for name in ("transformer", "vae")}
-    assert sum(weight.numel() for weight in parts["transformer"].parameters()) == model.parameters
+        transformer = types["transformer"][0](**model.transformer | changes)
+        parts = {"transformer": transformer, "vae": types["vae"][0](**model.vae)}
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**model.scheduler)
     kind(**parts, text_encoder=None, tokenizer=tokenizer).save_config(folder)
     for name, part in parts.items():
@@ -101,7 +110,7 @@ def real(request, tmp_path_factory) -> tuple[str, Path]:
     (folder / "text_encoder/config.json").write_text(json.dumps(config))
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"text_encoder": ["transformers", name]}))
-    return family, folder
+    return sum(weight.numel() for weight in transformer.parameters())
 
 
 def plan(environment: str, teacher: Path, **changes: Any) -> Plan:
@@ -129,5 +138,6 @@ def test_an_environment_fits_on_its_card_and_a_larger_one_gets_larger_micro_batc
         options = planned.trained["train"]
         options = with_micro_batches(first.estimates, options, planned_memory(options))
         sizes.append([getattr(options, name) for name in MICRO_BATCHES])
-        print(f"{environment}, {free} GiB: {sizes[-1]}")
+        memory = first.estimates.estimate(options.recipe(), options.execution())
+        print(f"| {environment} | {free} | {sizes[-1]} | {memory} |", flush=True)  # a row of docs/teachers.md: -s
     assert sizes == sorted(sizes)

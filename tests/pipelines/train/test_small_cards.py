@@ -45,6 +45,10 @@ def test_every_card_gets_the_largest_micro_batches_that_fit_or_a_remedy(family, 
             assert (lines == []) == (card >= LEAST[family, roles])
             assert all("train.roles=lora" in line or roles == "lora" for line in lines)
             sizes[roles, card] = chosen(planned)
+            print_row(planned, f"{family} | {roles} | {CARDS[card]} | {sizes[roles, card]}")
+        one = plan(tmp_path, family, roles=roles, **dict.fromkeys(MICRO_BATCHES, 1))
+        vars(one)["estimates"] = first.estimates
+        print_row(one, f"{family} | {roles} | any | one picture at a time")
     assert sizes["lora", 12] < sizes["lora", 24] < sizes["lora", 80]  # more memory, larger micro-batches
     eight = plan(tmp_path, family, launch=EIGHT | {"sharding": "fsdp2"}, card_gib=CARDS[80])
     vars(eight)["estimates"] = first.estimates
@@ -58,3 +62,11 @@ def chosen(planned: Plan) -> list[int]:
     options = planned.trained["train"]
     options = with_micro_batches(planned.estimates, options, planned_memory(options))
     return [getattr(options, name) for name in MICRO_BATCHES]
+
+
+def print_row(planned: Plan, name: str) -> None:
+    """Print a row of docs/teachers.md; `pytest -s` shows it."""
+    options = planned.trained["train"]
+    options = with_micro_batches(planned.estimates, options, planned_memory(options))
+    memory = planned.estimates.estimate(options.recipe(), options.execution())
+    print(f"| {name} | {memory} |", flush=True)
