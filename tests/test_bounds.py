@@ -18,6 +18,7 @@ from dpdmd_pipeline.planning.options import refused_options
 STAGES = {name: pipeline(name) for name in PIPELINES}
 GROUPS = TypeExtractor(STAGES).extract_types_from_pipelines()
 SAMPLE = {
+    "size": None,
     "form": "diffusers",
     "prompts": ["a"],
     "batch_size": 1,

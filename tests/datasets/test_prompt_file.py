@@ -3,7 +3,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.raising import refuses
 
@@ -59,6 +59,7 @@ def test_every_format_gives_back_the_written_texts(tmp_path, key):
         assert texts(file) == TRICKY, file.path.name
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the first draw, on a busy machine
 @given(records=st.lists(st.fixed_dictionaries({"text": writable, "train": st.booleans()})))
 def test_saved_records_are_loaded(tmp_path_factory, records):
     dataset = PromptFileDataset(filepath=str(tmp_path_factory.mktemp("saved") / "new" / "prompts.jsonl"))

@@ -125,7 +125,7 @@ def test_a_student_that_does_not_fit_is_refused_with_remedies_and_their_savings(
 
 
 def test_for_a_student_that_fits_the_log_has_cost_work_and_memory(plan, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         assert refusals(plan(), device_memory=64 * GIB) == []
     assert re.search(r"train +\d\d+", caplog.text)
     assert re.search(r"GPU memory.* 1\.\d GiB", caplog.text)
@@ -133,7 +133,7 @@ def test_for_a_student_that_fits_the_log_has_cost_work_and_memory(plan, caplog):
 
 def test_the_logged_cost_is_that_of_the_options(plan, caplog):
     planned = plan(anchors={"mode": "online"}, gradient_checkpointing=True)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         refusals(planned)
     options = planned.trained["train"]
     teacher = TeacherSettings(3.5, online_anchors=[2])

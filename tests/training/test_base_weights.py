@@ -1,6 +1,8 @@
 """Adapters on a frozen base in 8 or 4 bits, by the real library: what it changes, what is trained, what is refused."""
 
+import os
 from copy import deepcopy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +20,10 @@ from dpdmd_pipeline.planning.weightless import conditioning_like
 from dpdmd_pipeline.training.recipe import LoraRecipe
 from dpdmd_pipeline.training.roles import lora_roles, trainable
 
+# CI runs these in another environment (.ci/extras): beside torchao, other libraries print what they lack at each start
+with_torchao = pytest.mark.skipif(
+    find_spec("torchao") is None and "QUANT_REQUIRED" not in os.environ, reason="torchao is not installed"
+)
 KINDS = ["fp8", "int8", "nf4"]
 ERROR = {"fp8": 0.01, "int8": 0.002, "nf4": 0.03}  # at most, of what the untrained network predicts
 
@@ -43,6 +49,7 @@ def denoised(backbone, model, embeddings):
     return conditioned(backbone, model, embeddings.rows([0, 1]))(noise, backbone.schedule(4)[1])
 
 
+@with_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_in_fewer_bits_is_another_teacher_by_the_error_that_the_docs_name(backbone, embeddings, kind):
     with torch.no_grad():
@@ -52,6 +59,7 @@ def test_a_base_in_fewer_bits_is_another_teacher_by_the_error_that_the_docs_name
     assert ERROR[kind] / 20 < (changed - exact).norm() / predicted.norm() < ERROR[kind]
 
 
+@with_torchao
 def test_weights_that_the_network_does_not_use_stay_marked(backbone):
     network = backbone.load_model()
     unused = network.transformer_blocks[0].attn.to_q.weight.requires_grad_(False)
@@ -60,6 +68,7 @@ def test_weights_that_the_network_does_not_use_stay_marked(backbone):
     assert not unused.requires_grad and frozen == ["transformer_blocks.0.attn.to_q.weight"]
 
 
+@with_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_get_the_gradients_of_a_base_with_the_same_numbers_in_32_bits(backbone, embeddings, kind):
     roles = roles_on(backbone, kind)
@@ -83,6 +92,7 @@ def test_adapters_get_the_gradients_of_a_base_with_the_same_numbers_in_32_bits(b
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@with_torchao
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_estimate_counts_the_bytes_of_the_base_that_is_loaded(backbone, world_teacher, kind):
     model = MemoryModel(backbone, world_teacher, conditioning_like(backbone), GUIDANCE, device="cpu")
@@ -96,6 +106,7 @@ def test_an_estimate_counts_the_bytes_of_the_base_that_is_loaded(backbone, world
     assert unpacking_bytes(network) <= 14 * numbers
 
 
+@with_torchao
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_training_on_fewer_bits_resumes_bit_for_bit(start, tmp_path, kind):
     changes = {"roles": "lora", "lora": LORA | {"base_weights": kind}, "max_steps": 2}
@@ -109,6 +120,7 @@ def test_a_training_on_fewer_bits_resumes_bit_for_bit(start, tmp_path, kind):
         assert torch.equal(ours, theirs)
 
 
+@with_torchao
 def test_layers_before_and_after_the_blocks_keep_their_bits(backbone):
     network = backbone.load_model().requires_grad_(False)
     quantize(network, "int8", "cpu")
@@ -120,6 +132,7 @@ def test_layers_before_and_after_the_blocks_keep_their_bits(backbone):
 # ---- refusals
 
 
+@with_torchao
 def test_a_network_whose_layers_do_not_fit_is_refused(tiny_teacher):
     options = {"resolution": 32, "max_sequence_length": 0, "level_range": (0.02, 0.98)}
     with refuses(ValueError, "base_weights=nf4", "16,384", "base_weights=as_teacher"):
@@ -135,7 +148,6 @@ def test_what_does_not_work_with_fewer_bits_is_refused_with_the_option(option, v
 
 def test_a_missing_library_is_named_before_the_run(monkeypatch):
     options = train_options(roles="lora", lora=TRAIN["lora"] | {"base_weights": "int8"})
-    checks.check_base_weights(options)
     monkeypatch.setattr(checks, "find_spec", lambda _: None)
     with refuses(ValueError, "lora.base_weights=int8", "torchao", "pip install", "as_teacher"):
         checks.check_base_weights(options)

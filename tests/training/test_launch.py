@@ -43,7 +43,13 @@ FAMILIES = {  # fixture of a teacher, and its tokens
 }
 SHORTEST = {"fake_score_turns": 1}
 # In the last block of Qwen-Image, to_add_out and txt_mlp get no gradient
-LORA = {"student_rank": 4, "fake_score_rank": 2, "alpha_per_rank": 1.0, "targets": ["to_q", "to_add_out", "net.2"]}
+LORA = {
+    "student_rank": 4,
+    "fake_score_rank": 2,
+    "alpha_per_rank": 1.0,
+    "targets": ["to_q", "to_add_out", "net.2"],
+    "base_weights": "as_teacher",
+}
 OF_TODAY = {
     "flux2_klein": SHORTEST,
     "qwen_image": SHORTEST,

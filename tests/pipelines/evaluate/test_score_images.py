@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.commands.cli import arena
+from tests.commands.cli import score as score_command
 from tests.pipelines.conftest import cached
 from tests.pipelines.conftest import evaluate_options as evaluate_options_of
 from tests.raising import refuses
 from torchvision.transforms.functional import pil_to_tensor
 
-from dpdmd_pipeline.commands.arena import main as arena_command
-from dpdmd_pipeline.commands.score import main as score_command
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
 from dpdmd_pipeline.datasets.sharded import LazyShards
 from dpdmd_pipeline.metrics.diversity import pairwise_distance
@@ -364,7 +364,7 @@ def test_saved_pictures_give_the_same_figures_and_an_arena(score, images, tmp_pa
     assert figures and all(
         figure["value"] == pytest.approx(expected[name]["value"]) for name, figure in figures.items()
     )
-    arena_command([str(folder / "dmd"), str(folder / "dp_dmd"), "--out", str(tmp_path / "arena.html")])
+    arena([str(folder / "dmd"), str(folder / "dp_dmd"), "--out", str(tmp_path / "arena.html")])
     shown = capsys.readouterr().out
     assert "9 questions" in shown and "3 prompts" in shown
 

@@ -24,7 +24,7 @@ def trained(teacher, folder, micro_batch=4):
     # In the background, a kill may come before the checkpoint's end
     execution = {"checkpoint_every": 2, "checkpoint_background": folder.name != "killed"}
     runs = [
-        records_of(teacher, folder / name, micro_batch, execution=execution, **RECIPE, **changes)
+        records_of(("sd3", teacher), folder / name, micro_batch, execution=execution, **RECIPE, **changes)
         for name, changes in RUNS.items()
     ]
     try:

@@ -58,7 +58,7 @@ def score_images(
     from dpdmd_pipeline.scoring.table import as_record
 
     sets = picture_sets(images, chosen)
-    pictures = len(chosen) * images.manifest["images_per_prompt"]
+    pictures = len(chosen) * options.images_per_prompt
     made.info("%d pictures by each of %d models", pictures, len(sets))
     cache = ScoreCache(score_state, images.fingerprint, make_settings(metric_weights, shapes_clip, options))
     scores = score_models(sets, requested_presets(options), cache)
