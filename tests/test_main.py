@@ -4,6 +4,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,8 @@ def test_the_doctor_takes_a_card_for_what_its_maker_calls_it(gib, more):
 
 
 def test_the_doctor_names_every_optional_part_with_its_remedy(capsys):
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS) == optional.keys() - {"dev"}
     doctor()
     shown = capsys.readouterr().out
     assert all(re.search(rf"\b{name}\b", shown) for name in EXTRAS) and "torch" in shown

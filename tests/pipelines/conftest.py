@@ -119,6 +119,17 @@ def cached(folder: Path, shards: LazyShards) -> ShardedTensors:
     return dataset.load()
 
 
+def export_tiny(student: Path, teacher: Path, resolution: Any, folder: Path) -> Path:
+    """Export a student of a tiny SD3 teacher for diffusers and ComfyUI; returns the folder."""
+    from tests.exporting.conftest import export_options
+
+    from dpdmd_pipeline.exporting.formats import Export, read_student
+
+    whole = read_student(student, teacher, "sd3", resolution, 0)
+    Export(student=whole, teacher=teacher, **export_options(formats=["diffusers", "comfyui"])).write(folder)
+    return folder
+
+
 def contents(cache: ShardedTensors) -> dict[str, bytes]:
     """Every file of a cache."""
     return {path.name: path.read_bytes() for path in cache._folder.iterdir()}

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated
 
 import typer
@@ -40,15 +39,15 @@ def arena(
     seed: Annotated[int, typer.Option(help="of the choice and of everyone's order")] = 0,
 ) -> None:
     """Make a page of blind comparisons for people."""
-    options = SimpleNamespace(**locals())
-    _check(options)
+    options = ArenaOptions(singles, sets, side, seed)
+    _check(a, b, out, options)
     (ours, strays_of_a), (theirs, strays_of_b) = (find_pictures(folder, prompts) for folder in (a, b))
     names = str(a), str(b)
-    html = make_arena(ours, theirs, names, ArenaOptions(singles, sets, side, seed))
+    html = make_arena(ours, theirs, names, options)
     write_text(out, html)
-    questions = counted(len(ours) * (options.singles + bool(options.sets)), "question")
-    lines = [f"{options.out}: {questions} about {counted(len(ours), 'prompt')}, {_size(len(html.encode()))}"]
-    lines += [about_strays(options.a, strays_of_a), about_strays(options.b, strays_of_b), _about_ids(ours, theirs)]
+    questions = counted(len(ours) * (singles + bool(sets)), "question")
+    lines = [f"{out}: {questions} about {counted(len(ours), 'prompt')}, {_size(len(html.encode()))}"]
+    lines += [about_strays(a, strays_of_a), about_strays(b, strays_of_b), _about_ids(ours, theirs)]
     lines += about_pairs(ours, theirs, names)
     say("\n".join(map(printable, filter(None, lines))))
 
@@ -67,17 +66,17 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{math.ceil(count / 1e3)} kB"
 
 
-def _check(options: SimpleNamespace) -> None:
-    if options.singles < 0:
-        raise ValueError(f"--singles {options.singles} must be at least 0")
-    if options.sets < 0 or options.sets == 1:
-        raise ValueError(f"--sets {options.sets} must be 0 or at least 2")
-    if not options.singles and not options.sets:
+def _check(a: Path, b: Path, out: Path, options: ArenaOptions) -> None:
+    if options.per_prompt < 0:
+        raise ValueError(f"--singles {options.per_prompt} must be at least 0")
+    if options.set_size < 0 or options.set_size == 1:
+        raise ValueError(f"--sets {options.set_size} must be 0 or at least 2")
+    if not options.per_prompt and not options.set_size:
         raise ValueError("--singles 0 --sets 0 leaves no question: set at least one of them")
     if options.side is not None and options.side < 16:
         raise ValueError(f"--side {options.side} must be at least 16 pixels")
-    if os.path.realpath(options.a) == os.path.realpath(options.b):  # accepts links that lead to themselves
-        raise ValueError(f"{options.a} and {options.b} are the same folder: give the pictures of two models")
-    if options.out.is_dir():
-        raise OSError(f"--out {options.out} is a folder: name the page in it, as in {options.out / 'arena.html'}")
-    refuse_unwritable("--out", options.out)
+    if os.path.realpath(a) == os.path.realpath(b):  # accepts links that lead to themselves
+        raise ValueError(f"{a} and {b} are the same folder: give the pictures of two models")
+    if out.is_dir():
+        raise OSError(f"--out {out} is a folder: name the page in it, as in {out / 'arena.html'}")
+    refuse_unwritable("--out", out)

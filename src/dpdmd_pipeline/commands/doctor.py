@@ -25,6 +25,7 @@ EXTRAS = {  # optional parts: a module of each, and what it is for
     "metrics": ("torchmetrics", "published metrics"),
     "hub": ("datasets", "prompts of a dataset of the hub"),
     "track": ("tensorboard", "TensorBoard"),
+    "quant": ("torchao", "a base of adapters in fewer bits"),
     "8bit": ("bitsandbytes", "optimizers in 8 bits"),
     "iqa": ("pyiqa", "quality without a reference"),
 }

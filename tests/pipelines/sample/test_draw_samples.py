@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-from tests.pipelines.conftest import backbone_options
+from tests.pipelines.conftest import backbone_options, export_tiny
 from tests.raising import refuses
 
 import dpdmd_pipeline
 from dpdmd_pipeline.backbones.student_file import save_student
 from dpdmd_pipeline.backbones.student_header import StudentHeader
 from dpdmd_pipeline.datasets.picture_folder import PictureFolderDataset
-from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 from dpdmd_pipeline.pipelines.sample.nodes import draw_samples
 from dpdmd_pipeline.pipelines.sample.options import SampleOptions
 from dpdmd_pipeline.scoring.folders import find_pictures
@@ -32,18 +31,7 @@ def export(tiny_teacher, tmp_path_factory):
     student, folder = tmp_path_factory.mktemp("trained"), tmp_path_factory.mktemp("export")
     network = backbone_options().load(tiny_teacher, "cpu").load_model()
     save_student(student, network, StudentHeader("sd3", [1.0, 0.5, 0.0]))
-    Export(
-        student=read_student(student, tiny_teacher, "sd3", 32, 0),
-        teacher=tiny_teacher,
-        title="tiny",
-        formats=["diffusers", "comfyui"],
-        dtype="float32",
-        licence=Licence("apache-2.0", None, None),
-        base_model=None,
-        measure="`kedro run`",
-        metrics={},
-    ).write(folder)
-    return folder
+    return export_tiny(student, tiny_teacher, 32, folder)
 
 
 def draw(export, teacher, **changes):

@@ -18,6 +18,7 @@ from tests.pipelines.conftest import (
     backbone_options,
     cached,
     contents,
+    export_tiny,
     shared_by_two,
     train_options,
 )
@@ -25,7 +26,6 @@ from tests.raising import refuses
 
 from dpdmd_pipeline.backbones.networks import WEIGHTS
 from dpdmd_pipeline.backbones.student_file import load_header
-from dpdmd_pipeline.exporting.formats import Export, Licence, read_student
 from dpdmd_pipeline.exporting.sample import sample
 from dpdmd_pipeline.pipelines.anchors.nodes import make_anchors
 from dpdmd_pipeline.pipelines.anchors.shards import load_teacher, samples_by_size
@@ -167,26 +167,13 @@ FROM_A_CACHE = pytest.mark.parametrize("trained", ["cached"], indirect=True, sco
 
 @pytest.fixture(scope="module")
 def exported(trained, tiny_teacher):
-    folder = trained.folder / "export"
-    export = Export(
-        student=read_student(trained.folder / "student", tiny_teacher, "sd3", SIZES, 0),
-        teacher=tiny_teacher,
-        title="sized",
-        formats=["diffusers", "comfyui"],
-        dtype="float32",
-        licence=Licence("apache-2.0", None, None),
-        base_model=None,
-        measure="`kedro run`",
-        metrics={},
-    )
-    export.write(folder)
-    return folder
+    return export_tiny(trained.folder / "student", tiny_teacher, SIZES, trained.folder / "export")
 
 
 @FROM_A_CACHE
 def test_headers_and_card_name_the_sizes(exported, trained):
     assert load_header(trained.folder / "student").sizes == [(32, 32), (16, 48)]
-    with safe_open(exported / "comfyui" / "sized.safetensors", framework="pt") as file:
+    with safe_open(exported / "comfyui" / "tiny.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert metadata["dpdmd.resolution"] == str(SIZES) and metadata["modelspec.resolution"] == "32x32"
     assert len(read_header(metadata, "x").sigmas) == 5  # the ComfyUI pack reads it
@@ -200,7 +187,7 @@ def test_the_export_draws_at_each_size_and_at_others_with_a_line(exported, tiny_
     assert pictures.shape == (1, 3, *size)
     assert ("not at 48 x 32" in caplog.text) == (size == (48, 32))
     from_file = sample(
-        exported / "comfyui" / "sized.safetensors", ["a red circle"], [5], teacher=tiny_teacher, device="cpu", size=size
+        exported / "comfyui" / "tiny.safetensors", ["a red circle"], [5], teacher=tiny_teacher, device="cpu", size=size
     )
     torch.testing.assert_close(from_file, pictures, rtol=1e-4, atol=1e-4)
 
